@@ -1,0 +1,116 @@
+"""What the pruned model asks of a host, and the numbers around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cropr.tokens import Tokens
+
+
+class Backbone(nn.Module):
+    """Adapter to a timm model: runs the host's own blocks through its documented surface, copies none of its code.
+
+    Args:
+        host: the timm model; kept as it is, its parameters keep their names below ``host``.
+
+    Raises:
+        TypeError: a feature of the host that pruning would silently break, by name.
+    """
+
+    host: Any
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host = host
+        self._verify()
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.host.blocks)
+
+    @property
+    def dim(self) -> int:
+        """C, channels of the tokens."""
+        return self.host.embed_dim
+
+    @property
+    def prefix(self) -> int:
+        """P, prefix tokens: CLS, distillation, registers."""
+        return self.host.num_prefix_tokens
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of an image of the size that the host was built for."""
+        return self.host.patch_embed.num_patches
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patch grid of images [B, 3, H, W]."""
+        rows, columns = self.host.patch_embed.patch_size
+        return images.shape[-2] // rows, images.shape[-1] // columns
+
+    def embed(self, images: Tensor) -> tuple[Tokens, Any]:
+        """Images [B, 3, H, W] to all tokens before block 1, and what ``run`` needs to know of their positions."""
+        raise NotImplementedError
+
+    def run(self, block: int, tokens: Tokens, position: Any) -> Tokens:
+        """Run one block of the host; blocks count from 1."""
+        raise NotImplementedError
+
+    def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """Attention that the CLS query pays to each patch in this block, averaged over heads, [B, N] float32.
+
+        ``tokens`` are the block's input. Only this row is computed; the block itself stays on fused attention.
+        """
+        raise NotImplementedError
+
+    def verify_cls_attention(self) -> None:
+        """Refuse hosts whose CLS row cannot be computed.
+
+        Raises:
+            TypeError: what is missing or not supported, by name.
+        """
+        raise NotImplementedError
+
+    def norm(self, tokens: Tokens) -> Tokens:
+        """The host's norm after the last block."""
+        return tokens.replace(self.host.norm(tokens.x))
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """The host's own pooling and classifier: [B, classes]."""
+        return self.host.forward_head(tokens.x)
+
+    def _call(self, block: int, x: Tensor, **arguments: Any) -> Tensor:
+        """One block, under the host's own activation checkpointing switch."""
+        module = self.host.blocks[block - 1]
+        if self.host.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(module, x, use_reentrant=False, **arguments)
+        return module(x, **arguments)
+
+    def _verify(self) -> None:
+        raise NotImplementedError
+
+    def _refuse(self, what: str) -> TypeError:
+        return TypeError(f"{type(self.host).__name__} with {what} cannot be pruned; see cropr.backbones for what can")
+
+    def _verify_common(self, base: type[nn.Module], blocks: tuple[type[nn.Module], ...]) -> None:
+        """Checks that both hosts share: nothing between us and the blocks that we would skip."""
+        if type(self.host).forward_features is not base.forward_features:  # type: ignore[attr-defined]
+            raise self._refuse("a forward_features of its own")
+        for module in self.host.blocks:
+            if type(module) not in blocks:
+                names = [kind.__name__ for kind in blocks]
+                raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
+        drop = getattr(self.host, "patch_drop", None)
+        if drop is not None and not isinstance(drop, nn.Identity):
+            raise self._refuse("patch dropout (patch_drop_rate > 0)")
+
+
+def cls_row(query: Tensor, key: Tensor, scale: float, prefix: int) -> Tensor:
+    """Row 0 of softmax(q k^T), patches only, mean over heads: [B, N] of query [B, H, 1, d] and key [B, H, L, d]."""
+    logits = (query.float() * scale) @ key.float().transpose(-2, -1)
+    return logits.softmax(dim=-1)[:, :, 0, prefix:].mean(dim=1)

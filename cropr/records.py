@@ -1,0 +1,197 @@
+"""What a job leaves behind: one ``record.json`` with its spec, numbers and provenance.
+
+A record that exists is complete: it is written under a temporary name and renamed. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RECORD = "record.json"
+"""Name of the file in the job's directory."""
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "pydantic", "scikit-learn")
+"""Packages whose version can change a number; those that are not installed are left out of the record."""
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name in the same directory, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Write ``record`` as JSON with sorted keys, whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite; the message names its key.
+        TypeError: a value is not JSON (a tensor, a path).
+    """
+    if bad := [key for key, number in _numbers(record, "record") if not math.isfinite(number)]:
+        raise ValueError(f"{path}: {', '.join(bad)} is not a finite number; a record holds results, not failures")
+    write_text(path, json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a record; ``path`` is the file or the job's directory.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a JSON object.
+    """
+    path = Path(path)
+    path = path / RECORD if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no record; the job has not run to its end") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a record, {error}; delete it and run the job again") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: not a record, its top level is a {type(record).__name__}")
+    return record
+
+
+def provenance(
+    started: float,
+    *,
+    device: str = "cpu",
+    precision: str | None = None,
+    data_fingerprint: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Where the numbers of a record come from.
+
+    Args:
+        started: ``time.time()`` at the start of the job; gives ``started`` (UTC) and ``wall_s``.
+        device: torch's name of the device that computed, ``cpu`` or ``cuda:0``.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None where the job computes no network.
+        data_fingerprint: digest of the data set that was read.
+        more: further entries; one with a name from above replaces it.
+
+    Returns:
+        commit and dirty (None outside a checkout), python, packages, platform, device, cpu, threads, precision,
+        started, wall_s, peak_memory_mb, data_fingerprint. Megabytes are 10^6 bytes: the allocator's peak on CUDA,
+        else the peak resident size of this process.
+    """
+    commit, dirty = _checkout()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "device": _device_name(device),
+        "cpu": cpu_model(),
+        "threads": _threads(),
+        "precision": precision,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "wall_s": round(time.time() - started, 2),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
+        "data_fingerprint": data_fingerprint,
+        **more,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of ``PACKAGES``, read without importing them."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mb(device: str = "cpu") -> float:
+    """Peak memory so far in 10^6 bytes: of torch's allocator on CUDA, else of this process (0 where unknown)."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB on Linux
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return "cpu"
+
+
+def _threads() -> int:
+    """Threads of one operation: torch's setting if the job loaded torch, else what the environment asks for."""
+    if torch := sys.modules.get("torch"):
+        return int(torch.get_num_threads())
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+@cache
+def _checkout() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this package runs from, and whether it has changes; None when it is installed."""
+    # A virtual environment often lies inside some other repository; only one that tracks this file counts.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None or not (commit := _git("rev-parse", "HEAD")):
+        return None, None
+    changes = _git("status", "--porcelain")
+    return commit, None if changes is None else bool(changes)
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in this package's directory, None if it fails or there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """All floats below ``value`` with their dotted key."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _numbers(item, f"{key}[{position}]")
