@@ -119,7 +119,7 @@ class PrunedViT(nn.Module):
         """
         reducers = {int(block): cast(Reducer, reducer).deploy() for block, reducer in self.reducers.items()}
         model = PrunedViT(copy.deepcopy(self.backbone), self.schedule, reducers, copy.deepcopy(self.fusion))
-        return DeployedViT(model.requires_grad_(False).eval())
+        return DeployedViT(model).requires_grad_(False).eval()
 
 
 class DeployedViT(nn.Module):
