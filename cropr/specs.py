@@ -43,8 +43,11 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def digest(self) -> str:
-        """Ten hex digits of the content: equal specs share a digest, on every machine."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Ten hex digits of the content: equal specs share a digest, on every machine.
+
+        Values that are the default do not enter, so that a new key, off by default, leaves all earlier names alone.
+        """
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -95,10 +98,10 @@ class ScenesSpec(Spec):
     """Pixels a side."""
     train: int = Field(20_000, ge=1)
     val: int = Field(2_000, ge=1)
-    scale: tuple[float, float] = (2.0, 3.0)
+    scale: tuple[float, float] = (2.5, 4.0)
     """Size of the labelled digit, in units of its 8 px original."""
     distractors: int = Field(8, ge=0)
-    """Fragments of other digits that are strewn over the image."""
+    """Fragments of digits that are strewn over an image, at most; their number is random."""
     seed: int = 0
 
 

@@ -1,0 +1,93 @@
+"""Write the embedded data set, or check a folder of images.
+
+examples:
+  python -m cropr data scenes --out scenes                          20,000 + 2,000 images of 64 px
+  python -m cropr data scenes --out tiny --train 200 --val 50 --image-size 32
+  python -m cropr data scenes --out scenes --spec '{"distractors": 12, "seed": 1}'
+  python -m cropr data check /data/imagenet --classes 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cropr.specs import ScenesSpec
+
+CONSOLE = Console(stderr=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sub-verbs ``scenes`` and ``check``."""
+    verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    scenes = verbs.add_parser("scenes", help="write the embedded data set as class folders")
+    scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; an earlier set is replaced")
+    scenes.add_argument("--spec", metavar="JSON", help="a ScenesSpec, or a file that holds one")
+    scenes.add_argument("--train", type=int, metavar="N", help="training images")
+    scenes.add_argument("--val", type=int, metavar="N", help="validation images")
+    scenes.add_argument("--image-size", type=int, metavar="PX", help="side of the square images")
+    scenes.add_argument(
+        "--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="size of digits, in units of 8 px"
+    )
+    scenes.add_argument("--distractors", type=int, metavar="N", help="fragments of other digits in an image")
+    scenes.add_argument("--seed", type=int, metavar="N")
+    scenes.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
+    check = verbs.add_parser("check", help="decode every image of a folder and list those that cannot be read")
+    check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*")
+    check.add_argument("--classes", type=int, metavar="N", help="number of classes that there should be")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Dispatch to the sub-verb."""
+    {"scenes": _scenes, "check": _check}[args.what](args)
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=CONSOLE)
+
+
+def _scenes_spec(args: argparse.Namespace) -> ScenesSpec:
+    """``--spec`` first, single options over it."""
+    values = {}
+    if args.spec:
+        text = args.spec if args.spec.lstrip().startswith("{") else Path(args.spec).read_text(encoding="utf-8")
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--spec is not JSON: {error}") from None
+    names = ("train", "val", "image_size", "scale", "distractors", "seed")
+    values |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    try:
+        return ScenesSpec(**values)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"scenes: {'; '.join(problems)}; keys are {', '.join(ScenesSpec.model_fields)}") from None
+
+
+def _scenes(args: argparse.Namespace) -> None:
+    from cropr.data.scenes import write_imagenet
+
+    spec = _scenes_spec(args)
+    with _progress() as bar:
+        task = bar.add_task("scenes", total=spec.train + spec.val)
+        write_imagenet(spec, args.out, args.workers, lambda done: bar.advance(task, done))
+    CONSOLE.print(f"{spec.train} training and {spec.val} validation images in {args.out}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from cropr.data.check import check
+
+    with _progress() as bar:
+        task = bar.add_task("decoding", total=None)
+        report = check(
+            args.root, args.classes, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    report.raise_for_problems()
+    images = ", ".join(f"{count} {split}" for split, count in report.images.items())
+    CONSOLE.print(f"{args.root}: all images can be read ({images} images of {report.classes} classes)")

@@ -1,0 +1,365 @@
+"""Class folders: what is refused, what a sample depends on, and who sees which image."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cropr.cli import main
+from cropr.data.check import check
+from cropr.data.imagenet import (
+    EvalBatches,
+    ImageError,
+    SeededFolder,
+    TrainBatches,
+    decode,
+    eval_transform,
+    load_splits,
+    mixup,
+    seeded,
+    train_transform,
+)
+from cropr.data.scenes import INCOMPLETE
+from cropr.specs import AugmentSpec, DataSpec
+
+PLAIN = AugmentSpec(hflip=0, scale=(1, 1), ratio=(1, 1))
+RICH = AugmentSpec(auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
+CLASSES = ("ant", "bee", "cat")
+
+
+def spec(augment: AugmentSpec = PLAIN, **changes) -> DataSpec:
+    return DataSpec(image_size=16, num_classes=3, augment=augment, mean=(0, 0, 0), std=(1, 1, 1), **changes)
+
+
+def write(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Three classes with 7 training and 3 validation images of noise; pixel [0, 0, 0] is the image's own number."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 7), ("val", 3)):
+        for label, name in enumerate(CLASSES):
+            for index in range(count):
+                image = noise.integers(0, 256, (16, 16, 3))
+                image[0, 0, 0] = label * count + index
+                write(tmp_path / split / name / f"{index}.png", image)
+    return tmp_path
+
+
+def numbers(batches) -> list[int]:
+    """The own numbers of the images, in order (``PLAIN`` images only)."""
+    return [round(float(image[0, 0, 0]) * 255) for images, _ in batches for image in images]
+
+
+def equal(a, b) -> bool:
+    a, b = list(a), list(b)
+    return len(a) == len(b) > 0 and all(
+        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
+    )
+
+
+# Folders
+
+
+def test_splits_are_listed_by_class(root):
+    train, val = load_splits(root, num_classes=3)
+    assert train.classes == val.classes == CLASSES
+    assert train.labels == (0,) * 7 + (1,) * 7 + (2,) * 7
+    assert val.paths[4] == str(root / "val" / "bee" / "1.png")
+
+
+def test_hidden_folders_and_other_files_are_no_classes_and_no_images(root):
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "ant" / "notes.txt").write_text("x")
+    assert len(load_splits(root, 3)[0]) == 21
+
+
+def remove(path: Path) -> None:
+    for child in path.rglob("*"):
+        if child.is_file():
+            child.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda r: r.rename(r.with_name("gone")), FileNotFoundError, r"no such directory; it should hold train"),
+        (
+            lambda r: (r / "val").rename(r / "test"),
+            FileNotFoundError,
+            r"/val: no such directory; images belong into val",
+        ),
+        (lambda r: (r / "val").rename(r / "x") and (r / "val").mkdir(), ValueError, r"/val: no class folder"),
+        (lambda r: remove(r / "train" / "bee"), ValueError, r"/train: no image in bee; remove the folder or put"),
+        (
+            lambda r: (r / "val" / "cat").rename(r / "val" / "dog"),
+            ValueError,
+            r"train that val lacks: cat; .*lacks: dog",
+        ),
+        (lambda r: (r / INCOMPLETE).touch(), ValueError, r"writing this set was interrupted; write it again"),
+    ],
+)
+def test_broken_folders_are_refused_by_name(tmp_path, root, damage, error, message):
+    inner = tmp_path / "set"
+    inner.mkdir()
+    for split in ("train", "val"):
+        (root / split).rename(inner / split)
+    damage(inner)
+    with pytest.raises(error, match=message):
+        load_splits(inner)
+
+
+def test_number_of_classes_must_be_the_one_of_the_settings(root):
+    with pytest.raises(ValueError, match=r"has 3 classes, the settings say 1000; set num_classes to 3"):
+        load_splits(root, 1000)
+
+
+# Images
+
+
+def test_all_modes_become_rgb(tmp_path):
+    grey = Image.fromarray(np.full((4, 4), 200, np.uint8))
+    palette = grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.info["transparency"] = bytes([255])
+    images = {
+        "grey.png": grey,
+        "grey_alpha.png": grey.convert("LA"),
+        "rgba.png": grey.convert("RGBA"),
+        "palette.png": palette,
+        "cmyk.jpg": grey.convert("RGB").convert("CMYK"),
+        "deep.png": Image.fromarray(np.full((4, 4), 200 * 256, np.uint16)),
+    }
+    for name, image in images.items():
+        image.save(tmp_path / name)
+        decoded = decode(tmp_path / name)
+        assert decoded.mode == "RGB"
+        assert np.abs(np.asarray(decoded).astype(int) - 200).max() <= 2, name
+
+
+def test_a_png_under_the_name_of_a_jpeg_is_read(tmp_path):
+    grey = Image.fromarray(np.full((4, 4), 7, np.uint8))
+    grey.save(tmp_path / "n.JPEG", format="png")
+    assert decode(tmp_path / "n.JPEG").size == (4, 4)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_text("no image"), Path.unlink]
+)
+def test_unreadable_images_are_named(root, damage):
+    path = root / "train" / "ant" / "3.png"
+    damage(path)
+    with pytest.raises(ImageError, match=rf"^{path}: cannot be read as an image: \w"):
+        decode(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_names_the_unreadable_image_in_one_line(root, workers):
+    batches = TrainBatches(load_splits(root)[0], spec(), 7, workers=workers)
+    truncate(root / "train" / "ant" / "3.png")
+    with pytest.raises(
+        ValueError, match=r"^\S+/train/ant/3.png: cannot be read as an image: .*; python -m cropr data check [^\n]*$"
+    ):
+        list(batches.epoch(0))
+
+
+def test_check_lists_all_bad_files_at_once(root, caplog):
+    assert check(root, 3).images == {"train": 21, "val": 9}
+    assert main(["data", "check", str(root), "--classes", "3"]) == 0
+    for index in range(7):
+        for name in CLASSES:
+            truncate(root / "train" / name / f"{index}.png")
+    truncate(root / "val" / "bee" / "0.png")
+    (root / "val" / "cat").rename(root / "val" / "dog")
+    seen = []
+    report = check(root, progress=lambda done, total: seen.append((done, total)))
+    assert len(report.bad) == 22
+    assert report.bad[-1].startswith(str(root / "val" / "bee" / "0.png"))
+    assert len(report.problems) == 2
+    assert seen[-1] == (30, 30)
+    assert main(["data", "check", str(root)]) == 2
+    assert "22 of 30 images cannot be read" in caplog.text
+    assert "train that val lacks: cat" in caplog.text
+    assert caplog.text.count("cannot be read as an image") == 20
+    assert "and 2 more files" in caplog.text
+
+
+# Transforms
+
+
+def test_with_augmentation_off_training_only_normalises():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    plain = DataSpec(image_size=16, num_classes=3, augment=PLAIN)
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    expected = (expected - torch.tensor(plain.mean)[:, None, None]) / torch.tensor(plain.std)[:, None, None]
+    for _ in range(5):
+        torch.testing.assert_close(train_transform(plain)(image), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hflip": 0.5}, {"scale": (0.5, 1)}, {"color_jitter": 0.9}, {"erasing": 1.0}, {"auto_augment": "rand-m9"}],
+)
+def test_each_switch_makes_training_random(root, change):
+    train, _ = load_splits(root)
+    batches = TrainBatches(train, spec(PLAIN.model_copy(update=change)), 21)
+    plain = TrainBatches(train, spec(PLAIN), 21)
+    assert not equal(batches.epoch(0), plain.epoch(0))
+
+
+def test_evaluation_takes_the_centre():
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[12:28, 32:48] = 255
+    whole = spec(crop_pct=16 / 40)  # the shorter side stays 40
+    assert eval_transform(whole)(Image.fromarray(image)).min() == 1
+    assert eval_transform(spec(crop_pct=1.0))(Image.fromarray(image)).shape == (3, 16, 16)
+
+
+def test_colour_jitter_beside_a_policy_is_refused():
+    with pytest.raises(ValueError, match=r"color_jitter 0.4 has no effect beside auto_augment 'rand-m9'"):
+        train_transform(spec(AugmentSpec(auto_augment="rand-m9", color_jitter=0.4)))
+
+
+def test_mixup_follows_the_spec():
+    assert mixup(spec()) is None
+    mix = mixup(spec(AugmentSpec(mixup=0.8, smoothing=0.1)))
+    images, target = torch.rand(4, 3, 16, 16), torch.tensor([0, 0, 1, 1])
+    with seeded(0):
+        mixed, soft = mix(images.clone(), target)
+    assert not torch.equal(mixed, images)
+    torch.testing.assert_close(soft.sum(dim=1), torch.ones(4))
+    assert soft.min().item() == pytest.approx(0.1 / 3)
+
+
+# Reproducibility
+
+
+def test_seeded_block_is_reproducible_and_leaves_no_trace():
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    undisturbed = draw(), draw()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    first = draw()
+    with seeded(1, 2, 3):
+        inside = draw()
+    with seeded(1, 2, 3):
+        assert draw() == inside
+    with seeded(1, 2, 4):
+        assert draw() != inside
+    with contextlib.suppress(RuntimeError), seeded(1):
+        raise RuntimeError
+    assert (first, draw()) == undisturbed
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
+    train, _ = load_splits(root)
+    folder = SeededFolder(train, train_transform(spec(RICH)), seed=1)
+    first = folder[2, 5][0]
+    folder[0, 0], folder[2, 6]
+    assert torch.equal(folder[2, 5][0], first)
+    assert not torch.equal(folder[3, 5][0], first)
+    other = SeededFolder(train, train_transform(spec(RICH)), seed=2)
+    assert not torch.equal(other[2, 5][0], first)
+
+
+@pytest.mark.parametrize("augment", [PLAIN, RICH])
+def test_training_draws_nothing_from_the_global_generators(root, augment):
+    batches = TrainBatches(load_splits(root)[0], spec(augment), 7)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    list(batches.epoch(0))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_workers_change_nothing_and_survive_an_abandoned_epoch(root):
+    train, _ = load_splits(root)
+    alone, helped = TrainBatches(train, spec(RICH), 4, seed=3), TrainBatches(train, spec(RICH), 4, seed=3, workers=2)
+    assert equal(alone.epoch(0), helped.epoch(0))
+    next(helped.epoch(1))
+    assert equal(alone.epoch(2), helped.epoch(2))
+
+
+def test_an_epoch_can_begin_anywhere_without_reading_what_lies_before(root):
+    train, _ = load_splits(root)
+    batches = TrainBatches(train, spec(RICH), 4, seed=3)
+    whole = list(batches.epoch(6))
+    assert len(whole) == len(batches) == 5
+    for index in batches.order(6)[: 3 * 4]:
+        Path(train.paths[index]).write_bytes(b"")
+    assert equal(batches.epoch(6, start=3), whole[3:])
+
+
+def test_order_depends_on_seed_and_epoch(root):
+    train, _ = load_splits(root)
+    orders = [TrainBatches(train, spec(), 4, seed=s).order(e).tolist() for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == list(range(21)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert orders[0] == TrainBatches(train, spec(RICH), 7, seed=0).order(0).tolist()
+
+
+# Batches
+
+
+def test_an_epoch_shows_each_image_once_and_says_what_it_drops(root):
+    batches = TrainBatches(load_splits(root)[0], spec(), 4)
+    seen = Counter(numbers(batches.epoch(0)))
+    assert len(seen) == 20
+    assert max(seen.values()) == 1
+    assert batches.dropped == 1
+    labels = torch.cat([labels for _, labels in batches.epoch(0)])
+    assert [n // 7 for n in numbers(batches.epoch(0))] == labels.tolist()
+
+
+def test_processes_share_each_batch(root):
+    train, _ = load_splits(root)
+    whole = [numbers([batch]) for batch in TrainBatches(train, spec(), 6).epoch(1)]
+    shares = [[numbers([b]) for b in TrainBatches(train, spec(), 6, rank=r, world=3).epoch(1)] for r in range(3)]
+    assert len(whole) == 3
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [len(part) for part in parts] == [2, 2, 2]
+        assert sorted(n for part in parts for n in part) == sorted(batch)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_sees_every_image_exactly_once(root, world):
+    _, val = load_splits(root)
+    parts = [EvalBatches(val, spec(crop_pct=1.0), 2, rank=rank, world=world) for rank in range(world)]
+    assert sorted(n for part in parts for n in numbers(part)) == list(range(9))
+    for part in parts:
+        assert [val.paths[n] for n in numbers(part)] == list(part.paths)
+        assert len(list(part)) == len(part)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "augment", "message"),
+    [
+        (22, 1, PLAIN, r"has 21 images, fewer than one batch of 22; lower batch_size to at most 21"),
+        (10, 4, PLAIN, r"batch_size 10 does not divide into 4 processes"),
+        (6, 2, AugmentSpec(cutmix=1.0), r"mix pairs, but a process has 3 images of a batch; .* multiple of 4"),
+    ],
+)
+def test_impossible_batches_are_refused(root, batch_size, world, augment, message):
+    with pytest.raises(ValueError, match=message):
+        TrainBatches(load_splits(root)[0], spec(augment), batch_size, world=world)
