@@ -68,6 +68,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def cls_attention_macs(self, block: int, tokens: int) -> int:
+        """Multiply-accumulates of ``cls_attention`` for one image of so many tokens, prefix included."""
+        raise NotImplementedError
+
     def verify_cls_attention(self) -> None:
         """Refuse hosts whose CLS row cannot be computed.
 
@@ -110,7 +114,6 @@ class Backbone(nn.Module):
             raise self._refuse("patch dropout (patch_drop_rate > 0)")
 
 
-def cls_row(query: Tensor, key: Tensor, scale: float, prefix: int) -> Tensor:
-    """Row 0 of softmax(q k^T), patches only, mean over heads: [B, N] of query [B, H, 1, d] and key [B, H, L, d]."""
-    logits = (query.float() * scale) @ key.float().transpose(-2, -1)
-    return logits.softmax(dim=-1)[:, :, 0, prefix:].mean(dim=1)
+def cls_row(logits: Tensor, scale: float, prefix: int) -> Tensor:
+    """Attention row from raw logits [B, H, L] of the CLS query: softmax, patches only, mean over heads, [B, N]."""
+    return (logits.float() * scale).softmax(dim=-1)[:, :, prefix:].mean(dim=1)

@@ -37,7 +37,13 @@ class EvaBackbone(Backbone):
         if rope is not None:
             lead, patches = key[:, :, : self.prefix], key[:, :, self.prefix :]
             key = torch.cat((lead, apply_rot_embed_cat(patches, rope, half=attention.rotate_half)), dim=2)
-        return cls_row(query, key, attention.scale, self.prefix)
+        logits = (query @ key.transpose(-2, -1)).squeeze(2)
+        return cls_row(logits, attention.scale, self.prefix)
+
+    def cls_attention_macs(self, block: int, tokens: int) -> int:
+        attention = self.host.blocks[block - 1].attn
+        width = attention.num_heads * attention.head_dim
+        return (tokens + 1) * self.dim * width + tokens * width
 
     def verify_cls_attention(self) -> None:
         if self.host.cls_token is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.models import vision_transformer as timm_vit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropr.backbones.base import Backbone, cls_row
@@ -35,16 +36,27 @@ class ViTBackbone(Backbone):
         module = self.host.blocks[block - 1]
         attention = module.attn
         x = module.norm1(tokens.x) if isinstance(module, timm_vit.Block) else tokens.x
-        width = attention.attn_dim
-        weight, bias = attention.qkv.weight, attention.qkv.bias
+        heads = attention.num_heads
+        query_weight, key_weight, _ = attention.qkv.weight.unflatten(0, (3, heads, -1))  # each [H, d, C]
+        query_bias, key_bias = None, None
+        if attention.qkv.bias is not None:
+            query_bias, key_bias, _ = attention.qkv.bias.unflatten(0, (3, -1))
+        query = F.linear(x[:, 0], query_weight.flatten(0, 1), query_bias).unflatten(-1, (heads, -1))
+        query = attention.q_norm(query)  # [B, H, d]
+        if isinstance(attention.k_norm, nn.Identity):
+            # q (W x) = (W^T q) x: one vector a head instead of a projection of every token. The bias of the keys adds
+            # the same to all logits of a head, which softmax does not see.
+            folded = torch.einsum("bhd,hdc->bhc", query, key_weight)
+            return cls_row(folded @ x.transpose(-2, -1), attention.scale, self.prefix)
+        key = F.linear(x, key_weight.flatten(0, 1), key_bias).unflatten(-1, (heads, -1))
+        logits = torch.einsum("bhd,blhd->bhl", query, attention.k_norm(key))
+        return cls_row(logits, attention.scale, self.prefix)
 
-        def project(x: Tensor, part: int) -> Tensor:
-            rows = slice(part * width, (part + 1) * width)
-            y = F.linear(x, weight[rows], None if bias is None else bias[rows])
-            return y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-
-        query = attention.q_norm(project(x[:, :1], 0))
-        return cls_row(query, attention.k_norm(project(x, 1)), attention.scale, self.prefix)
+    def cls_attention_macs(self, block: int, tokens: int) -> int:
+        attention = self.host.blocks[block - 1].attn
+        if isinstance(attention.k_norm, nn.Identity):
+            return 2 * self.dim * attention.attn_dim + attention.num_heads * tokens * self.dim
+        return (tokens + 1) * self.dim * attention.attn_dim + tokens * attention.attn_dim
 
     def verify_cls_attention(self) -> None:
         if self.host.cls_token is None:

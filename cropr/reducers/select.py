@@ -64,7 +64,7 @@ class Cropr(Reducer):
         # Selection runs the deployed arithmetic in every mode, in float32 under any autocast, so that training,
         # evaluation and deployment keep the same tokens. No gradient passes a Top-K.
         with torch.no_grad():
-            score = self.sign * self.scorer.fold()(tokens.patches)
+            score = self.sign * _score_patches(self.scorer.fold(), tokens)
         if not self.training:
             return select(tokens, score, keep, want_pruned)
         if self.selector == "sample":
@@ -93,10 +93,15 @@ class FoldedCropr(ScoreReducer):
         self.scorer = scorer
 
     def score(self, tokens: Tokens, context: Context) -> Tensor:
-        return self.scorer(tokens.patches)
+        return _score_patches(self.scorer, tokens)
 
     def deploy(self) -> Reducer:
         return copy.deepcopy(self)
+
+
+def _score_patches(scorer: FoldedScorer, tokens: Tokens) -> Tensor:
+    """[B, N]. The prefix is scored, too, and cut off: leaving it out first would copy all tokens."""
+    return scorer(tokens.x)[:, tokens.prefix :]
 
 
 class _WithoutWeights(ScoreReducer):
