@@ -98,8 +98,8 @@ class ScenesSpec(Spec):
     """Pixels a side."""
     train: int = Field(20_000, ge=1)
     val: int = Field(2_000, ge=1)
-    scale: tuple[float, float] = (2.5, 4.0)
-    """Size of the labelled digit, in units of its 8 px original."""
+    scale: tuple[float, float] = (3.0, 3.0)
+    """Size of the labelled digit, in units of its 8 px original: drawn between these two."""
     distractors: int = Field(8, ge=0)
     """Fragments of digits that are strewn over an image, at most; their number is random."""
     seed: int = 0
@@ -137,7 +137,8 @@ class DataSpec(Spec):
 class RecipeSpec(Spec):
     """How it is trained. Defaults are the authors' ImageNet recipe (reference, section 3.1)."""
 
-    epochs: int = Field(50, ge=1)
+    epochs: int | float = Field(50, gt=0)
+    """Passes over the training images; 0.5 ends after half of them."""
     batch_size: int = Field(1024, ge=1)
     """Images per optimizer step over all devices and accumulated micro-batches."""
     accumulate: int = Field(1, ge=1)

@@ -67,8 +67,8 @@ def test_mask_and_box_say_where_the_digit_is():
         assert {0, OBJECT} <= set(np.unique(mask)) <= {0, DISTRACTOR, OBJECT}
         assert 0 <= left < right <= 64
         assert 0 <= top < bottom <= 64
-        assert max(right - left, bottom - top) <= 32
-        assert bottom - top >= 15  # digits fill most of the height of their square, here 20 to 32 px
+        assert max(right - left, bottom - top) <= 24
+        assert bottom - top >= 16  # digits fill most of the height of their square, here 24 px
         inside = np.zeros_like(mask, dtype=bool)
         inside[top:bottom, left:right] = True
         assert not (mask[~inside] == OBJECT).any()
@@ -119,7 +119,7 @@ def test_pixels_are_pinned_to_the_version_of_the_generator():
     assert means == pytest.approx(PINNED_MEANS, abs=0.2)
 
 
-PINNED_MEANS = [44.3, 17.8, 87.2, 12.1, 31.6, 14.0]
+PINNED_MEANS = [43.4, 19.3, 85.3, 9.5, 29.5, 14.9]
 
 
 def test_fingerprint_follows_spec_and_version(monkeypatch):
@@ -131,7 +131,7 @@ def test_fingerprint_follows_spec_and_version(monkeypatch):
 
 
 def test_a_digit_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"scale 4.0 is 32 px wide, the image 16 px; lower scale to at most 2 "):
+    with pytest.raises(ValueError, match=r"scale 3.0 is 24 px wide, the image 16 px; lower scale to at most 2 "):
         compose(ScenesSpec(image_size=16), "train", 0)
     with pytest.raises(ValueError, match="increasing pair"):
         compose(ScenesSpec(scale=(3, 2)), "train", 0)
@@ -216,7 +216,7 @@ def test_object_patches_counts_pixels():
 def test_most_patches_are_background_and_every_digit_has_some():
     counts = [object_patches(compose(SPEC, "val", index).mask, (8, 8)).sum() for index in range(100)]
     assert min(counts) >= 2
-    assert max(counts) <= 16
+    assert max(counts) <= 9
 
 
 def test_importing_the_generator_loads_no_torch():

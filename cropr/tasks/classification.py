@@ -1,0 +1,205 @@
+"""Image classification: losses, accuracy, and where the kept tokens lie.
+
+B batch, N patch tokens, K kept, Q queries, M Cropr modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cropr.data.imagenet import mixup
+from cropr.data.scenes import object_mask, object_patches
+from cropr.model import DeployedViT, Output
+from cropr.specs import DataSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Losses of a batch, averaged over its images."""
+
+    total: Tensor
+    """Scalar, to be differentiated."""
+    main: Tensor
+    """Scalar."""
+    aux: Tensor
+    """[M], one a Cropr module, unweighted; empty without auxiliary predictions."""
+
+
+def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
+    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1).
+
+    Args:
+        output: of a model in training mode.
+        target: [B, classes], probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
+            [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
+        aux_weight: weight of the sum of the auxiliary losses.
+    """
+    main = F.cross_entropy(output.logits.float(), target)
+    if not output.aux:
+        return Losses(main, main, main.new_empty(0))
+    # One kernel for all modules.
+    log_probability = torch.stack(output.aux).float().log_softmax(dim=-1)  # [M, B, Q, classes]
+    aux = -(log_probability * target[:, None]).sum(dim=-1).mean(dim=(1, 2))
+    return Losses(main + aux_weight * aux.sum(), main, aux)
+
+
+class Classification:
+    """What the training loop does with a batch: soft targets, mixing, losses.
+
+    Args:
+        data: gives mixup, cutmix, label smoothing and the number of classes.
+        aux_weight: weight of the sum of the auxiliary losses.
+    """
+
+    def __init__(self, data: DataSpec, aux_weight: float = 1.0) -> None:
+        self._mix = mixup(data)
+        self._classes = data.num_classes
+        self._smoothing = data.augment.smoothing
+        self._aux_weight = aux_weight
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W], perhaps mixed in place, and soft targets [B, classes]; draws from NumPy's generator."""
+        if self._mix is not None:
+            return self._mix(images, labels)
+        return images, soft_target(labels, self._classes, self._smoothing)
+
+    def loss(self, output: Output, target: Tensor) -> Losses:
+        """See ``losses``."""
+        return losses(output, target, self._aux_weight)
+
+
+def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+    """[B, classes]: ``smoothing`` spread over all classes, the rest on the label, as timm's mixup does it."""
+    spread = smoothing / classes
+    target = torch.full((len(labels), classes), spread, device=labels.device)
+    return target.scatter_(1, labels[:, None], 1 - smoothing + spread)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracy over a validation set."""
+
+    metrics: dict[str, float]
+    """``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``."""
+    relevance: list[dict[str, float]]
+    """Per block: ``block``, ``kept_on_object`` (share of the kept patches that lie on the labelled object, percent),
+    ``object_kept`` (share of the object's patches still alive, percent); both are means over images. Block 0 is the
+    input. Empty without known truth."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    objects: Tensor | None = None,
+    device: torch.device | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
+
+    Args:
+        model: on ``device``.
+        batches: images [B, 3, H, W] and labels [B]; with several processes, each has its own part.
+        objects: [images, N] bool, which patches lie on the labelled object, in the order of ``batches``.
+        device: the CPU unless given.
+        total: sums over processes; this one is alone unless given.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` for autocast.
+        seed: of reducers that choose at random.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    device, total = device or torch.device("cpu"), total or (lambda sums: sums)
+    training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    forward = model.detailed if isinstance(model, DeployedViT) else model
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    seen = 0
+    relevance = _Relevance()
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device, precision):
+            output: Output = forward(images)
+        sums += _counts(output.logits.float(), labels)
+        if objects is not None:
+            relevance.add(output, objects[seen : seen + len(labels)].to(device))
+        seen += len(labels)
+    model.train(training)
+    top1, top5, loss, count = total(sums).tolist()
+    if not count:
+        raise ValueError("no image to evaluate: the validation set is empty")
+    metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
+    return Evaluation(metrics, [] if objects is None else relevance.result(total))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision for a forward pass; nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """[4]: images right at first guess, right within five, sum of losses, images."""
+    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack((ranked[:, 0].sum(), ranked.sum(), loss.double(), loss.new_tensor(len(labels)))).double()
+
+
+def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
+    """[images, h w] bool: which patches lie on the labelled object; None where the truth is not known.
+
+    It is known for sets of scenes that are evaluated as they were drawn, neither resized nor cropped.
+    """
+    size = (data.image_size, data.image_size)
+    if not paths or data.crop_pct != 1 or (first := object_mask(paths[0])) is None or first.shape != size:
+        return None
+    masks = [object_mask(path) for path in paths]
+    return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
+
+
+class _Relevance:
+    """Sums of the two shares over images, per block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, output: Output, on_object: Tensor) -> None:
+        """``on_object``: [B, N] bool."""
+        size = on_object.sum(dim=1)
+        everywhere = torch.arange(on_object.shape[1], device=on_object.device).expand_as(on_object)
+        for block, index in {0: everywhere, **output.kept}.items():
+            hit = on_object.gather(1, index).sum(dim=1).double()
+            shares = torch.stack(
+                (
+                    (hit / index.shape[1]).sum(),
+                    (hit / size.clamp(min=1)).sum(),  # an image without an object patch adds nothing
+                    (size > 0).sum().double(),
+                    torch.tensor(len(index), dtype=torch.float64, device=index.device),
+                )
+            )
+            self.sums[block] = self.sums.get(block, torch.zeros_like(shares)) + shares
+
+    def result(self, total: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
+        rows = []
+        for block, sums in self.sums.items():
+            on_object, alive, with_object, images = total(sums).tolist()
+            rows.append(
+                {
+                    "block": block,
+                    "kept_on_object": 100 * on_object / images,
+                    "object_kept": 100 * alive / max(with_object, 1),
+                }
+            )
+        return rows

@@ -1,0 +1,258 @@
+"""Weights and training state on disk: safetensors for tensors, JSON for the rest. Nothing is unpickled.
+
+A run keeps one checkpoint, ``<out>/checkpoint/step_<n>/``: ``model.safetensors``, ``optimizer.safetensors`` and
+``state.json``. The directory appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from cropr.training.optim import HOST
+
+WEIGHTS = "weights.safetensors"
+"""A finished run's weights, training form, in the run's directory."""
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = 20
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory.
+
+    Args:
+        root: directory of the run's checkpoints.
+        step: optimizer steps done.
+        model: unwrapped model, as in ``parameter_groups``.
+        optimizer: its groups carry ``names``.
+        state: JSON; whatever else the loop needs to go on.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp_*"):
+        shutil.rmtree(leftover)
+    final, temporary = root / f"step_{step:08d}", root / f".tmp_{step:08d}"
+    if final.exists():
+        return final
+    temporary.mkdir()
+    save_weights(temporary / "model.safetensors", model)
+    _save_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
+    with (temporary / "state.json").open("w", encoding="utf-8") as file:
+        json.dump({**state, "step": step}, file, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(final)
+    for older in root.glob("step_*"):
+        if older != final:
+            shutil.rmtree(older)
+    return final
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint with the most steps below ``root``, None if there is none."""
+    return max(root.glob("step_*"), default=None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put model and optimizer into the state of a checkpoint; returns its JSON part.
+
+    Raises:
+        ValueError: it belongs to another model: missing, unexpected and mis-shaped keys are listed.
+    """
+    load_weights(model, checkpoint / "model.safetensors")
+    path = checkpoint / "optimizer.safetensors"
+    tensors = _read(path)
+    parameters = {
+        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
+    }
+    optimizer.state.clear()
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        if name not in parameters:
+            raise ValueError(f"{path}: state of {name}, which the model does not train; this is another model's")
+        parameter = parameters[name]
+        optimizer.state[parameter][part] = tensor.to(parameter.device)
+    return read_state(checkpoint)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """``<parameter>/<part>`` -> tensor, for example ``backbone.host.cls_token/exp_avg``."""
+    return {
+        f"{name}/{part}": tensor
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for part, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write all parameters and persistent buffers, whole or not at all."""
+    _save_tensors(path, model.state_dict())
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load exactly the parameters and buffers that the model has.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: missing, unexpected or mis-shaped keys, all listed; or not a safetensors file.
+    """
+    tensors = _read(path)
+    _require_match(path, tensors, model.state_dict())
+    model.load_state_dict(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What ``load_initial`` did with the host's parameters."""
+
+    loaded: tuple[str, ...]
+    resampled: tuple[str, ...]
+    """Positions that were interpolated to another patch grid; also in ``loaded``."""
+    fresh: tuple[str, ...]
+    """Left at their initial values."""
+    ignored: tuple[str, ...]
+    """In the file only."""
+
+
+def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loaded:
+    """Start from the host weights of another run, or from a file with the names of a timm model.
+
+    Reducers start fresh. Positions are interpolated if the patch grid differs; the classifier starts fresh if the
+    number of classes differs. Everything else must match, except for what ``fresh`` declares.
+
+    Args:
+        model: a ``PrunedViT``.
+        path: safetensors file.
+        fresh: names of the host's modules that may be missing from the file or from the model, such as ``fc_norm``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: missing, unexpected or mis-shaped keys, all listed.
+    """
+    tensors = _read(path)
+    if any(name.startswith(HOST) for name in tensors):
+        tensors = {name.removeprefix(HOST): tensor for name, tensor in tensors.items() if name.startswith(HOST)}
+    host = model.get_submodule(HOST.rstrip("."))
+    own = host.state_dict()
+    resampled = _resample_positions(host, own, tensors)
+    apart = {name for name in {*own, *tensors} if name.split(".")[0] in fresh and (name in own) != (name in tensors)}
+    if (heads := _classifier(own)) & set(tensors) and any(
+        name in tensors and tensors[name].shape != own[name].shape for name in heads
+    ):
+        apart |= heads
+    _require_match(
+        path,
+        {name: tensor for name, tensor in tensors.items() if name not in apart},
+        {name: tensor for name, tensor in own.items() if name not in apart},
+    )
+    loaded = tuple(name for name in own if name in tensors and name not in apart)
+    host.load_state_dict({**own, **{name: tensors[name] for name in loaded}})
+    result = Loaded(
+        loaded,
+        resampled,
+        tuple(name for name in own if name in apart),
+        tuple(name for name in tensors if name in apart and name not in own),
+    )
+    _report(path, result)
+    return result
+
+
+def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """Fit absolute positions to the host's patch grid, in place; names of those that changed."""
+    name = "pos_embed"
+    if name not in own or name not in tensors or own[name].shape == tensors[name].shape:
+        return ()
+    prefix = 0 if getattr(host, "no_embed_class", False) else int(host.num_prefix_tokens)  # type: ignore[arg-type]
+    patches = tensors[name].shape[1] - prefix
+    if tensors[name].shape[-1] != own[name].shape[-1] or patches < 1 or math.isqrt(patches) ** 2 != patches:
+        return ()  # another width or no square grid: reported as mis-shaped
+    grid = host.patch_embed.grid_size  # type: ignore[union-attr]
+    tensors[name] = resample_abs_pos_embed(tensors[name], new_size=list(grid), num_prefix_tokens=prefix)  # type: ignore[arg-type]
+    return (name,)
+
+
+def _classifier(own: Mapping[str, Tensor]) -> set[str]:
+    return {name for name in own if name.startswith(("head.", "head_dist."))}
+
+
+def _report(path: Path, result: Loaded) -> None:
+    _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(result.loaded))
+    for what, names in (
+        ("interpolated to this patch grid", result.resampled),
+        ("start fresh, the file does not fit them", result.fresh),
+        ("in the file only, ignored", result.ignored),
+    ):
+        if names:
+            _LOG.info("  %s: %s", what, _listed(names))
+
+
+def _require_match(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    problems = []
+    if missing := [name for name in wanted if name not in found]:
+        problems.append(f"missing {len(missing)}: {_listed(missing)}")
+    if unexpected := [name for name in found if name not in wanted]:
+        problems.append(f"unexpected {len(unexpected)}: {_listed(unexpected)}")
+    if shapes := [
+        f"{name} {list(found[name].shape)}, in the model {list(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]:
+        problems.append(f"other shape {len(shapes)}: {_listed(shapes)}")
+    if problems:
+        raise ValueError(f"{path} does not fit the model; " + "; ".join(problems))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; weights are expected as safetensors")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

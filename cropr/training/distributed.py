@@ -1,0 +1,101 @@
+"""One process or many: what ``torchrun`` sets up, and the few collectives that training needs.
+
+python -m cropr train ...                                      one process
+torchrun --nproc-per-node 8 -m cropr train ...                 one process a GPU
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cropr.runtime import reuse_freed_memory
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among its peers. The default is alone, on the CPU."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over processes; the model itself when alone."""
+        if self.size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def start(device: str | None = None, threads: int | None = None) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, if it did, and set torch up: repeatable, and fast on the CPU.
+
+    Args:
+        device: ``cpu`` or ``cuda``; the first GPU of this process if there is one, unless given.
+        threads: threads of one operation; ``OMP_NUM_THREADS`` or torch's choice unless given.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads {threads}: must be 1 or more")
+        torch.set_num_threads(threads)
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {kind}: choose cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU; leave the option out to train on the CPU")
+    place = torch.device("cpu")
+    if kind == "cpu":
+        reuse_freed_memory()
+    else:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        with _repeatable(kind):
+            yield World(distributed.get_rank(), size, place) if size > 1 else World(device=place)
+    finally:
+        if size > 1:
+            distributed.destroy_process_group()
+
+
+@contextmanager
+def _repeatable(kind: str) -> Iterator[None]:
+    """Deterministic kernels on the CPU, where they cost nothing; on CUDA they would replace fast ones."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if kind == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

@@ -1,0 +1,357 @@
+"""The training loop: steps, mixed precision, accumulation, a line of JSON a step, checkpoints, resuming.
+
+All randomness of a step is a function of (seed, step, process), and all that a step changes is in the checkpoint: a run
+that was killed and resumed ends with the weights of an undisturbed one, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cropr.specs import RecipeSpec
+from cropr.tasks.classification import Losses, autocast
+from cropr.training.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from cropr.training.distributed import World
+from cropr.training.optim import create_optimizer, create_schedule, total_steps
+from cropr.training.progress import Progress, StepLog, StopRequest
+
+CHECKPOINTS = "checkpoint"
+LOG = "log.jsonl"
+OVERFLOWS = 30
+"""fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class TrainingDiverged(ValueError):
+    """The loss or its gradient is not finite any more."""
+
+
+class TrainingInterrupted(Exception):
+    """A signal asked for an end; a checkpoint was written. ``args`` are message and signal number."""
+
+
+class Task(Protocol):
+    """What the loop asks of a task."""
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment a batch as a whole; returns images and targets. Draws from the global generators."""
+
+    def loss(self, output: Any, target: Tensor) -> Losses:
+        """Losses of what the model gave for a (part of a) batch."""
+
+
+class Loader(Protocol):
+    """What the loop asks of the data: the batches of this process."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of the epoch's batches from number ``start`` on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What does not change the result."""
+
+    out: Path
+    """Directory of the run."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint must agree with to be resumed, for example spec and data fingerprint."""
+    checkpoint_minutes: float = 10
+    """Time between checkpoints within an epoch; there is one at the end of each epoch in any case."""
+    evaluate_every: int = 0
+    """Evaluate after every so many epochs; 0 for never."""
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    loader: Loader,
+    recipe: RecipeSpec,
+    seed: int,
+    settings: Settings,
+    world: World | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place, from the last checkpoint in ``settings.out`` if there is one.
+
+    Args:
+        model: a ``PrunedViT`` on ``world``'s device, with its initial weights.
+        evaluate: called after every ``settings.evaluate_every`` epochs.
+
+    Returns:
+        What ``evaluate`` returned, with ``epoch`` (from 1), including evaluations before a resumption.
+
+    Raises:
+        TrainingDiverged: with step, learning rate and last good checkpoint.
+        TrainingInterrupted: after SIGTERM or SIGINT.
+        ValueError: recipe that cannot run here, or a checkpoint of another run.
+    """
+    run = _Run(model, task, loader, recipe, seed, settings, world or World())
+    steps = len(loader)
+    total = max(1, round(recipe.epochs * steps))
+    with run.log, StopRequest() as stop, Progress(total, run.step, steps, show=run.world.leads) as progress:
+        while run.step < total:
+            try:
+                run.train_epoch(total, stop, progress)
+            except (RuntimeError, OSError, EOFError) as error:
+                # A signal to the whole process group ends the workers of the loader, too, and that surfaces here.
+                if stop.requested is None:
+                    raise
+                raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
+            epoch, begun = divmod(run.step, steps)
+            if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
+                run.history.append({"epoch": epoch, **evaluate()})
+            run.save()
+    return run.history
+
+
+class _Run:
+    """Everything that advances in training, and how it is saved and restored."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        loader: Loader,
+        recipe: RecipeSpec,
+        seed: int,
+        settings: Settings,
+        world: World,
+    ) -> None:
+        if recipe.precision == "fp16" and world.device.type == "cpu":
+            raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
+        self.model, self.loader, self.seed, self.settings, self.world = model, loader, seed, settings, world
+        self.root = settings.out / CHECKPOINTS
+        self.optimizer = create_optimizer(model, recipe)
+        self.schedule = create_schedule(self.optimizer, recipe, len(loader))
+        self.total = total_steps(recipe, len(loader))
+        self.stepper = Stepper(model, task, self.optimizer, recipe, world)
+        self.identity = {**settings.identity, "seed": seed, "steps_per_epoch": len(loader)}
+        self.step, self.history = 0, list[dict[str, float]]()
+        if (checkpoint := latest_checkpoint(self.root)) is not None:
+            self._resume(checkpoint)
+        self.log = StepLog(settings.out / LOG if world.leads else None, self.step)
+        self._saved = time.monotonic()
+
+    def train_epoch(self, total: int, stop: StopRequest, progress: Progress) -> None:
+        """The rest of the current epoch, or up to step ``total``; a line of the log a step."""
+        self.model.train()
+        epoch, first = divmod(self.step, len(self.loader))
+        clock = time.perf_counter()
+        for images, labels in islice(self.loader.epoch(epoch, first), total - self.step):
+            loaded = time.perf_counter()
+            self.schedule.step_update(self.step)
+            seed_step(self.seed, self.step, self.world.rank)
+            result = self.stepper(images, labels, lambda: stop.requested is not None)
+            seconds = loaded - clock, time.perf_counter() - loaded
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            line = _line(self.step, epoch, lr, result, seconds)
+            self.log.write(line)
+            progress.advance(line)
+            self._require_finite(result, epoch, lr)
+            self.step += 1
+            if result.stop:
+                self.save()
+                raise TrainingInterrupted(f"stopped by {stop.name}; {self.last_checkpoint}", stop.requested)
+            if self.step == self.total:
+                return
+            due = time.monotonic() - self._saved > 60 * self.settings.checkpoint_minutes
+            if due and self.step % len(self.loader):
+                self.save()
+            clock = time.perf_counter()
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        self._saved = time.monotonic()
+        if self.world.leads:
+            self.log.sync()
+            state = {
+                "identity": self.identity,
+                "history": self.history,
+                "scaler": self.stepper.scaler.state_dict(),
+            }
+            save_checkpoint(self.root, self.step, self.model, self.optimizer, state)
+
+    @property
+    def last_checkpoint(self) -> str:
+        """In words."""
+        return f"last checkpoint: {latest_checkpoint(self.root) or 'none yet'}"
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Model and optimizer in the state of a checkpoint."""
+        theirs = read_state(checkpoint)["identity"]
+        if different := [key for key in self.identity if theirs.get(key) != self.identity[key]]:
+            changes = "; ".join(f"{key} was {theirs.get(key)}, is {self.identity[key]}" for key in different)
+            raise ValueError(
+                f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it to start again"
+            )
+        state = load_checkpoint(checkpoint, self.model, self.optimizer)
+        if self.stepper.scaler.is_enabled():
+            self.stepper.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], state["history"]
+        _LOG.info("resumed from %s, %d steps done", checkpoint, self.step)
+
+    def _require_finite(self, result: StepResult, epoch: int, lr: float) -> None:
+        """An overflow of fp16 is normal once in a while: the step was skipped and the loss scale halved."""
+        what = None
+        if not math.isfinite(result.loss):
+            what = f"the loss is {result.loss}"
+        elif result.aux_loss is not None and not math.isfinite(result.aux_loss):
+            what = f"the auxiliary loss is {result.aux_loss}"
+        elif self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0):
+            what = f"the gradient norm is {result.grad_norm}"
+        if what:
+            raise TrainingDiverged(
+                f"{what} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
+                "Lower recipe.base_lr, lengthen recipe.warmup_epochs or set recipe.clip_grad"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Numbers of one step, over all processes."""
+
+    loss: float
+    """Main loss."""
+    aux_loss: float | None
+    """Mean over the Cropr modules; None without any."""
+    grad_norm: float
+    """Of the encoder and its head, before clipping."""
+    stop: bool
+    """Some process was asked to stop."""
+    images: int
+    """Of the optimizer step, over all processes."""
+
+
+class Stepper:
+    """One optimizer step: forward, backward over micro-batches, clipping, update.
+
+    Gradients of the encoder and of what pruning adds for training are clipped apart from each other, so that the
+    auxiliary losses do not reach the encoder that way either.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.optimizer = optimizer
+        self.recipe = recipe
+        self.world = world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        self.overflows = 0
+        self._wrapped = world.wrap(model)
+        named = list(model.named_parameters())
+        self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
+        self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
+
+    def __call__(self, images: Tensor, labels: Tensor, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """Update the weights with one batch: images [B, 3, H, W], labels [B]. Waits for the device once.
+
+        ``stop`` says whether this process was asked to stop; the result, whether any was.
+        """
+        device, world = self.world.device, self.world
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, target = self.task.prepare(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self._backward(images, target)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip(self._encoder, self.recipe.clip_grad)
+        if self._reducers:
+            clip(self._reducers, self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # Losses, the wish to stop and the norm in one transfer from the device.
+        sums = world.sum(torch.cat((sums, sums.new_tensor([stop(), len(images)]))))
+        loss, aux, wish, count, grad_norm = torch.cat((sums, norm.reshape(1).to(sums))).tolist()
+        result = StepResult(
+            loss / world.size, aux / world.size if self._reducers else None, grad_norm, wish > 0, int(count)
+        )
+        self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
+        return result
+
+    def _backward(self, images: Tensor, target: Tensor) -> Tensor:
+        """Gradients of the mean over the batch, in micro-batches; [2]: main loss and mean auxiliary loss."""
+        parts = [
+            (x, y)
+            for x, y in zip(
+                images.tensor_split(self.recipe.accumulate), target.tensor_split(self.recipe.accumulate), strict=True
+            )
+            if len(x)
+        ]
+        sums = torch.zeros(2, device=images.device)
+        for number, (x, y) in enumerate(parts, start=1):
+            last = number == len(parts)
+            # Processes average their gradients once a step, with the last part.
+            quiet = nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync()  # type: ignore[operator]
+            with quiet:
+                with autocast(self.world.device, self.recipe.precision):
+                    output = self._wrapped(x)
+                losses = self.task.loss(output, y)
+                share = len(x) / len(images)
+                self.scaler.scale(losses.total * share).backward()
+            sums += share * torch.stack((losses.main.detach(), _mean(losses.aux.detach())))
+        return sums
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Norm of the gradients, which are scaled down to ``limit`` if they exceed it; None for no limit."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's and NumPy's global generators (timm's mixup draws from the latter) for one step."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))
+
+
+def summarise(log: Path) -> dict[str, float]:
+    """``images``, ``train_images_per_s`` and ``step_ms`` (median, without loading) of a run, from its log.
+
+    The first five steps, in which memory and kernels are set up, are left out of the median.
+    """
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steady = [line["step_ms"] for line in lines[5:]] or [line["step_ms"] for line in lines]
+    images = sum(line["images"] for line in lines)
+    seconds = sum(line["data_ms"] + line["step_ms"] for line in lines) / 1000
+    return {"images": images, "train_images_per_s": images / seconds, "step_ms": float(np.median(steady))}
+
+
+def _line(step: int, epoch: int, lr: float, result: StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
+    """A line of the log. Numbers that are not finite become null, which JSON has."""
+    numbers = {"loss": result.loss, "aux_loss": result.aux_loss, "grad_norm": result.grad_norm}
+    return {
+        "step": step,
+        "epoch": epoch,
+        "lr": lr,
+        **{key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()},
+        "images": result.images,
+        "images_per_s": round(result.images / sum(seconds), 2),
+        "data_ms": round(1000 * seconds[0], 3),
+        "step_ms": round(1000 * seconds[1], 3),
+    }
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if values.numel() else values.new_zeros(())
