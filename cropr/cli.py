@@ -12,6 +12,7 @@ VERBS = {
     "train": "train or fine-tune a model, pruned or not, and evaluate it",
     "evaluate": "evaluate trained weights",
     "bench": "measure throughput of a pruned model against the unpruned one",
+    "compare": "print one row of a table beside its baseline",
     "show": "save the pruning maps of a trained model on validation images",
     "doctor": "print versions, device, threads and data roots, for a bug report",
 }

@@ -1,0 +1,92 @@
+"""Which source files a result depends on, and their digest: a rule reruns when its own files change, no other does.
+
+Snakemake does not see what a command imports, so rules put ``code_digest(...)`` in their ``params``. A test walks the
+imports of every verb and holds the lists below to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from cropr.specs import PruneSpec
+
+PACKAGE = Path(__file__).parent
+
+NEUTRAL = frozenset(
+    {
+        "__init__.py",
+        "cli.py",
+        "specs.py",
+        "records.py",
+        "configuration.py",
+        "experiments.py",
+        "sources.py",
+        "commands/spec_flags.py",
+        "data/check.py",  # of `data check`, which the workflow does not call
+    }
+)
+"""Imported by every job, but what they decide reaches it as text: its specification and its command line."""
+
+_MODEL = ("runtime.py", "schedule.py", "tokens.py", "fusion.py", "model.py", "backbones/*.py")
+_REDUCERS = ("reducers/__init__.py", "reducers/base.py")
+
+SOURCES: dict[str, tuple[str, ...]] = {
+    "data": ("data/scenes.py", "commands/data.py"),
+    "train": (*_MODEL, "tasks/*.py", "training/*.py", "data/*.py", "commands/train.py"),
+    "bench": (*_MODEL, "bench/*.py", "commands/bench.py"),
+    "maps": (*_MODEL, "data/*.py", "tasks/*.py", "training/*.py", "commands/show.py"),
+    "notebook": ("report/*.py", "!report/page.py", "../workflow/run_notebook.py"),
+    "report": ("report/*.py",),
+}
+"""Files of each kind of job, relative to the package; a leading ``!`` takes a file out again."""
+
+BY_REDUCER: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "cropr": (*_REDUCERS, "reducers/select.py", "scorer.py"),
+    "non_salient": (*_REDUCERS, "reducers/select.py", "scorer.py"),
+    "random": (*_REDUCERS, "reducers/select.py"),
+    "variance": (*_REDUCERS, "reducers/select.py"),
+    "attn_topk": (*_REDUCERS, "reducers/select.py"),
+}
+"""What a reducer adds to jobs that build a model with it."""
+
+
+def code_digest(kind: str, prune: PruneSpec | None = None) -> str:
+    """Ten hex digits of the contents of the files behind a job.
+
+    Args:
+        kind: key of ``SOURCES``.
+        prune: what the job's model prunes with; its reducer's files count, other reducers' do not.
+
+    Raises:
+        FileNotFoundError: a pattern that no file matches.
+    """
+    return _digest((*SOURCES[kind], *(BY_REDUCER[prune.reducer] if prune else ())))
+
+
+def source_files(patterns: tuple[str, ...]) -> list[Path]:
+    """Files that the patterns name, sorted.
+
+    Raises:
+        FileNotFoundError: a pattern that no file matches.
+    """
+    chosen: set[Path] = set()
+    for pattern in patterns:
+        files = set(PACKAGE.glob(pattern.removeprefix("!")))
+        if pattern.startswith("../"):
+            files = {PACKAGE.parent / pattern.removeprefix("../")}
+        if not files or not all(file.is_file() for file in files):
+            raise FileNotFoundError(f"{PACKAGE / pattern}: no such source file; correct cropr/sources.py")
+        chosen = chosen - files if pattern.startswith("!") else chosen | files
+    return sorted(chosen)
+
+
+@cache
+def _digest(patterns: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in source_files(patterns):
+        digest.update(f"{file.relative_to(PACKAGE.parent).as_posix()}\0".encode())
+        digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()[:10]

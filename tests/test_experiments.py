@@ -1,0 +1,477 @@
+"""The grid: every row at every scale, shared runs, and errors that name file, key, value and what is allowed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cropr.configuration import merge, parse_seeds, read_settings
+from cropr.experiments import Grid, load_grid, shipped
+from cropr.schedule import Schedule, attended
+from cropr.sources import BY_REDUCER, NEUTRAL, PACKAGE, SOURCES, code_digest, source_files
+from cropr.specs import REDUCERS, PruneSpec
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "config"
+SCALES = ["ci", "laptop", "workstation", "paper"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's images: two classes."""
+    root = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def grids(folder: Path) -> dict[str, Grid]:
+    roots = {"imagenet": folder, "folder": folder}
+    return {scale: load_grid(CONFIG, scale, roots=roots) for scale in SCALES}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A copy of config/ to break."""
+    return Path(shutil.copytree(CONFIG, tmp_path / "config"))
+
+
+def edit(file: Path, **values: object) -> None:
+    """Lay values over a YAML file; dots in keys go down."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        place = content
+        *parents, last = key.split("__")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def edit_row(file: Path, row: str, **values: object) -> None:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    next(entry for entry in content["rows"] if entry["row"] == row).update(values)
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+# The grid ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_row_is_available_exactly_if_its_reducer_exists(grids: dict[str, Grid], scale: str) -> None:
+    for artefact in grids[scale].artefacts.values():
+        for row in artefact.rows:
+            assert row.available == (row.columns["reducer"] in REDUCERS)
+            assert row.available == (row.run is not None)
+            assert row.available or row.why
+
+
+def test_missing_rows_of_table_1_are_the_competitors_that_do_not_exist_yet(grids: dict[str, Grid]) -> None:
+    table = grids["laptop"].artefacts["imagenet_methods"]
+    missing = [row.row for row in table.rows if not row.available]
+    assert missing == [
+        "k_medoids_r8", "ats_r8", "dpc_knn_r8", "evit_r8", "tome_r8_cls", "tome_r8",
+        "dynamicvit_r50", "sit_r50", "sinkhorn_r50", "patchmerger_r50",
+    ]  # fmt: skip
+
+
+def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
+    assert ablations["cropr"].run == methods["cropr_r8_llf"].run
+    assert ablations["no_llf"].run == methods["cropr_r8"].run
+    assert ablations["no_mlp"].run != ablations["cropr"].run
+    assert ablations["no_mlp"].bench == methods["cropr_r8_llf"].bench
+    assert ablations["norm"].bench != methods["cropr_r8_llf"].bench
+    runs = {row.run for artefact in grid.artefacts.values() for row in artefact.rows if row.run}
+    assert runs == set(grid.runs)
+
+
+def test_every_ablation_changes_one_thing(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    rows = grid.artefacts["ablations"].rows
+    specs = {row.row: grid.runs[row.run].model_dump() for row in rows if row.run}
+    base = specs.pop("cropr")
+    for row, spec in specs.items():
+        changed = {key for key in spec["prune"] if spec["prune"][key] != base["prune"][key]}
+        assert len(changed) == 1, row
+        assert len(spec["prune"]["options"]) <= 1
+        assert {key for key in spec if spec[key] != base[key]} == {"prune"}
+
+
+def test_paper_scale_is_the_authors_recipe(grids: dict[str, Grid]) -> None:
+    grid = grids["paper"]
+    spec = grid.runs[str(grid.artefacts["imagenet_methods"]["cropr_r8_llf"].run)]
+    assert spec.model.name == "vit_large_patch16_224.mae"
+    assert spec.model.args == {"global_pool": "avg", "pool_include_prefix": True}
+    assert spec.model.drop_path == 0.2
+    assert spec.init == "timm"
+    recipe = spec.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (50, 1024, 5)
+    assert (recipe.peak_lr, recipe.min_lr, recipe.layer_decay, recipe.weight_decay) == (4e-3, 1e-6, 0.75, 0.05)
+    assert recipe.precision == "fp16"
+    assert recipe.clip_grad is None
+    augment = spec.data.augment
+    assert (augment.mixup, augment.cutmix, augment.erasing, augment.smoothing) == (0.8, 1.0, 0.25, 0.1)
+    assert (augment.auto_augment, augment.hflip) == ("rand-m9-mstd0.5-inc1", 0.5)
+    assert augment.scale == (0.08, 1.0)
+    assert spec.prune.schedule == {"constant": {"rate": 8, "first_extra": 1, "align": 1}}
+    assert spec.prune.aux_weight == 1
+
+
+@pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
+def test_speed_is_measured_on_the_papers_model_and_schedules(grids: dict[str, Grid], scale: str) -> None:
+    grid = grids[scale]
+    table = grid.artefacts["imagenet_methods"]
+    for bench in grid.benches.values():
+        assert bench.model.name == "vit_large_patch16_224"
+        assert bench.image_size == 224
+    spec = grid.benches[str(table["cropr_r50"].bench)]
+    assert spec.prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
+    small = grid.benches[str(table["small_image"].bench)]
+    assert (small.pruned_image_size, small.prune.reducer) == (176, "none")
+
+
+def test_ci_measures_its_own_model(grids: dict[str, Grid]) -> None:
+    assert {bench.model.args["depth"] for bench in grids["ci"].benches.values()} == {4}
+
+
+def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    assert grid.pretrain is not None
+    assert grid.pretrain.prune.reducer == "none"
+    assert grid.pretrain.model.args["global_pool"] == "avg"
+    attention = grid.runs[str(grid.artefacts["imagenet_methods"]["attn_topk_r8_llf"].run)]
+    assert attention.model.args["global_pool"] == "token"
+    assert {spec.init for spec in grid.runs.values()} == {grid.pretrain.digest()}
+
+
+@pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
+def test_smaller_image_is_the_nearest_to_croprs_multiply_adds(grids: dict[str, Grid], scale: str) -> None:
+    config = grids[scale].config
+    model = config.model
+    width = {"laptop": 96, "workstation": 384, "paper": 1024}[scale]
+
+    def macs(image_size: int, schedule: Schedule, fusion: bool) -> float:
+        patches = (image_size // model.patch_size) ** 2
+        tokens = attended(schedule.resolve(patches, model.depth, fusion, 1), patches, fusion, 1)
+        return sum(12 * n * width**2 + 2 * n**2 * width for n in tokens) + patches * 3 * model.patch_size**2 * width
+
+    wanted = macs(config.data.image_size, Schedule.from_config(config.schedules["r8"]), True)
+    sizes = range(model.patch_size, config.data.image_size, model.patch_size)
+    nearest = min(sizes, key=lambda size: abs(macs(size, Schedule.constant(0), False) - wanted))
+    assert config.image_sizes["small"] == nearest
+
+
+def test_relevance_needs_data_with_known_truth(grids: dict[str, Grid]) -> None:
+    assert "relevance" in grids["laptop"].artefacts
+    assert "relevance" not in grids["paper"].artefacts
+
+
+def test_the_first_table_goes_first(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    assert next(iter(grid.artefacts)) == "imagenet_methods"
+    methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
+    assert grid.priority(str(methods["random_r8_llf"].run)) > grid.priority(str(ablations["no_mlp"].run))
+    assert grid.priority(str(ablations["cropr"].run)) == grid.priority(str(methods["none"].run))
+
+
+def test_class_folders_of_the_user_are_counted(grids: dict[str, Grid]) -> None:
+    assert {spec.data.num_classes for spec in grids["workstation"].runs.values()} == {2}
+
+
+def test_manifest_says_all_that_a_notebook_needs() -> None:
+    grid = load_grid(CONFIG, "laptop", seeds=2)
+    manifest = json.loads(json.dumps(grid.manifest("imagenet_methods")))
+    assert manifest["seeds"] == [0, 1]
+    assert manifest["results"] == "results/laptop"
+    assert manifest["published"].endswith("config/published/imagenet_methods.csv")
+    rows = {row["row"]: row for row in manifest["rows"]}
+    run = rows["cropr_r8_llf"]["run"]
+    assert rows["cropr_r8_llf"]["records"] == [f"results/laptop/runs/{run}/seed{seed}/record.json" for seed in (0, 1)]
+    assert rows["cropr_r8_llf"]["baseline"] == "none"
+    assert rows["cropr_r8_llf"]["maps"] is None
+    assert rows["cropr_r50"]["columns"]["schedule"] == "R=16 @ 2,4,6"
+    assert rows["tome_r8"]["records"] == []
+    assert rows["tome_r8"]["bench"] is None
+    assert grid.manifest("pruning_maps")["rows"][0]["maps"] == f"results/laptop/maps/{run}/seed0.npz"
+    assert len(grid.files("relevance")) == 10
+
+
+def test_manifest_of_a_comparison_holds_training_records_alone(grids: dict[str, Grid]) -> None:
+    manifest = grids["laptop"].manifest("ablations", {"no_mlp", "cropr"})
+    assert [row["row"] for row in manifest["rows"]] == ["cropr", "no_mlp"]
+    assert all(row["bench"] is None and row["records"] for row in manifest["rows"])
+
+
+def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    assert grid.find_row("no_mlp") == ("ablations", "no_mlp")
+    assert grid.find_row("imagenet_methods/random_r8_llf") == ("imagenet_methods", "random_r8_llf")
+    for wrong in ("no_mlpp", "ablations/cropr", "imagenet_methods/tome_r8", "relevance/random"):
+        with pytest.raises(ValueError, match=rf"row = '{wrong}'.*ablations/no_mlp"):
+            grid.find_row(wrong)
+    with pytest.raises(ValueError, match="no such row to compare"):
+        grid.find_row("none")
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_key_of_a_scale(config: Path) -> None:
+    edit(config / "scales/ci.yaml", recipe__epoch=3)
+    with pytest.raises(ValueError, match=r"ci\.yaml: unknown key recipe\.epoch = 3; allowed: .*epochs"):
+        load_grid(config, "ci")
+
+
+def test_bad_value_of_a_scale(config: Path) -> None:
+    edit(config / "scales/ci.yaml", recipe__epochs=0)
+    with pytest.raises(ValueError, match=r"ci\.yaml: recipe\.epochs = 0: .*greater than 0"):
+        load_grid(config, "ci")
+
+
+def test_all_problems_of_a_file_come_in_one_message(config: Path) -> None:
+    edit(config / "scales/ci.yaml", recipe__epochs=0, maps=-1, colour="red")
+    with pytest.raises(ValueError, match=r"(?s)recipe\.epochs.*maps = -1.*colour = 'red'"):
+        load_grid(config, "ci")
+
+
+def test_unknown_key_of_a_row_names_the_row(config: Path) -> None:
+    edit_row(config / "experiments/ablations.yaml", "no_mlp", option={"mlp": False})
+    with pytest.raises(
+        ValueError, match=r"ablations\.yaml: unknown key rows\.6\.option \(row no_mlp\).*allowed: .*options"
+    ):
+        load_grid(config, "ci")
+
+
+def test_unknown_reducer(config: Path) -> None:
+    edit_row(config / "experiments/ablations.yaml", "no_mlp", reducer="cropper")
+    with pytest.raises(
+        ValueError, match=r"ablations\.yaml: row no_mlp: reducer = 'cropper' is unknown; choose .*cropr"
+    ):
+        load_grid(config, "ci")
+
+
+def test_unknown_option_of_a_reducer(config: Path) -> None:
+    edit_row(config / "experiments/ablations.yaml", "no_mlp", options={"mpl": False})
+    with pytest.raises(ValueError, match=r"row no_mlp: options = \{'mpl': False\}.*no option mpl; it has .*mlp"):
+        load_grid(config, "ci")
+
+
+def test_impossible_schedule(config: Path) -> None:
+    edit(config / "scales/laptop.yaml", schedules__r8={"constant": {"rate": 12}})
+    with pytest.raises(
+        ValueError,
+        match=r"laptop\.yaml: schedules\.r8 = \{'constant': \{'rate': 12\}\}: .*lower the rate to \d+ or less",
+    ):
+        load_grid(config, "laptop")
+
+
+def test_impossible_schedule_of_the_measured_model_is_found_at_every_scale(config: Path) -> None:
+    edit(config / "scales/paper.yaml", schedules__r50={"stages": {"at": {24: 50}}})
+    with pytest.raises(ValueError, match=r"paper\.yaml: schedules\.r50 = .*the last block to prune after is 23"):
+        load_grid(config, "laptop")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"schedule": "r9"}, r"schedule = 'r9': .* has none, r8, r50"),
+        ({"image_size": "tiny"}, r"image_size = 'tiny': .* has small"),
+        ({"reducer": "none"}, r"schedule = 'r8' without a reducer"),
+        ({"fusion": "llff"}, r"fusion.* = 'llff': .*'none' or 'llf'"),
+        ({"use": "imagenet_methods/cropr_r8"}, r"cannot stand beside use"),
+    ],
+)
+def test_names_that_do_not_fit(config: Path, row: dict[str, object], message: str) -> None:
+    edit_row(config / "experiments/imagenet_methods.yaml", "random_r8_llf", **row)
+    with pytest.raises(ValueError, match=message):
+        load_grid(config, "ci")
+
+
+def test_use_of_a_row_that_is_not_there(config: Path) -> None:
+    edit_row(config / "experiments/relevance.yaml", "cropr", use="imagenet_methods/cropr")
+    with pytest.raises(ValueError, match=r"use = 'imagenet_methods/cropr' is no row; choose one of .*cropr_r8_llf"):
+        load_grid(config, "ci")
+
+
+def test_rows_are_unique_and_the_baseline_is_one(config: Path) -> None:
+    file = config / "experiments/relevance.yaml"
+    edit(file, baseline="nobody")
+    with pytest.raises(ValueError, match=r"baseline = 'nobody' is no row; choose one of cropr"):
+        load_grid(config, "ci")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["rows"].append(content["rows"][0])
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="'cropr' is given twice"):
+        load_grid(config, "ci")
+
+
+def test_unknown_scale() -> None:
+    with pytest.raises(FileNotFoundError, match=r"huge\.yaml: no such file; there are: ci, laptop, paper, workstation"):
+        load_grid(CONFIG, "huge")
+
+
+def test_broken_yaml(config: Path) -> None:
+    (config / "scales/ci.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"ci\.yaml: not YAML"):
+        load_grid(config, "ci")
+
+
+def test_data_root_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml: imagenet = null.*--config imagenet=/path"):
+        load_grid(CONFIG, "paper", roots={"imagenet": None, "folder": None})
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"imagenet = {tmp_path}: .*val is missing"):
+        load_grid(CONFIG, "paper", roots={"imagenet": tmp_path, "folder": None})
+
+
+def test_overrides_are_laid_over_the_scale() -> None:
+    grid = load_grid(CONFIG, "ci", overrides={"recipe": {"epochs": 2}})
+    assert {spec.recipe.epochs for spec in grid.runs.values()} == {2}
+    assert {spec.recipe.batch_size for spec in grid.runs.values()} == {32}
+    with pytest.raises(ValueError, match=r"ci\.yaml with overrides: unknown key recipes"):
+        load_grid(CONFIG, "ci", overrides={"recipes": 1})
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_settings_name_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml: unknown key scales = 'ci'; allowed: folder, imagenet"):
+        read_settings({"scales": "ci"})
+    with pytest.raises(ValueError, match=r"pretrain = 'yes': .*'shipped' or 'make'"):
+        read_settings({"pretrain": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"),
+    [(3, (0, 1, 2)), ("3", (0, 1, 2)), ([0, 4], (0, 4)), (["0", "4"], (0, 4)), ("0,4", (0, 4)), ("[4]", (4,))],
+)
+def test_seeds(given: object, seeds: tuple[int, ...]) -> None:
+    assert parse_seeds(given) == seeds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "x", [], [1, 1], [-1], "1.5"])
+def test_seeds_that_are_none(wrong: object) -> None:
+    with pytest.raises(ValueError, match="give a number of seeds"):
+        parse_seeds(wrong)  # type: ignore[arg-type]
+
+
+# Shipped weights -----------------------------------------------------------------------------------------------------
+
+
+def weights_file(path: Path, metadata: dict[str, str] | None) -> Path:
+    header = json.dumps({"__metadata__": metadata} if metadata is not None else {}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return path
+
+
+def test_shipped_weights_count_only_if_the_same_run_made_them(tmp_path: Path) -> None:
+    file = weights_file(tmp_path / "a.safetensors", {"spec": "0123456789"})
+    assert shipped(file, "0123456789")
+    assert not shipped(file, "9876543210")
+    assert not shipped(weights_file(tmp_path / "b.safetensors", None), "0123456789")
+    assert not shipped(tmp_path / "missing.safetensors", "0123456789")
+    (tmp_path / "c.safetensors").write_bytes(b"no header at all, but long enough")
+    assert not shipped(tmp_path / "c.safetensors", "0123456789")
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def imports_of(file: Path) -> set[Path]:
+    """Files of the package that a file imports, at the top or within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cropr":
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "cropr"]
+        else:
+            continue
+        for name in names:
+            path = PACKAGE.joinpath(*name.split(".")[1:])
+            found |= {candidate for candidate in (path.with_suffix(".py"), path / "__init__.py") if candidate.is_file()}
+    return found
+
+
+def closure(entry: Path) -> set[Path]:
+    """What a file imports, directly or not, without what is neutral and what only that imports."""
+    seen: set[Path] = set()
+    todo = [entry]
+    while todo:
+        file = todo.pop()
+        if file not in seen and file.relative_to(PACKAGE).as_posix() not in NEUTRAL:
+            seen.add(file)
+            todo += imports_of(file)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [("data", "commands/data.py"), ("train", "commands/train.py"), ("bench", "commands/bench.py"),
+     ("maps", "commands/show.py"), ("report", "report/page.py")],
+)  # fmt: skip
+def test_every_file_that_a_job_imports_is_digested_or_neutral(kind: str, entry: str) -> None:
+    digested = set(source_files(SOURCES[kind]))
+    for reducer in BY_REDUCER.values():
+        digested |= set(source_files(reducer))
+    for file in closure(PACKAGE / entry):
+        if kind == "maps" and file.parent.name == "report":
+            continue  # draws pictures for its --picture, which the workflow does not ask for
+        name = file.relative_to(PACKAGE).as_posix()
+        assert file in digested, f"{kind}: {name}"
+
+
+def test_every_reducer_says_where_its_source_is() -> None:
+    assert set(BY_REDUCER) == set(REDUCERS)
+
+
+def test_code_of_one_reducer_concerns_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PACKAGE / "scorer.py" in source_files(BY_REDUCER["cropr"])
+    assert PACKAGE / "scorer.py" not in source_files(BY_REDUCER["random"])
+    rate = {"constant": {"rate": 8}}
+    digests = {name: code_digest("train", PruneSpec(reducer=name, schedule=rate)) for name in ("cropr", "random")}
+    assert digests["cropr"] != digests["random"]
+    assert code_digest("train", PruneSpec()) not in digests.values()
+
+
+def test_a_source_that_is_not_there_is_reported() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        source_files(("nowhere/*.py",))
+
+
+def test_the_grid_loads_no_torch() -> None:
+    code = (
+        "import sys; from cropr.experiments import load_grid; from cropr.sources import code_digest;"
+        "load_grid('config', 'laptop'); sys.exit(bool({'torch', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# What a scale says of its model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_a_scale_describes_the_model_that_timm_builds(grids: dict[str, Grid], scale: str, pool: str) -> None:
+    import timm
+    import torch
+
+    block, size = grids[scale].config.model, grids[scale].config.data.image_size
+    with torch.device("meta"):
+        model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **block.pools[pool])  # type: ignore[index]
+    assert len(model.blocks) == block.depth
+    assert model.num_prefix_tokens == block.prefix
+    assert model.patch_embed.patch_size == (block.patch_size, block.patch_size)
+    assert model.global_pool == {"avg": "avg", "cls": "token"}[pool]

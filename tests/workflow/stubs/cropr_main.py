@@ -1,0 +1,34 @@
+"""Stands in for ``python -m cropr``: every verb writes what the rule expects, at once. ``compare`` is the real one."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+if sys.argv[1] == "compare":
+    from cropr.cli import main
+
+    sys.exit(main())
+
+parser = argparse.ArgumentParser()
+parser.add_argument("verb", nargs="+")
+for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images"):
+    parser.add_argument(f"--{flag}")
+args = parser.parse_args()
+
+verb, out = args.verb[0], Path(args.out)
+assert verb in ("data", "train", "bench", "show"), verb
+if verb == "show":
+    assert Path(args.run, "weights.safetensors").exists()
+    out.write_text("maps")
+    sys.exit()
+if args.init:
+    assert Path(args.init).exists()
+spec = json.loads(args.spec)
+seed = int(args.seed or 0)
+metrics = {"top1": 80.0 + seed + len(args.spec) % 5, "step_ms": 50.0, "loss": 0.5}
+record = {"kind": verb, "spec": spec, "seed": seed, "metrics": metrics, "provenance": {}}
+out.mkdir(parents=True, exist_ok=True)
+(out / "record.json").write_text(json.dumps(record))
+if verb == "train":
+    (out / "weights.safetensors").write_text("weights")

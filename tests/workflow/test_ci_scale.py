@@ -1,0 +1,92 @@
+"""The ci scale for real: every verb, every notebook, the page. Minutes; says nothing about accuracy or speed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from .conftest import Project, copy_repository
+
+pytestmark = pytest.mark.workflow
+CI = ("--config", "scale=ci")
+ARTEFACTS = ("imagenet_methods", "ablations", "pruning_maps", "relevance")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The repository after ``snakemake --config scale=ci``."""
+    project = copy_repository(tmp_path_factory.mktemp("ci") / "repository")
+    project.run(*CI)
+    return project
+
+
+def records(project: Project, kind: str) -> list[dict]:
+    found = [json.loads(file.read_text()) for file in (project / "results/ci").rglob("record.json")]
+    return [record for record in found if record["kind"] == kind]
+
+
+def test_everything_is_made(done: Project) -> None:
+    results = done / "results/ci"
+    for artefact in ARTEFACTS:
+        for file in (f"notebooks/{artefact}.ipynb", f"notebooks/{artefact}.html", f"tables/{artefact}.csv"):
+            assert (results / file).stat().st_size > 0
+        assert list((results / "figures").glob(f"{artefact}*.png"))
+    assert (results / "report.html").stat().st_size > 0
+    assert len(records(done, "train")) == 20  # the weights to start from included
+    assert len(records(done, "bench")) == 11
+    assert len(list((results / "maps").rglob("*.npz"))) == 5
+
+
+def test_a_second_run_does_nothing(done: Project) -> None:
+    assert "Nothing to be done" in done.run(*CI)
+
+
+def test_the_table_says_what_the_records_say(done: Project) -> None:
+    with (done / "results/ci/tables/imagenet_methods.csv").open() as file:
+        table = {line["row"]: line for line in csv.DictReader(file)}
+    manifest = json.loads((done / "results/ci/manifests/imagenet_methods.json").read_text())
+    assert [row["row"] for row in manifest["rows"]] == list(table)
+    for row in manifest["rows"]:
+        line = table[row["row"]]
+        if row["available"]:
+            trained = json.loads((done / row["records"][0]).read_text())
+            measured = json.loads((done / row["bench"]).read_text())
+            assert float(line["top1.measured"]) == pytest.approx(trained["metrics"]["top1"], rel=1e-4)
+            assert float(line["speedup.measured"]) == pytest.approx(measured["metrics"]["speedup"], rel=1e-4)
+        else:
+            assert not line["top1.measured"]
+    assert float(table["cropr_r8_llf"]["top1.published"]) == 85.3
+
+
+def test_records_are_those_that_the_grid_asked_for(done: Project) -> None:
+    for record in records(done, "train") + records(done, "bench"):
+        assert record["provenance"]["packages"]["torch"]
+        if "schedule" in record["spec"]["prune"] and record["spec"]["prune"]["reducer"] != "none":
+            assert min(record["tokens"]) < record["tokens"][0]
+
+
+@pytest.mark.parametrize("page", [*(f"notebooks/{artefact}.html" for artefact in ARTEFACTS), "report.html"])
+def test_pages_open_without_a_network(done: Project, page: str) -> None:
+    text = Path(done / "results/ci" / page).read_text(encoding="utf-8")
+    assert not re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']https?:[^\"']*", text)
+    assert not re.findall(r"<link\b[^>]*\bhref=[\"']https?:[^\"']*", text)
+    assert str(done.path) not in text, "a path of the machine"
+
+
+def test_links_of_the_report_lead_somewhere(done: Project) -> None:
+    report = done / "results/ci/report.html"
+    links = re.findall(r"(?:href|src)=[\"']([^\"'#:]+)(?:#[^\"']*)?[\"']", report.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        assert (report.parent / link).exists(), link
+
+
+def test_one_ablation_is_compared_without_training(done: Project) -> None:
+    output = done.run(*CI, "row=no_mlp", "--", "compare")
+    assert "Aggregator: no MLP" in output
+    assert "one seed: no interval" in output
+    assert "Training" not in output

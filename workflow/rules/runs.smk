@@ -1,0 +1,147 @@
+# Data, weights, training runs, throughput, pruning maps: everything that leaves a record.
+#
+# `params` hold the job's own specification and the digest of the source files behind it, and nothing else: so a change
+# reruns what it concerns. What else a command needs is a function of `output`: Snakemake does not compare such values, so
+# names for people and the place of the images rerun nothing.
+
+
+if GRID.scenes:
+
+    rule data:
+        output:
+            f"{GRID.data}/record.json",
+        log:
+            f"{LOGS}/data.log",
+        priority: 1000
+        conda:
+            "../../envs/train.yaml"
+        threads: workflow.cores or 1
+        params:
+            spec=json.dumps(GRID.scenes.model_dump(mode="json"), sort_keys=True),
+            code=code_digest("data"),
+            data=lambda wildcards, output: GRID.data,
+        message:
+            "Generating images (log: {log})"
+        shell:
+            "python -m cropr data scenes --out {params.data} --spec {params.spec:q} --workers {threads} > {log} 2>&1"
+
+
+if GRID.pretrain:
+    if SHIPPED:
+
+        rule pretrain:
+            input:
+                SHIPPED,
+            output:
+                f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors",
+            log:
+                f"{LOGS}/pretrain.log",
+            priority: 1000
+            conda:
+                "../../envs/train.yaml"
+            message:
+                "Taking the pretrained weights that the repository ships ({input})"
+            shell:
+                "cp {input} {output} > {log} 2>&1"
+
+    else:
+
+        rule pretrain:
+            input:
+                unpack(data_inputs),
+            output:
+                f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors",
+            log:
+                f"{LOGS}/pretrain.log",
+            priority: 1000
+            conda:
+                "../../envs/train.yaml"
+            threads: workflow.cores or GRID.config.jobs.threads
+            resources:
+                gpu=GRID.config.jobs.gpus,
+            params:
+                spec=json.dumps(GRID.pretrain.model_dump(mode="json"), sort_keys=True),
+                code=code_digest("train", PruneSpec()),
+                data=lambda wildcards, output: GRID.data,
+            message:
+                "Making the pretrained weights (log: {log})"
+            shell:
+                "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
+                " --out $(dirname {output}) --threads {threads} > {log} 2>&1"
+
+
+rule train:
+    input:
+        unpack(train_inputs),
+    output:
+        record=f"{OUT}/runs/{{run}}/seed{{seed}}/record.json",
+        weights=f"{OUT}/runs/{{run}}/seed{{seed}}/weights.safetensors",
+    log:
+        f"{LOGS}/train/{{run}}-seed{{seed}}.log",
+    priority: lambda wildcards: GRID.priority(wildcards.run)
+    conda:
+        "../../envs/train.yaml"
+    threads: GRID.config.jobs.threads
+    resources:
+        gpu=GRID.config.jobs.gpus,
+    params:
+        spec=lambda wildcards: json.dumps(
+            GRID.runs[wildcards.run].model_dump(mode="json"), sort_keys=True
+        ),
+        code=lambda wildcards: code_digest("train", GRID.runs[wildcards.run].prune),
+        data=lambda wildcards, output: GRID.data,
+        row=lambda wildcards, output: GRID.names[wildcards.run],
+        init=lambda wildcards, input: f"--init {input.init}" if GRID.pretrain else "",
+    message:
+        "Training {params.row}, seed {wildcards.seed} (log: {log})"
+    shell:
+        "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed {wildcards.seed}"
+        " --out $(dirname {output.record}) {params.init} --threads {threads} > {log} 2>&1"
+
+
+# All cores: nothing else may run beside a measurement. It comes before the training runs of its table, which later on
+# would always hold some core; the scheduler weighs one job on all cores against as many as fit, hence the factor.
+rule bench:
+    output:
+        f"{OUT}/bench/{{bench}}/record.json",
+    log:
+        f"{LOGS}/bench/{{bench}}.log",
+    priority: lambda wildcards: (GRID.priority(wildcards.bench) + 5) * (workflow.cores or 1)
+    conda:
+        "../../envs/train.yaml"
+    threads: workflow.cores or 8
+    resources:
+        gpu=GRID.config.jobs.gpus,
+    params:
+        spec=lambda wildcards: json.dumps(
+            GRID.benches[wildcards.bench].model_dump(mode="json"), sort_keys=True
+        ),
+        code=lambda wildcards: code_digest("bench", GRID.benches[wildcards.bench].prune),
+        row=lambda wildcards, output: GRID.names[wildcards.bench],
+    message:
+        "Measuring throughput of {params.row} (log: {log})"
+    shell:
+        "python -m cropr bench --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
+
+
+rule maps:
+    input:
+        unpack(data_inputs),
+        weights=f"{OUT}/runs/{{run}}/seed{{seed}}/weights.safetensors",
+        record=f"{OUT}/runs/{{run}}/seed{{seed}}/record.json",
+    output:
+        f"{OUT}/maps/{{run}}/seed{{seed}}.npz",
+    log:
+        f"{LOGS}/maps/{{run}}-seed{{seed}}.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        images=GRID.config.maps,
+        code=lambda wildcards: code_digest("maps", GRID.runs[wildcards.run].prune),
+        data=lambda wildcards, output: GRID.data,
+        row=lambda wildcards, output: GRID.names[wildcards.run],
+    message:
+        "Saving pruning maps of {params.row} (log: {log})"
+    shell:
+        "python -m cropr show --run $(dirname {input.record}) --data {params.data:q} --images {params.images}"
+        " --out {output} > {log} 2>&1"
