@@ -1,0 +1,263 @@
+"""Tables for the notebooks: what was measured, what the paper publishes and what a formula bounds, side by side.
+
+    table = side_by_side(artefact, texts=("pool",), grouped=True, measured=("top1", "speedup"), ...)
+    table.html()      # great_tables, for the notebook
+    table.markdown()  # the same cells as plain Markdown
+
+Kinds of numbers stand under spanners of their own and never share a column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+import pandas as pd
+from great_tables import GT, html, loc, style
+
+from cropr.report.claims import OUTCOMES, Judgement
+from cropr.report.load import Artefact, Row, metric_by_seed
+from cropr.report.quantities import quantity
+from cropr.report.stats import wilson
+
+NONE = "—"
+"""A cell without a number."""
+GREY = "#6b6b6b"
+_COLOURS = {"holds": "#00694d", "contradicted": "#b3420a", "undecided": GREY}
+_WORDS = {"schedule": "Schedule", "fusion": "Fusion", "pool": "Pool", "reducer": "Method"}
+_VALUES = {"llf": "Last Layer Fusion", "none": "no fusion", "avg": "average", "cls": "CLS"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, ready to be laid out."""
+
+    cells: pd.DataFrame
+    """One line a row; columns are the keys of ``heads``."""
+    heads: dict[str, str]
+    spanners: dict[str, list[str]]
+    """Title to the columns below it."""
+    group: list[str] | None = None
+    """Heading that each line stands under, lines with the same one being neighbours."""
+    notes: list[str] | None = None
+    """What stands small beneath the first cell of a line; empty for none."""
+    grey: list[bool] | None = None
+    """Lines without measurements."""
+    caption: str = ""
+    unbroken: tuple[str, ...] = ()
+    """Columns whose text stays on one line, beside those under spanners."""
+    colours: dict[tuple[int, str], str] | None = None
+    """Text colour of single cells."""
+
+    def html(self) -> str:
+        """The table as HTML that loads nothing; the same bytes for the same cells."""
+        data, first = self.cells[list(self.heads)].astype(str), next(iter(self.heads))
+        notes = self.notes or [""] * len(data)
+        data[first] = [
+            escape(cell) + (f"<br><span style='font-size:85%'>{escape(note)}</span>" if note else "")
+            for cell, note in zip(data[first], notes, strict=True)
+        ]
+        if self.group:
+            data["_group"] = self.group
+        name = "t" + hashlib.sha256(f"{self.heads}{self.cells.to_csv()}{self.caption}".encode()).hexdigest()[:8]
+        table = GT(data, groupname_col="_group" if self.group else None, id=name)
+        table = table.cols_label({key: html(escape(title)) for key, title in self.heads.items()})
+        for title, columns in self.spanners.items():
+            table = table.tab_spanner(label=title, columns=columns)
+        numbers = [column for columns in self.spanners.values() for column in columns]
+        table = table.cols_align("left").cols_align("right", columns=numbers).fmt(str, columns=first)
+        if unbroken := [*numbers, *self.unbroken]:
+            table = table.tab_style(style.css("white-space: nowrap"), loc.body(columns=unbroken))
+        for i, grey in enumerate(self.grey or []):
+            if grey:
+                table = table.tab_style(style.text(color=GREY), loc.body(rows=[i]))
+        for (i, column), tint in (self.colours or {}).items():
+            table = table.tab_style(style.text(color=tint, weight="bold"), loc.body(columns=column, rows=[i]))
+        if self.caption:
+            table = table.tab_source_note(self.caption)
+        # Notebooks give all tables columns of equal width.
+        table = table.opt_css(f"#{name} table {{ table-layout: auto !important; }}")
+        return table.tab_options(
+            table_font_size="13px", data_row_padding="4px", row_group_font_weight="bold", table_width="100%",
+            row_group_background_color="#f4f4f4", column_labels_font_weight="bold", source_notes_font_size="12px",
+            table_background_color="#ffffff", table_font_color="#222222",
+        ).as_raw_html()  # fmt: skip
+
+    def markdown(self) -> str:
+        """The same cells as a Markdown table; a spanner is put before its columns' names."""
+        over = {column: title for title, columns in self.spanners.items() for column in columns}
+        titles = [f"{over[key]}: {title}" if key in over else title for key, title in self.heads.items()]
+        lines = [titles, ["---"] * len(titles)]
+        previous = None
+        for i, cells in enumerate(self.cells[list(self.heads)].astype(str).to_numpy().tolist()):
+            if self.group and self.group[i] != previous:
+                previous = self.group[i]
+                lines.append([f"**{previous}**", *[""] * (len(titles) - 1)])
+            if self.notes and self.notes[i]:
+                cells[0] = f"{cells[0]} ({self.notes[i]})"
+            lines.append(cells)
+        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"{text}\n\n{self.caption}\n" if self.caption else f"{text}\n"
+
+
+def side_by_side(
+    artefact: Artefact,
+    *,
+    texts: Sequence[str] = (),
+    grouped: bool = False,
+    measured: Sequence[str] = ("top1",),
+    predicted: Sequence[str] = (),
+    bound: Sequence[str] = (),
+    published: Sequence[str] = ("top1",),
+) -> Table:
+    """The rows of an artefact, its kinds of numbers under spanners of their own.
+
+    Args:
+        artefact: what to show.
+        texts: text columns after the label.
+        grouped: rows of the same schedule and fusion stand under a heading that names them.
+        measured, predicted, bound, published: quantities under each spanner; a column without any number is left out,
+            and so is a spanner without columns. With a single seed, ``top1`` is followed by what the sampling of the
+            validation images alone would give.
+    """
+    frame = artefact.frame
+    titles = {
+        "measured": f"Measured (this scale: {artefact.manifest.scale})",
+        "predicted": "Predicted (formula)",
+        "bound": "Bound",
+        "published": "Published (paper)",
+    }
+    wanted = {"measured": measured, "predicted": predicted, "bound": bound, "published": published}
+    texts = [column for column in texts if column in frame]
+    cells = pd.DataFrame({"label": frame["label"].astype(str).to_numpy()})
+    heads, spanners = {"label": ""}, {}
+    for column in texts:
+        cells[column] = [_word(value) for value in frame[column]]
+        heads[column] = _WORDS.get(column, column)
+    for kind, names in wanted.items():
+        spanners[titles[kind]] = [_add(artefact, kind, name, cells, heads) for name in names if _has(frame, name, kind)]
+        if kind == "measured" and "top1" in names and any(sampling := _sampling(artefact)):
+            cells["sampling"], heads["sampling"] = sampling, "Image sampling alone (%)"
+            spanners[titles[kind]].insert(1, "sampling")
+            heads = _move(heads, "sampling", after="measured.top1")
+    available = frame["available"].astype(bool).tolist()
+    notes = ["" if ok else f"not yet available: {why}" for ok, why in zip(available, frame["why"], strict=True)]
+    groups = [_heading(row) for row in artefact.manifest.rows] if grouped else None
+    # Rows under one heading stand together, headings in the order of their first row.
+    order = sorted(range(len(cells)), key=lambda i: groups.index(groups[i]) if groups else i)
+    return Table(
+        cells.iloc[order].reset_index(drop=True),
+        heads,
+        {title: columns for title, columns in spanners.items() if columns},
+        [groups[i] for i in order] if groups else None,
+        [notes[i] for i in order],
+        [not available[i] for i in order],
+        caption(artefact, measured),
+    )
+
+
+def _heading(row: Row) -> str:
+    """Schedule and fusion, and the paper's schedule where this scale's differs."""
+    if row.reducer == "none":
+        return "Unpruned"
+    schedule, paper = row.columns.get("schedule"), row.columns.get("paper_schedule")
+    fusion = "with Last Layer Fusion" if row.columns.get("fusion") == "llf" else "without fusion"
+    return f"{schedule}, {fusion}" + ("" if paper in (None, schedule) else f" (in the paper: {paper})")
+
+
+def caption(artefact: Artefact, measured: Sequence[str]) -> str:
+    """What the brackets of a table mean."""
+    seeds, parts = artefact.manifest.seeds, []
+    if "top1_difference" in measured and artefact.baseline:
+        parts.append(f"Differences are to “{artefact.rows[artefact.baseline].label}”.")
+    if any(name in measured for name in ("top1", "top1_difference")):
+        if len(seeds) > 1:
+            parts.append(
+                f"Brackets behind accuracies: 95 % Student-t interval over {len(seeds)} seeds, differences paired."
+            )
+        else:
+            parts.append(
+                "One seed: accuracies have no interval. “Image sampling alone” is the 95 % Wilson interval of "
+                "this one model's accuracy; another seed may fall outside."
+            )
+    if "speedup" in measured and artefact.benches:
+        parts.append("Brackets behind speed-ups: 95 % bootstrap over the rounds of one process.")
+    return " ".join(parts)
+
+
+def claims_table(judgements: Sequence[Judgement]) -> Table:
+    """Claims with what was measured and the verdict."""
+    cells = pd.DataFrame(
+        {
+            "text": [j.claim.text for j in judgements],
+            "measured": [j.measured for j in judgements],
+            "needed": [j.claim.relation for j in judgements],
+            "verdict": [OUTCOMES[j.verdict.outcome] for j in judgements],
+            "reason": [j.verdict.reason for j in judgements],
+            "source": [j.claim.source for j in judgements],
+        }
+    )
+    heads = {
+        "text": "Claim",
+        "measured": "Measured, 95 % interval",
+        "needed": "Claimed",
+        "verdict": "Verdict",
+        "reason": "Why",
+        "source": "Source",
+    }
+    colours = {(i, "verdict"): _COLOURS[j.verdict.outcome] for i, j in enumerate(judgements)}
+    return Table(cells, heads, {}, unbroken=("measured", "needed", "verdict"), colours=colours)
+
+
+def _has(frame: pd.DataFrame, name: str, kind: str) -> bool:
+    return f"{name}.{kind}" in frame and bool(frame[f"{name}.{kind}"].notna().any())
+
+
+def _add(artefact: Artefact, kind: str, name: str, cells: pd.DataFrame, heads: dict[str, str]) -> str:
+    """Add the column of one quantity and kind; returns its key."""
+    entry, key = quantity(name), f"{kind}.{name}"
+    texts = []
+    for row in artefact.frame.index:
+        interval = artefact.interval(row, name) if kind == "measured" else None
+        if interval is not None and entry.exact:
+            texts.append(f"{interval.mean:,.0f}")
+        elif interval is not None:
+            texts.append(interval.format(entry.digits, entry.signed))
+        elif kind != "measured" and not np.isnan(value := artefact.number(row, f"{name}.{kind}")):
+            digits = 1 if kind == "published" else entry.digits  # as the paper prints them
+            texts.append(f"{value:{'+' if entry.signed else ''}.{digits}f}")
+        else:
+            texts.append(NONE)
+    cells[key], heads[key] = texts, entry.title
+    return key
+
+
+def _sampling(artefact: Artefact) -> list[str]:
+    """Wilson interval of every row that has a single run; all empty if there are several seeds."""
+    if len(artefact.manifest.seeds) > 1:
+        return []
+    texts = []
+    for row in artefact.frame.index:
+        records = artefact.runs.get(row, {})
+        top1, images = (next(iter(metric_by_seed(records, name).values()), None) for name in ("top1", "val_images"))
+        if top1 is None or images is None:
+            texts.append(NONE)
+        else:
+            interval = wilson(round(top1 * images / 100), int(images))
+            texts.append(f"[{interval.low:.1f}, {interval.high:.1f}]")
+    return texts if any(text != NONE for text in texts) else []
+
+
+def _move(heads: dict[str, str], key: str, after: str) -> dict[str, str]:
+    title, keys = heads.pop(key), list(heads)
+    keys.insert(keys.index(after) + 1, key)
+    return {name: title if name == key else heads[name] for name in keys}
+
+
+def _word(value: object) -> str:
+    return (
+        NONE if value is None or (isinstance(value, float) and pd.isna(value)) else _VALUES.get(str(value), str(value))
+    )

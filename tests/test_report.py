@@ -1,0 +1,335 @@
+"""What the report says: frames, tables, claims and sentences, checked on small records."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import write_results, write_small
+
+from cropr.report import claims, tables, text
+from cropr.report.load import KINDS, load, make_command, row_names, write_tables
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Writes a small manifest and its records; see ``write_small``."""
+    return partial(write_small, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ci(tmp_path_factory):
+    """All artefacts of the real grid at the smallest scale, with made-up numbers: one seed, and three."""
+    return {
+        seeds: {name: load(path) for name, path in write_results(tmp_path_factory.mktemp("ci"), "ci", seeds).items()}
+        for seeds in (1, 3)
+    }
+
+
+# The frame ----------------------------------------------------------------------------------------------------------
+
+
+def test_frame_has_a_line_per_row_and_kinds_apart(small):
+    frame = load(small()).frame
+    assert list(frame.index) == ["none", "cropr", "random", "tome"]
+    assert frame.at["cropr", "top1.measured"] == 90.25
+    assert frame.at["cropr", "top1.published"] == 85.3
+    assert frame.at["cropr", "speedup.bound"] == 1.8
+    assert frame.at["cropr", "share_of_bound.measured"] == pytest.approx(100 * 1.7 / 1.8)
+    assert frame.at["cropr", "share_of_bound.low"] == pytest.approx(100 * 1.68 / 1.8)
+    assert frame.at["cropr", "gmacs.predicted"] == 30.0
+    assert frame.at["cropr", "weights_extra.measured"] == pytest.approx(0.1)
+    assert frame.at["cropr", "train_speedup.measured"] == pytest.approx(1.25)
+    assert frame.at["cropr", "object_kept.measured"] == 90.0
+    assert pd.isna(frame.at["tome", "top1.measured"])
+    assert frame.at["tome", "top1.published"] == 85.0
+    texts = {"label", "reducer", "schedule", "fusion", "pool", "image_size", "available", "why", "seeds"}
+    assert all(name in texts or name.rpartition(".")[2] in KINDS for name in frame)
+
+
+def test_differences_are_paired_by_seed(small):
+    artefact = load(small())
+    # Pairs -1.0 and -0.5: mean -0.75, half width t(0.975, 1) * 0.25 = 12.706 * 0.25.
+    interval = artefact.interval("cropr", "top1_difference")
+    assert (interval.mean, interval.n) == (-0.75, 2)
+    assert interval.low == pytest.approx(-0.75 - 12.7062 * 0.25, abs=1e-3)
+    assert artefact.interval("none", "top1_difference") is None
+    assert artefact.number("cropr", "top1_difference.published") == -0.5
+    assert np.isnan(artefact.number("random", "top1_difference.published"))
+
+
+def test_one_seed_has_no_bounds(small):
+    interval = load(small(seeds=1)).interval("cropr", "top1")
+    assert (interval.mean, interval.low, interval.high) == (89.0, None, None)
+
+
+def test_missing_record_names_path_and_command(small, tmp_path):
+    manifest = small()
+    lost = tmp_path / "runs" / "random" / "seed1" / "record.json"
+    lost.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"{lost}: no record; make it with: snakemake --cores all {lost} --config"
+    ):
+        load(manifest)
+
+
+def test_missing_records_of_unavailable_rows_are_no_error(small):
+    assert "tome" not in load(small()).runs
+
+
+def test_manifest_is_found_from_a_subfolder(small, tmp_path, monkeypatch):
+    small()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert load("manifest.json").root == tmp_path
+    with pytest.raises(FileNotFoundError, match="no manifest under"):
+        load("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("row,quantity,value,source\n", "column 'confidence' is missing"),
+        ("row,quantity,value,source,confidence\na,top1,about 3,b,T\n", "a, top1: has no number"),
+        ("row,quantity,value,source,confidence\na,top1,3,b,T\na,top1,4,b,T\n", "a, top1: twice"),
+    ],
+)
+def test_published_numbers_are_checked(small, tmp_path, content, message):
+    bad = tmp_path / "bad.csv"
+    bad.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(small(published=str(bad)))
+
+
+def test_not_a_manifest(small):
+    with pytest.raises(ValueError, match="is not a manifest"):
+        load(small(rows="none"))
+
+
+def test_tables_are_written_and_read_back(small, tmp_path):
+    artefact = load(small())
+    csv, md = write_tables(artefact, "| a |")
+    assert csv == tmp_path / "results" / "tables" / "imagenet_methods.csv"
+    back = pd.read_csv(csv, index_col="row")
+    assert back.loc["cropr", "top1.low"] == pytest.approx(artefact.frame.loc["cropr", "top1.low"], rel=1e-5)
+    assert back.columns.tolist() == artefact.frame.columns.tolist()
+    assert md.read_text() == "| a |\n"
+    assert sorted(p.name for p in csv.parent.iterdir()) == ["imagenet_methods.csv", "imagenet_methods.md"]
+
+
+def test_commands_name_scale_and_seeds(small):
+    manifest = load(small()).manifest
+    assert make_command(manifest) == "snakemake --cores all imagenet_methods --config scale=tiny seeds=2"
+    assert make_command(manifest, "") == "snakemake --cores all --config scale=tiny seeds=2"
+    assert make_command(manifest.model_copy(update={"seeds": [0]})).endswith("scale=tiny")
+    assert make_command(manifest.model_copy(update={"seeds": [1, 4]})).endswith("seeds=1,4")
+
+
+def test_names_tell_rows_of_one_label_apart(ci):
+    names = row_names(ci[1]["imagenet_methods"])
+    assert len(set(names.values())) == len(names)
+    assert names["random_r8_llf"] == "Random"
+    assert names["cropr_r8_llf"] == "Cropr (R=8, LLF)"
+    assert names["cropr_r8"] == "Cropr (R=8, no LLF)"
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"measured": ("top1", "top1_difference", "speedup"), "bound": ("speedup",), "published": ("top1", "speedup")}
+
+
+def test_kinds_stand_under_their_own_spanners(small):
+    table = tables.side_by_side(load(small()), texts=("pool",), **COLUMNS)
+    assert list(table.spanners) == ["Measured (this scale: tiny)", "Bound", "Published (paper)"]
+    columns = [column for group in table.spanners.values() for column in group]
+    assert len(columns) == len(set(columns))
+    for title, group in table.spanners.items():
+        assert all(column.startswith(title.split()[0].lower()) for column in group)
+    line = table.cells.set_index("label").loc["Cropr"]
+    assert line["measured.speedup"] == "1.70 [1.68, 1.71]"
+    assert line["published.speedup"] == "1.7"
+    assert line["bound.speedup"] == "1.80"
+
+
+def test_missing_rows_say_why_and_are_escaped(small):
+    html = tables.side_by_side(load(small()), **COLUMNS).html()
+    assert "ToMe &lt;new&gt;" in html
+    assert "not yet available: merging is missing" in html
+    assert "<new>" not in html
+
+
+def test_table_loads_nothing_and_is_stable(small):
+    artefact = load(small())
+    html = tables.side_by_side(artefact, grouped=True, **COLUMNS).html()
+    assert not re.search(r"(src|href)=|@import|url\(", html)
+    assert html == tables.side_by_side(artefact, grouped=True, **COLUMNS).html()
+
+
+def test_markdown_has_the_same_cells(small):
+    table = tables.side_by_side(load(small()), grouped=True, **COLUMNS)
+    lines = table.markdown().splitlines()
+    assert lines[0].startswith("|  | Measured (this scale: tiny): Top-1 (%) |")
+    assert any(line.startswith("| ToMe <new> (not yet available: merging is missing) | — |") for line in lines)
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert "Differences are to “None”" in lines[-1]
+
+
+def test_one_seed_shows_image_sampling_labelled_as_such(small):
+    table = tables.side_by_side(load(small(seeds=1)), **COLUMNS)
+    assert table.heads["sampling"] == "Image sampling alone (%)"
+    assert list(table.heads)[1:3] == ["measured.top1", "sampling"]
+    line = table.cells.set_index("label").loc["Cropr"]
+    assert line["measured.top1"] == "89.0"
+    assert line["sampling"] == "[85.6, 91.7]"  # Wilson, 356 of 400
+    assert "another seed may fall outside" in table.caption
+    assert "sampling" not in tables.side_by_side(load(small(seeds=2)), **COLUMNS).heads
+
+
+def test_rows_of_one_schedule_stand_together(ci):
+    table = tables.side_by_side(ci[1]["imagenet_methods"], grouped=True, **COLUMNS)
+    runs = [group for i, group in enumerate(table.group) if i == 0 or table.group[i - 1] != group]
+    assert len(runs) == len(set(runs))
+    assert runs[0] == "Unpruned"
+    assert table.cells["label"].tolist()[:2] == ["No pruning", "No pruning, smaller image"]
+
+
+def test_heading_names_the_papers_schedule_where_it_differs(small):
+    manifest = json.loads(small().read_text())
+    for row in manifest["rows"]:
+        row["columns"]["paper_schedule"] = "R=50 @ 6,12,18"
+    group = tables.side_by_side(load(small(rows=manifest["rows"])), grouped=True).group
+    assert group[1] == "R=8, with Last Layer Fusion (in the paper: R=50 @ 6,12,18)"
+
+
+# Claims -------------------------------------------------------------------------------------------------------------
+
+
+def claim(**changes) -> claims.Claim:
+    base = {"id": "a", "text": "t", "left": "cropr", "right": "random", "relation": ">", "source": "s"}
+    return claims.Claim.model_validate({**base, **changes})
+
+
+def test_claims_are_decided_by_the_paired_interval(small):
+    artefact = load(small())
+    # Pairs 9.0 and 8.5: mean 8.75, half width 12.706 * 0.25 = 3.18.
+    judgement = claims.judge(claim(), artefact)
+    assert judgement.verdict.outcome == "holds"
+    assert judgement.measured == "+8.8 [+5.6, +11.9] points"
+    assert claims.judge(claim(relation="< 2"), artefact).verdict.outcome == "contradicted"
+    assert claims.judge(claim(relation="> 8"), artefact).verdict.outcome == "undecided"
+
+
+def test_one_seed_leaves_a_claim_undecided(small):
+    verdict = claims.judge(claim(), load(small(seeds=1))).verdict
+    assert (verdict.outcome, verdict.reason) == ("undecided", "one seed: no interval")
+
+
+def test_claims_about_one_row_and_about_speed(small):
+    artefact = load(small())
+    alone = claims.judge(claim(right=None, quantity="share_of_bound", relation=">= 90"), artefact)
+    assert alone.verdict.outcome == "holds"
+    assert alone.measured == "94.4 [93.3, 95.0] %"
+    # Separate measurements: low minus high, high minus low, in percent of the bound 1.8.
+    apart = claims.judge(claim(quantity="share_of_bound", relation=">= -5"), artefact).interval
+    assert (apart.low, apart.high) == pytest.approx((100 * (1.68 - 1.76) / 1.8, 100 * (1.71 - 1.73) / 1.8))
+
+
+def test_claims_about_rows_that_do_not_run(small):
+    artefact = load(small())
+    missing = claims.judge(claim(right="tome"), artefact)
+    assert (missing.verdict.outcome, missing.interval) == ("undecided", None)
+    assert missing.verdict.reason == "ToMe <new> is not yet available"
+    assert claims.judge(claim(quantity="top5"), artefact).verdict.reason == "not measured at this scale"
+    with pytest.raises(ValueError, match="has no row 'nobody'; it has none, cropr"):
+        claims.judge(claim(left="nobody"), artefact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("relation: 'about 3'", "claim a: relation: .*write one of"),
+        ("relation: '>'\n  colour: red", "claim a: colour: Extra inputs"),
+        ("relation: '>'\n  quantity: beauty", "claim a: quantity: .*unknown quantity 'beauty'"),
+    ],
+)
+def test_claims_file_is_checked(tmp_path, change, message):
+    path = tmp_path / "claims.yaml"
+    path.write_text(f"- id: a\n  text: t\n  left: x\n  source: s\n  {change}\n")
+    with pytest.raises(ValueError, match=message):
+        claims.load_claims(path)
+
+
+def test_claims_twice(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text("- {id: a, text: t, left: x, relation: '>', source: s}\n" * 2)
+    with pytest.raises(ValueError, match="claim 'a' is given twice"):
+        claims.load_claims(path)
+
+
+def test_the_projects_claims_fit_the_grid(ci):
+    stated = claims.load_claims(ROOT / "config" / "claims.yaml")
+    judgements = claims.judge_all(stated, ci[3])
+    assert len(judgements) == len(stated) > 3
+    html = tables.claims_table(judgements).html()
+    assert all(word in html for word in ("✓ holds", "&gt;"))
+
+
+# Sentences ----------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_say_what_the_records_say(small):
+    artefact = load(small())
+    setting = text.setting(artefact)
+    for part in ("`tiny`", "0, 1", "32 px, 1,000 for training, 400 for validation", "`vit_tiny` with depth=4",
+                 "1,000 images from random weights, batches of 8, fp32", "`vit_x.tag` at 224 px", "2 threads",
+                 "0123456789; Python 3.11.9, torch 2.14.1"):  # fmt: skip
+        assert part in setting
+    assert "3 of 4 rows" in text.coverage(artefact)
+    assert "ToMe <new> (merging is missing)" in text.coverage(artefact)
+    paper = text.paper_says(artefact)
+    assert "Top-1 85.8 % (None), the others from 85 % (ToMe <new>) to 85.3 % (Cropr); Speed-up 1.7x (Cropr)" in paper
+    assert "confidence R: from third-party notes" in paper
+    assert "860" not in paper
+    speed = text.speed(artefact)
+    assert "Cropr 1.70 [1.68, 1.71]x, 94 % of its bound of 1.80x" in speed
+    assert "0.971 times the images per second of Random" in speed
+    assert "weights take +0.10 % of memory beside the unpruned" in speed
+
+
+def test_accuracy_sentence_sorts_rows_by_their_intervals(small):
+    sentence = text.accuracy(load(small()))
+    assert sentence.startswith("**None** reaches 91.0 [")
+    assert "between -9.5 [" in sentence
+    assert sentence.endswith("above it: none; below: Random; undecided: Cropr.")
+
+
+def test_one_seed_sentences_decide_nothing(small):
+    artefact = load(small(seeds=1))
+    assert "none of them is decided" in text.accuracy(artefact)
+    assert "these shares have no interval" in text.relevance(artefact)
+    assert "| Seeds | one (no intervals over seeds) |" in text.setting(artefact)
+    verdict = text.verdicts([claims.judge(claim(), artefact)])
+    assert verdict.startswith("Of 1 claims, 1 are undecided.")
+    assert "`seeds=3`" in verdict
+
+
+def test_sentences_without_any_records(small):
+    rows = json.loads(small().read_text())["rows"][-1:]
+    artefact = load(small(rows=rows, published=None))
+    assert text.accuracy(artefact) == "No accuracy was measured at this scale."
+    assert text.speed(artefact) == "No throughput of Cropr was measured at this scale."
+    assert text.relevance(artefact) == "No record at this scale says where the kept patches lie."
+    assert text.paper_says(artefact) == "**The paper** gives no numbers for this."
+    assert text.rerun_row(artefact) == ""
+    assert text.coverage(artefact).startswith("0 of 1 rows")
+
+
+def test_rerun_commands(small):
+    artefact = load(small())
+    assert "`snakemake --cores all imagenet_methods --config scale=tiny seeds=2`" in text.rerun(artefact)
+    assert "seeds=3 row=imagenet_methods/cropr -- compare`" in text.rerun_row(artefact)
