@@ -1,0 +1,83 @@
+# `make` lists the targets. Each makes .venv by itself; the only things that must be there are make and Python.
+
+PYTHON ?= python3
+SCALE ?= laptop
+SEEDS ?=
+CORES ?= all
+ROW ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+
+# An environment is complete when a stamp exists whose *name* holds the checksum of what it was made from. File times say
+# nothing in a git checkout; and the stamp comes last, so an interrupted installation is begun again from nothing.
+# The folder is part of the sum because a virtual environment stops working when it is moved.
+checksum = $(shell { cat $(1) && printf %s '$(CURDIR)'; } | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(call checksum,requirements.lock)
+READY := $(VENV)/ready-$(call checksum,pyproject.toml)
+
+# One that no longer starts, or is of another version than the PYTHON that was asked for, is stale too.
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ACTUAL := $(call version,$(BIN)/python)
+WANTED := $(if $(filter file,$(origin PYTHON)),$(or $(ACTUAL),any),$(call version,$(PYTHON)))
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce ablation test fast lint format env clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "variables: SCALE=laptop SEEDS=(one at the laptop scale) CORES=all PYTHON=python3 (3.11 or newer)"
+
+reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|workstation|paper SEEDS=3
+	$(SNAKEMAKE)
+	@echo "The report lies in $(CURDIR)/results/$(SCALE)/report.html"
+
+ablation: $(READY) ## one row of the ablations beside its baseline: make ablation ROW=stop_gradient SEEDS=3
+	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
+	$(SNAKEMAKE) row=$(ROW) -- compare
+
+test: $(READY) ## all tests but those that need a GPU
+	$(RUN) pytest -m "not gpu"
+
+fast: $(READY) ## the fast tests
+	$(RUN) pytest
+
+lint: $(READY) ## ruff, mypy, snakefmt, snakemake --lint
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) snakefmt --check Snakefile workflow
+	$(RUN) snakemake --lint
+
+format: $(READY) ## rewrite the sources in the project's format
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+	$(RUN) snakefmt Snakefile workflow
+
+env: $(READY) ## make or renew .venv, nothing else
+
+clean: ## delete results/ after asking (YES=1: without); .venv stays
+	@test -n "$(YES)" || { printf 'Delete results/ and .snakemake/, trained weights included? [y/N] ' && read answer && test "$$answer" = y; } \
+		|| { echo 'Nothing deleted.' >&2; exit 1; }
+	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache
+
+ifneq ($(ACTUAL),$(WANTED))
+$(INSTALLED): FORCE
+endif
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "cropr needs Python 3.11 or newer;" \
+		"PYTHON=$(PYTHON) says: $$($(PYTHON) --version 2>&1 | head -n 1). Name another: make ... PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module;" \
+		"on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Making $(VENV) from requirements.lock: once, some minutes, 6 GB on Linux."
+	rm -f $(VENV)/installed-* $(VENV)/ready-*
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	touch $@
+
+$(READY): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/ready-*
+	touch $@

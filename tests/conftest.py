@@ -1,0 +1,27 @@
+"""What all tests share: one thread each, no network, the same seed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported, and for every process that a test starts: tests run side by side, and numbers must not
+# depend on how many cores there are.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).parents[1]

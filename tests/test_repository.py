@@ -1,0 +1,177 @@
+"""What a repository owes its readers: small files, no traces of a machine, commands that exist, files that parse."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+import subprocess
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+# Nothing else may be larger than 2 MB.
+LARGE: set[str] = set()
+GENERATED = re.compile(
+    r"\.venv|\.git|results|\.snakemake|build|dist|__pycache__|\.\w+_cache|.*\.egg-info|\.ipynb_checkpoints"
+)
+
+# Folders of somebody's machine (a path that a reader is to replace begins with /data or /path), and package indexes.
+MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|Users|root|work|opt|mnt|srv|private|tmp)/\w")
+INDEX_OPTION = re.compile(r"--?(?:extra-)?index-url|--find-links|--trusted-host|^-[if] ", re.MULTILINE)
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """What git tracks or would track; outside a checkout (a release archive), all files that are not generated."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode == 0 and result.stdout:
+        found = [ROOT / name for name in result.stdout.split("\0") if name]
+    else:
+        found = [path for path in ROOT.rglob("*") if not any(map(GENERATED.fullmatch, path.relative_to(ROOT).parts))]
+    return tuple(path for path in sorted(found) if path.is_file())
+
+
+def texts() -> list[tuple[str, str]]:
+    """Name and content of every text file but this one, which spells out what is forbidden."""
+    found = []
+    for path in files():
+        content = path.read_bytes()
+        if b"\0" not in content and path != Path(__file__):
+            found.append((str(path.relative_to(ROOT)), content.decode("utf-8")))
+    return found
+
+
+def with_suffix(*suffixes: str) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in files() if path.suffix in suffixes]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def documents() -> list[Path]:
+    return [path for path in files() if path.suffix == ".md" and "rendered" not in path.parts]
+
+
+def test_files_are_small() -> None:
+    large = {str(path.relative_to(ROOT)) for path in files() if path.stat().st_size > 2_000_000}
+    assert large == LARGE
+
+
+def test_expected_files_are_there() -> None:
+    names = {str(path.relative_to(ROOT)) for path in files()}
+    assert {"LICENSE", "CITATION.cff", "CONTRIBUTING.md", "README.md", "requirements.lock", ".ci/run"} <= names
+    assert (ROOT / ".ci/run").stat().st_mode & 0o100, ".ci/run must be executable"
+
+
+@pytest.mark.parametrize("text", ["see /home/ann/x", '"/root/a"', "path=/work/b", "file:/tmp/x1"])
+def test_machine_paths_are_recognised(text: str) -> None:
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["/data/imagenet", "docs/home/x", "https://x.org/home/y", "./tmp/x", "~/work/x", "/tmp"]
+)
+def test_other_paths_are_not(text: str) -> None:
+    assert not MACHINE_PATH.search(text)
+
+
+def test_no_machine_paths() -> None:
+    found = [f"{name}: {match.group()}" for name, text in texts() if (match := MACHINE_PATH.search(text))]
+    assert not found
+
+
+def test_no_package_indexes() -> None:
+    found = [f"{name}: {match.group()}" for name, text in texts() if (match := INDEX_OPTION.search(text))]
+    assert not found
+
+
+@pytest.mark.parametrize("name", with_suffix(".yaml", ".yml", ".cff"))
+def test_yaml_parses(name: str) -> None:
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) is not None
+
+
+@pytest.mark.parametrize("name", with_suffix(".json", ".ipynb"))
+def test_json_parses(name: str) -> None:
+    assert json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", with_suffix(".csv"))
+def test_csv_is_rectangular(name: str) -> None:
+    lines = (line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    rows = list(csv.reader(lines))
+    assert len(rows) > 1
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert len(set(rows[0])) == len(rows[0]), "two columns of the same name"
+
+
+@pytest.mark.parametrize("name", with_suffix(".py"))
+def test_python_file_is_readable_in_one_sitting(name: str) -> None:
+    source = (ROOT / name).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    if name.startswith("cropr/"):
+        assert ast.get_docstring(ast.parse(source)) or not source.strip(), "a module says what it is for"
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        printed = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printed, "use logging in the library, rich in commands"
+
+
+def test_make_help_lists_every_public_target() -> None:
+    documented = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert documented == make_targets()
+    assert {"help", "reproduce", "test", "fast", "lint", "ablation", "clean"} <= documented
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_documented_make_commands_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    used = set(re.findall(r"(?:^|`|&& |\$ )make ([a-z]+)", text, re.MULTILINE))
+    assert used <= make_targets()
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    commands = re.findall(r"make [a-z]+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert commands[:2] == ["make reproduce", "make test"]
+
+
+def test_lock_pins_everything_exactly() -> None:
+    for line in lock_lines():
+        assert re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; platform_system == \"Linux\")?", line), line
+    names = [line.split("==")[0] for line in lock_lines()]
+    assert len(names) == len(set(names))
+
+
+def test_lock_meets_the_ranges_of_pyproject() -> None:
+    pins = dict(line.partition(" ;")[0].split("==") for line in lock_lines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "cropr":
+            pin = pins.get(canonicalize_name(requirement.name))
+            assert pin, f"{requirement.name} is not in requirements.lock"
+            assert requirement.specifier.contains(pin), f"{requirement} but requirements.lock has {pin}"
+
+
+def lock_lines() -> list[str]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
