@@ -52,6 +52,8 @@ OUT = GRID.results
 LOGS = f"{OUT}/logs"
 REPORT = f"{OUT}/report.html"
 CLAIMS = "config/claims.yaml"
+# None is named on a cluster, nor by calls that run nothing.
+CORES = workflow.resource_settings.cores or 8
 
 # Jobs find the Python that runs Snakemake first, activated or not; with conda, theirs comes before it.
 os.environ.update(

@@ -99,6 +99,13 @@ def test_without_warm_up_the_first_step_has_the_peak():
     assert optimizer.param_groups[0]["lr"] == recipe.peak_lr
 
 
+def test_a_run_of_one_step_has_a_learning_rate():
+    recipe = RecipeSpec(epochs=0.2, warmup_epochs=0.19)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    create_schedule(optimizer, recipe, 6).step_update(0)
+    assert optimizer.param_groups[0]["lr"] == recipe.peak_lr
+
+
 @pytest.mark.parametrize("warmup", [3, 4.5])
 def test_warm_up_that_fills_the_run_is_refused(warmup):
     recipe = RecipeSpec(epochs=3, warmup_epochs=warmup)

@@ -104,11 +104,11 @@ def fit(
     """
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
     steps = len(loader)
-    total = max(1, round(recipe.epochs * steps))
-    with run.log, StopRequest() as stop, Progress(total, run.step, steps, show=run.world.leads) as progress:
-        while run.step < total:
+    bar = Progress(run.total, run.step, steps, show=run.world.leads)
+    with run.log, StopRequest() as stop, bar as progress:
+        while run.step < run.total:
             try:
-                run.train_epoch(total, stop, progress)
+                run.train_epoch(stop, progress)
             except (RuntimeError, OSError, EOFError) as error:
                 # A signal to the whole process group ends the workers of the loader, too, and that surfaces here.
                 if stop.requested is None:
@@ -149,12 +149,12 @@ class _Run:
         self.log = StepLog(settings.out / LOG if world.leads else None, self.step)
         self._saved = time.monotonic()
 
-    def train_epoch(self, total: int, stop: StopRequest, progress: Progress) -> None:
-        """The rest of the current epoch, or up to step ``total``; a line of the log a step."""
+    def train_epoch(self, stop: StopRequest, progress: Progress) -> None:
+        """The rest of the current epoch, or of the run; a line of the log a step."""
         self.model.train()
         epoch, first = divmod(self.step, len(self.loader))
         clock = time.perf_counter()
-        for images, labels in islice(self.loader.epoch(epoch, first), total - self.step):
+        for images, labels in islice(self.loader.epoch(epoch, first), self.total - self.step):
             loaded = time.perf_counter()
             self.schedule.step_update(self.step)
             seed_step(self.seed, self.step, self.world.rank)
@@ -169,8 +169,6 @@ class _Run:
             if result.stop:
                 self.save()
                 raise TrainingInterrupted(f"stopped by {stop.name}; {self.last_checkpoint}", stop.requested)
-            if self.step == self.total:
-                return
             due = time.monotonic() - self._saved > 60 * self.settings.checkpoint_minutes
             if due and self.step % len(self.loader):
                 self.save()

@@ -90,7 +90,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_
             f"spec.recipe.warmup_epochs = {recipe.warmup_epochs:g}: must be less than recipe.epochs = {recipe.epochs:g}"
         )
     total = total_steps(recipe, steps_per_epoch)
-    warmup = int(recipe.warmup_epochs * steps_per_epoch)
+    warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
     return CosineLRScheduler(
         optimizer,
         t_initial=total - warmup,

@@ -15,7 +15,7 @@ if GRID.scenes:
         priority: 1000
         conda:
             "../../envs/train.yaml"
-        threads: workflow.cores or 1
+        threads: CORES
         params:
             spec=json.dumps(GRID.scenes.model_dump(mode="json"), sort_keys=True),
             code=code_digest("data"),
@@ -56,7 +56,7 @@ if GRID.pretrain:
             priority: 1000
             conda:
                 "../../envs/train.yaml"
-            threads: workflow.cores or GRID.config.jobs.threads
+            threads: CORES
             resources:
                 gpu=GRID.config.jobs.gpus,
             params:
@@ -106,10 +106,10 @@ rule bench:
         f"{OUT}/bench/{{bench}}/record.json",
     log:
         f"{LOGS}/bench/{{bench}}.log",
-    priority: lambda wildcards: (GRID.priority(wildcards.bench) + 5) * (workflow.cores or 1)
+    priority: lambda wildcards: (GRID.priority(wildcards.bench) + 5) * CORES
     conda:
         "../../envs/train.yaml"
-    threads: workflow.cores or 8
+    threads: CORES
     resources:
         gpu=GRID.config.jobs.gpus,
     params:
