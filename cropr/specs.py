@@ -68,7 +68,7 @@ class PruneSpec(Spec):
     reducer: str = "none"
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reducer."""
-    schedule: dict[str, Any] = Field(default_factory=lambda: {"constant": {"rate": 0}})
+    schedule: dict[str, Any] = Field(default_factory=lambda: {"constant": {"rate": 0}}, validate_default=True)
     """As ``Schedule.from_config`` reads it."""
     fusion: Literal["none", "llf"] = "none"
     aux_weight: float = Field(1.0, ge=0)
@@ -148,6 +148,9 @@ class RecipeSpec(Spec):
     min_lr: float = Field(1e-6, ge=0)
     warmup_epochs: float = Field(5, ge=0)
     layer_decay: float = Field(0.75, gt=0, le=1)
+    query_lr: float = Field(1.0, gt=0)
+    """Learning-rate scale of Cropr's queries. They start at unit length, where their attention is almost uniform, and have
+    to grow tenfold; a run of few steps needs more than 1 for that."""
     weight_decay: float = Field(0.05, ge=0)
     clip_grad: float | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"

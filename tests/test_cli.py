@@ -76,6 +76,8 @@ def test_documented_commands_parse(file: str) -> None:
     )
     for found in files:
         for arguments in commands(found.read_text(encoding="utf-8")):
+            if len(arguments) == 1 and arguments[0] in VERBS:  # names the verb
+                continue
             try:
                 build_parser(arguments[0]).parse_args(arguments)
             except SystemExit as stop:

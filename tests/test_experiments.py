@@ -97,6 +97,15 @@ def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[st
     assert runs == set(grid.runs)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_spec_keeps_its_digest_on_its_way_to_the_job(grids: dict[str, Grid], scale: str) -> None:
+    grid = grids[scale]
+    pretrain = {grid.pretrain.digest(): grid.pretrain} if grid.pretrain else {}
+    for digest, spec in (grid.runs | grid.benches | pretrain).items():
+        text = json.dumps(spec.model_dump(mode="json"))
+        assert type(spec).model_validate_json(text).digest() == digest
+
+
 def test_every_ablation_changes_one_thing(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
     rows = grid.artefacts["ablations"].rows

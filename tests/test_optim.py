@@ -57,7 +57,9 @@ def test_eva_has_the_same_levels():
 
 
 def test_what_has_no_weight_decay(model):
-    decay = {name: g["weight_decay"] for g in parameter_groups(model, 0.05, 0.75) for name in g["names"]}
+    decay = {
+        name: g["weight_decay"] for g in parameter_groups(model, RecipeSpec(layer_decay=0.75)) for name in g["names"]
+    }
     host = "backbone.host."
     for name in ("pos_embed", "cls_token", "reg_token", "blocks.1.attn.qkv.bias", "fc_norm.weight", "head.bias"):
         assert decay[host + name] == 0, name
@@ -69,7 +71,7 @@ def test_what_has_no_weight_decay(model):
 def test_frozen_parameters_are_left_out(model):
     frozen = build_model(VIT, CROPR, num_classes=3, image_size=32)
     frozen.backbone.host.patch_embed.requires_grad_(False)
-    names = {name for group in parameter_groups(frozen, 0.05, 1.0) for name in group["names"]}
+    names = {name for group in parameter_groups(frozen, RecipeSpec(layer_decay=1.0)) for name in group["names"]}
     assert names == {n for n, _ in model.named_parameters() if "patch_embed" not in n}
 
 

@@ -64,9 +64,8 @@ def speed_against_bound(artefact: Artefact) -> Figure:
         for y, row in enumerate(rows):
             tint, speedup = style.colour(artefact.reducer(row)), artefact.number(row, "speedup.measured")
             axes.plot([1, speedup], [y, y], color=tint, lw=1.6, alpha=0.35, zorder=1)
-            axes.plot(
-                [artefact.number(row, "speedup.bound")] * 2, [y - 0.32, y + 0.32], color=style.INK, lw=2.2, zorder=3
-            )
+            bound = artefact.number(row, "speedup.bound")
+            axes.plot([bound, bound], [y - 0.32, y + 0.32], color=style.INK, lw=2.2, zorder=3)
             if not np.isnan(published := _published_speed(artefact, row)):
                 axes.plot(published, y, "D", color=style.MUTED, mfc="white", zorder=2)
             _bar(axes, y, artefact.interval(row, "speedup"), tint, vertical=False)
@@ -79,15 +78,7 @@ def speed_against_bound(artefact: Artefact) -> Figure:
         handles = [
             Line2D([], [], marker="o", ls="", color=style.INK, label="measured on this device"),
             Line2D([], [], marker="|", ls="", color=style.INK, ms=13, mew=2.2, label="bound: ratio of multiply-adds"),
-            Line2D(
-                [],
-                [],
-                marker="D",
-                ls="",
-                color=style.MUTED,
-                mfc="white",
-                label="published, on the paper's GPU",
-            ),
+            Line2D([], [], marker="D", ls="", color=style.MUTED, mfc="white", label="published: ViT-L/16, their GPU"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
@@ -142,9 +133,8 @@ def tokens(artefact: Artefact) -> Figure:
             columns = artefact.rows[rows[0]].columns
             tint, fused = tints[str(columns.get("schedule"))], columns.get("fusion") == "llf"
             solid = fused or artefact.reducer(rows[0]) == "none"
-            axes.plot(
-                range(len(trace)), trace, "o-" if solid else "o--", color=tint, ms=4, mfc=tint if solid else "white"
-            )
+            line, fill = ("o-", tint) if solid else ("o--", "white")
+            axes.plot(range(len(trace)), trace, line, color=tint, ms=4, mfc=fill)
             text = f"{setting_name(artefact, rows[0])} ({len(rows)} {'row' if len(rows) == 1 else 'rows'})"
             ends.append((len(trace) - 1.0, float(trace[-1]), text, tint))
         axes.set_ylim(0, None)
@@ -172,19 +162,11 @@ def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[
     points = []
     for row, x, y in shown:
         reducer = artefact.reducer(row)
-        tint, filled = (
-            style.colour(reducer),
-            reducer == "none" or artefact.rows[row].columns.get("fusion", "llf") == "llf",
-        )
+        tint = style.colour(reducer)
+        fill = tint if reducer == "none" or artefact.rows[row].columns.get("fusion", "llf") == "llf" else "white"
         if kind == "measured":
             _bar(axes, x, artefact.interval(row, "top1"), tint, vertical=True)
-        look: dict[str, Any] = {
-            "color": tint,
-            "mfc": tint if filled else "white",
-            "ms": 8,
-            "mew": 1.8,
-            "clip_on": False,
-        }
+        look: dict[str, Any] = {"color": tint, "mfc": fill, "ms": 8, "mew": 1.8, "clip_on": False}
         if y < floor:
             axes.plot(x, floor, "v", **look)
             points.append((x, floor, f"{names[row]} {y:.1f}", tint))

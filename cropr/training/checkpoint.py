@@ -111,9 +111,13 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Write all parameters and persistent buffers, whole or not at all."""
-    _save_tensors(path, model.state_dict())
+def save_weights(path: Path, model: nn.Module, spec: str | None = None) -> None:
+    """Write all parameters and persistent buffers, whole or not at all.
+
+    ``spec`` is the digest of the run that made them; it goes into the file's header, where the workflow looks for it
+    before it takes weights that the repository ships.
+    """
+    _save_tensors(path, model.state_dict(), {"spec": spec} if spec else None)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -246,11 +250,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -18,6 +18,9 @@ from cropr.specs import RecipeSpec
 HOST = "backbone.host."
 """Prefix of the host model's parameters in a ``PrunedViT``."""
 
+QUERIES = ".scorer.queries"
+"""Suffix of the learned queries below ``reducers``."""
+
 NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token"})
 """Parameters of the host without weight decay, in addition to what the host names itself and all 1-D ones."""
 
@@ -44,7 +47,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     return {name: decay ** (depth + 1 - level(name)) for name, _ in model.named_parameters()}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: RecipeSpec) -> list[dict[str, Any]]:
     """Groups for the optimizer, with ``lr_scale`` as timm's schedulers read it and the names of their parameters.
 
     No weight decay for 1-D parameters, positions and prefix tokens; the queries of a Cropr module are decayed.
@@ -53,12 +56,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     named = set(host.no_weight_decay()) if hasattr(host, "no_weight_decay") else set()  # type: ignore[operator]
     exempt = {HOST + name for name in NO_DECAY | named}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    scales = layer_scales(model, layer_decay)
+    scales = layer_scales(model, recipe.layer_decay)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter.ndim <= 1 or name in exempt else weight_decay
-        key = (scales[name], decay)
+        decay = 0.0 if parameter.ndim <= 1 or name in exempt else recipe.weight_decay
+        key = (scales[name] * (recipe.query_lr if name.endswith(QUERIES) else 1.0), decay)
         group = groups.setdefault(key, {"lr_scale": key[0], "weight_decay": decay, "params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -67,7 +70,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
 
 def create_optimizer(model: nn.Module, recipe: RecipeSpec) -> torch.optim.AdamW:
     """AdamW with torch's betas and epsilon, as the authors left them; all tensors of a group in one kernel."""
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+    groups = parameter_groups(model, recipe)
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, fused=True)
 
 

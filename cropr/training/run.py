@@ -108,7 +108,7 @@ def train(
             processes=world.size,
             workers=workers,
         )
-        save_weights(out / WEIGHTS, model)
+        save_weights(out / WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
         shutil.rmtree(out / CHECKPOINTS)
     world.wait()

@@ -173,6 +173,14 @@ def test_editing_the_scorer_reruns_the_rows_that_score(finished: Project) -> Non
     assert not [name for name in ("random_r8_llf", "variance_r8_llf", "none") if f"{runs[name]}-seed0.log" in output]
 
 
+def test_editing_the_training_code_trains_everything_again(finished: Project) -> None:
+    jobs = append(finished, "cropr/training/loop.py")
+    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (1, 19, 5)
+    assert "bench" not in jobs
+    finished.run(*CI)
+    assert finished.planned(*CI) == {}
+
+
 def test_editing_the_benchmark_trains_nothing(finished: Project) -> None:
     jobs = append(finished, "cropr/bench/throughput.py")
     assert jobs == {"bench": 11, "notebook": 2, "report": 1, "reproduce": 1}

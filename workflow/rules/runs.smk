@@ -50,7 +50,9 @@ if GRID.pretrain:
             input:
                 unpack(data_inputs),
             output:
-                f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors",
+                weights=f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors",
+                # Must go before the job runs again: a run that finds its record takes itself for finished.
+                record=f"{OUT}/pretrain/{GRID.pretrain.digest()}/record.json",
             log:
                 f"{LOGS}/pretrain.log",
             priority: 1000
@@ -67,7 +69,7 @@ if GRID.pretrain:
                 "Making the pretrained weights (log: {log})"
             shell:
                 "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
-                " --out $(dirname {output}) --threads {threads} > {log} 2>&1"
+                " --out $(dirname {output.record}) --threads {threads} > {log} 2>&1"
 
 
 rule train:

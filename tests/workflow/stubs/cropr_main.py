@@ -24,6 +24,8 @@ if verb == "show":
     sys.exit()
 if args.init:
     assert Path(args.init).exists()
+if verb == "train" and (out / "record.json").exists():
+    sys.exit()  # like the real one: a finished run is not repeated
 spec = json.loads(args.spec)
 seed = int(args.seed or 0)
 metrics = {"top1": 80.0 + seed + len(args.spec) % 5, "step_ms": 50.0, "loss": 0.5}
