@@ -117,7 +117,6 @@ def bench_record(spec: dict, digest: str, number: int) -> dict:
         "kind": "bench",
         "id": digest,
         "spec": spec,
-        "seed": 0,
         "metrics": {
             "base_images_per_s": 2.1,
             "images_per_s": 2.1 * speedup,
@@ -213,7 +212,7 @@ def small_bench_record(speedup: float, images_per_s: float) -> dict:
         "images_per_s": images_per_s, "base_images_per_s": 2.0, "weights_mb": 1001.0, "base_weights_mb": 1000.0,
         "gmacs": 30.0, "base_gmacs": 54.0,
     }  # fmt: skip
-    return {"kind": "bench", "id": "b", "seed": 0, "metrics": metrics, "provenance": provenance(5.0), **BENCH}
+    return {"kind": "bench", "id": "b", "metrics": metrics, "provenance": provenance(5.0), **BENCH}
 
 
 def write_small(root: Path, seeds: int = 2, **changes) -> Path:

@@ -56,6 +56,18 @@ def test_eva_has_the_same_levels():
     assert scales["backbone.host.fc_norm.weight"] == scales["backbone.host.head.weight"] == 1
 
 
+def test_queries_may_learn_faster_than_the_rest(model):
+    def scales(query_lr: float) -> dict[str, float]:
+        groups = parameter_groups(model, RecipeSpec(query_lr=query_lr))
+        return {name: group["lr_scale"] for group in groups for name in group["names"]}
+
+    plain, fast = scales(1), scales(20)
+    queries = {name for name in plain if name.endswith("queries")}
+    assert queries
+    assert {name for name in plain if fast[name] != plain[name]} == queries
+    assert {fast[name] for name in queries} == {20}
+
+
 def test_what_has_no_weight_decay(model):
     decay = {
         name: g["weight_decay"] for g in parameter_groups(model, RecipeSpec(layer_decay=0.75)) for name in g["names"]

@@ -154,7 +154,7 @@ def load(path: str | Path, results: str | Path | None = None) -> Artefact:
     for row in manifest.rows:
         if not row.available:
             continue
-        if records := [_read(root / file, file, manifest) for file in row.records]:
+        if records := [_read(root / file, file, manifest, "seed") for file in row.records]:
             runs[row.row] = {int(record["seed"]): record for record in records}
         if row.bench is not None:
             benches[row.row] = _read(root / row.bench, row.bench, manifest)
@@ -266,12 +266,12 @@ def _locate(path: Path) -> tuple[Path, Path]:
     )
 
 
-def _read(path: Path, named: Path, manifest: Manifest) -> Record:
+def _read(path: Path, named: Path, manifest: Manifest, *keys: str) -> Record:
     try:
         record = read_record(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{named}: no record; make it with: {make_command(manifest, named)}") from None
-    if missing := [key for key in ("metrics", "seed", "provenance") if key not in record]:
+    if missing := [key for key in ("metrics", "provenance", *keys) if key not in record]:
         raise ValueError(f"{named}: a record without {missing[0]!r}; delete it and run the job again")
     return record
 
