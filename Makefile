@@ -9,6 +9,8 @@ ROW ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
+# Tests use one thread each (tests/conftest.py), so two run side by side; a file stays in one process with its fixtures.
+PYTEST := $(RUN) pytest -n 2 --dist loadfile
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
 # An environment is complete when a stamp exists whose *name* holds the checksum of what it was made from. File times say
@@ -39,10 +41,10 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
 test: $(READY) ## all tests but those that need a GPU
-	$(RUN) pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 fast: $(READY) ## the fast tests
-	$(RUN) pytest
+	$(PYTEST)
 
 lint: $(READY) ## ruff, mypy, snakefmt, snakemake --lint
 	$(RUN) ruff check .

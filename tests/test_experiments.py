@@ -1,23 +1,18 @@
-"""The grid: every row at every scale, shared runs, and errors that name file, key, value and what is allowed."""
+"""The grid: every row at every scale, and runs that rows share."""
 
 from __future__ import annotations
 
-import ast
 import json
-import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from cropr.configuration import merge, parse_seeds, read_settings
 from cropr.experiments import Grid, load_grid, shipped
 from cropr.schedule import Schedule, attended
-from cropr.sources import BY_REDUCER, NEUTRAL, PACKAGE, SOURCES, code_digest, source_files
-from cropr.specs import REDUCERS, PruneSpec
+from cropr.specs import REDUCERS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "config"
@@ -38,30 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grids(folder: Path) -> dict[str, Grid]:
     roots = {"imagenet": folder, "folder": folder}
     return {scale: load_grid(CONFIG, scale, roots=roots) for scale in SCALES}
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A copy of config/ to break."""
-    return Path(shutil.copytree(CONFIG, tmp_path / "config"))
-
-
-def edit(file: Path, **values: object) -> None:
-    """Lay values over a YAML file; dots in keys go down."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for key, value in values.items():
-        place = content
-        *parents, last = key.split("__")
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
-def edit_row(file: Path, row: str, **values: object) -> None:
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    next(entry for entry in content["rows"] if entry["row"] == row).update(values)
-    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 # The grid ------------------------------------------------------------------------------------------------------------
@@ -234,147 +205,6 @@ def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
         grid.find_row("none")
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
-
-
-def test_unknown_key_of_a_scale(config: Path) -> None:
-    edit(config / "scales/ci.yaml", recipe__epoch=3)
-    with pytest.raises(ValueError, match=r"ci\.yaml: unknown key recipe\.epoch = 3; allowed: .*epochs"):
-        load_grid(config, "ci")
-
-
-def test_bad_value_of_a_scale(config: Path) -> None:
-    edit(config / "scales/ci.yaml", recipe__epochs=0)
-    with pytest.raises(ValueError, match=r"ci\.yaml: recipe\.epochs = 0: .*greater than 0"):
-        load_grid(config, "ci")
-
-
-def test_all_problems_of_a_file_come_in_one_message(config: Path) -> None:
-    edit(config / "scales/ci.yaml", recipe__epochs=0, maps=-1, colour="red")
-    with pytest.raises(ValueError, match=r"(?s)recipe\.epochs.*maps = -1.*colour = 'red'"):
-        load_grid(config, "ci")
-
-
-def test_unknown_key_of_a_row_names_the_row(config: Path) -> None:
-    edit_row(config / "experiments/ablations.yaml", "no_mlp", option={"mlp": False})
-    with pytest.raises(
-        ValueError, match=r"ablations\.yaml: unknown key rows\.6\.option \(row no_mlp\).*allowed: .*options"
-    ):
-        load_grid(config, "ci")
-
-
-def test_unknown_reducer(config: Path) -> None:
-    edit_row(config / "experiments/ablations.yaml", "no_mlp", reducer="cropper")
-    with pytest.raises(
-        ValueError, match=r"ablations\.yaml: row no_mlp: reducer = 'cropper' is unknown; choose .*cropr"
-    ):
-        load_grid(config, "ci")
-
-
-def test_unknown_option_of_a_reducer(config: Path) -> None:
-    edit_row(config / "experiments/ablations.yaml", "no_mlp", options={"mpl": False})
-    with pytest.raises(ValueError, match=r"row no_mlp: options = \{'mpl': False\}.*no option mpl; it has .*mlp"):
-        load_grid(config, "ci")
-
-
-def test_impossible_schedule(config: Path) -> None:
-    edit(config / "scales/laptop.yaml", schedules__r8={"constant": {"rate": 12}})
-    with pytest.raises(
-        ValueError,
-        match=r"laptop\.yaml: schedules\.r8 = \{'constant': \{'rate': 12\}\}: .*lower the rate to \d+ or less",
-    ):
-        load_grid(config, "laptop")
-
-
-def test_impossible_schedule_of_the_measured_model_is_found_at_every_scale(config: Path) -> None:
-    edit(config / "scales/paper.yaml", schedules__r50={"stages": {"at": {24: 50}}})
-    with pytest.raises(ValueError, match=r"paper\.yaml: schedules\.r50 = .*the last block to prune after is 23"):
-        load_grid(config, "laptop")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"schedule": "r9"}, r"schedule = 'r9': .* has none, r8, r50"),
-        ({"image_size": "tiny"}, r"image_size = 'tiny': .* has small"),
-        ({"reducer": "none"}, r"schedule = 'r8' without a reducer"),
-        ({"fusion": "llff"}, r"fusion.* = 'llff': .*'none' or 'llf'"),
-        ({"use": "imagenet_methods/cropr_r8"}, r"cannot stand beside use"),
-    ],
-)
-def test_names_that_do_not_fit(config: Path, row: dict[str, object], message: str) -> None:
-    edit_row(config / "experiments/imagenet_methods.yaml", "random_r8_llf", **row)
-    with pytest.raises(ValueError, match=message):
-        load_grid(config, "ci")
-
-
-def test_use_of_a_row_that_is_not_there(config: Path) -> None:
-    edit_row(config / "experiments/relevance.yaml", "cropr", use="imagenet_methods/cropr")
-    with pytest.raises(ValueError, match=r"use = 'imagenet_methods/cropr' is no row; choose one of .*cropr_r8_llf"):
-        load_grid(config, "ci")
-
-
-def test_rows_are_unique_and_the_baseline_is_one(config: Path) -> None:
-    file = config / "experiments/relevance.yaml"
-    edit(file, baseline="nobody")
-    with pytest.raises(ValueError, match=r"baseline = 'nobody' is no row; choose one of cropr"):
-        load_grid(config, "ci")
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    content["rows"].append(content["rows"][0])
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="'cropr' is given twice"):
-        load_grid(config, "ci")
-
-
-def test_unknown_scale() -> None:
-    with pytest.raises(FileNotFoundError, match=r"huge\.yaml: no such file; there are: ci, laptop, paper, workstation"):
-        load_grid(CONFIG, "huge")
-
-
-def test_broken_yaml(config: Path) -> None:
-    (config / "scales/ci.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"ci\.yaml: not YAML"):
-        load_grid(config, "ci")
-
-
-def test_data_root_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.yaml: imagenet = null.*--config imagenet=/path"):
-        load_grid(CONFIG, "paper", roots={"imagenet": None, "folder": None})
-    (tmp_path / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match=rf"imagenet = {tmp_path}: .*val is missing"):
-        load_grid(CONFIG, "paper", roots={"imagenet": tmp_path, "folder": None})
-
-
-def test_overrides_are_laid_over_the_scale() -> None:
-    grid = load_grid(CONFIG, "ci", overrides={"recipe": {"epochs": 2}})
-    assert {spec.recipe.epochs for spec in grid.runs.values()} == {2}
-    assert {spec.recipe.batch_size for spec in grid.runs.values()} == {32}
-    with pytest.raises(ValueError, match=r"ci\.yaml with overrides: unknown key recipes"):
-        load_grid(CONFIG, "ci", overrides={"recipes": 1})
-    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
-
-
-def test_settings_name_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match=r"config\.yaml: unknown key scales = 'ci'; allowed: folder, imagenet"):
-        read_settings({"scales": "ci"})
-    with pytest.raises(ValueError, match=r"pretrain = 'yes': .*'shipped' or 'make'"):
-        read_settings({"pretrain": "yes"})
-
-
-@pytest.mark.parametrize(
-    ("given", "seeds"),
-    [(3, (0, 1, 2)), ("3", (0, 1, 2)), ([0, 4], (0, 4)), (["0", "4"], (0, 4)), ("0,4", (0, 4)), ("[4]", (4,))],
-)
-def test_seeds(given: object, seeds: tuple[int, ...]) -> None:
-    assert parse_seeds(given) == seeds  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("wrong", [0, -1, "x", [], [1, 1], [-1], "1.5"])
-def test_seeds_that_are_none(wrong: object) -> None:
-    with pytest.raises(ValueError, match="give a number of seeds"):
-        parse_seeds(wrong)  # type: ignore[arg-type]
-
-
 # Shipped weights -----------------------------------------------------------------------------------------------------
 
 
@@ -392,71 +222,6 @@ def test_shipped_weights_count_only_if_the_same_run_made_them(tmp_path: Path) ->
     assert not shipped(tmp_path / "missing.safetensors", "0123456789")
     (tmp_path / "c.safetensors").write_bytes(b"no header at all, but long enough")
     assert not shipped(tmp_path / "c.safetensors", "0123456789")
-
-
-# Sources -------------------------------------------------------------------------------------------------------------
-
-
-def imports_of(file: Path) -> set[Path]:
-    """Files of the package that a file imports, at the top or within functions."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cropr":
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "cropr"]
-        else:
-            continue
-        for name in names:
-            path = PACKAGE.joinpath(*name.split(".")[1:])
-            found |= {candidate for candidate in (path.with_suffix(".py"), path / "__init__.py") if candidate.is_file()}
-    return found
-
-
-def closure(entry: Path) -> set[Path]:
-    """What a file imports, directly or not, without what is neutral and what only that imports."""
-    seen: set[Path] = set()
-    todo = [entry]
-    while todo:
-        file = todo.pop()
-        if file not in seen and file.relative_to(PACKAGE).as_posix() not in NEUTRAL:
-            seen.add(file)
-            todo += imports_of(file)
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("kind", "entry"),
-    [("data", "commands/data.py"), ("train", "commands/train.py"), ("bench", "commands/bench.py"),
-     ("maps", "commands/show.py"), ("report", "report/page.py")],
-)  # fmt: skip
-def test_every_file_that_a_job_imports_is_digested_or_neutral(kind: str, entry: str) -> None:
-    digested = set(source_files(SOURCES[kind]))
-    for reducer in BY_REDUCER.values():
-        digested |= set(source_files(reducer))
-    for file in closure(PACKAGE / entry):
-        if kind == "maps" and file.parent.name == "report":
-            continue  # draws pictures for its --picture, which the workflow does not ask for
-        name = file.relative_to(PACKAGE).as_posix()
-        assert file in digested, f"{kind}: {name}"
-
-
-def test_every_reducer_says_where_its_source_is() -> None:
-    assert set(BY_REDUCER) == set(REDUCERS)
-
-
-def test_code_of_one_reducer_concerns_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PACKAGE / "scorer.py" in source_files(BY_REDUCER["cropr"])
-    assert PACKAGE / "scorer.py" not in source_files(BY_REDUCER["random"])
-    rate = {"constant": {"rate": 8}}
-    digests = {name: code_digest("train", PruneSpec(reducer=name, schedule=rate)) for name in ("cropr", "random")}
-    assert digests["cropr"] != digests["random"]
-    assert code_digest("train", PruneSpec()) not in digests.values()
-
-
-def test_a_source_that_is_not_there_is_reported() -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        source_files(("nowhere/*.py",))
 
 
 def test_the_grid_loads_no_torch() -> None:

@@ -82,6 +82,13 @@ def test_missing_records_of_unavailable_rows_are_no_error(small):
     assert "tome" not in load(small()).runs
 
 
+def test_a_record_of_something_else_is_refused(small, tmp_path):
+    manifest = small()
+    (tmp_path / "runs" / "random" / "seed1" / "record.json").write_text('{"metrics": {}, "provenance": {}}')
+    with pytest.raises(ValueError, match="a record without 'seed'; delete it and run the job again"):
+        load(manifest)
+
+
 def test_manifest_is_found_from_a_subfolder(small, tmp_path, monkeypatch):
     small()
     (tmp_path / "notebooks").mkdir()

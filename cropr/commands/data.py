@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="size of digits, in units of 8 px"
     )
     scenes.add_argument("--distractors", type=int, metavar="N", help="fragments of other digits in an image")
-    scenes.add_argument("--seed", type=int, metavar="N")
+    scenes.add_argument("--seed", type=int, metavar="N", help="of the generator (default 0)")
     scenes.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     check = verbs.add_parser("check", help="decode every image of a folder and list those that cannot be read")
     check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*")

@@ -1,0 +1,73 @@
+"""Source files behind a job: every file that it imports decides whether it runs again."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from cropr.sources import BY_REDUCER, NEUTRAL, PACKAGE, SOURCES, code_digest, source_files
+from cropr.specs import REDUCERS, PruneSpec
+
+
+def imports_of(file: Path) -> set[Path]:
+    """Files of the package that a file imports, at the top or within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cropr":
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "cropr"]
+        else:
+            continue
+        for name in names:
+            path = PACKAGE.joinpath(*name.split(".")[1:])
+            found |= {candidate for candidate in (path.with_suffix(".py"), path / "__init__.py") if candidate.is_file()}
+    return found
+
+
+def closure(entry: Path) -> set[Path]:
+    """What a file imports, directly or not, without what is neutral and what only that imports."""
+    seen: set[Path] = set()
+    todo = [entry]
+    while todo:
+        file = todo.pop()
+        if file not in seen and file.relative_to(PACKAGE).as_posix() not in NEUTRAL:
+            seen.add(file)
+            todo += imports_of(file)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [("data", "commands/data.py"), ("train", "commands/train.py"), ("bench", "commands/bench.py"),
+     ("maps", "commands/show.py"), ("report", "report/page.py")],
+)  # fmt: skip
+def test_every_file_that_a_job_imports_is_digested_or_neutral(kind: str, entry: str) -> None:
+    digested = set(source_files(SOURCES[kind]))
+    for reducer in BY_REDUCER.values():
+        digested |= set(source_files(reducer))
+    for file in closure(PACKAGE / entry):
+        if kind == "maps" and file.parent.name == "report":
+            continue  # draws pictures for its --picture, which the workflow does not ask for
+        name = file.relative_to(PACKAGE).as_posix()
+        assert file in digested, f"{kind}: {name}"
+
+
+def test_every_reducer_says_where_its_source_is() -> None:
+    assert set(BY_REDUCER) == set(REDUCERS)
+
+
+def test_code_of_one_reducer_concerns_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PACKAGE / "scorer.py" in source_files(BY_REDUCER["cropr"])
+    assert PACKAGE / "scorer.py" not in source_files(BY_REDUCER["random"])
+    rate = {"constant": {"rate": 8}}
+    digests = {name: code_digest("train", PruneSpec(reducer=name, schedule=rate)) for name in ("cropr", "random")}
+    assert digests["cropr"] != digests["random"]
+    assert code_digest("train", PruneSpec()) not in digests.values()
+
+
+def test_a_source_that_is_not_there_is_reported() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        source_files(("nowhere/*.py",))
