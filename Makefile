@@ -26,7 +26,7 @@ ACTUAL := $(call version,$(BIN)/python)
 WANTED := $(if $(filter file,$(origin PYTHON)),$(or $(ACTUAL),any),$(call version,$(PYTHON)))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablation test fast lint format env clean FORCE
+.PHONY: help reproduce ablation snapshot test fast lint format env clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,11 @@ reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|workstatio
 ablation: $(READY) ## one row of the ablations beside its baseline: make ablation ROW=stop_gradient SEEDS=3
 	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
 	$(SNAKEMAKE) row=$(ROW) -- compare
+
+snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, for readers
+	@test -d results/$(SCALE)/notebooks || { echo 'No results at this scale yet: make reproduce SCALE=$(SCALE)' >&2; exit 2; }
+	mkdir -p docs/rendered
+	cp results/$(SCALE)/notebooks/*.ipynb results/$(SCALE)/tables/*.md docs/rendered/
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) -m "not gpu"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def test_sentences_say_what_the_records_say(small):
     setting = text.setting(artefact)
     for part in ("`tiny`", "0, 1", "32 px, 1,000 for training, 400 for validation", "`vit_tiny` with depth=4",
                  "1,000 images from random weights, batches of 8, fp32", "`vit_x.tag` at 224 px", "2 threads",
-                 "0123456789; Python 3.11.9, torch 2.14.1"):  # fmt: skip
+                 "commit 0123456789; Python 3.11.9, torch 2.14.1"):  # fmt: skip
         assert part in setting
     assert "3 of 4 rows" in text.coverage(artefact)
     assert "ToMe <new> (merging is missing)" in text.coverage(artefact)
@@ -304,7 +305,7 @@ def test_sentences_say_what_the_records_say(small):
     assert "860" not in paper
     speed = text.speed(artefact)
     assert "Cropr 1.70 [1.68, 1.71]x, 94 % of its bound of 1.80x" in speed
-    assert "0.971 times the images per second of Random" in speed
+    assert "The speed-up of Cropr is 0.971 times that of Random." in speed
     assert "weights take +0.10 % of memory beside the unpruned" in speed
 
 
@@ -321,7 +322,7 @@ def test_one_seed_sentences_decide_nothing(small):
     assert "these shares have no interval" in text.relevance(artefact)
     assert "| Seeds | one (no intervals over seeds) |" in text.setting(artefact)
     verdict = text.verdicts([claims.judge(claim(), artefact)])
-    assert verdict.startswith("Of 1 claims, 1 are undecided.")
+    assert verdict.startswith("Of 1 claim, 1 is undecided.")
     assert "`seeds=3`" in verdict
 
 
@@ -334,6 +335,21 @@ def test_sentences_without_any_records(small):
     assert text.paper_says(artefact) == "**The paper** gives no numbers for this."
     assert text.rerun_row(artefact) == ""
     assert text.coverage(artefact).startswith("0 of 1 rows")
+
+
+def test_scope_says_what_a_scale_is_good_for(small):
+    assert "mean nothing" in text.scope(load(small(scale="ci")))
+    assert "the order of methods, not the numbers" in text.setting(load(small()))
+    assert "not the numbers" not in text.scope(load(small(scale="paper")))
+
+
+def test_published_numbers_never_carry_another_schedule(ci):
+    artefact = ci[1]["imagenet_methods"]
+    assert "R=9" not in text.paper_says(artefact)
+    rows = {row: entry.model_copy(update={"columns": {**entry.columns, "paper_schedule": "R=50 @ 6,12,18"}})
+            for row, entry in artefact.rows.items()}  # fmt: skip
+    manifest = artefact.manifest.model_copy(update={"rows": list(rows.values())})
+    assert "85.5 % (Cropr (R=50 @ 6,12,18, LLF))" in text.paper_says(replace(artefact, manifest=manifest))
 
 
 def test_rerun_commands(small):

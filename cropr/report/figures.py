@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cropr.report import style
 from cropr.report.labels import Box, Label, label_ends, place_labels
-from cropr.report.load import Artefact, bench_model, row_names, setting_name
+from cropr.report.load import Artefact, bench_model, paper_schedule, row_names, setting_name
 from cropr.report.stats import Interval
 
 OFF_SCALE = {"measured": 10.0, "published": 5.0}
@@ -200,11 +200,11 @@ def _published_speed(artefact: Artefact, row: str) -> float:
 def _short_names(artefact: Artefact, kind: str) -> dict[str, str]:
     """Labels, with the schedule where several rows share one. Fusion is drawn; the paper's schedules are its own."""
     labels = artefact.frame["label"]
-    column = "paper_schedule" if kind == "published" and "paper_schedule" in artefact.frame else "schedule"
-    return {
-        name: f"{row.label} {row.columns.get(column, '')}".strip() if (labels == row.label).sum() > 1 else row.label
-        for name, row in artefact.rows.items()
-    }
+    shared, names = set(labels[labels.duplicated(keep=False)]), {}
+    for name, row in artefact.rows.items():
+        schedule = paper_schedule(artefact, name) if kind == "published" else row.columns.get("schedule")
+        names[name] = f"{row.label} {schedule}" if row.label in shared and schedule else row.label
+    return names
 
 
 def _forest_row(artefact: Artefact, row: str, y: int, left: Axes, right: Axes, cost: str) -> None:

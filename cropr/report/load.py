@@ -234,8 +234,15 @@ def setting_name(artefact: Artefact, row: str, paper: bool = False) -> str:
     if artefact.reducer(row) == "none":
         return ", ".join(["unpruned"] + ([f"{columns['image_size']} px"] if "image_size" in columns else []))
     fusion = {"llf": "LLF", "none": "no LLF"}.get(str(columns.get("fusion")), columns.get("fusion"))
-    schedule = (columns.get("paper_schedule") if paper else None) or columns.get("schedule")
+    schedule = paper_schedule(artefact, row) if paper else columns.get("schedule")
     return ", ".join(str(part) for part in (schedule, fusion) if part is not None)
+
+
+def paper_schedule(artefact: Artefact, row: str) -> str | None:
+    """The schedule of the published number; None where the manifest does not say (this scale's may differ)."""
+    columns = artefact.rows[row].columns
+    schedule = columns.get("schedule") if artefact.manifest.scale == "paper" else None
+    return columns.get("paper_schedule", schedule)
 
 
 def bench_model(artefact: Artefact) -> str:

@@ -223,5 +223,5 @@ def _class(maps: Maps, index: int) -> str:
 def _scale(maps: Mapping[str, Maps]) -> tuple[ListedColormap, BoundaryNorm, list[int]]:
     """One colour a block, over the whole depth, so that figures of one model share their colours."""
     depth = max(entry.depth for entry in maps.values())
-    colours = ListedColormap(mpl.colormaps[style.SEQUENTIAL](np.linspace(0, 1, depth)))
+    colours = ListedColormap(mpl.colormaps[style.SEQUENTIAL](np.linspace(0.08, 1, depth)))
     return colours, BoundaryNorm(np.arange(0.5, depth + 1), depth), list(range(1, depth + 1))

@@ -110,6 +110,7 @@ def render(artefacts: Sequence[Artefact], claims: Path, folder: Path) -> str:
     return environment.from_string(PAGE).render(
         scale=first.manifest.scale,
         seeds=len(first.manifest.seeds),
+        scope=_inline(text.scope(first)),
         settings=[(name, [_inline(part) for part in value.split("<br>")]) for name, value in text.settings(first)],
         claims=[_claim(judgement) for judgement in judgements],
         verdicts=_inline(text.verdicts(judgements)),

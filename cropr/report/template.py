@@ -59,12 +59,8 @@ useless for the task, block by block. This page is the entry to a reproduction o
 <code>{{ scale }}</code> with {{ seeds }} seed{{ "" if seeds == 1 else "s" }}.</p>
 <p>Measured numbers come from the records listed below. Published numbers are the paper's (&ldquo;Token Cropr: Faster
 ViTs for Quite a Few Tasks&rdquo;, CVPR 2025, <a href="https://arxiv.org/abs/2412.00965">arXiv 2412.00965</a>) and
-always marked as such.
-{% if scale != "paper" %}
-At this scale the accuracies belong to other models and images than the paper's: what can be compared is the order of
-methods, not the numbers.
-{% endif %}
-</p>
+always marked as such.</p>
+<p>{{ scope }}</p>
 <nav aria-label="Sections">
 <a href="#claims">Claims</a>
 {% for section in sections %}

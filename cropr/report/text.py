@@ -18,10 +18,23 @@ from cropr.report.quantities import quantity
 from cropr.report.stats import Interval
 
 
+def scope(artefact: Artefact) -> str:
+    """What the numbers of this scale can be used for."""
+    scale = artefact.manifest.scale
+    if scale == "ci":
+        return "**The scale `ci` only tests that everything runs. Its accuracies, speeds and verdicts mean nothing.**"
+    if scale == "paper":
+        return "This scale trains the paper's model on the paper's images."
+    return (
+        f"At the scale `{scale}` the accuracies belong to other models and images than the paper's: what can be "
+        "compared is the order of methods, not the numbers."
+    )
+
+
 def setting(artefact: Artefact) -> str:
-    """What the numbers were made with, as a table."""
+    """What the numbers were made with, as a table, and what they can be used for."""
     body = "\n".join(f"| {name} | {text} |" for name, text in settings(artefact))
-    return f"**How the numbers were made**\n\n| | |\n| :-- | :-- |\n{body}"
+    return f"{scope(artefact)}\n\n**How the numbers were made**\n\n| | |\n| :-- | :-- |\n{body}"
 
 
 def settings(artefact: Artefact) -> list[tuple[str, str]]:
@@ -101,15 +114,13 @@ def accuracy(artefact: Artefact) -> str:
     if not known:
         return text + "No other row was measured."
     best, worst = max(known, key=lambda r: known[r].mean), min(known, key=lambda r: known[r].mean)
-    text += (
-        f"Against it the other rows lie between {_points(known[worst])} ({names[worst]}) and {_points(known[best])} "
-        f"({names[best]}). "
-    )
+    ends = [f"{_points(known[row])} ({names[row]})" for row in dict.fromkeys((worst, best))]
+    text += f"Against it the other rows lie between {ends[0]} and {ends[1]}. " if len(ends) > 1 else ""
     return text + _sorted_out(known, names, "it")
 
 
 def speed(artefact: Artefact) -> str:
-    """Measured speed-ups next to their bounds, Cropr's throughput over the random choice's, and the memory it adds."""
+    """Measured speed-ups next to their bounds, Cropr's over that of the random choice, and the memory that it adds."""
     names = row_names(artefact)
     rows = [
         r
@@ -129,8 +140,9 @@ def speed(artefact: Artefact) -> str:
     for row in rows:
         twin = next((r for r in artefact.frame.index if _twins(artefact, row, r, "random")), None)
         if twin is not None:
-            ratio = artefact.number(row, "images_per_s.measured") / artefact.number(twin, "images_per_s.measured")
-            text += f" {names[row]} processes {ratio:.3f} times the images per second of {names[twin]}."
+            # Of speed-ups, each beside the unpruned model in one process: a slow moment in between cancels out.
+            ratio = artefact.number(row, "speedup.measured") / artefact.number(twin, "speedup.measured")
+            text += f" The speed-up of {names[row]} is {ratio:.3f} times that of {names[twin]}."
     if "weights_extra.measured" in artefact.frame:
         extra = max(artefact.number(row, "weights_extra.measured") for row in rows)
         text += f" Its weights take {extra:+.2f} % of memory beside the unpruned model's (the most of these rows)."
@@ -202,9 +214,13 @@ def verdicts(judgements: Sequence[Judgement]) -> str:
     if not judgements:
         return "No claim is stated for this."
     counts = Counter(str(judgement.verdict.outcome) for judgement in judgements)
-    words = {"holds": "hold", "contradicted": "are contradicted", "undecided": "are undecided"}
-    parts = [f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome]]
-    text = f"Of {len(judgements)} claims, {', '.join(parts)}."
+    words = {
+        "holds": ("holds", "hold"),
+        "contradicted": ("is contradicted", "are contradicted"),
+        "undecided": ("is undecided", "are undecided"),
+    }
+    parts = [f"{counts[outcome]} {forms[counts[outcome] > 1]}" for outcome, forms in words.items() if counts[outcome]]
+    text = f"Of {len(judgements)} claim{'s' if len(judgements) > 1 else ''}, {', '.join(parts)}."
     if any(j.verdict.reason.startswith("one seed") for j in judgements):
         text += " A single seed has no interval: claims about trained models need more of them, such as `seeds=3`."
     return text
@@ -245,7 +261,7 @@ def _twins(artefact: Artefact, row: str, other: str, reducer: str) -> bool:
     """Whether ``other`` is the same row but for its method."""
     mine, theirs = artefact.rows[row].columns, artefact.rows[other].columns
     same = all(mine.get(key) == theirs.get(key) for key in ("schedule", "fusion", "pool"))
-    return same and artefact.reducer(other) == reducer and artefact.interval(other, "images_per_s") is not None
+    return same and artefact.reducer(other) == reducer and artefact.interval(other, "speedup") is not None
 
 
 def _interval(line: pd.Series) -> Interval:
@@ -307,12 +323,13 @@ def _machine(record: Record) -> str:
     origin = record["provenance"]
     device = origin.get("device") or "unknown device"
     name = origin.get("cpu") or "CPU of unknown name" if device == "cpu" else device
-    return f"{name}, {origin.get('threads', '?')} threads"
+    threads = origin.get("threads", "?")
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _code(record: Record) -> str:
     origin = record["provenance"]
-    commit = str(origin.get("commit") or "not a checkout")[:10]
+    commit = f"commit {str(origin['commit'])[:10]}" if origin.get("commit") else "no git checkout"
     versions = origin.get("packages", {})
     shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)
     return (
