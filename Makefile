@@ -36,14 +36,14 @@ reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|workstatio
 	$(SNAKEMAKE)
 	@echo "The report lies in $(CURDIR)/results/$(SCALE)/report.html"
 
-ablation: $(READY) ## one row of the ablations beside its baseline: make ablation ROW=stop_gradient SEEDS=3
+ablation: $(READY) ## one row of the ablations beside its baseline: make ablation ROW=no_mlp SEEDS=3
 	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
 snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, for readers
 	@test -d results/$(SCALE)/notebooks || { echo 'No results at this scale yet: make reproduce SCALE=$(SCALE)' >&2; exit 2; }
 	mkdir -p docs/rendered
-	cp results/$(SCALE)/notebooks/*.ipynb results/$(SCALE)/tables/*.md docs/rendered/
+	cp results/$(SCALE)/notebooks/*.ipynb results/$(SCALE)/tables/*.md results/$(SCALE)/figures/pruning_maps.png docs/rendered/
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) -m "not gpu"
