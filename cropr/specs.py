@@ -149,8 +149,7 @@ class RecipeSpec(Spec):
     warmup_epochs: float = Field(5, ge=0)
     layer_decay: float = Field(0.75, gt=0, le=1)
     query_lr: float = Field(1.0, gt=0)
-    """Learning-rate scale of Cropr's queries. They start at unit length, where their attention is almost uniform, and
-    have far to go; a run of few steps needs more than 1 for that."""
+    """Learning-rate scale of Cropr's queries. They start at unit length, where their attention is almost uniform."""
     weight_decay: float = Field(0.05, ge=0)
     clip_grad: float | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"
