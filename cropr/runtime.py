@@ -14,9 +14,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def reuse_freed_memory() -> bool:
     """Let the C allocator keep large freed blocks for the next allocation instead of returning them to the system.
 
-    glibc may map large tensors afresh, and the kernel then zeroes their pages again. How much that costs depends on
-    sizes and load. The training step of the laptop scale's model did not change measurably on an idle machine (medians of
-    three processes each: 474, 464, 430 ms without, 409, 408, 528 ms with; page faults near zero in both after warm-up).
+    glibc may map large tensors afresh, and the kernel then zeroes their pages again. What that costs depends on sizes
+    and load. The training step of the laptop scale's model did not change measurably on an idle machine: medians of
+    474, 464 and 430 ms without, 409, 408 and 528 ms with, in three processes each; after warm-up, page faults were
+    near zero in both.
 
     Returns:
         Whether the settings were taken; False on systems without glibc, where nothing changes.
