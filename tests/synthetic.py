@@ -22,6 +22,8 @@ CONFIG = Path(__file__).parent.parent / "config"
 TOP1 = {"none": 91.5, "cropr": 90.4, "attn_topk": 89.2, "random": 86.5, "variance": 84.8, "non_salient": 71.3}
 FOCUS = {"none": 1.0, "cropr": 4.0, "attn_topk": 3.0, "random": 1.0, "variance": 1.3, "non_salient": 0.4}
 """How much more readily a method keeps a patch of the object than another."""
+METRICS = {"classification": ("top1",), "segmentation": ("miou", "macc"), "detection": ("box_ap", "mask_ap")}
+"""Metrics of a record by task; all of one record have the same value."""
 ON_OBJECT = 14.0
 """Percent of all patches."""
 
@@ -76,8 +78,7 @@ def train_record(spec: TrainSpec, seed: int, top1: float | None = None) -> dict:
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
         "metrics": {
-            "top1": round(top1 * images / 100) * 100 / images,
-            "top5": 99.0,
+            **dict.fromkeys(METRICS[spec.task], round(top1 * images / 100) * 100 / images),
             "loss": (100 - top1) / 30,
             "images": 20000,
             "val_images": images,
@@ -185,21 +186,32 @@ def write_maps(path: Path, spec: TrainSpec, images: int) -> None:
     )
 
 
-BENCH = {"spec": {"model": {"name": "vit_x.tag", "args": {}}, "prune": {"reducer": "cropr"}, "image_size": 224,
-                  "batch_size": 4, "precision": "fp32", "rounds": 5}}  # fmt: skip
+BENCH = {
+    "spec": {
+        "model": {"name": "vit_x.tag", "args": {}},
+        "prune": {"reducer": "cropr", "schedule": {"constant": {"rate": 12}}},
+        "image_size": 224,
+        "batch_size": 4,
+        "precision": "fp32",
+        "rounds": 5,
+    }
+}
 
 
 def small_train_record(
-    top1: float, seed: int, reducer: str, step_ms: float = 100.0, relevance: list | None = None
-) -> dict:
+    value: float, seed: int, reducer: str, step_ms: float = 100.0, relevance: list | None = None,
+    task: str = "classification",
+) -> dict:  # fmt: skip
     spec = {
+        "task": task,
         "model": {"name": "vit_tiny", "args": {"depth": 4, "global_pool": "avg"}},
         "prune": {"reducer": reducer},
         "data": {"image_size": 32, "num_classes": 10, "scenes": {"train": 1000, "val": 400}},
         "recipe": {"epochs": 1, "batch_size": 8, "precision": "fp32"},
         "init": "random",
     }
-    metrics = {"top1": top1, "val_images": 400, "images": 1000, "step_ms": step_ms, "parameters_training_only": 1234}
+    metrics = {"val_images": 400, "images": 1000, "step_ms": step_ms, "parameters_training_only": 1234}
+    metrics |= dict.fromkeys(METRICS[task], value)
     return {
         "kind": "train", "id": "x", "spec": spec, "seed": seed, "metrics": metrics, "tokens": [17, 9, 17],
         "series": {"relevance": relevance or []}, "provenance": provenance(61.0),
@@ -226,12 +238,14 @@ def write_small(root: Path, seeds: int = 2, **changes) -> Path:
     last = {"none": [], "cropr": [{"block": 2, "kept_on_object": 60.0, "object_kept": 90.0}],
             "random": [{"block": 2, "kept_on_object": 20.0, "object_kept": 30.0}]}  # fmt: skip
     rows = []
+    task = changes.get("task", "classification")
     for name, values in accuracies.items():
         paths = []
-        for seed, top1 in enumerate(values[:seeds]):
+        for seed, value in enumerate(values[:seeds]):
             path = root / "runs" / name / f"seed{seed}" / "record.json"
             write_record(
-                path, small_train_record(top1, seed, name, 80.0 if name == "cropr" else 100.0, curve + last[name])
+                path,
+                small_train_record(value, seed, name, 80.0 if name == "cropr" else 100.0, curve + last[name], task),
             )
             paths.append(str(path))
         bench = root / "bench" / f"{name}.json"
@@ -244,13 +258,54 @@ def write_small(root: Path, seeds: int = 2, **changes) -> Path:
     rows.append({"row": "tome", "label": "ToMe <new>", "columns": {**columns, "reducer": "tome"},
                  "available": False, "why": "merging is missing", "run": None, "baseline": "none", "records": [],
                  "bench": None, "maps": None})  # fmt: skip
-    published = root / "published.csv"
+    published, metric = root / "published.csv", METRICS[task][0]
     published.write_text(
-        "# a comment\nrow,quantity,value,source,confidence\nnone,top1,85.8,Table 1,T\ncropr,top1,85.3,Table 1,T\n"
-        "tome,top1,85.0,Table 1,T\ncropr,speedup,1.7,notes,R\nnone,images_per_s,860,Table 1,T\n"
+        "# a comment\nrow,quantity,value,source,confidence\n"
+        f"none,{metric},85.8,Table 1,T\ncropr,{metric},85.3,Table 1,T\n"
+        f"tome,{metric},85.0,Table 1,T\ncropr,speedup,1.7,notes,R\nnone,images_per_s,860,Table 1,T\n"
     )
     manifest = {"artefact": "imagenet_methods", "title": "Methods", "scale": "tiny", "seeds": list(range(seeds)),
                 "results": str(root / "results"), "published": str(published), "rows": rows}  # fmt: skip
     path = root / "manifest.json"
     path.write_text(json.dumps({**manifest, **changes}))
+    return path
+
+
+DENSE = {
+    "ade20k": ("segmentation", ("none", "random", "variance", "attn_topk", "cropr")),
+    "reactivation": (
+        "segmentation", ("unpruned", "none_pruned", "exit", "concat", "cross", "llf_no_self", "llf"),
+    ),
+    "coco": ("detection", ("none", "random", "cropr")),
+}  # fmt: skip
+"""Rows of the artefacts on dense tasks, the first one the baseline."""
+
+
+def write_dense(root: Path, artefact: str, seeds: int = 3) -> Path:
+    """An artefact on segmentation or detection with made-up records. Returns the manifest."""
+    task, names = DENSE[artefact]
+    rows = []
+    for number, name in enumerate(names):
+        reducer = {"unpruned": "none"}.get(name, name if artefact != "reactivation" else "cropr")
+        fusion = "none" if number == 0 else name if artefact == "reactivation" else "llf"
+        paths = []
+        for seed in range(seeds):
+            record = small_train_record(72.0 - 3 * number + 0.4 * seed * (-1) ** number, seed, reducer, task=task)
+            record |= {"tokens": [65] * 9 if number == 0 else [65, 65, 55, 46, 37, 28, 19, 10, 65]}
+            record["metrics"]["tpr"] = 0.0 if number == 0 else 86.0
+            paths.append(root / "runs" / name / f"seed{seed}" / "record.json")
+            write_record(paths[-1], record)
+        bench = root / "bench" / f"{name}.json"
+        measured = small_bench_record(1.7 - 0.02 * number, 3.4)
+        prune = {"reducer": reducer, "schedule": {"constant": {"rate": 40}}}
+        write_record(bench, measured | {"spec": {**measured["spec"], "prune": prune}})
+        columns = {"reducer": reducer, "schedule": "none" if number == 0 else "R=9", "fusion": fusion, "pool": "avg",
+                   "image_size": 64}  # fmt: skip
+        rows.append({"row": name, "label": name.replace("_", " ").title(), "columns": columns, "baseline": names[0],
+                     "records": [str(path) for path in paths], "bench": str(bench) if number else None})  # fmt: skip
+    path = root / f"{artefact}.json"
+    manifest = {"artefact": artefact, "title": artefact, "task": task, "scale": "tiny", "seeds": list(range(seeds)),
+                "results": str(root / "results"), "published": str(CONFIG / "published" / f"{artefact}.csv"),
+                "rows": rows}  # fmt: skip
+    path.write_text(json.dumps(manifest))
     return path

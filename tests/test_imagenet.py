@@ -16,16 +16,14 @@ from cropr.cli import main
 from cropr.data.check import check
 from cropr.data.imagenet import (
     EvalBatches,
-    ImageError,
     SeededFolder,
     TrainBatches,
-    decode,
     eval_transform,
     load_splits,
     mixup,
-    seeded,
     train_transform,
 )
+from cropr.data.loading import ImageError, decode, seeded
 from cropr.data.scenes import INCOMPLETE
 from cropr.specs import AugmentSpec, DataSpec
 
@@ -199,7 +197,7 @@ def test_check_lists_all_bad_files_at_once(root, caplog):
     assert len(report.problems) == 2
     assert seen[-1] == (30, 30)
     assert main(["data", "check", str(root)]) == 2
-    assert "22 of 30 images cannot be read" in caplog.text
+    assert "22 of 30 images cannot be used" in caplog.text
     assert "train that val lacks: cat" in caplog.text
     assert caplog.text.count("cannot be read as an image") == 20
     assert "and 2 more files" in caplog.text

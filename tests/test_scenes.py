@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from sklearn.datasets import load_digits
 
 from cropr.cli import main
 from cropr.data import scenes
-from cropr.data.scenes import DISTRACTOR, OBJECT, compose, fingerprint, object_mask, object_patches, write_imagenet
+from cropr.data.layouts import write
+from cropr.data.scenes import DISTRACTOR, OBJECT, compose, fingerprint, object_mask, object_patches
 from cropr.specs import ScenesSpec
 
 SPEC = ScenesSpec()
@@ -60,10 +62,11 @@ def test_training_and_validation_digits_are_apart_and_all_are_used():
 
 def test_mask_and_box_say_where_the_digit_is():
     for index in range(60):
-        image, label, mask, (left, top, right, bottom) = compose(SPEC, "train", index)
-        assert image.shape == (64, 64, 3)
-        assert image.dtype == np.uint8
-        assert label == index % 10
+        scene = compose(SPEC, "train", index)
+        mask, (left, top, right, bottom) = scene.mask, scene.box
+        assert scene.image.shape == (64, 64, 3)
+        assert scene.image.dtype == np.uint8
+        assert scene.label == index % 10
         assert {0, OBJECT} <= set(np.unique(mask)) <= {0, DISTRACTOR, OBJECT}
         assert 0 <= left < right <= 64
         assert 0 <= top < bottom <= 64
@@ -83,8 +86,9 @@ def test_mask_and_box_say_where_the_digit_is():
 
 def test_the_inside_of_a_zero_belongs_to_its_region():
     for index in range(0, 200, 10):
-        _, _, mask, (left, top, right, bottom) = compose(SPEC, "train", index)
-        assert mask[(top + bottom) // 2, (left + right) // 2] == OBJECT
+        scene = compose(SPEC, "train", index)
+        left, top, right, bottom = scene.box
+        assert scene.mask[(top + bottom) // 2, (left + right) // 2] == OBJECT
 
 
 def test_without_distractors_there_are_none():
@@ -95,10 +99,11 @@ def test_the_class_is_readable_where_the_box_is_and_nowhere_else():
     """Nearest neighbour on the box of each image; then on a window of the same size elsewhere in the same image."""
 
     def features(split: str, index: int, elsewhere: bool) -> np.ndarray:
-        image, _, _, (left, top, right, bottom) = compose(SPEC, split, index)
+        scene = compose(SPEC, split, index)
+        left, top, right, bottom = scene.box
         if elsewhere:
             left, right = (0, right - left) if left >= right - left else (64 - (right - left), 64)
-        crop = Image.fromarray(image).convert("L").crop((left, top, right, bottom)).resize((8, 8))
+        crop = Image.fromarray(scene.image).convert("L").crop((left, top, right, bottom)).resize((8, 8))
         value = np.asarray(crop, np.float32).ravel()
         return (value - value.mean()) / (value.std() + 1e-3)
 
@@ -139,7 +144,7 @@ def test_a_digit_that_does_not_fit_is_refused():
 
 def test_written_set_has_the_layout_the_pixels_and_the_truth(tmp_path):
     steps = []
-    write_imagenet(SMALL, tmp_path / "set", progress=steps.append)
+    write(SMALL, tmp_path / "set", progress=steps.append)
     found = files(tmp_path / "set")
     expected = {f"train/digit_{i % 10}/{i:06d}.png" for i in range(20)}
     expected |= {f"{part}val/digit_{i % 10}/{i:06d}.png" for i in range(10) for part in ("", "truth/")}
@@ -156,7 +161,7 @@ def test_written_set_has_the_layout_the_pixels_and_the_truth(tmp_path):
 
 
 def test_record_says_what_the_set_is(tmp_path):
-    write_imagenet(SMALL, tmp_path)
+    write(SMALL, tmp_path)
     record = json.loads((tmp_path / "record.json").read_text())
     assert (record["kind"], record["id"], record["seed"]) == ("data", SMALL.digest(), 0)
     assert ScenesSpec(**record["spec"]) == SMALL
@@ -165,25 +170,18 @@ def test_record_says_what_the_set_is(tmp_path):
     assert record["provenance"]["data_fingerprint"] == fingerprint(SMALL)
 
 
-def test_worker_processes_write_the_same_files(tmp_path, monkeypatch):
-    write_imagenet(SMALL, tmp_path / "one", workers=1)
-    monkeypatch.setattr(scenes, "PARALLEL_FROM", 0)
-    write_imagenet(SMALL, tmp_path / "two", workers=2)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-
-
 def test_an_interrupted_set_is_not_complete_and_is_replaced(tmp_path):
-    write_imagenet(SMALL, tmp_path)
+    write(SMALL, tmp_path)
 
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_imagenet(SMALL, tmp_path, progress=interrupt)
+        write(SMALL, tmp_path, progress=interrupt)
     assert not (tmp_path / "record.json").exists()
     assert (tmp_path / scenes.INCOMPLETE).exists()
     smaller = SMALL.model_copy(update={"train": 11})
-    write_imagenet(smaller, tmp_path)
+    write(smaller, tmp_path)
     assert (tmp_path / "record.json").exists()
     assert len(list(tmp_path.rglob("train/*/*.png"))) == 11
     assert not (tmp_path / scenes.INCOMPLETE).exists()
@@ -194,10 +192,10 @@ def test_foreign_folders_are_not_touched(tmp_path):
     precious.parent.mkdir()
     precious.write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"is not empty and holds no set of scenes"):
-        write_imagenet(SMALL, tmp_path)
+        write(SMALL, tmp_path)
     (tmp_path / "record.json").write_text('{"kind": "train"}')
     with pytest.raises(ValueError, match=r"is not empty and holds no set of scenes"):
-        write_imagenet(SMALL, tmp_path)
+        write(SMALL, tmp_path)
     assert files(tmp_path) == {"train/cat.jpg": b"mine"}
     assert (tmp_path / "record.json").exists()
 
@@ -227,7 +225,7 @@ def test_importing_the_generator_loads_no_torch():
 def test_command_writes_a_set(tmp_path):
     options = ["--spec", json.dumps({"image_size": 32, "val": 10}), "--train", "20", "--distractors", "3"]
     assert main(["data", "scenes", "--out", str(tmp_path / "command"), *options]) == 0
-    write_imagenet(SMALL, tmp_path / "library")
+    write(SMALL, tmp_path / "library")
     assert files(tmp_path / "command") == files(tmp_path / "library")
 
 
@@ -239,3 +237,63 @@ def test_command_names_what_is_wrong_with_a_spec(tmp_path, caplog, spec, message
     assert main(["data", "scenes", "--out", str(tmp_path / "set"), "--spec", spec]) == 2
     assert message in caplog.text
     assert not (tmp_path / "set").exists()
+
+
+# Several digits
+
+SEVERAL = ScenesSpec(objects=(0, 3))
+
+
+def test_number_of_digits_is_drawn_from_the_whole_range():
+    counts = Counter(len(compose(SEVERAL, "train", index).instances) for index in range(120))
+    assert set(counts) == {0, 1, 2, 3}
+    assert min(counts.values()) > 15
+
+
+def test_first_digit_has_the_label_of_the_index_and_others_any():
+    spec = SEVERAL.model_copy(update={"objects": (2, 2)})
+    labels = [[i.label for i in compose(spec, "val", index).instances] for index in range(60)]
+    assert [first for first, _ in labels] == [index % 10 for index in range(60)]
+    assert {second for _, second in labels} == set(range(10))
+
+
+@pytest.mark.parametrize("spec", [SEVERAL, ScenesSpec(objects=(4, 4)), ScenesSpec(objects=(5, 9), scale=(1.2, 2))])
+def test_instances_are_apart_and_make_up_mask_and_semantic_map(spec):
+    for index in range(30):
+        scene = compose(spec, "train", index)
+        assert spec.objects[0] <= len(scene.instances) <= spec.objects[1]
+        covered = sum((i.region.astype(int) for i in scene.instances), np.zeros(scene.mask.shape, int))
+        assert covered.max(initial=0) <= 1
+        np.testing.assert_array_equal(covered == 1, scene.mask == OBJECT)
+        np.testing.assert_array_equal(covered == 0, scene.semantic == 1)
+        for instance in scene.instances:
+            left, top, right, bottom = instance.box
+            assert set(scene.semantic[instance.region]) == {2 + instance.label}
+            assert instance.region[top:bottom, left:right].sum() == instance.region.sum() > 0
+
+
+def test_digits_keep_to_their_area_and_fragments_away():
+    """Boxes of digits at scale 3 are 24 px wide on an 8 px grid; nothing else is painted there."""
+    for index in range(20):
+        scene = compose(ScenesSpec(objects=(2, 2), distractors=40), "train", index)
+        for instance in scene.instances:
+            left, top, right, bottom = instance.box
+            assert not (scene.mask[top:bottom, left:right] == DISTRACTOR).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objects": (2, 1)}, r"objects \(2, 1\) is not an increasing pair of counts"),
+        ({"objects": (-1, 1)}, r"not an increasing pair"),
+        ({"objects": (1, 5)}, r"up to 5 digits at scale 3.0 in an image of 64 px, which has room for 4"),
+    ],
+)
+def test_impossible_numbers_of_digits_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        compose(ScenesSpec(**changes), "train", 0)
+
+
+def test_fingerprint_of_sets_of_one_digit_is_older_than_the_choice():
+    assert fingerprint(ScenesSpec()) == "af1de90f635bfe5b"
+    assert fingerprint(SEVERAL) != fingerprint(ScenesSpec())

@@ -4,7 +4,9 @@ examples:
   python -m cropr data scenes --out scenes                          20,000 + 2,000 images of 64 px
   python -m cropr data scenes --out tiny --train 200 --val 50 --image-size 32
   python -m cropr data scenes --out scenes --spec '{"distractors": 12, "seed": 1}'
+  python -m cropr data scenes --out maps --layout ade20k --objects 1 2
   python -m cropr data check /data/imagenet --classes 1000
+  python -m cropr data check /data/ADEChallengeData2016 --layout ade20k --classes 150
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ CONSOLE = Console(stderr=True)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sub-verbs ``scenes`` and ``check``."""
     verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    scenes = verbs.add_parser("scenes", help="write the embedded data set as class folders")
+    scenes = verbs.add_parser("scenes", help="write the embedded data set")
     scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; an earlier set is replaced")
+    _add_layout(scenes)
     scenes.add_argument("--spec", metavar="JSON", help="a ScenesSpec, or a file that holds one")
     scenes.add_argument("--train", type=int, metavar="N", help="training images")
     scenes.add_argument("--val", type=int, metavar="N", help="validation images")
@@ -35,11 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="size of digits, in units of 8 px"
     )
     scenes.add_argument("--distractors", type=int, metavar="N", help="fragments of other digits in an image")
+    scenes.add_argument(
+        "--objects", type=int, nargs=2, metavar=("LOW", "HIGH"), help="digits in an image (default 1 1)"
+    )
     scenes.add_argument("--seed", type=int, metavar="N", help="of the generator (default 0)")
     scenes.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
-    check = verbs.add_parser("check", help="decode every image of a folder and list those that cannot be read")
-    check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*")
+    check = verbs.add_parser("check", help="read every image of a folder and list those that cannot be used")
+    check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*, or --layout's")
+    _add_layout(check)
     check.add_argument("--classes", type=int, metavar="N", help="number of classes that there should be")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layout", choices=("imagenet", "ade20k", "coco"), default="imagenet", help="folders of (default imagenet)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,7 +74,7 @@ def _scenes_spec(args: argparse.Namespace) -> ScenesSpec:
             values = json.loads(text)
         except ValueError as error:
             raise ValueError(f"--spec is not JSON: {error}") from None
-    names = ("train", "val", "image_size", "scale", "distractors", "seed")
+    names = ("train", "val", "image_size", "scale", "distractors", "objects", "seed")
     values |= {name: value for name in names if (value := getattr(args, name)) is not None}
     try:
         return ScenesSpec(**values)
@@ -71,12 +84,12 @@ def _scenes_spec(args: argparse.Namespace) -> ScenesSpec:
 
 
 def _scenes(args: argparse.Namespace) -> None:
-    from cropr.data.scenes import write_imagenet
+    from cropr.data.layouts import write
 
     spec = _scenes_spec(args)
     with _progress() as bar:
         task = bar.add_task("scenes", total=spec.train + spec.val)
-        write_imagenet(spec, args.out, args.workers, lambda done: bar.advance(task, done))
+        write(spec, args.out, args.layout, args.workers, lambda done: bar.advance(task, done))
     CONSOLE.print(f"{spec.train} training and {spec.val} validation images in {args.out}")
 
 
@@ -84,10 +97,14 @@ def _check(args: argparse.Namespace) -> None:
     from cropr.data.check import check
 
     with _progress() as bar:
-        task = bar.add_task("decoding", total=None)
+        task = bar.add_task("reading", total=None)
         report = check(
-            args.root, args.classes, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            args.root,
+            args.classes,
+            args.layout,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     report.raise_for_problems()
     images = ", ".join(f"{count} {split}" for split, count in report.images.items())
-    CONSOLE.print(f"{args.root}: all images can be read ({images} images of {report.classes} classes)")
+    classes = f" of {report.classes} classes" if report.classes else ""
+    CONSOLE.print(f"{args.root}: all images can be used ({'; '.join([images + classes, *report.notes])})")

@@ -1,13 +1,18 @@
-"""The whole-set check: decodes every image of a folder and lists all that cannot be read."""
+"""The whole-set check: reads every image of a folder, and what belongs to it, and lists all that cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cropr.data.imagenet import ImageError, decode, survey
+from cropr.data import ade20k, imagenet
+from cropr.data.loading import ImageError, decode
+
+Progress = Callable[[int, int], None]
+"""Called with the images that are done and all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +20,16 @@ class CheckReport:
     """What ``check`` found."""
 
     root: Path
-    classes: int
+    classes: int | None
+    """None where neither folders nor settings say it."""
     images: dict[str, int]
     """Per split."""
     problems: tuple[str, ...]
     """What is wrong with the folders."""
     bad: tuple[str, ...]
-    """A line per file that cannot be read; it begins with the path."""
+    """A line per file that cannot be used; it begins with the path."""
+    notes: tuple[str, ...] = ()
+    """What is passed over, and no error."""
 
     def raise_for_problems(self, limit: int = 20) -> None:
         """ValueError with all problems and up to ``limit`` bad files, if there are any."""
@@ -30,47 +38,82 @@ class CheckReport:
         lines = [*self.problems, *self.bad[:limit]]
         if len(self.bad) > limit:
             lines.append(f"and {len(self.bad) - limit} more files")
-        summary = f"{self.root}: {len(self.bad)} of {sum(self.images.values())} images cannot be read"
+        summary = f"{self.root}: {len(self.bad)} of {sum(self.images.values())} images cannot be used"
         raise ValueError("\n  ".join([summary, *lines]))
 
 
 def check(
     root: str | Path,
     num_classes: int | None = None,
+    layout: str = "imagenet",
     workers: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CheckReport:
-    """Decode every image of both splits.
+    """Read all images of both splits.
 
     Args:
         num_classes: number of classes that there should be.
+        layout: ``imagenet``, ``ade20k`` or ``coco``.
         workers: threads.
         progress: called with the images that are done and all.
 
     Raises:
-        FileNotFoundError: the root or a split is missing.
+        FileNotFoundError: the root or a folder is missing.
         ValueError: a set of scenes whose writing was interrupted.
     """
-    splits, problems = survey(Path(root), num_classes)
-    paths = [path for split in splits for path in split.paths]
-    chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
+    return CHECKS[layout](Path(root), num_classes, workers, progress or (lambda done, total: None))
+
+
+def _imagenet(root: Path, num_classes: int | None, workers: int, progress: Progress) -> CheckReport:
+    splits, problems = imagenet.survey(root, num_classes)
+    reads = [partial(decode, path) for split in splits for path in split.paths]
+    images = {split.name: len(split) for split in splits}
+    bad = _failures(reads, workers, progress)
+    return CheckReport(root, len(splits[0].classes), images, tuple(problems), bad)
+
+
+def _ade20k(root: Path, num_classes: int | None, workers: int, progress: Progress) -> CheckReport:
+    splits, problems = ade20k.survey(root)
+    classes = 255 if num_classes is None else num_classes
+    reads = [partial(ade20k.read_pair, split, index, classes) for split in splits for index in range(len(split))]
+    images = {split.name: len(split) for split in splits}
+    return CheckReport(root, num_classes, images, tuple(problems), _failures(reads, workers, progress))
+
+
+def _coco(root: Path, num_classes: int | None, workers: int, progress: Progress) -> CheckReport:
+    from cropr.data import coco  # needs pycocotools
+
+    splits, problems = coco.survey_coco(root, num_classes)
+    # Images without a file are among the problems.
+    places = ((split, index) for split in splits for index in range(len(split)) if split.path(index).is_file())
+    bad = _failures([partial(coco.read_pair, split, index) for split, index in places], workers, progress)
+    images = {split.name: len(split) for split in splits}
+    skipped = {split.name: split.annotations.skipped for split in splits}
+    notes = tuple(f"{count} instances of {name} have no area" for name, count in skipped.items() if count)
+    return CheckReport(root, len(splits[0].annotations.categories), images, tuple(problems), bad, notes)
+
+
+CHECKS = {"imagenet": _imagenet, "ade20k": _ade20k, "coco": _coco}
+
+
+def _failures(reads: Sequence[Callable[[], object]], workers: int, progress: Progress) -> tuple[str, ...]:
+    """Call all; returns the messages of those that raise ``ImageError``."""
+    chunks = [reads[start : start + 64] for start in range(0, len(reads), 64)]
     bad: list[str] = []
     done = 0
     with ThreadPoolExecutor(workers) as pool:
-        for chunk, errors in zip(chunks, pool.map(_unreadable, chunks), strict=True):
+        for chunk, errors in zip(chunks, pool.map(_failures_of, chunks), strict=True):
             bad += errors
             done += len(chunk)
-            if progress:
-                progress(done, len(paths))
-    images = {split.name: len(split) for split in splits}
-    return CheckReport(Path(root), len(splits[0].classes), images, tuple(problems), tuple(bad))
+            progress(done, len(reads))
+    return tuple(bad)
 
 
-def _unreadable(paths: list[str]) -> list[str]:
+def _failures_of(reads: Sequence[Callable[[], object]]) -> list[str]:
     errors = []
-    for path in paths:
+    for read in reads:
         try:
-            decode(path)
+            read()
         except ImageError as error:
             errors.append(str(error))
     return errors

@@ -1,36 +1,30 @@
 """The embedded data set: procedural images whose relevant patches are known.
 
-A scene is a crop of a natural photo, strewn with small fragments of handwritten digits, on which one whole digit lies.
-The class is that digit. The fragments share its colours and contrast, and the photo is busy, so neither ink nor pixel
-variance tells where the digit is: something has to recognise it. Photos are dimmed by a random factor and the number of
-fragments is random, so there are easy and hard scenes, as in any real set.
+A scene is a crop of a natural photo, strewn with small fragments of handwritten digits, on which whole digits lie: one,
+unless the spec asks for more or none. They are the objects: the first gives the class of the image, all of them its
+semantic map and its instances. The fragments share their colours and contrast, and the photo is busy, so neither ink
+nor pixel variance tells where a digit is: something has to recognise it. Photos are dimmed by a random factor and the
+number of fragments is random, so there are easy and hard scenes, as in any real set.
 
     scene = compose(ScenesSpec(), "train", 0)
-    write_imagenet(ScenesSpec(), "results/laptop/data/scenes")
 
 Pixels depend on (seed, split, index) alone. Digits and photos are those that scikit-learn ships; nothing is downloaded.
-No torch is imported here.
+No torch is imported here. ``cropr.data.layouts`` writes scenes to disk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cropr.records import RECORD, provenance, read_record, write_record
 from cropr.specs import ScenesSpec
 
 Split = Literal["train", "val"]
@@ -51,56 +45,103 @@ FRAGMENT_SCALE = (2.0, 8 / 3)
 """Enlargement of fragments: 6 to 8 pixels wide."""
 INK = 0.25
 """Opacity from which a pixel counts as stroke."""
-PARALLEL_FROM = 1_000
-"""Scenes from which starting worker processes (about 2 s) pays."""
 
 Array = NDArray[np.uint8]
+Area = tuple[slice, slice]
+"""Rows and columns."""
 
 
-class Scene(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One digit of a scene."""
+
+    label: int
+    region: NDArray[np.bool_]
+    """[H, W]: its strokes, and the pixels that lie between strokes both in their row and in their column (the inside of
+    a 0). Regions of a scene do not overlap."""
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom of the region, in pixels; right and bottom are exclusive."""
+        rows, columns = (np.flatnonzero(self.region.any(axis=axis)) for axis in (1, 0))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
     """One image and its truth."""
 
     image: Array
     """RGB [H, W, 3]."""
-    label: int
     mask: Array
-    """[H, W]: 255 where the labelled digit is, 128 on strokes of fragments, 0 elsewhere. The digit's region is filled:
-    its strokes, and the pixels that lie between strokes both in their row and in their column (the inside of a 0)."""
-    box: tuple[int, int, int, int]
-    """Left, top, right, bottom of the region of 255, in pixels; right and bottom are exclusive."""
+    """[H, W]: 255 in the regions of the digits, 128 on strokes of fragments, 0 elsewhere."""
+    instances: tuple[Instance, ...]
+    """The digits; the first one is the label of the image."""
+
+    @property
+    def label(self) -> int:
+        """Class of the image, for scenes that have a digit."""
+        return self.instances[0].label
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Of the first digit."""
+        return self.instances[0].box
+
+    @property
+    def semantic(self) -> Array:
+        """[H, W], as in ADE20k's files: 1 for the background, fragments included, and 2 + d in the region of digit d.
+        There is no 0, which would mean that a pixel is not labelled."""
+        labels = np.ones(self.mask.shape, np.uint8)
+        for instance in self.instances:
+            labels[instance.region] = 2 + instance.label
+        return labels
 
 
 def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
-    """Scene ``index`` of a split; its label is ``index % 10``.
+    """Scene ``index`` of a split. The label of its first digit is ``index % 10``, others are random.
 
     Each call draws from a generator of its own, seeded by (``spec.seed``, split, index), so that the order and the
     process in which scenes are made change nothing. Training and validation scenes use different handwritten digits.
 
     Raises:
-        ValueError: a digit of the largest scale does not fit into the image, or a scale is not positive.
+        ValueError: see ``verify``.
     """
-    _check(spec)
+    verify(spec)
     random = np.random.default_rng(np.random.SeedSequence([spec.seed, SPLITS.index(split), index]))
-    label = index % CLASSES
     digits = _digits()[split]
     canvas = _background(spec.image_size, random)
     mask = np.zeros((spec.image_size, spec.image_size), np.uint8)
 
-    glyph = _enlarge(digits[label][random.integers(len(digits[label]))], random.uniform(*spec.scale))
-    top, left = _place(glyph.shape, spec.image_size, random)
-    box = slice(top, top + glyph.shape[0]), slice(left, left + glyph.shape[1])
+    low, high = spec.objects
+    count = low if low == high else int(random.integers(low, high + 1))
+    labels: list[int] = []
+    glyphs: list[NDArray[np.float32]] = []
+    areas: list[Area] = []
+    for number in range(count):
+        labels.append(int(random.integers(CLASSES)) if number else index % CLASSES)
+        originals = digits[labels[-1]]
+        glyphs.append(_enlarge(originals[random.integers(len(originals))], random.uniform(*spec.scale)))
+        areas = _add_area(areas, glyphs, spec, random)
     for _ in range(random.integers(spec.distractors + 1)):
-        _add_fragment(canvas, mask, box, digits, spec, random)
-    _paint(canvas[box], glyph, random)
-    mask[box][_filled(glyph > INK)] = OBJECT
+        _add_fragment(canvas, mask, areas, digits, spec, random)
+    instances = []
+    for label, glyph, area in zip(labels, glyphs, areas, strict=True):
+        _paint(canvas[area], glyph, random)
+        region = np.zeros(mask.shape, np.bool_)
+        region[area] = _filled(glyph > INK)
+        mask[region] = OBJECT
+        instances.append(Instance(label, region))
+    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(instances))
 
-    image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-    rows, columns = (np.flatnonzero((mask == OBJECT).any(axis=axis)) for axis in (1, 0))
-    tight = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-    return Scene(image, label, mask, tight)
 
+def verify(spec: ScenesSpec) -> None:
+    """Refuse what no scene can be made of.
 
-def _check(spec: ScenesSpec) -> None:
+    Raises:
+        ValueError: a range that is none, a digit of the largest scale that does not fit into the image, or more digits
+            than fit side by side.
+    """
     low, high = spec.scale
     if not 0 < low <= high:
         raise ValueError(f"scenes: scale {spec.scale} is not an increasing pair of positive numbers")
@@ -108,6 +149,13 @@ def _check(spec: ScenesSpec) -> None:
         raise ValueError(
             f"scenes: a digit at scale {high} is {round(CELL * high)} px wide, the image {spec.image_size} px; "
             f"lower scale to at most {spec.image_size / CELL:g} or raise image_size"
+        )
+    if not 0 <= spec.objects[0] <= spec.objects[1]:
+        raise ValueError(f"scenes: objects {spec.objects} is not an increasing pair of counts")
+    if spec.objects[1] > (room := len(_lattice(spec)) ** 2):
+        raise ValueError(
+            f"scenes: up to {spec.objects[1]} digits at scale {high} in an image of {spec.image_size} px, "
+            f"which has room for {room}; lower objects or scale, or raise image_size"
         )
 
 
@@ -161,21 +209,57 @@ def _resampling(size: int, to: int) -> NDArray[np.float32]:
     return np.asarray(identity.resize((size, to), Image.Resampling.BICUBIC))
 
 
+def _add_area(
+    areas: list[Area], glyphs: list[NDArray[np.float32]], spec: ScenesSpec, random: np.random.Generator
+) -> list[Area]:
+    """Areas of all glyphs, of which the last has none yet: one of the free places on the grid.
+
+    Where there is none, all digits move to a regular lattice, which has room for them (``verify``).
+    """
+    shape = glyphs[-1].shape
+    if not areas:
+        return [_area(_place(shape, spec.image_size, random), shape)]
+    rows, columns = (range(0, spec.image_size - side + 1, CELL) for side in shape)
+    everywhere = (_area((top, left), shape) for top in rows for left in columns)
+    if free := [area for area in everywhere if not _touches(area, areas)]:
+        return [*areas, free[random.integers(len(free))]]
+    side = _lattice(spec)
+    places = random.permutation(len(side) ** 2)[: len(glyphs)]
+    corners = ((side[place // len(side)], side[place % len(side)]) for place in places)
+    return [_area(corner, glyph.shape) for corner, glyph in zip(corners, glyphs, strict=True)]
+
+
+def _lattice(spec: ScenesSpec) -> range:
+    """Offsets, along an axis, at which digits of the largest scale lie side by side on the grid."""
+    side = round(CELL * spec.scale[1])
+    return range(0, spec.image_size - side + 1, -(-side // CELL) * CELL)
+
+
 def _place(shape: tuple[int, ...], size: int, random: np.random.Generator) -> tuple[int, int]:
     """Top and left of a piece that lies fully inside the image, on the grid."""
     top, left = (CELL * int(random.integers((size - side) // CELL + 1)) for side in shape)
     return top, left
 
 
+def _area(corner: tuple[int, int], shape: tuple[int, ...]) -> Area:
+    (top, left), (height, width) = corner, shape
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _touches(area: Area, others: list[Area]) -> bool:
+    """Whether it overlaps with one of the others."""
+    return any(all(a.start < b.stop and b.start < a.stop for a, b in zip(area, other, strict=True)) for other in others)
+
+
 def _add_fragment(
     canvas: NDArray[np.float32],
     mask: Array,
-    keep_off: tuple[slice, slice],
+    keep_off: list[Area],
     digits: list[NDArray[np.float32]],
     spec: ScenesSpec,
     random: np.random.Generator,
 ) -> None:
-    """Paint a piece of some digit, 3 x 3 of its 8 x 8 pixels, about as large as a patch, outside the box ``keep_off``.
+    """Paint a piece of some digit, 3 x 3 of its 8 x 8 pixels, about as large as a patch, outside of ``keep_off``.
 
     A piece for which ten draws find no place is left out: the image is full.
     """
@@ -185,16 +269,11 @@ def _add_fragment(
     top, left = random.integers(0, 6), random.integers(1, 5)
     piece = _enlarge(original[top : top + 3, left : left + 3], random.uniform(*FRAGMENT_SCALE))
     for _ in range(10):
-        y, x = _place(piece.shape, spec.image_size, random)
-        rows, columns = slice(y, y + piece.shape[0]), slice(x, x + piece.shape[1])
-        if not (_overlap(rows, keep_off[0]) and _overlap(columns, keep_off[1])):
-            _paint(canvas[rows, columns], piece, random)
-            mask[rows, columns][piece > INK] = DISTRACTOR
+        area = _area(_place(piece.shape, spec.image_size, random), piece.shape)
+        if not _touches(area, keep_off):
+            _paint(canvas[area], piece, random)
+            mask[area][piece > INK] = DISTRACTOR
             return
-
-
-def _overlap(a: slice, b: slice) -> bool:
-    return a.start < b.stop and b.start < a.stop
 
 
 def _paint(area: NDArray[np.float32], glyph: NDArray[np.float32], random: np.random.Generator) -> None:
@@ -217,100 +296,11 @@ def _filled(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def fingerprint(spec: ScenesSpec) -> str:
     """Sixteen hex digits of what decides the pixels: the spec and the generator's version."""
-    text = json.dumps({"spec": spec.model_dump(mode="json"), "version": VERSION}, sort_keys=True)
+    content = spec.model_dump(mode="json")
+    if spec.objects == (1, 1):
+        del content["objects"]  # younger than the other keys: sets of one digit keep their fingerprint
+    text = json.dumps({"spec": content, "version": VERSION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_imagenet(
-    spec: ScenesSpec, root: str | Path, workers: int = 2, progress: Callable[[int], None] | None = None
-) -> None:
-    """Write the set as class folders, the truth of its validation images, and ``record.json`` last.
-
-        <root>/train/digit_<label>/<index>.png      RGB
-        <root>/val/digit_<label>/<index>.png
-        <root>/truth/val/digit_<label>/<index>.png  grey: the masks of ``Scene.mask``
-
-    A set written earlier, finished or not, is replaced. The files do not depend on ``workers``.
-
-    Args:
-        workers: processes; small sets are written by this one.
-        progress: called with the number of scenes that were written since the last call.
-
-    Raises:
-        ValueError: impossible spec, or ``root`` holds something that is not a set of scenes.
-    """
-    started, root = time.time(), Path(root)
-    _check(spec)
-    _clear(root)
-    counts: dict[Split, int] = {"train": spec.train, "val": spec.val}
-    chunks = [
-        (spec, split, range(start, min(start + 200, count)), root)
-        for split, count in counts.items()
-        for start in range(0, count, 200)
-    ]
-    for split in SPLITS:
-        for label in range(CLASSES):
-            (root / split / f"digit_{label}").mkdir(parents=True)
-            if split == "val":
-                (root / "truth" / split / f"digit_{label}").mkdir(parents=True)
-    size = 0
-    for done, written in _run(chunks, workers if spec.train + spec.val >= PARALLEL_FROM else 1):
-        size += written
-        if progress:
-            progress(done)
-    record = {
-        "kind": "data",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "seed": spec.seed,
-        "metrics": {"train_images": spec.train, "val_images": spec.val, "classes": CLASSES, "megabytes": size / 1e6},
-        "tokens": [],
-        "series": {},
-        "provenance": provenance(started, data_fingerprint=fingerprint(spec)),
-    }
-    write_record(root / RECORD, record)
-    (root / INCOMPLETE).unlink()
-
-
-def _clear(root: Path) -> None:
-    """Make room: remove an earlier set of scenes, refuse anything else, mark what follows as unfinished."""
-    record, mark = root / RECORD, root / INCOMPLETE
-    ours = mark.exists() or (record.exists() and read_record(record).get("kind") == "data")
-    if root.exists() and any(root.iterdir()) and not ours:
-        raise ValueError(f"{root} is not empty and holds no set of scenes; choose another directory or empty it")
-    root.mkdir(parents=True, exist_ok=True)
-    mark.write_text("This data set is being written, or its writing was interrupted. Write it again.\n")
-    record.unlink(missing_ok=True)
-    for name in (*SPLITS, "truth"):
-        shutil.rmtree(root / name, ignore_errors=True)
-
-
-_Chunk = tuple[ScenesSpec, Split, range, Path]
-
-
-def _run(chunks: list[_Chunk], workers: int) -> Iterator[tuple[int, int]]:
-    if workers <= 1:
-        yield from map(_write_chunk, chunks)
-        return
-    # Spawned, since forking a process in which torch runs threads can hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write_chunk, chunks)
-
-
-def _write_chunk(chunk: _Chunk) -> tuple[int, int]:
-    """Write some scenes; returns their number and their bytes."""
-    spec, split, indices, root = chunk
-    size = 0
-    for index in indices:
-        scene = compose(spec, split, index)
-        name = Path(split, f"digit_{scene.label}", f"{index:06d}.png")
-        # Lossless, so that every machine trains on the same pixels; level 1 reads as fast as JPEG.
-        file = BytesIO()
-        Image.fromarray(scene.image).save(file, "png", compress_level=1)
-        size += (root / name).write_bytes(file.getbuffer())
-        if split == "val":
-            Image.fromarray(scene.mask).save(root / "truth" / name)
-    return len(indices), size
 
 
 def object_mask(image_path: str | Path) -> Array | None:

@@ -1,0 +1,316 @@
+"""Semantic segmentation in ADE20k's layout: ``images`` and ``annotations``, each with ``training`` and ``validation``.
+
+    train, val = load_splits(root)
+    batches = TrainBatches(train, spec, batch_size=8, seed=0)
+    for images, maps in batches.epoch(3, start=17):
+        ...
+
+The root is ``ADEChallengeData2016`` or the folder that holds it. The annotation of ``images/training/a.jpg`` is
+``annotations/training/a.png``: one 8-bit channel, grey or palette, where 0 is not labelled and classes count from 1.
+Maps that leave this module count classes from 0 and have ``IGNORE`` where there is no label.
+
+What a sample and an order depend on: see ``cropr.data.loading``. B images of a batch of this process, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from cropr.data import loading
+from cropr.data.loading import ImageError, Samples, decode, some, unreadable
+from cropr.data.scenes import INCOMPLETE
+from cropr.specs import SegDataSpec
+
+FOLDER = "ADEChallengeData2016"
+SPLITS = ("training", "validation")
+IGNORE = 255
+"""Label of pixels that count nowhere."""
+LONGEST = 4
+"""Limit of the longer side after a resize, in units of what the shorter side should have (mmseg's 2048 by 512)."""
+CROPS = 10
+"""Crops that are tried for one in which no class prevails."""
+
+Pair = tuple[Tensor, Tensor]
+Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], Pair]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Images of one split and their annotations, ordered by name."""
+
+    root: Path
+    """``ADEChallengeData2016``."""
+    name: str
+    images: tuple[Path, ...]
+    annotations: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_splits(root: str | Path) -> tuple[Split, Split]:
+    """List training and validation images. Nothing is decoded.
+
+    Raises:
+        FileNotFoundError: the root or a folder is missing.
+        ValueError: a split without images, images without annotation, annotations without image, or a set of scenes
+            whose writing was interrupted. All of these at once.
+    """
+    splits, problems = survey(Path(root))
+    if problems:
+        raise ValueError(some(problems))
+    return splits
+
+
+def survey(root: Path) -> tuple[tuple[Split, Split], list[str]]:
+    """Both splits, and what is wrong with their folders; raises what ``load_splits`` raises beside that."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such directory; it should hold {FOLDER}/images and {FOLDER}/annotations")
+    if (root / INCOMPLETE).exists():
+        raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
+    inner = root / FOLDER if (root / FOLDER).is_dir() else root
+    problems: list[str] = []
+    training, validation = (_list(inner, name, problems) for name in SPLITS)
+    return (training, validation), problems
+
+
+def _list(root: Path, name: str, problems: list[str]) -> Split:
+    """Pairs of a split by name without suffix; hidden files and files of other kinds are passed over."""
+    images = _files(root / "images" / name, IMG_EXTENSIONS)
+    annotations = _files(root / "annotations" / name, (".png",))
+    if not images:
+        problems.append(f"{root / 'images' / name}: no image")
+    counts = Counter(file.stem for file in images)
+    if double := sorted(file.name for file in images if counts[file.stem] > 1):
+        problems.append(f"{root / 'images' / name}: images that share a name: {some(double, ', ')}")
+    found, wanted = {file.stem: file for file in annotations}, set(counts)
+    if missing := [file.name for file in images if file.stem not in found]:
+        problems.append(f"{root / 'annotations' / name}: no annotation (<name>.png) of {some(missing, ', ')}")
+    if lost := [file.name for stem, file in found.items() if stem not in wanted]:
+        problems.append(f"{root / 'images' / name}: no image of the annotations {some(lost, ', ')}")
+    pairs = [(file, found[file.stem]) for file in images if file.stem in found]
+    return Split(root, name, tuple(image for image, _ in pairs), tuple(annotation for _, annotation in pairs))
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such directory; images belong into images/{{training,validation}}, "
+            "their maps of labels into annotations/{training,validation}"
+        )
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+
+
+def decode_map(path: str | Path, num_classes: int) -> NDArray[np.uint8]:
+    """Labels [H, W] of an annotation: classes from 0 on, ``IGNORE`` where the file has 0.
+
+    Raises:
+        ImageError: the file cannot be read, has several channels or more than 8 bits, or a label above the number of
+            classes.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            mode, labels = file.mode, np.asarray(file)
+    except Exception as error:  # as in ``decode``
+        raise unreadable(path, error) from None
+    if mode not in ("L", "P"):
+        raise ImageError(
+            f"{path}: an annotation has one 8-bit channel, grey or palette (Pillow's L or P); this is {mode}"
+        )
+    if (highest := int(labels.max())) > num_classes:
+        raise ImageError(
+            f"{path}: label {highest}, but there are {num_classes} classes (labels 1 to {num_classes}, 0 for none); "
+            "correct num_classes or the file"
+        )
+    return labels - np.uint8(1)  # 0 wraps around to 255
+
+
+def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """Image and labels [H, W] as of ``decode_map``.
+
+    Raises:
+        ImageError: a file cannot be used, or the two differ in size.
+    """
+    path, annotation = split.images[index], split.annotations[index]
+    image, labels = decode(path), decode_map(annotation, num_classes)
+    height, width = labels.shape
+    if image.size != (width, height):
+        sizes = f"{image.width} x {image.height} px, its annotation {annotation} {width} x {height} px"
+        raise ImageError(f"{path}: {sizes}; they must be equal")
+    return image, labels
+
+
+class SegmentationFolder(Samples):
+    """Samples (epoch, index) -> (image [3, h, w], labels [H, W] uint8).
+
+    Args:
+        seed: of the transform; None for one that draws nothing.
+    """
+
+    def __init__(self, split: Split, num_classes: int, transform: Transform, seed: int | None) -> None:
+        super().__init__(str(split.root / "images" / split.name), seed)
+        self.split = split
+        self.num_classes = num_classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def sample(self, index: int) -> Pair:
+        """The transformed image and its labels."""
+        image, labels = read_pair(self.split, index, self.num_classes)
+        return self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels)))
+
+
+class TrainBatches(loading.TrainBatches):
+    """Training batches of this process: images [B, 3, S, S] and maps [B, S, S] uint8, S the image size of the spec.
+
+    Args:
+        split: from ``load_splits``.
+        spec: transforms.
+        batch_size: images per batch over all processes.
+        seed: of order and augmentation.
+        share: see ``loading.Share``.
+
+    Raises:
+        ValueError: as for ``loading.TrainBatches``.
+    """
+
+    def __init__(
+        self, split: Split, spec: SegDataSpec, batch_size: int, seed: int = 0, **share: Unpack[loading.Share]
+    ) -> None:
+        folder = SegmentationFolder(split, spec.num_classes, TrainTransform(spec), seed if is_random(spec) else None)
+        super().__init__(folder, batch_size, seed, **share)
+
+
+class EvalBatches(loading.EvalBatches):
+    """This process's part of a split: images [B, 3, h, w] and maps [B, H, W] uint8.
+
+    The images of a batch have the same size. h and w are those of the map with sliding windows, else the longer of them
+    is the image size of the spec.
+    """
+
+    def __init__(self, split: Split, spec: SegDataSpec, batch_size: int, **share: Unpack[loading.Share]) -> None:
+        folder = SegmentationFolder(split, spec.num_classes, EvalTransform(spec), None)
+        super().__init__(folder, batch_size, group=lambda index: _size(split.annotations[index]), **share)
+        self.paths = tuple(str(split.images[index]) for index in self.indices)
+        """Files of the images, in the order in which they come."""
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height by the head of the file; None if it cannot be read, which loading it will report."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # as in ``decode``
+        return None
+
+
+def is_random(spec: SegDataSpec) -> bool:
+    """Whether training draws random numbers. Crops do not where scenes are as large as they."""
+    whole = spec.scenes is not None and spec.scenes.image_size == spec.image_size
+    return not whole or spec.resize != (1, 1) or spec.hflip > 0 or spec.photometric
+
+
+class TrainTransform:
+    """Resize, crop, flip, distort colours, normalise, pad: image [3, S, S] and labels [S, S].
+
+    The authors' pipeline, mmseg's, by torchvision (whose colour distortions and bilinear filter are not OpenCV's to the
+    last digit). Labels are resized by nearest neighbour. Padding is at the right and the bottom: 0 in the normalised
+    image, ``IGNORE`` in the labels.
+    """
+
+    def __init__(self, spec: SegDataSpec) -> None:
+        self.spec = spec
+        self.distort = _distortion() if spec.photometric else None
+
+    def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> Pair:
+        spec, size = self.spec, random_size(image, self.spec)
+        image, labels = F.resize(image, size), F.resize(labels, size)
+        crop = capped_crop(labels, spec)
+        image, labels = F.crop(image, *crop), F.crop(labels, *crop)
+        if spec.hflip and torch.rand(()) < spec.hflip:
+            image, labels = F.horizontal_flip(image), F.horizontal_flip(labels)
+        if self.distort:
+            image = self.distort(image)
+        missing = [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]]
+        padded = F.pad(labels, missing, fill=IGNORE).as_subclass(Tensor)
+        return F.pad(_normalise(image, spec), missing, fill=0.0), padded
+
+
+class EvalTransform:
+    """Normalised image [3, h, w], and labels [H, W] as they are.
+
+    For single windows the longer side becomes the image size of the spec, for sliding ones h, w are H, W.
+    """
+
+    def __init__(self, spec: SegDataSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> Pair:
+        if self.spec.evaluation == "single":
+            image = F.resize(image, _scaled(image, self.spec.image_size / max(image.shape[-2:])))
+        return _normalise(image, self.spec), labels.as_subclass(Tensor)
+
+
+def _normalise(image: tv_tensors.Image, spec: SegDataSpec) -> Tensor:
+    return F.normalize(F.to_dtype(image.as_subclass(Tensor), scale=True), list(spec.mean), list(spec.std))
+
+
+def _scaled(image: Tensor, factor: float) -> list[int]:
+    """Height and width of an image that is enlarged by a factor."""
+    return [max(1, int(side * factor + 0.5)) for side in image.shape[-2:]]
+
+
+def random_size(image: Tensor, spec: SegDataSpec) -> list[int]:
+    """Height and width with the aspect ratio kept: the shorter side a random multiple of the image size, the longer at
+    most ``LONGEST`` times that."""
+    low, high = spec.resize
+    target = spec.image_size * (low + (high - low) * torch.rand(()).item())
+    short, long = sorted(image.shape[-2:])
+    return _scaled(image, min(target / short, LONGEST * target / long))
+
+
+def capped_crop(labels: Tensor, spec: SegDataSpec) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop in which every class has less than ``cat_max_ratio`` of the labelled
+    pixels, if one of ten is such; else of the last.
+
+    Images that are smaller than the crop stay as small in that direction.
+    """
+    height, width = (min(spec.image_size, side) for side in labels.shape[-2:])
+    free = labels.shape[-2] - height, labels.shape[-1] - width
+    for _ in range(CROPS if spec.cat_max_ratio < 1 and any(free) else 1):
+        top, left = (int(torch.randint(room + 1, ())) if room else 0 for room in free)
+        crop = labels[top : top + height, left : left + width]
+        counts = torch.bincount(crop.flatten(), minlength=IGNORE + 1)[:IGNORE]
+        if counts.max() < spec.cat_max_ratio * counts.sum():
+            break
+    return top, left, height, width
+
+
+def _distortion() -> v2.Transform:
+    """mmseg's photometric distortion: each with odds of a half, contrast first or last. Ranges are its own: a fifth of
+    the circle for the hue; brightness is scaled here, where mmseg adds up to 32 levels."""
+
+    def sometimes(**ranges: tuple[float, float]) -> v2.Transform:
+        return v2.RandomApply([v2.ColorJitter(**ranges)], p=0.5)
+
+    contrast = sometimes(contrast=(0.5, 1.5))
+    colours = [sometimes(saturation=(0.5, 1.5)), sometimes(hue=(-0.1, 0.1))]
+    orders = [v2.Compose([contrast, *colours]), v2.Compose([*colours, contrast])]
+    return v2.Compose([sometimes(brightness=(0.875, 1.125)), v2.RandomChoice(orders)])

@@ -1,0 +1,254 @@
+"""COCO's annotation files (``instances_*.json``): reading, checking, and compact storage.
+
+A wrong id, size, box or segmentation is a finding that names the file and the id; all findings of a file come at once.
+Instances without area are counted and left out, and so are crowd regions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+
+Segmentation = list[list[float]] | dict[str, Any]
+"""Polygons, or RLE with ``size`` and ``counts`` (compressed to text, or a list of run lengths)."""
+
+
+class CocoImage(NamedTuple):
+    """An image of an annotation file."""
+
+    id: int
+    file: str
+    """Relative to the folder of the split."""
+    height: int
+    width: int
+
+
+class Instance(NamedTuple):
+    """An object that is no crowd and has an area."""
+
+    id: int
+    label: int
+    """From 1; the categories are counted in the order of their ids."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels, within the image."""
+    segmentation: Segmentation
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """One annotation file."""
+
+    path: Path
+    images: tuple[CocoImage, ...]
+    """By ascending id."""
+    categories: tuple[tuple[int, str], ...]
+    """Id and name, by ascending id; the label of entry k is k + 1."""
+    skipped: int
+    """Instances without area."""
+    crowds: int
+    """Crowd regions."""
+    _packed: _Packed = field(repr=False)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Category of label k + 1 at position k."""
+        return tuple(number for number, _ in self.categories)
+
+    def count(self, image_id: int) -> int:
+        """Instances of an image."""
+        return self._packed.count(image_id)
+
+    def instances(self, image_id: int) -> list[Instance]:
+        """Of an image, in the order of the file."""
+        return [
+            Instance(number, label, (left, top, right, bottom), segmentation)
+            for number, label, (left, top, right, bottom), segmentation in self._packed[image_id]
+        ]
+
+
+class _Packed:
+    """Instances by image as text in one array.
+
+    COCO's 860,000 as Python objects take gigabytes, and every worker process that reads them gets a copy of its own,
+    since reading changes their reference counts.
+    """
+
+    def __init__(self, instances: Mapping[int, Sequence[Instance]]) -> None:
+        texts = [json.dumps(group, separators=(",", ":")).encode() for group in instances.values()]
+        self._text = np.frombuffer(b"".join(texts), np.uint8)
+        self._ends = np.cumsum([0, *map(len, texts)])
+        self._place = {image: (position, len(group)) for position, (image, group) in enumerate(instances.items())}
+
+    def count(self, image: int) -> int:
+        return self._place.get(image, (0, 0))[1]
+
+    def __getitem__(self, image: int) -> list[Any]:
+        if image not in self._place:
+            return []
+        position = self._place[image][0]
+        return json.loads(self._text[self._ends[position] : self._ends[position + 1]].tobytes())
+
+
+def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
+    """A file's content, and what is wrong with it, a line a finding; the content is of use if there is none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: empty, not JSON, or without ``images``, ``annotations`` and ``categories``.
+    """
+    return parse(path, read_content(path))
+
+
+def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str]]:
+    """As ``read_annotations``, for a file that ``read_content`` has read."""
+    problems = _Problems(path)
+    categories = problems.unique("categories", content["categories"])
+    images = problems.unique("images", content["images"])
+    annotations = problems.unique("annotations", content["annotations"])
+    for kind, found in (("image", images), ("annotation", annotations), ("category", categories)):
+        if not found and not problems.found:
+            problems.found.append(f"{path}: lists no {kind}")
+    listed = [image for entry in images.values() if (image := problems.image(entry))]
+    by_id = {image.id: image for image in listed}
+    labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
+    packed: dict[int, list[Instance]] = {}
+    counts: Counter[str] = Counter()
+    for entry in annotations.values():
+        if not problems.annotation(entry, images, labels) or (image := by_id.get(entry["image_id"])) is None:
+            continue
+        if entry["iscrowd"]:
+            counts["crowd"] += 1
+        elif (instance := _instance(entry, image, labels)) is None:
+            counts["skipped"] += 1
+        else:
+            packed.setdefault(image.id, []).append(instance)
+    result = Annotations(
+        path,
+        tuple(sorted(listed)),
+        tuple((number, str(categories[number].get("name", number))) for number in labels),
+        counts["skipped"],
+        counts["crowd"],
+        _Packed(packed),
+    )
+    return result, problems.found
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The JSON of an annotation file; see ``read_annotations``."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; COCO's annotations belong there") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; it should hold COCO's annotations as JSON")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{path}: no list {key!r}; a COCO file of instances has images, annotations, categories")
+    return content
+
+
+def some(lines: Sequence[str], between: str = "; ", limit: int = 20) -> str:
+    """The first lines, and how many more there are."""
+    more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+    return between.join([*lines[:limit], *more])
+
+
+class _Problems:
+    """Findings in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: list[str] = []
+
+    def unique(self, what: str, entries: Iterable[Any]) -> dict[int, dict[str, Any]]:
+        """Entries by id; those without a number as id, or with one that was there before, are findings."""
+        result: dict[int, dict[str, Any]] = {}
+        for position, entry in enumerate(entries):
+            number = entry.get("id") if isinstance(entry, dict) else None
+            if not _is_integer(number):
+                self.found.append(f"{self.path}: {what}[{position}]: its id is {number!r}, not a whole number")
+            elif number in result:
+                self.found.append(f"{self.path}: {what}[{position}]: id {number} was there before")
+            else:
+                result[number] = entry
+        return result
+
+    def image(self, entry: Mapping[str, Any]) -> CocoImage | None:
+        """The image of an entry."""
+        name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
+        if not isinstance(name, str) or not name:
+            self.found.append(f"{self.path}: image {entry['id']}: file_name is {name!r}, not a name")
+        elif not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
+            self.found.append(f"{self.path}: image {entry['id']}: height {height!r} and width {width!r} are no pixels")
+        else:
+            return CocoImage(entry["id"], name, height, width)
+        return None
+
+    def annotation(
+        self, entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], labels: Mapping[int, int]
+    ) -> bool:
+        """Whether nothing is wrong with it."""
+        wrong = _wrong(entry, images, labels)
+        if wrong:
+            self.found.append(f"{self.path}: annotation {entry['id']}: {wrong}")
+        return not wrong
+
+
+def _wrong(entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], labels: Mapping[int, int]) -> str | None:
+    """What is wrong with an annotation, None if nothing is."""
+    image, category, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
+    if not _is_integer(image) or image not in images:
+        return f"image_id {image!r} is not among the images"
+    if not _is_integer(category) or category not in labels:
+        return f"category_id {category!r} is not among the categories"
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return f"bbox is {box!r}, not four numbers (left, top, width, height)"
+    if entry.get("iscrowd") not in (0, 1):
+        return f"iscrowd is {entry.get('iscrowd')!r}, not 0 or 1"
+    if not _is_number(entry.get("area")):
+        return f"area is {entry.get('area')!r}, not a number; evaluation by size needs it"
+    return _wrong_segmentation(entry.get("segmentation"), images[image])
+
+
+def _wrong_segmentation(segmentation: Any, image: Mapping[str, Any]) -> str | None:
+    if isinstance(segmentation, list):
+        wrong = [part for part in segmentation if not isinstance(part, list) or len(part) % 2]
+        return "segmentation: a polygon is a list of x, y, x, y, ..." if wrong else None
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return "segmentation is neither a list of polygons nor RLE with size and counts"
+    if segmentation["size"] != [image.get("height"), image.get("width")]:
+        return f"segmentation has size {segmentation['size']}, its image {[image.get('height'), image.get('width')]}"
+    return None
+
+
+def _instance(entry: Mapping[str, Any], image: CocoImage, labels: Mapping[int, int]) -> Instance | None:
+    """None for one without area."""
+    x, y, width, height = entry["bbox"]
+    left, right = (min(max(value, 0), image.width) for value in (x, x + width))
+    top, bottom = (min(max(value, 0), image.height) for value in (y, y + height))
+    segmentation = entry["segmentation"]
+    if isinstance(segmentation, list):
+        # pycocotools would read four numbers as a box.
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if right <= left or bottom <= top or not segmentation:
+        return None
+    return Instance(entry["id"], labels[entry["category_id"]], (left, top, right, bottom), segmentation)
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

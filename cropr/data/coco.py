@@ -1,0 +1,282 @@
+"""Detection in COCO 2017's layout: ``train2017/``, ``val2017/`` and ``annotations/instances_{train,val}2017.json``.
+
+    train, val = load_coco(root, num_classes=80)
+    batches = TrainBatches(TrainImages(train, spec, seed=0), 64, seed=0, collate=collate)
+    for images, targets in batches.epoch(0):
+        ...
+
+Images [B, 3, S, S] are normalised and padded with zeros on the right and at the bottom. Targets are a list of
+dictionaries, one an image, with torchvision's keys and conventions:
+
+    boxes [n, 4] float32: left, top, right, bottom in pixels of the padded image
+    labels [n] int64: 1 for the category of lowest id, and so on without gaps; 0 is the background
+    masks [n, S, S] uint8: 1 on the object
+    image_id: int, of the annotation file
+    size, original_size: (height, width) of the image within the padding, and of its file
+
+Evaluation has the last three alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
+
+What is skipped and counted (``CocoSplit.skipped``): instances whose box has no area within the image, or whose polygons
+all have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either (``CocoSplit.crowds``).
+Training leaves out images without an instance, as the reference recipe does; evaluation keeps them.
+
+n instances of an image, S side of the padded image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations, some
+from cropr.data.jitter import fit, jitter
+from cropr.data.loading import ImageError, Samples, decode
+from cropr.data.scenes import INCOMPLETE
+from cropr.specs import DetDataSpec
+
+SPLITS = ("train", "val")
+
+
+class Target(TypedDict, total=False):
+    """See the head of this file."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    image_id: int
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class CocoSplit:
+    """Images of one split and what is known of them."""
+
+    root: Path
+    name: str
+    annotations: Annotations
+    images: tuple[CocoImage, ...]
+    """By ascending id."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def folder(self) -> Path:
+        """Of the images."""
+        return self.root / f"{self.name}2017"
+
+    def path(self, index: int) -> Path:
+        """File of an image."""
+        return self.folder / self.images[index].file
+
+    def instances(self, index: int) -> list[Instance]:
+        """Of an image; neither crowd regions nor what is skipped."""
+        return self.annotations.instances(self.images[index].id)
+
+    def occupied(self) -> CocoSplit:
+        """The same without images that have no instance."""
+        return replace(self, images=tuple(image for image in self.images if self.annotations.count(image.id)))
+
+
+def annotation_file(root: Path, name: str) -> Path:
+    """Where the annotations of a split lie."""
+    return root / "annotations" / f"instances_{name}2017.json"
+
+
+def load_coco(root: str | Path, num_classes: int | None = None) -> tuple[CocoSplit, CocoSplit]:
+    """Read the annotations of training and validation images. Nothing is decoded.
+
+    Raises:
+        FileNotFoundError: the root, a folder or an annotation file is missing.
+        ValueError: whatever ``survey_coco`` finds, all of it (the first twenty in full).
+    """
+    splits, problems = survey_coco(Path(root), num_classes)
+    if problems:
+        raise ValueError(some(problems, "\n  "))
+    return splits
+
+
+def survey_coco(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoSplit, CocoSplit], list[str]]:
+    """Both splits, and what is wrong with them: a line a finding, with the file and the id.
+
+    Looked for: ids that are missing, not numbers, double or unknown; images without a file; boxes, sizes and
+    segmentations of a wrong form; splits without image or annotation; categories that differ between the splits, or
+    whose number is not ``num_classes``.
+
+    Raises:
+        FileNotFoundError: the root, a folder or an annotation file is missing.
+        ValueError: an annotation file that is not JSON, or a generated set whose writing was interrupted.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such directory; it should hold train2017/, val2017/ and annotations/")
+    if (root / INCOMPLETE).exists():
+        raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
+    problems: list[str] = []
+    splits = []
+    for name in SPLITS:
+        if not (folder := root / f"{name}2017").is_dir():
+            raise FileNotFoundError(f"{folder}: no such directory; images of COCO 2017 belong there")
+        annotations, found = read_annotations(annotation_file(root, name))
+        problems += found
+        splits.append(CocoSplit(root, name, annotations, annotations.images))
+        problems += _missing_files(splits[-1])
+    train, val = splits
+    if not problems and (train.annotations.categories != val.annotations.categories):
+        problems.append(f"{train.annotations.path} and {val.annotations.path} have different categories")
+    if num_classes is not None and not problems and len(train.annotations.categories) != num_classes:
+        found_classes = len(train.annotations.categories)
+        problems.append(
+            f"{train.annotations.path} has {found_classes} categories, the settings say {num_classes}; "
+            f"set num_classes to {found_classes} or choose another directory"
+        )
+    return (train, val), problems
+
+
+def _missing_files(split: CocoSplit) -> list[str]:
+    """One listing instead of a look at every file; what it lacks may still lie in a folder below."""
+    there = {entry.name for entry in split.folder.iterdir()}
+    return [
+        f"{split.folder / image.file}: no such file; {split.annotations.path} lists it as image {image.id}"
+        for image in split.images
+        if image.file not in there and not (split.folder / image.file).is_file()
+    ]
+
+
+def fingerprint(splits: Iterable[CocoSplit]) -> str:
+    """Digest of the annotation files, which name the images."""
+    digest = hashlib.sha256()
+    for split in splits:
+        with split.annotations.path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+# Samples ------------------------------------------------------------------------------------------------------------
+
+
+def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
+    """uint8 [3, H, W].
+
+    Raises:
+        ImageError: it cannot be read, or has another size than its annotation says.
+    """
+    listed, path = split.images[index], split.path(index)
+    image = F.to_image(decode(path))
+    if (found := tuple(image.shape[-2:])) != (listed.height, listed.width):
+        raise ImageError(
+            f"{path}: is {found[1]} x {found[0]} px; {split.annotations.path} says {listed.width} x {listed.height} "
+            f"of image {listed.id}"
+        )
+    return image
+
+
+def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
+    """uint8 [n, H, W] of the instances of an image: union of the polygons, or the decoded RLE.
+
+    Raises:
+        ImageError: a segmentation cannot be decoded.
+    """
+    image = split.images[index]
+    masks = np.zeros((split.annotations.count(image.id), image.height, image.width), np.uint8)
+    for mask, instance in zip(masks, split.instances(index), strict=True):
+        try:
+            mask[:] = coco_mask.decode(to_rle(instance.segmentation, image.height, image.width))
+        except Exception as error:  # its C code raises what it likes
+            raise ImageError(
+                f"{split.annotations.path}: annotation {instance.id}: its segmentation cannot be decoded: {error}"
+            ) from None
+    return tv_tensors.Mask(torch.from_numpy(masks))
+
+
+def read_pair(split: CocoSplit, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Image and masks, or what is wrong with either; see ``read_image`` and ``read_masks``."""
+    return read_image(split, index), read_masks(split, index)
+
+
+def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
+    """Compressed RLE of any form of a COCO segmentation."""
+    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
+        return segmentation
+    rle = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.merge(rle) if isinstance(rle, list) else rle
+
+
+class TrainImages(Samples):
+    """Images with large-scale jitter, and all targets.
+
+    Raises:
+        ValueError: no image has an instance.
+    """
+
+    def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
+        super().__init__(str(split.folder), seed)
+        self.split, self.spec = split.occupied(), spec
+        if not len(self.split):
+            raise ValueError(f"{split.annotations.path}: no image has an instance to train on")
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def sample(self, index: int) -> tuple[Tensor, Target]:
+        """Image [3, S, S] and target; the latter may have no instance left."""
+        image, listed = read_image(self.split, index), self.split.images[index]
+        instances = self.split.instances(index)
+        boxes = torch.tensor([instance.box for instance in instances], dtype=torch.float32).reshape(-1, 4)
+        view = jitter(image, boxes, read_masks(self.split, index), self.spec)
+        labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)
+        height, width = view.image.shape[-2:]
+        target: Target = {
+            "boxes": view.boxes,
+            "labels": labels[view.kept],
+            "masks": F.pad(view.masks, [0, 0, self.spec.image_size - width, self.spec.image_size - height]),
+            "image_id": listed.id,
+            "size": (height, width),
+            "original_size": (listed.height, listed.width),
+        }
+        return normalise(view.image, self.spec), target
+
+
+class EvalImages(Samples):
+    """Every image, its longer side resized to S."""
+
+    def __init__(self, split: CocoSplit, spec: DetDataSpec) -> None:
+        super().__init__(str(split.folder), None)
+        self.split, self.spec = split, spec
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def sample(self, index: int) -> tuple[Tensor, Target]:
+        """Image [3, S, S]; of the target what is needed to bring predictions back to the file's pixels."""
+        listed = self.split.images[index]
+        image = fit(read_image(self.split, index), self.spec.image_size)
+        height, width = image.shape[-2:]
+        target: Target = {
+            "image_id": listed.id,
+            "size": (height, width),
+            "original_size": (listed.height, listed.width),
+        }
+        return normalise(image, self.spec), target
+
+
+def normalise(image: Tensor, spec: DetDataSpec) -> Tensor:
+    """uint8 [3, h, w] -> float32 [3, S, S], padded with zeros, which is the mean colour."""
+    pixels = F.normalize(F.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True), spec.mean, spec.std)
+    return F.pad(pixels, [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]])
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+    """Images [B, 3, S, S]; targets stay a list, since they have different numbers of instances."""
+    images, targets = zip(*samples, strict=True)
+    return torch.stack(images), list(targets)

@@ -1,0 +1,277 @@
+"""From samples to batches, whatever the task: order, seeds, workers, shares of processes, errors.
+
+A data set is a ``Samples``: ``samples[epoch, index]`` is (image, target). The rest of this file feeds it to training
+and evaluation. All randomness of a sample is a function of (seed, epoch, index), and the order of an epoch one of
+(seed, epoch): neither the number of workers nor a resumption changes a sample.
+
+B images of a batch of this process, H and W their size.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+Collate = Callable[[list[Any]], Any]
+"""Makes a batch (images, targets) of a list of (image, target)."""
+
+
+class ImageError(ValueError):
+    """An image, or the annotation that belongs to it, cannot be used; the message begins with its path."""
+
+
+def decode(path: str | Path) -> Image.Image:
+    """An image in RGB and upright: other modes are converted, EXIF orientation is applied, 16 bits become 8.
+
+    Raises:
+        ImageError: the file cannot be read to its end.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would clip, and leave a white image
+                return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+            return upright.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str | Path, error: Exception) -> ImageError:
+    """An ``ImageError`` that gives the reason in one line."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return ImageError(f"{path}: cannot be read as an image: {reason}")
+
+
+def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
+    """The first names of a list, and how many more there are."""
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return between.join([*names[:limit], *more])
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generators seeded from ``entropy`` within, and as they were afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seeds = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(int(seeds[1]))
+    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would reseed the accelerators as well
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Samples(Dataset[tuple[Tensor, Any]], ABC):
+    """Samples (epoch, index) -> (image [3, H, W], target), random by (seed, epoch, index) alone.
+
+    Args:
+        where: names the images in messages, for example their folder.
+        seed: of what is random in ``sample``; None where nothing is, which saves the time of seeding.
+    """
+
+    def __init__(self, where: str, seed: int | None) -> None:
+        self.where = where
+        self.seed = seed
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def sample(self, index: int) -> tuple[Tensor, Any]:
+        """One image and its target, drawing from the global generators of Python, numpy and torch as it likes.
+
+        Raises:
+            ImageError: a file of this sample cannot be used.
+        """
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
+        epoch, index = key
+        if self.seed is None:
+            return self.sample(index)
+        with seeded(self.seed, epoch, index):
+            return self.sample(index)
+
+
+class Share(TypedDict, total=False):
+    """Which part of the batches a process takes, and how it reads it."""
+
+    rank: int
+    """This process, counted from 0 (default)."""
+    world: int
+    """Number of processes; default 1."""
+    workers: int
+    """Processes that decode; 0 (default) decodes in this one."""
+    pin_memory: bool
+    """For faster copies to CUDA; default False."""
+
+
+class TrainBatches:
+    """Training batches of this process, epoch by epoch.
+
+    Args:
+        samples: what to read.
+        batch_size: images per batch over all processes; each has ``batch_size / world`` of them. Together, the shares
+            of all processes make up the batch of one process alone.
+        seed: of the order.
+        collate: makes a batch of samples; by default images and targets are stacked.
+
+    Raises:
+        ValueError: fewer images than a batch, or a batch that does not divide into the processes.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        collate: Collate = default_collate,
+        **share: Unpack[Share],
+    ) -> None:
+        self.rank, self.world = _place(share)
+        if len(samples) < batch_size:
+            raise ValueError(
+                f"{samples.where} has {len(samples)} images, fewer than one batch of {batch_size}; "
+                f"lower batch_size to at most {len(samples)} or add images"
+            )
+        if batch_size % self.world:
+            raise ValueError(f"batch_size {batch_size} does not divide into {self.world} processes; make it a multiple")
+        self.count, self.batch_size, self.seed = len(samples), batch_size, seed
+        self._loader = _Loader(samples, collate, share)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return self.count // self.batch_size
+
+    @property
+    def dropped(self) -> int:
+        """Images that every epoch leaves out, other ones each time, since they fill no batch."""
+        return self.count % self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of all images in this epoch's order, a function of (seed, epoch)."""
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(self.count)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:
+        """Images [B, 3, H, W] and targets of the batches from ``start`` on; what lies before is not decoded.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+        order = self.order(epoch)
+        batches = (order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self)))
+        return self._loader.run([[(epoch, int(i)) for i in batch[self.rank :: self.world]] for batch in batches])
+
+
+class EvalBatches:
+    """This process's part of a set, each image once, none left out.
+
+    Over all processes every image is seen exactly once, so that counts can be summed.
+
+    Args:
+        samples: what to read; nothing may be random there.
+        batch_size: images of a batch, at most.
+        group: index -> kind; images of different kinds do not share a batch (those of different sizes, for example,
+            where they are to be stacked). Kinds come in the order of their first image.
+        collate: as for ``TrainBatches``.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        *,
+        group: Callable[[int], Hashable] = lambda index: None,
+        collate: Collate = default_collate,
+        **share: Unpack[Share],
+    ) -> None:
+        assert samples.seed is None, "evaluation is not random"
+        rank, world = _place(share)
+        kinds: dict[Hashable, list[int]] = {}
+        for index in range(rank, len(samples), world):
+            kinds.setdefault(group(index), []).append(index)
+        self._batches = [
+            alike[start : start + batch_size] for alike in kinds.values() for start in range(0, len(alike), batch_size)
+        ]
+        self._loader = _Loader(samples, collate, share)
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the images of this process, in the order in which they come."""
+        return [index for batch in self._batches for index in batch]
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return self._loader.run([[(0, index) for index in batch] for batch in self._batches])
+
+
+def _place(share: Share) -> tuple[int, int]:
+    rank, world = share.get("rank", 0), share.get("world", 1)
+    assert 0 <= rank < world, (rank, world)
+    return rank, world
+
+
+class _Loader:
+    """torch's loader over ``Samples``; workers live on between passes and global generators stay untouched."""
+
+    def __init__(self, samples: Samples, collate: Collate, share: Share) -> None:
+        self.todo: list[list[tuple[int, int]]] = []  # batches of (epoch, index) of the next pass
+        workers = share.get("workers", 0)
+        self.loader = DataLoader(
+            _Guarded(samples),
+            batch_sampler=self.todo,
+            collate_fn=partial(_collate, collate),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=share.get("pin_memory", False),
+            generator=torch.Generator(),  # else each pass draws a seed from the global one
+        )
+
+    def run(self, todo: list[list[tuple[int, int]]]) -> Iterator[tuple[Any, Any]]:
+        self.todo[:] = todo
+        for batch in self.loader:
+            if isinstance(batch, ImageError):
+                raise ImageError(f"{batch}; python -m cropr data check lists all such files")
+            images, targets = batch
+            yield images, targets
+
+
+class _Guarded(Dataset[Any]):
+    """Returns the error of an image that cannot be read: raised in a worker, it would come as a long traceback, and
+    torch would take seconds to end the workers."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any] | ImageError:
+        try:
+            return self.samples[key]
+        except ImageError as error:
+            return error
+
+
+def _collate(collate: Collate, samples: Sequence[Any]) -> Any:
+    """A batch, or the first error."""
+    errors = (sample for sample in samples if isinstance(sample, ImageError))
+    return next(errors, None) or collate(list(samples))

@@ -1,0 +1,370 @@
+"""ADE20k's layout: what is refused, that image and labels stay together, and what a sample depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from cropr.cli import main
+from cropr.data.ade20k import (
+    FOLDER,
+    IGNORE,
+    EvalBatches,
+    TrainBatches,
+    TrainTransform,
+    capped_crop,
+    decode_map,
+    load_splits,
+    random_size,
+)
+from cropr.data.check import check
+from cropr.data.layouts import write
+from cropr.data.loading import ImageError, seeded
+from cropr.data.scenes import INCOMPLETE, compose
+from cropr.specs import ScenesSpec, SegDataSpec
+
+NEUTRAL = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+PLAIN = SegDataSpec(image_size=16, num_classes=5, resize=(1, 1), cat_max_ratio=1, hflip=0, photometric=False, **NEUTRAL)
+RICH = SegDataSpec(image_size=16, num_classes=5)
+GEOMETRY = RICH.model_copy(update={"photometric": False, "resize": (0.8, 2.0), **NEUTRAL})
+
+
+def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, np.uint8))
+    (image.convert(mode) if mode else image).save(path)
+
+
+def labelled(size: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image whose colour tells the label: blocks of 4 x 4 px with labels 0 to 5, red 40 times the label."""
+    height, width = size
+    blocks = np.random.default_rng(seed).integers(0, 6, (-(-height // 4), -(-width // 4)))
+    labels = blocks.repeat(4, 0).repeat(4, 1)[:height, :width]
+    return np.stack([labels * 40, labels * 0 + 7, labels * 0 + seed], axis=-1), labels
+
+
+SIZES = [(16, 16), (16, 16), (16, 24), (20, 12), (16, 16), (30, 40)]
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Six pairs a split, of several sizes; number ``i`` has blue ``i``."""
+    for split in ("training", "validation"):
+        for index, size in enumerate(SIZES):
+            image, labels = labelled(size, index)
+            save(tmp_path / FOLDER / "images" / split / f"{index}.png", image)
+            save(tmp_path / FOLDER / "annotations" / split / f"{index}.png", labels)
+    return tmp_path
+
+
+def equal(a, b) -> bool:
+    a, b = list(a), list(b)
+    return len(a) == len(b) > 0 and all(
+        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
+    )
+
+
+# Folders
+
+
+def test_pairs_are_listed_by_name_from_either_folder(root):
+    assert load_splits(root) == load_splits(root / FOLDER)
+    train, val = load_splits(root)
+    assert (train.name, val.name, len(train), len(val)) == ("training", "validation", 6, 6)
+    assert train.images[2] == root / FOLDER / "images" / "training" / "2.png"
+    assert train.annotations[2] == root / FOLDER / "annotations" / "training" / "2.png"
+
+
+def test_jpeg_images_and_foreign_files(root):
+    folder = root / FOLDER / "images" / "training"
+    (folder / "1.png").rename(folder / "1.JPEG")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("x")
+    assert [path.name for path in load_splits(root)[0].images][1] == "1.JPEG"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda r: r.rename(r.with_name("gone")), FileNotFoundError, r"no such directory; it should hold ADEChall"),
+        (
+            lambda r: (r / "images/validation").rename(r / "images/val"),
+            FileNotFoundError,
+            r"images/validation: no such directory; images belong into images/\{training,validation\}",
+        ),
+        (lambda r: (r / "annotations/training/3.png").unlink(), ValueError, r"no annotation \(<name>.png\) of 3.png$"),
+        (lambda r: (r / "images/training/3.png").unlink(), ValueError, r"no image of the annotations 3.png$"),
+        (lambda r: save(r / "images/training/3.jpg", np.zeros((4, 4, 3))), ValueError, r"share a name: 3.jpg, 3.png"),
+        (lambda r: [p.unlink() for p in (r / "images/training").iterdir()], ValueError, r"images/training: no image; "),
+        (lambda r: (r / INCOMPLETE).touch(), ValueError, r"writing this set was interrupted"),
+    ],
+)
+def test_broken_folders_are_refused_by_name(root, damage, error, message):
+    damage(root / FOLDER)
+    with pytest.raises(error, match=message):
+        load_splits(root / FOLDER)
+
+
+# Annotations
+
+
+def test_label_0_is_ignored_and_classes_count_from_0(tmp_path):
+    save(tmp_path / "a.png", np.array([[0, 1], [5, 2]]))
+    assert decode_map(tmp_path / "a.png", 5).tolist() == [[IGNORE, 0], [4, 1]]
+
+
+def test_palettes_give_their_indices(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [3, 2]], np.uint8), mode="P")
+    image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    image.save(tmp_path / "a.png")
+    assert decode_map(tmp_path / "a.png", 3).tolist() == [[IGNORE, 0], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode", "message"),
+    [
+        (np.zeros((4, 4, 3)), None, r"one 8-bit channel, grey or palette .*; this is RGB"),
+        (np.zeros((4, 4)), "1", r"this is 1"),
+        (np.full((4, 4), 6), None, r"label 6, but there are 5 classes \(labels 1 to 5, 0 for none\)"),
+        (np.full((4, 4), 255), None, r"label 255, but there are 5 classes"),
+    ],
+)
+def test_annotations_of_a_wrong_kind_are_refused(tmp_path, pixels, mode, message):
+    save(tmp_path / "a.png", pixels, mode)
+    with pytest.raises(ImageError, match=rf"^{tmp_path / 'a.png'}: .*{message}"):
+        decode_map(tmp_path / "a.png", 5)
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="this is I;16"):
+        decode_map(tmp_path / "a.png", 5)
+
+
+def test_check_lists_all_that_cannot_be_used(root, caplog):
+    assert check(root, 5, "ade20k").images == {"training": 6, "validation": 6}
+    assert main(["data", "check", str(root), "--layout", "ade20k", "--classes", "5"]) == 0
+    top = root / FOLDER
+    save(top / "annotations/training/0.png", np.zeros((16, 16, 3)))
+    save(top / "annotations/training/1.png", np.zeros((16, 17)))
+    (top / "images/training/2.png").write_bytes(b"")
+    save(top / "annotations/validation/4.png", np.full((16, 16), 9))
+    (top / "annotations/validation/5.png").unlink()
+    report = check(root, 5, "ade20k")
+    assert len(report.bad) == 4
+    assert report.bad[1].endswith(
+        f"images/training/1.png: 16 x 16 px, its annotation {top}/annotations/training/1.png 17 x 16 px; "
+        "they must be equal"
+    )
+    assert report.problems == (f"{top}/annotations/validation: no annotation (<name>.png) of 5.png",)
+    assert main(["data", "check", str(root), "--layout", "ade20k", "--classes", "5"]) == 2
+    assert "4 of 11 images cannot be used" in caplog.text
+
+
+def test_without_a_number_of_classes_any_label_will_do(root):
+    assert main(["data", "check", str(root), "--layout", "ade20k"]) == 0
+
+
+def test_training_names_the_file(root):
+    save(root / FOLDER / "annotations/training/1.png", np.full((16, 16), 9))
+    with pytest.raises(ImageError, match=r"annotations/training/1.png: label 9, .*; python -m cropr data check"):
+        list(TrainBatches(load_splits(root)[0], PLAIN, 6).epoch(0))
+
+
+# Training transforms
+
+
+def test_with_everything_off_images_of_the_right_size_are_only_normalised(root):
+    batches = TrainBatches(load_splits(root)[0], PLAIN, 6)
+    ((images, maps),) = batches.epoch(0)
+    assert images.dtype == torch.float32
+    assert maps.dtype == torch.uint8
+    assert type(images) is type(maps) is torch.Tensor
+    for index, image, labels in zip(batches.order(0), images, maps, strict=True):
+        if SIZES[index] == (16, 16):
+            expected, expected_labels = labelled((16, 16), index)
+            torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(expected).float())
+            assert torch.equal(labels, torch.from_numpy((expected_labels - 1).astype(np.uint8)))
+
+
+def test_values_are_normalised_with_the_mean_of_the_spec():
+    image = tv_tensors.Image(torch.full((3, 16, 16), 255, dtype=torch.uint8))
+    labels = tv_tensors.Mask(torch.zeros(16, 16, dtype=torch.uint8))
+    spec = PLAIN.model_copy(update={"mean": (0.5, 0.5, 0.0), "std": (0.5, 0.25, 1.0)})
+    assert TrainTransform(spec)(image, labels)[0][:, 0, 0].tolist() == [1, 2, 1]
+
+
+def test_image_and_labels_stay_together(root):
+    """Resized, cropped, flipped and padded: away from the borders of blocks, red still tells the label."""
+    batches = TrainBatches(load_splits(root)[0], GEOMETRY, 6, seed=2)
+    agree = total = padded = 0
+    for epoch in range(8):
+        for images, maps in batches.epoch(epoch):
+            assert images.shape == (6, 3, 16, 16)
+            assert maps.shape == (6, 16, 16)
+            green = (images[:, 1] * 255).round()
+            inside = green == 7  # nothing but padding has another
+            assert set(green.unique().tolist()) <= {0, 7}
+            assert (maps[~inside] == IGNORE).all()
+            padded += int((~inside).sum())
+            red = (images[:, 0] * 255 / 40).round()
+            known = inside & (maps != IGNORE)
+            agree += int((red[known] == maps[known] + 1).sum())
+            total += int(known.sum())
+    assert padded > 0
+    assert agree / total > 0.75  # interpolation blurs the borders of blocks; a shift by one pixel gives 0.7
+
+
+def test_padding_lies_at_the_right_and_the_bottom():
+    image, labels = labelled((8, 10), 1)
+    spec = PLAIN.model_copy(update={"resize": (0.5, 0.5)})
+    pair = (
+        tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte()),
+        tv_tensors.Mask(torch.from_numpy(labels).byte() - 1),
+    )
+    out, out_labels = TrainTransform(spec)(*pair)
+    assert torch.equal(out_labels[:8, :10], pair[1])
+    assert (out_labels[8:] == IGNORE).all()
+    assert (out_labels[:, 10:] == IGNORE).all()
+    assert out[:, 8:].abs().max() == out[:, :, 10:].abs().max() == 0
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 60), [16, 24]), ((10, 100), [6, 64]), ((64, 8), [64, 8])])
+def test_shorter_side_is_resized_and_the_longer_limited(size, expected):
+    """16 px for the shorter side, at most 64 for the longer."""
+    assert random_size(torch.zeros(3, *size), PLAIN) == expected
+
+
+def test_range_of_sizes_is_used_to_its_ends():
+    sides = {random_size(torch.zeros(3, 20, 20), RICH)[0] for _ in range(300)}
+    assert min(sides) == 8
+    assert max(sides) == 32
+    assert len(sides) > 20
+
+
+def cut(labels: torch.Tensor, spec: SegDataSpec) -> torch.Tensor:
+    top, left, height, width = capped_crop(labels, spec)
+    return labels[top : top + height, left : left + width]
+
+
+def test_crops_are_mixed_where_the_image_is():
+    """Class 1 has a column of 16 among 64; of crops that are taken as they come, few hold enough of both classes."""
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:, 30:46] = 1
+    mixed = {}
+    for cap in (1.0, 0.75):
+        crops = [cut(labels, RICH.model_copy(update={"cat_max_ratio": cap})) for _ in range(100)]
+        assert {crop.shape for crop in crops} == {(16, 16)}
+        mixed[cap] = sum(0.25 < crop.float().mean().item() < 0.75 for crop in crops)
+    assert mixed[0.75] > 90
+    assert mixed[1.0] < 40
+
+
+def test_pixels_without_label_do_not_count_as_a_class():
+    """Half of every crop has no label. Two classes meet at the right end alone, in 2 of 17 crops."""
+    labels = torch.full((4, 20), IGNORE, dtype=torch.uint8)
+    labels[:2] = 3
+    labels[:2, 18:] = 4
+    crops = [cut(labels, RICH.model_copy(update={"image_size": 4})) for _ in range(100)]
+    assert sum(4 in crop for crop in crops) > 50
+
+
+@pytest.mark.parametrize("change", [{"hflip": 0.5}, {"photometric": True}, {"resize": (0.9, 1.1)}])
+def test_each_switch_makes_training_random(root, change):
+    train, _ = load_splits(root)
+    plain = TrainBatches(train, PLAIN, 6)
+    assert not equal(TrainBatches(train, PLAIN.model_copy(update=change), 6).epoch(0), plain.epoch(0))
+
+
+def test_distortion_leaves_labels_alone():
+    image, labels = labelled((16, 16), 3)
+    image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte())
+    labels = tv_tensors.Mask(torch.from_numpy(labels).byte() - 1)
+    transform = TrainTransform(PLAIN.model_copy(update={"photometric": True}))
+    outs = []
+    for number in range(100):
+        with seeded(number):
+            out, out_labels = transform(image, labels)
+        assert torch.equal(out_labels, labels)
+        outs.append(out)
+    changed = sum(not torch.allclose(out, image / 255, atol=1e-4) for out in outs)
+    assert 85 <= changed < 100  # each of four distortions has odds of a half: 94 expected
+    assert min(out.min() for out in outs) >= 0
+    assert max(out.max() for out in outs) <= 1
+
+
+# Reproducibility
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
+    train, _ = load_splits(root)
+    alone, helped = TrainBatches(train, RICH, 2, seed=3), TrainBatches(train, RICH, 2, seed=3, workers=1)
+    first = list(alone.epoch(4))
+    assert equal(first, helped.epoch(4))
+    assert equal(first[1:], alone.epoch(4, start=1))
+    assert not equal(first, TrainBatches(train, RICH, 2, seed=4).epoch(4))
+    shares = [list(TrainBatches(train, RICH, 2, seed=3, rank=rank, world=2).epoch(4)) for rank in (0, 1)]
+    for (images, _), *parts in zip(first, *shares, strict=True):
+        assert torch.equal(images, torch.cat([part for part, _ in parts]))
+
+
+# Evaluation
+
+
+def test_single_windows_have_the_longer_side_resized_and_labels_as_they_are(root):
+    _, val = load_splits(root)
+    shapes = {}
+    batches = EvalBatches(val, PLAIN, 4)
+    for images, maps in batches:
+        assert len(images) == len(maps)
+        shapes[tuple(maps.shape[1:])] = tuple(images.shape[2:])
+    assert shapes == {(16, 16): (16, 16), (16, 24): (11, 16), (20, 12): (16, 10), (30, 40): (12, 16)}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_sees_every_image_once_in_batches_of_one_size(root, world):
+    _, val = load_splits(root)
+    spec = PLAIN.model_copy(update={"evaluation": "slide"})
+    seen, sizes = [], []
+    for rank in range(world):
+        batches = EvalBatches(val, spec, 2, rank=rank, world=world)
+        numbers = []
+        for images, maps in batches:
+            assert images.shape[2:] == maps.shape[1:]
+            sizes.append(len(images))
+            numbers += [round(float(image[2, 0, 0]) * 255) for image in images]
+        assert [str(val.images[number]) for number in numbers] == list(batches.paths)
+        seen += numbers
+    assert sorted(seen) == list(range(6))
+    assert max(sizes) == 2
+
+
+def test_an_unreadable_annotation_is_named_in_evaluation(root):
+    (root / FOLDER / "annotations/validation/2.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"annotations/validation/2.png: cannot be read as an image"):
+        list(EvalBatches(load_splits(root)[1], PLAIN, 2))
+
+
+# Scenes
+
+
+def test_scenes_are_read_as_they_were_drawn(tmp_path):
+    scenes = ScenesSpec(train=4, val=4, objects=(1, 2))
+    write(scenes, tmp_path, "ade20k")
+    spec = PLAIN.model_copy(update={"image_size": 64, "num_classes": 11})
+    train, val = load_splits(tmp_path)
+    batches = TrainBatches(train, spec, 4)
+    ((images, maps),) = batches.epoch(0)
+    for index, image, labels in zip(batches.order(0), images, maps, strict=True):
+        scene = compose(scenes, "train", index)
+        torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
+        assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))
+    ((images, maps),) = EvalBatches(val, spec, 8)
+    assert images.shape == (4, 3, 64, 64)
+    assert maps.unique().tolist()[0] == 0
+    assert maps.max() <= 10

@@ -1,0 +1,136 @@
+"""Scenes on disk: what the files of ADE20k's and COCO's layouts hold. (ImageNet's: tests/test_scenes.py.)"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from cropr.cli import main
+from cropr.data import layouts
+from cropr.data.layouts import run_lengths, write
+from cropr.data.scenes import compose
+from cropr.specs import ScenesSpec
+
+SMALL = ScenesSpec(train=12, val=6, distractors=3, objects=(0, 2))
+ADE = {"train": "training", "val": "validation"}
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Relative path -> content, of all files but the record (it has a date)."""
+    found = (p for p in root.rglob("*") if p.is_file() and p.name != "record.json")
+    return {str(p.relative_to(root)): p.read_bytes() for p in found}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_ade20k_has_images_and_maps(tmp_path):
+    write(SMALL, tmp_path, "ade20k")
+    names = [(split, index) for split, count in (("train", 12), ("val", 6)) for index in range(count)]
+    expected = {
+        f"ADEChallengeData2016/{kind}/{ADE[split]}/{index:06d}.png"
+        for split, index in names
+        for kind in ("images", "annotations")
+    }
+    assert set(files(tmp_path)) == expected
+    for split, index in names:
+        scene, place = compose(SMALL, split, index), f"{ADE[split]}/{index:06d}.png"
+        top = tmp_path / "ADEChallengeData2016"
+        np.testing.assert_array_equal(pixels(top / "images" / place), scene.image)
+        labels = pixels(top / "annotations" / place)
+        np.testing.assert_array_equal(labels, scene.semantic)
+        assert set(np.unique(labels)) == {1, *(2 + instance.label for instance in scene.instances)}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pycocotools_reads_what_coco_holds(tmp_path, split):
+    write(SMALL, tmp_path, "coco")
+    with contextlib.redirect_stdout(None):
+        coco = COCO(str(tmp_path / "annotations" / f"instances_{split}2017.json"))
+    assert len(coco.imgs) == getattr(SMALL, split)
+    ids = sorted(coco.cats)
+    assert ids != list(range(1, 11)), "there are gaps, as in the public files"
+    assert [coco.cats[i]["name"] for i in ids] == [f"digit_{d}" for d in range(10)]
+    assert min(coco.anns) == 1
+    counts = []
+    for image in coco.imgs.values():
+        scene = compose(SMALL, split, image["id"])
+        np.testing.assert_array_equal(pixels(tmp_path / f"{split}2017" / image["file_name"]), scene.image)
+        assert (image["height"], image["width"]) == scene.image.shape[:2]
+        annotations = coco.imgToAnns[image["id"]]
+        counts.append(len(annotations))
+        for annotation, instance in zip(annotations, scene.instances, strict=True):
+            left, top, right, bottom = instance.box
+            assert ids.index(annotation["category_id"]) == instance.label
+            assert annotation["bbox"] == [left, top, right - left, bottom - top]
+            np.testing.assert_array_equal(coco.annToMask(annotation), instance.region)
+            assert annotation["area"] == rle.area(coco.annToRLE(annotation)) == instance.region.sum()
+            assert annotation["iscrowd"] == 0
+    assert min(counts) == 0, "images without annotations are listed, too"
+    assert sum(counts) == len(coco.anns) > 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths"),
+    [
+        ([[0, 1], [0, 1]], [2, 2]),  # down the columns
+        ([[1, 0], [0, 0]], [0, 1, 3]),  # begins with the number of zeros
+        ([[0, 0]], [2]),
+        ([[0, 1, 1], [1, 1, 0]], [1, 4, 1]),
+    ],
+)
+def test_run_lengths_by_hand(mask, lengths):
+    assert run_lengths(np.array(mask, bool)) == lengths
+
+
+def test_all_layouts_hold_the_same_images(tmp_path):
+    spec = ScenesSpec(train=3, val=1, image_size=32)
+    images = []
+    for layout in layouts.LAYOUTS:
+        write(spec, tmp_path, layout)  # each replaces the one before
+        record = json.loads((tmp_path / "record.json").read_text())
+        assert (record["kind"], record["layout"], record["id"]) == ("data", layout, spec.digest())
+        images.append(
+            {
+                content
+                for name, content in files(tmp_path).items()
+                if not name.startswith(("truth", "annotations", "ADEChallengeData2016/annotations"))
+            }
+        )
+        assert len(images[-1]) == 4
+    assert images[0] == images[1] == images[2]
+
+
+def test_worker_processes_write_the_same_files(tmp_path, monkeypatch):
+    """COCO, whose index needs what every process has seen, in the order of the scenes."""
+    write(SMALL, tmp_path / "one", "coco", workers=1)
+    monkeypatch.setattr(layouts, "CHUNK", 5)
+    monkeypatch.setattr(layouts, "PARALLEL_FROM", 0)
+    write(SMALL, tmp_path / "two", "coco", workers=2)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_class_folders_need_a_digit_in_every_image(tmp_path):
+    with pytest.raises(ValueError, match=r"objects \(0, 2\): an image without a digit has no class; begin at 1"):
+        write(SMALL, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "coco"])
+def test_command_writes_and_checks(tmp_path, layout, capsys):
+    options = ["--train", "12", "--val", "6", "--distractors", "3", "--objects", "0", "2", "--layout", layout]
+    assert main(["data", "scenes", "--out", str(tmp_path / "command"), *options]) == 0
+    write(SMALL, tmp_path / "library", layout)
+    assert files(tmp_path / "command") == files(tmp_path / "library")
+    classes = {"ade20k": "11", "coco": "10"}[layout]
+    assert main(["data", "check", str(tmp_path / "command"), "--layout", layout, "--classes", classes]) == 0
+    assert "all images can be used (12 train" in " ".join(capsys.readouterr().err.split())
