@@ -15,9 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
 from typing import Any, Literal
 
 Rule = Literal["constant", "stages", "fraction", "kept"]
+
+Fusion = Literal["none", "concat", "exit", "cross", "llf", "llf_no_self"]
+"""What brings pruned tokens back, by name; ``cropr.fusion`` says what each does, a test holds the two equal."""
+
+BEFORE_LAST: frozenset[str] = frozenset({"llf", "llf_no_self"})
+"""Fusions before the last block, which then computes on all tokens: ``fusion=True`` below. The others follow it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +126,28 @@ class Schedule:
             return {rule: values}
         return {rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
 
+    def describe(self) -> str:
+        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
+
+        Three or more blocks in a row are written as a range, ``R=9 @ 1-6``.
+        """
+        if self.rule == "constant":
+            return f"R={self.rate}" if self.rate else "none"
+        blocks = _ranges([block for block, _ in self.at])
+        numbers = [f"{number:.0%}" if self.rule == "fraction" else f"{number:g}" for _, number in self.at]
+        text = numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)
+        return {"stages": "R=", "fraction": "", "kept": "K="}[self.rule] + f"{text} @ {blocks}"
+
     # Use --------------------------------------------------------------------------------------------------------
 
-    def resolve(self, num_patches: int, depth: int, fusion: bool = False, prefix: int = 0) -> tuple[int, ...]:
+    def resolve(
+        self,
+        num_patches: int,
+        depth: int,
+        fusion: bool = False,
+        prefix: int = 0,
+        share: Fraction = Fraction(1),
+    ) -> tuple[int, ...]:
         """Patch tokens alive after each block and its reducer.
 
         Args:
@@ -129,6 +156,8 @@ class Schedule:
             fusion: pruned tokens come back before the last block, which then holds all of them; pruning after the
                 last but one block would be undone at once, so it stops one block earlier.
             prefix: tokens that are never pruned; counted by ``align`` only.
+            share: how much of the schedule is in force (see ``ramp``); numbers to prune are scaled by it and rounded
+                down, and share 0 prunes nothing.
 
         Returns:
             ``depth`` counts; the last is ``num_patches`` with fusion.
@@ -137,7 +166,7 @@ class Schedule:
             ValueError: nothing would be left, or a block is out of range: value, limit and fix.
         """
         last = depth - 2 if fusion else depth - 1
-        wanted = self._wanted(num_patches, max(last, 0))
+        wanted = self._wanted(num_patches, max(last, 0), share)
         counts = []
         alive = num_patches
         for block in range(1, depth + 1):
@@ -155,7 +184,7 @@ class Schedule:
             return tuple(range(1, (depth - 2 if fusion else depth - 1) + 1)) if self.rate else ()
         return tuple(block for block, _ in self.at)
 
-    def _wanted(self, num_patches: int, last: int) -> dict[int, int]:
+    def _wanted(self, num_patches: int, last: int, share: Fraction) -> dict[int, int]:
         """Counts to reach, per block that prunes, before alignment; checked."""
         if self.rule == "constant":
             if not self.rate:
@@ -167,7 +196,9 @@ class Schedule:
                     f"rate {self.rate} prunes {total} of {num_patches} patch tokens over {last} blocks; "
                     f"at least 1 must stay: lower the rate to {fix} or less"
                 )
-            return {b: num_patches - self.first_extra - self.rate * b for b in range(1, last + 1)}
+            if not (rate := floor(self.rate * share)):
+                return {}
+            return {b: num_patches - self.first_extra - rate * b for b in range(1, last + 1)}
         wanted = {}
         alive = num_patches
         for block, number in self.at:
@@ -189,7 +220,17 @@ class Schedule:
                     f"it must leave 1 to {before}"
                 )
             wanted[block] = alive
-        return wanted
+        return {block: num_patches - floor((num_patches - count) * share) for block, count in wanted.items()}
+
+
+def ramp(position: int, length: int) -> Fraction:
+    """Share of the schedule in force at ``position`` (from 0) of a training run of ``length``: the curriculum.
+
+    It rises linearly over the first half and is 1 from there: min(1, position / (length / 2 - 1)), exactly. Counted in
+    epochs and multiplied by R, this is the authors' floor(R e / (E / 2 - 1)); odd lengths are no exception. Runs of
+    less than 3 have no ramp.
+    """
+    return Fraction(1) if length < 3 else min(Fraction(2 * position, length - 2), Fraction(1))
 
 
 def trace(counts: tuple[int, ...], num_patches: int, prefix: int = 0) -> tuple[int, ...]:
@@ -208,6 +249,17 @@ def attended(counts: tuple[int, ...], num_patches: int, fusion: bool, prefix: in
 def total_pruning_ratio(counts: tuple[int, ...], num_patches: int) -> float:
     """TPR: patches pruned anywhere over all patches (paper, section 4)."""
     return 1 - min(counts) / num_patches
+
+
+def _ranges(blocks: list[int]) -> str:
+    """``1-6`` for blocks in a row, ``6,12,18`` for others."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def _sorted(at: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

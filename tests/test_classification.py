@@ -10,15 +10,17 @@ from torch.nn import functional as F
 
 from cropr.data import scenes
 from cropr.data.imagenet import EvalBatches, load_splits
+from cropr.data.layouts import write
 from cropr.model import Output, build_model
 from cropr.specs import DataSpec
-from cropr.tasks.classification import Classification, evaluate, losses, object_map, soft_target
+from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.classification import Objective, evaluate, losses, object_map, soft_target
 from cropr.tokens import Tokens
 
 
 def output(logits, aux=(), kept=None, patches=4):
     batch = len(logits)
-    return Output(logits, tuple(aux), Tokens.full(torch.zeros(batch, patches, 2), 0), kept or {})
+    return Output(logits, tuple(aux), Tokens.full(torch.zeros(batch, patches, 2), 0), kept or {}, (1, patches))
 
 
 class Recorded(nn.Module):
@@ -65,11 +67,11 @@ def test_auxiliary_losses_share_the_target_and_sum_up():
 
 def test_batches_are_mixed_only_if_asked_for():
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
-    plain, target = Classification(DataSpec(num_classes=3)).prepare(images.clone(), labels)
+    plain, target = Objective(DataSpec(num_classes=3)).prepare(images.clone(), labels)
     assert torch.equal(plain, images)
     assert torch.equal(target, F.one_hot(labels, 3).float())
     data = DataSpec.model_validate({"num_classes": 3, "augment": {"mixup": 0.8, "smoothing": 0.1}})
-    mixed, target = Classification(data).prepare(images.clone(), labels)
+    mixed, target = Objective(data).prepare(images.clone(), labels)
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(target.sum(dim=1), torch.ones(4))
 
@@ -91,7 +93,7 @@ def test_accuracy_by_hand_whatever_the_batch(batch):
     assert result.metrics["top5"] == pytest.approx(200 / 3)
     assert result.metrics["val_images"] == 3
     assert result.metrics["loss"] == pytest.approx(F.cross_entropy(LOGITS, torch.tensor([0, 1, 6])).item())
-    assert result.relevance == []
+    assert result.series["relevance"] == []
     assert model.training
 
 
@@ -110,7 +112,7 @@ def test_relevance_by_hand(batch):
     kept = {2: torch.tensor([[0, 2, 1], [0, 1, 2], [0, 1, 2]]), 3: torch.tensor([[0, 2], [0, 1], [3, 1]])}
     result = evaluate(Recorded(LOGITS, kept), rows(3, [0, 1, 6], batch), objects=objects)
     # Shares of the kept: mean over all images. Shares of the object: mean over the two images that show one.
-    assert result.relevance == [
+    assert result.series["relevance"] == [
         {"block": 0, "kept_on_object": pytest.approx(100 * (2 / 4 + 1 / 4 + 0) / 3), "object_kept": 100},
         {"block": 2, "kept_on_object": pytest.approx(100 * (2 / 3 + 0 + 0) / 3), "object_kept": 100 * (1 + 0) / 2},
         {"block": 3, "kept_on_object": pytest.approx(100 * (1 / 2 + 0 + 0) / 3), "object_kept": 100 * (0.5 + 0) / 2},
@@ -124,7 +126,7 @@ def test_truth_is_unknown_without_masks_or_after_a_crop(tmp_path):
 
 def test_truth_of_scenes(tmp_path):
     spec = tiny.spec(data__scenes={"image_size": 32, "train": 10, "val": 10, "distractors": 2}).data
-    scenes.write_imagenet(spec.scenes, tmp_path)
+    write(spec.scenes, tmp_path)
     _, val = load_splits(tmp_path)
     objects = object_map(val.paths, spec, (4, 4))
     assert objects.shape == (10, 16)
@@ -147,21 +149,21 @@ def test_deployed_model_has_the_same_accuracy(batches):
     kwargs = {"objects": torch.rand(12, 16) < 0.3}
     own, deployed = evaluate(model, batches, **kwargs), evaluate(model.deploy(), batches, **kwargs)
     assert own.metrics == pytest.approx(deployed.metrics)
-    assert own.relevance == deployed.relevance
-    assert [row["block"] for row in own.relevance] == [0, 1, 2]
+    assert own.series["relevance"] == deployed.series["relevance"]
+    assert [row["block"] for row in own.series["relevance"]] == [0, 1, 2]
 
 
 def test_a_random_reducer_is_evaluated_the_same_way_twice(batches):
     torch.manual_seed(0)
     model = build_model(tiny.spec().model, tiny.spec(prune__reducer="random").prune, tiny.CLASSES, 32)
-    first = evaluate(model, batches, seed=1).metrics["loss"]
-    assert evaluate(model, batches, seed=1).metrics["loss"] == first
-    assert evaluate(model, batches, seed=2).metrics["loss"] != first
+    first = evaluate(model, batches, EvaluationSettings(seed=1)).metrics["loss"]
+    assert evaluate(model, batches, EvaluationSettings(seed=1)).metrics["loss"] == first
+    assert evaluate(model, batches, EvaluationSettings(seed=2)).metrics["loss"] != first
 
 
 def test_mixed_precision_evaluates_to_nearly_the_same(batches):
     torch.manual_seed(0)
     model = build_model(tiny.spec().model, tiny.spec(prune__reducer="variance").prune, tiny.CLASSES, 32)
-    full, half = (evaluate(model, batches, precision=precision).metrics["loss"] for precision in ("fp32", "bf16"))
+    full, half = (evaluate(model, batches, EvaluationSettings(precision=precision)).metrics["loss"] for precision in ("fp32", "bf16"))
     assert full == pytest.approx(half, rel=0.02)
     assert full != half

@@ -106,6 +106,33 @@ def test_learning_rates_of_the_paper_recipe():
     assert rates[top:] == sorted(rates[top:], reverse=True)
 
 
+def test_polynomial_decay_of_the_authors_segmentation():
+    """Batch 8, 64 epochs of 2,527 steps, 2e-5 (1 - t / T) ** 0.9 to 0 without warm-up (reference, section 3.2)."""
+    recipe = RecipeSpec(epochs=64, batch_size=8, base_lr=6.4e-4, decay="poly", min_lr=0, warmup_epochs=0, layer_decay=1)
+    assert recipe.peak_lr == pytest.approx(2e-5)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    schedule = create_schedule(optimizer, recipe, 2527)
+    for step in (0, 1, 80_864, 161_727):
+        schedule.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-5 * (1 - step / 161_728) ** 0.9)
+
+
+def test_constant_learning_rate_after_warm_up():
+    recipe = RecipeSpec(epochs=10, batch_size=64, decay="constant", warmup_epochs=1, min_lr=0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    schedule = create_schedule(optimizer, recipe, 4)
+    rates = []
+    for step in range(40):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"] / recipe.peak_lr)
+    assert rates == pytest.approx([0.25, 0.4375, 0.625, 0.8125] + 36 * [1])
+
+
+def test_without_layer_decay_all_share_one_rate(model):
+    """The authors' segmentation: its decay of 0.9 never reached the optimizer."""
+    assert {group["lr_scale"] for group in parameter_groups(model, RecipeSpec(layer_decay=1))} == {1}
+
+
 def test_without_warm_up_the_first_step_has_the_peak():
     recipe = RecipeSpec(epochs=2, warmup_epochs=0)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from cropr import cli
 from cropr.commands.spec_flags import read_spec
 from cropr.records import read_record
+from cropr.tasks import classification
 from cropr.training import run as runs
 from cropr.training.distributed import World
 from cropr.training.run import train
@@ -179,7 +180,7 @@ def test_weights_of_timm_that_cannot_be_fetched_end_in_one_message(images, tmp_p
         assert arguments[-1] is True  # pretrained
         raise OSError("no connection")
 
-    monkeypatch.setattr(runs, "build_model", fail)
+    monkeypatch.setattr(classification, "build_model", fail)
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224: no connection; without a network, .* --init"):
         train(tiny.spec(init="timm"), 0, images, tmp_path, world=World())
 
@@ -191,13 +192,13 @@ def test_a_model_that_cannot_be_pruned_is_named(images, tmp_path, name):
 
 
 def test_scenes_must_be_those_of_the_spec(tmp_path):
-    from cropr.data.scenes import write_imagenet
+    from cropr.data.layouts import write
 
     spec = tiny.spec(data__scenes={"image_size": 32, "train": 20, "val": 10, "distractors": 2}, data__num_classes=10)
-    write_imagenet(spec.data.scenes.model_copy(update={"distractors": 3}), tmp_path / "scenes")
+    write(spec.data.scenes.model_copy(update={"distractors": 3}), tmp_path / "scenes")
     with pytest.raises(ValueError, match="distractors is 3 there, 2 in the spec"):
         train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
-    write_imagenet(spec.data.scenes, tmp_path / "scenes")
+    write(spec.data.scenes, tmp_path / "scenes")
     record = train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
     assert [row["block"] for row in record["series"]["relevance"]] == [0, 1, 2]
 

@@ -107,3 +107,21 @@ def test_config_round_trip(config, same):
 def test_errors_name_value_limit_and_fix(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (Schedule.constant(8), "R=8"),
+        (Schedule.constant(0), "none"),
+        (Schedule.stages({1: 48}), "R=48 @ 1"),
+        (Schedule.stages({6: 50, 12: 50, 18: 50}), "R=50 @ 6,12,18"),
+        (Schedule.stages({6: 50, 12: 40}), "R=50,40 @ 6,12"),
+        (Schedule.stages({1: 10, 2: 9, 3: 9, 6: 9}), "R=10,9,9,9 @ 1-3,6"),
+        (Schedule.stages({1: 15, 2: 15}), "R=15 @ 1,2"),
+        (Schedule.fraction({3: 0.8}), "80% @ 3"),
+        (Schedule.squares({5: 80, 8: 64}), "K=6400,4096 @ 5,8"),
+    ],
+)
+def test_schedules_are_written_as_the_paper_does(schedule, text):
+    assert schedule.describe() == text

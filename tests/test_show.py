@@ -7,7 +7,8 @@ from PIL import Image
 
 from cropr.cli import main
 from cropr.commands.show import choose
-from cropr.data.scenes import compose, write_imagenet
+from cropr.data.layouts import write
+from cropr.data.scenes import compose
 from cropr.model import build_model
 from cropr.records import write_record
 from cropr.report.maps import read_maps
@@ -37,7 +38,7 @@ def write_run(folder, chosen: TrainSpec):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    write_imagenet(SCENES, root, workers=1)
+    write(SCENES, root)
     return root
 
 
@@ -69,7 +70,7 @@ def test_saves_what_the_model_saw_and_did(tmp_path, scenes):
     assert maps.grid == (4, 4)
     assert maps.depth == 3
     assert maps.classes == tuple(f"digit_{label}" for label in range(10))
-    assert maps.labels.tolist() == [0, 2, 5, 7]
+    assert maps.answers.labels.tolist() == [0, 2, 5, 7]
     # 16 patches, 4 pruned after blocks 1 and 2, none after the last.
     for after in maps.pruned_after:
         assert np.bincount(after, minlength=3).tolist() == [8, 4, 4]
@@ -81,7 +82,7 @@ def test_saves_what_the_model_saw_and_did(tmp_path, scenes):
     image = (pixels - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[:, None, None]
     with torch.inference_mode():
         output = model(image[None])
-    assert maps.predictions[1] == int(output.logits.argmax())
+    assert maps.answers.predictions[1] == int(output.logits.argmax())
     np.testing.assert_array_equal(maps.pruned_after[1], output.pruned_after(16)[0].numpy())
 
 
@@ -105,7 +106,7 @@ def test_picture_of_the_users_own(tmp_path):
     assert main([*argv, "--picture", str(picture)]) == 0
     maps = read_maps(out)
     assert maps.images.shape == (1, 32, 32, 3)
-    assert maps.labels.tolist() == [-1]
+    assert maps.answers.labels.tolist() == [-1]
     assert maps.masks is None
     with Image.open(picture) as image:
         assert image.width > 200

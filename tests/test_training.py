@@ -14,7 +14,8 @@ import torch
 
 from cropr.data.imagenet import TrainBatches, load_splits
 from cropr.model import build_model
-from cropr.tasks.classification import Classification, Losses
+from cropr.tasks.base import Losses
+from cropr.tasks.classification import Objective
 from cropr.training.distributed import World
 from cropr.training.loop import (
     Settings,
@@ -43,14 +44,14 @@ def new_model(spec, seed=0):
 
 def new_stepper(spec, task=None):
     model = new_model(spec).train()
-    task = task or Classification(spec.data, spec.prune.aux_weight)
+    task = task or Objective(spec.data, spec.prune.aux_weight)
     return Stepper(model, task, create_optimizer(model, spec.recipe), spec.recipe, WORLD)
 
 
 def train(spec, images, out, seed=0, task=None, **settings):
     """A run without its record: the trained weights."""
     model = new_model(spec)
-    task = task or Classification(spec.data, spec.prune.aux_weight)
+    task = task or Objective(spec.data, spec.prune.aux_weight)
     batches = TrainBatches(images, spec.data, spec.recipe.batch_size, seed)
     fit(model, task, batches, spec.recipe, seed, Settings(out=out, **settings), WORLD)
     return model.state_dict()
@@ -65,7 +66,7 @@ def batch(count=10):
     return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % tiny.CLASSES
 
 
-class Sabotaged(Classification):
+class Sabotaged(Objective):
     """Spoils the loss of step ``at``."""
 
     def __init__(self, data, at, spoil):
@@ -105,7 +106,7 @@ def test_step_reports_its_losses():
     spec = tiny.spec()
     stepper = new_stepper(spec)
     images, labels = batch()
-    task = Classification(spec.data)
+    task = Objective(spec.data)
     with torch.no_grad():
         expected = task.loss(stepper.model(images), task.prepare(images, labels)[1])
     result = stepper(images, labels)
@@ -211,7 +212,7 @@ def test_it_evaluates_every_so_many_epochs(images, tmp_path):
     model = new_model(spec)
     batches = TrainBatches(images, spec.data, 16, 0)
     settings = Settings(out=tmp_path, evaluate_every=2)
-    history = fit(model, Classification(spec.data), batches, spec.recipe, 0, settings, WORLD, lambda: {"top1": 50.0})
+    history = fit(model, Objective(spec.data), batches, spec.recipe, 0, settings, WORLD, lambda: {"top1": 50.0})
     assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
 
 
@@ -244,7 +245,7 @@ def test_a_run_may_end_within_an_epoch(images, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step_00000009"]
 
 
-class Signalled(Classification):
+class Signalled(Objective):
     """Sends this process a signal in step ``at``."""
 
     def __init__(self, data, at, number):
@@ -271,6 +272,51 @@ def test_a_signal_saves_the_run_and_it_goes_on_as_if_undisturbed(images, tmp_pat
     resumed = train(spec, images, tmp_path / "run")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert [line["step"] for line in log_lines(tmp_path / "run")] == list(range(12))
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(images, tmp_path):
+    """By hand: the recursion over the weights after each step. Training itself does not notice."""
+    spec, plain = tiny.spec(recipe__ema=0.8), tiny.spec()
+    model, weights, expected = new_model(plain), [], []
+
+    class Watching(Objective):
+        def prepare(self, images, labels):
+            weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return super().prepare(images, labels)
+
+    batches = TrainBatches(images, plain.data, 8, 0)
+    fit(model, Watching(plain.data), batches, plain.recipe, 0, Settings(out=tmp_path / "plain"), WORLD)
+    weights.append(model.state_dict())
+    average = weights[0]
+    for step, after in enumerate(weights[1:], start=1):
+        average = {name: 0.8 * average[name] + 0.2 * after[name] for name in after}
+        if step % 6 == 0:
+            expected.append(average)
+
+    averaged, seen = new_model(spec), []
+    fit(
+        averaged,
+        Objective(spec.data),
+        batches,
+        spec.recipe,
+        0,
+        Settings(out=tmp_path / "averaged", evaluate_every=1),
+        WORLD,
+        lambda: seen.append({name: tensor.clone() for name, tensor in averaged.state_dict().items()}) or {},
+    )
+    for found, wanted in zip((*seen, averaged.state_dict()), (*expected, expected[-1]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "averaged")]
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_has_the_same_average(images, tmp_path):
+    spec = tiny.spec(recipe__ema=0.9)
+    expected = train(spec, images, tmp_path / "undisturbed")
+    with pytest.raises(TrainingInterrupted):
+        train(spec, images, tmp_path / "run", task=Signalled(spec.data, 7, signal.SIGTERM))
+    resumed = train(spec, images, tmp_path / "run")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(images, tmp_path):

@@ -9,8 +9,9 @@ from torch import nn
 from cropr.backbones.base import Backbone
 from cropr.backbones.eva import EvaBackbone
 from cropr.backbones.vit import ViTBackbone
+from cropr.backbones.windowed import WindowedBackbone, windowed
 
-__all__ = ["Backbone", "EvaBackbone", "ViTBackbone", "adapt"]
+__all__ = ["Backbone", "EvaBackbone", "ViTBackbone", "WindowedBackbone", "adapt", "windowed"]
 
 _ADAPTERS: dict[type[nn.Module], type[Backbone]] = {VisionTransformer: ViTBackbone, Eva: EvaBackbone}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,9 +58,23 @@ class Backbone(nn.Module):
         """Images [B, 3, H, W] to all tokens before block 1, and what ``run`` needs to know of their positions."""
         raise NotImplementedError
 
-    def run(self, block: int, tokens: Tokens, position: Any) -> Tokens:
-        """Run one block of the host; blocks count from 1."""
+    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
+        """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
         raise NotImplementedError
+
+    def keys(self, block: int, tokens: int) -> int:
+        """How many tokens each of the ``tokens`` (prefix included) attends to in this block."""
+        return tokens
+
+    def verify_counts(self, entering: Sequence[int]) -> None:
+        """Refuse a schedule that leaves a block with a count that it cannot take.
+
+        Args:
+            entering: patch tokens that enter each block.
+
+        Raises:
+            ValueError: count, block and counts that fit.
+        """
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Attention that the CLS query pays to each patch in this block, averaged over heads, [B, N] float32.
@@ -87,6 +102,24 @@ class Backbone(nn.Module):
     def head(self, tokens: Tokens) -> Tensor:
         """The host's own pooling and classifier: [B, classes]."""
         return self.host.forward_head(tokens.x)
+
+    def predict(self, tokens: Tokens) -> Tokens:
+        """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""
+        host = self.host
+        return tokens.replace(host.head(host.head_drop(host.fc_norm(tokens.x))))
+
+    def verify_predict(self) -> None:
+        """Refuse hosts without a classifier that suits single tokens.
+
+        Raises:
+            TypeError: what stands against it, by name.
+        """
+        if getattr(self.host, "attn_pool", None) is not None:
+            raise self._refuse("attention pooling, for a prediction per patch,")
+        if getattr(self.host, "head_dist", None) is not None:
+            raise self._refuse("a second head for distillation, for a prediction per patch,")
+        if not isinstance(self.host.head, nn.Linear):
+            raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
 
     def _call(self, block: int, x: Tensor, **arguments: Any) -> Tensor:
         """One block, under the host's own activation checkpointing switch."""

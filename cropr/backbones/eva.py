@@ -24,8 +24,8 @@ class EvaBackbone(Backbone):
         x, rope = host._pos_embed(host.patch_embed(images))
         return Tokens.full(host.norm_pre(x), self.prefix), rope
 
-    def run(self, block: int, tokens: Tokens, position: Any) -> Tokens:
-        return tokens.replace(self._call(block, tokens.x, rope=self._rope(block, tokens, position)))
+    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
+        return tokens.replace(self._call(block, tokens.x, rope=self._rope(block, tokens, position), attn_mask=mask))
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         module = self.host.blocks[block - 1]

@@ -29,8 +29,8 @@ class ViTBackbone(Backbone):
         x = host.norm_pre(host._pos_embed(host.patch_embed(images)))
         return Tokens.full(x, self.prefix), None
 
-    def run(self, block: int, tokens: Tokens, position: Any) -> Tokens:
-        return tokens.replace(self._call(block, tokens.x))
+    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
+        return tokens.replace(self._call(block, tokens.x, attn_mask=mask))
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         module = self.host.blocks[block - 1]

@@ -1,9 +1,11 @@
-"""Evaluate trained weights on the validation images of a folder.
+"""Evaluate trained weights on the validation images of a folder, or a file of detections against its truth.
 
 examples:
   python -m cropr evaluate --run runs/3f2a91c07d/seed0 --data photos
   python -m cropr evaluate --run runs/3f2a91c07d/seed0 --data photos --deployed     folded queries, no training weights
   python -m cropr evaluate --spec spec.yaml --weights weights.safetensors --data imagenet --out result.json
+  python -m cropr evaluate --run runs/8d21b0c9aa/seed0 --data coco --save-predictions predictions.json
+  python -m cropr evaluate --predictions predictions.json --annotations coco/annotations/instances_val2017.json
 """
 
 from __future__ import annotations
@@ -25,8 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="directory of a finished training run")
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec, with --weights instead of --run")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, training form")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the images, in the layout of the task")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="holds train/<class>/* and val/<class>/*"
+        "--predictions", type=Path, metavar="FILE", help="detections in COCO's result format, instead of a model"
+    )
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO's truth, with --predictions")
+    parser.add_argument(
+        "--save-predictions",
+        type=Path,
+        metavar="FILE",
+        help="of detection: write what was found, as COCO's result file",
     )
     parser.add_argument("--deployed", action="store_true", help="evaluate the inference form")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record there")
@@ -40,36 +50,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print a table, write a record if asked to."""
     started = time.time()
+    if args.predictions or args.annotations:
+        _score(args, started)
+        return
     spec, weights, seed = _what(args)
+    if args.data is None:
+        raise ValueError("name the images with --data DIR")
+    if args.save_predictions and spec.task != "detection":
+        raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
 
-    from cropr.data.imagenet import EvalBatches, load_splits
-    from cropr.model import build_model
-    from cropr.tasks.classification import evaluate, object_map
+    from cropr.data.loading import Share
+    from cropr.tasks import open_task
+    from cropr.tasks.base import EvaluationSettings
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
-    from cropr.training.run import patch_grid, verify_data
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
     with start(args.device, args.threads) as world:
-        splits = load_splits(args.data, spec.data.num_classes)
-        fingerprint = verify_data(args.data, splits, spec.data)
-        model = build_model(spec.model, spec.prune, spec.data.num_classes, spec.data.image_size)
+        task = open_task(spec, args.data)
+        model = task.build()
         load_weights(model, weights)
         # As it was trained; the CPU has no fp16.
         precision = "fp32" if (world.device.type, spec.recipe.precision) == ("cpu", "fp16") else spec.recipe.precision
-        batches = EvalBatches(
-            splits[1], spec.data, args.batch_size, rank=world.rank, world=world.size, workers=args.workers
-        )
-        result = evaluate(
-            (model.deploy() if args.deployed else model).to(world.device),
-            batches,
-            objects=object_map(batches.paths, spec.data, patch_grid(model)),
+        settings = EvaluationSettings(
+            batch_size=args.batch_size,
             device=world.device,
-            total=world.sum,
             precision=precision,
             seed=seed,
+            total=world.sum,
+            gather=world.gather,
+            predictions=args.save_predictions if world.leads else None,
         )
+        share = Share(rank=world.rank, world=world.size, workers=args.workers)
+        result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings, **share)
         if not world.leads:
             return
         record = {
@@ -79,14 +93,35 @@ def run(args: argparse.Namespace) -> None:
             "seed": seed,
             "metrics": {**result.metrics, "deployed": int(args.deployed)},
             "tokens": list(model.token_trace),
-            "series": {"relevance": result.relevance},
+            "series": result.series,
             "provenance": provenance(
-                started, device=str(world.device), precision=precision, data_fingerprint=fingerprint
+                started, device=str(world.device), precision=precision, data_fingerprint=task.fingerprint
             ),
         }
     if args.out:
         write_record(args.out, record)
-    _show(record, weights)
+    _show(record, weights, task.headline)
+
+
+def _score(args: argparse.Namespace, started: float) -> None:
+    """Detections that lie in a file."""
+    if not (args.predictions and args.annotations):
+        raise ValueError("--predictions and --annotations go together: the detections, and the truth")
+    if args.run_dir or args.spec or args.weights or args.data:
+        raise ValueError("--predictions needs no model and no images; leave --run, --spec, --weights and --data out")
+
+    from cropr.tasks.detection.evaluation import FIGURES, score_file
+
+    metrics = score_file(args.predictions, args.annotations)
+    if args.out:
+        files = {"predictions": str(args.predictions), "annotations": str(args.annotations)}
+        write_record(args.out, {"kind": "score", "files": files, "metrics": metrics, "provenance": provenance(started)})
+    kinds = [kind for kind in ("box", "mask") if any(name.startswith(kind) for name in metrics)]
+    table = Table("quantity, %", *kinds, title=str(args.predictions))
+    for figure in FIGURES:
+        values = (metrics.get(f"{kind}_{figure}") for kind in kinds)
+        table.add_row(figure, *("no such object" if value is None else f"{value:.2f}" for value in values))
+    Console().print(table)
 
 
 def _what(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
@@ -104,22 +139,22 @@ def _what(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
         seed = record["seed"] if args.seed is None else args.seed
         return make_spec(record["spec"]), args.run_dir / WEIGHTS, seed
     if not (args.spec and args.weights):
-        raise ValueError("name what to evaluate: --run DIR, or --spec FILE with --weights FILE")
+        raise ValueError(
+            "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
+            "or --predictions FILE with --annotations FILE"
+        )
     return read_spec(args.spec), args.weights, args.seed or 0
 
 
-def _show(record: dict, weights: Path) -> None:
+def _show(record: dict, weights: Path, headline: dict[str, str]) -> None:
     console = Console()
     console.print(str(weights), soft_wrap=True, highlight=False)
     table = Table("quantity", "value")
-    metrics = record["metrics"]
-    table.add_row("top-1", f"{metrics['top1']:.2f} %")
-    table.add_row("top-5", f"{metrics['top5']:.2f} %")
-    table.add_row("loss", f"{metrics['loss']:.4f}")
-    table.add_row("images", str(metrics["val_images"]))
+    for name, value in record["metrics"].items():
+        table.add_row(*((headline[name], f"{value:.2f} %") if name in headline else (name, f"{value:.6g}")))
     table.add_row("tokens", ", ".join(map(str, record["tokens"])))
     console.print(table)
-    if relevance := record["series"]["relevance"]:
+    if relevance := record["series"].get("relevance"):
         blocks = Table(
             "block", "kept patches on the object", "object's patches kept", title="where the kept tokens lie"
         )

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     if record["kind"] != "train":
         raise ValueError(f"--run {args.run_dir}: holds a record of kind {record['kind']}, not of a training run")
     spec = TrainSpec.model_validate(record["spec"])
+    if not isinstance(spec.data, DataSpec):
+        raise ValueError(f"--run {args.run_dir}: maps are saved of classification runs; this one's task is {spec.task}")
 
     from cropr.model import build_model
     from cropr.training.checkpoint import WEIGHTS, load_weights
@@ -112,7 +114,8 @@ def show(
     import numpy as np
     import torch
 
-    from cropr.data.imagenet import decode, eval_transform
+    from cropr.data.imagenet import eval_transform
+    from cropr.data.loading import decode
     from cropr.data.scenes import object_mask
 
     transform = eval_transform(data)

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--spec and {names}: the spec says it all; change single keys with --set")
     spec = read_spec(args.spec, args.set) if args.spec else None
 
+    from cropr.tasks import task_class
     from cropr.training.distributed import start
     from cropr.training.loop import TrainingInterrupted
     from cropr.training.run import train
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             _LOG.error("%s; the same command goes on from there", message)
             raise SystemExit(128 + (number or 15)) from None
         if world.leads:
-            Console().print(_summary(record, out), soft_wrap=True, highlight=False)
+            Console().print(_summary(record, out, task_class(spec).headline), soft_wrap=True, highlight=False)
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
@@ -94,9 +95,7 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     return spec_from_flags(args, len(split.classes), len(split), on_gpu)
 
 
-def _summary(record: dict, out: Path) -> str:
+def _summary(record: dict, out: Path, headline: dict[str, str]) -> str:
     metrics = record["metrics"]
-    return (
-        f"top-1 {metrics['top1']:.2f} % of {metrics['val_images']} images, {metrics['train_images_per_s']:.3g} "
-        f"training images/s: {out}"
-    )
+    figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in headline.items())
+    return f"{figures} of {metrics['val_images']} images, {metrics['train_images_per_s']:.3g} training images/s: {out}"

@@ -158,12 +158,6 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def some(lines: Sequence[str], between: str = "; ", limit: int = 20) -> str:
-    """The first lines, and how many more there are."""
-    more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
-    return between.join([*lines[:limit], *more])
-
-
 class _Problems:
     """Findings in one file."""
 

@@ -38,9 +38,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations, some
+from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
 from cropr.data.jitter import fit, jitter
-from cropr.data.loading import ImageError, Samples, decode
+from cropr.data.loading import ImageError, Samples, decode, some
 from cropr.data.scenes import INCOMPLETE
 from cropr.specs import DetDataSpec
 

@@ -35,6 +35,8 @@ class Reduction:
 class Reducer(nn.Module):
     """Base class. One instance follows one block."""
 
+    learns: ClassVar[bool] = False
+    """Has weights that training must reach, and so runs in training even where K = N."""
     wants_attention: ClassVar[bool] = False
     """Reads ``Context.cls_attention``. One row is computed for it; the blocks stay on fused attention."""
     wants_pixels: ClassVar[bool] = False
@@ -45,7 +47,7 @@ class Reducer(nn.Module):
 
         Args:
             tokens: the output of the block; N patch tokens.
-            keep: K, with 1 <= K < N.
+            keep: K, with 1 <= K < N; K = N for one that learns, in training.
             context: what it asked for.
             want_pruned: whether a fusion will use the pruned tokens.
         """

@@ -36,6 +36,7 @@ class Cropr(Reducer):
     """
 
     sign: ClassVar[int] = 1
+    learns: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -5,31 +5,79 @@ B batch, N patch tokens, K kept, Q queries, M Cropr modules.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.data.imagenet import mixup
+from cropr.data.imagenet import EvalBatches, TrainBatches, load_splits, mixup
+from cropr.data.loading import Share
 from cropr.data.scenes import object_mask, object_patches
-from cropr.model import DeployedViT, Output
-from cropr.specs import DataSpec
+from cropr.model import DeployedViT, Output, PrunedViT, build_model
+from cropr.specs import DataSpec, TrainSpec
+from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, scenes_fingerprint
+
+_ALONE = EvaluationSettings()
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Losses of a batch, averaged over its images."""
+class Classification(TaskRun):
+    """Images in class folders, soft targets, mixing."""
 
-    total: Tensor
-    """Scalar, to be differentiated."""
-    main: Tensor
-    """Scalar."""
-    aux: Tensor
-    """[M], one a Cropr module, unweighted; empty without auxiliary predictions."""
+    headline: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
+
+    def __init__(self, spec: TrainSpec, root: Path) -> None:
+        super().__init__(spec, root)
+        assert isinstance(spec.data, DataSpec)
+        self.data = spec.data
+        self.splits = load_splits(root, self.data.num_classes)
+        self.objective = Objective(self.data, spec.prune.aux_weight)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Its generator's for scenes, else of the names of all files."""
+        if self.data.scenes is not None:
+            return scenes_fingerprint(self.root, self.data.scenes)
+        digest = hashlib.sha256()
+        for split in self.splits:
+            for path in split.paths:
+                digest.update(Path(path).relative_to(split.root).as_posix().encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def build(self, pretrained: bool = False) -> PrunedViT:
+        """See ``TaskRun``."""
+        return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
+
+    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
+        """See ``TaskRun``."""
+        return TrainBatches(self.splits[0], self.data, self.spec.recipe.batch_size, seed, **share)
+
+    def evaluate(
+        self, model: PrunedViT | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
+    ) -> Evaluation:
+        """See ``TaskRun``; where the truth is known, ``series.relevance`` says where the kept tokens lie."""
+        batches = EvalBatches(self.splits[1], self.data, settings.batch_size, **share)
+        objects = object_map(batches.paths, self.data, patch_grid(model))
+        return evaluate(model, batches, settings, objects)
+
+    def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W], perhaps mixed in place, and soft targets [B, classes]."""
+        return self.objective.prepare(images, targets)
+
+    def loss(self, output: Output, targets: Tensor) -> Losses:
+        """See ``losses``."""
+        return self.objective.loss(output, targets)
+
+
+def patch_grid(model: PrunedViT | DeployedViT) -> tuple[int, int]:
+    """Rows and columns of the patch grid that a model was built for."""
+    host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
+    rows, columns = host.patch_embed.grid_size
+    return rows, columns
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
@@ -50,8 +98,8 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     return Losses(main + aux_weight * aux.sum(), main, aux)
 
 
-class Classification:
-    """What the training loop does with a batch: soft targets, mixing, losses.
+class Objective(BatchTask):
+    """Soft targets, mixing, losses.
 
     Args:
         data: gives mixup, cutmix, label smoothing and the number of classes.
@@ -82,72 +130,51 @@ def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     return target.scatter_(1, labels[:, None], 1 - smoothing + spread)
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Accuracy over a validation set."""
-
-    metrics: dict[str, float]
-    """``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``."""
-    relevance: list[dict[str, float]]
-    """Per block: ``block``, ``kept_on_object`` (share of the kept patches that lie on the labelled object, percent),
-    ``object_kept`` (share of the object's patches still alive, percent); both are means over images. Block 0 is the
-    input. Empty without known truth."""
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    *,
+    settings: EvaluationSettings = _ALONE,
     objects: Tensor | None = None,
-    device: torch.device | None = None,
-    total: Callable[[Tensor], Tensor] | None = None,
-    precision: str = "fp32",
-    seed: int = 0,
 ) -> Evaluation:
     """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
 
     Args:
-        model: on ``device``.
+        model: on the device of the settings.
         batches: images [B, 3, H, W] and labels [B]; with several processes, each has its own part.
         objects: [images, N] bool, which patches lie on the labelled object, in the order of ``batches``.
-        device: the CPU unless given.
-        total: sums over processes; this one is alone unless given.
-        precision: ``fp32``, or ``bf16`` or ``fp16`` for autocast.
-        seed: of reducers that choose at random.
+
+    Returns:
+        Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``;
+        series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
+        on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
+        means over images; block 0 is the input.
 
     Raises:
         ValueError: there are no images.
     """
-    device, total = device or torch.device("cpu"), total or (lambda sums: sums)
+    device = settings.device
     training = model.training
     model.eval()
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     seen = 0
     relevance = _Relevance()
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, precision):
+        with autocast(device, settings.precision):
             output: Output = forward(images)
         sums += _counts(output.logits.float(), labels)
         if objects is not None:
             relevance.add(output, objects[seen : seen + len(labels)].to(device))
         seen += len(labels)
     model.train(training)
-    top1, top5, loss, count = total(sums).tolist()
+    top1, top5, loss, count = settings.total(sums).tolist()
     if not count:
         raise ValueError("no image to evaluate: the validation set is empty")
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
-    return Evaluation(metrics, [] if objects is None else relevance.result(total))
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Mixed precision for a forward pass; nothing for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return Evaluation(metrics, {"relevance": [] if objects is None else relevance.result(settings.total)})
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:

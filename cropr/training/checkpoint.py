@@ -1,7 +1,8 @@
 """Weights and training state on disk: safetensors for tensors, JSON for the rest. Nothing is unpickled.
 
-A run keeps one checkpoint, ``<out>/checkpoint/step_<n>/``: ``model.safetensors``, ``optimizer.safetensors`` and
-``state.json``. The directory appears under its name only when it is complete.
+A run keeps one checkpoint, ``<out>/checkpoint/step_<n>/``: ``model.safetensors``, ``optimizer.safetensors``,
+``state.json``, and ``average.safetensors`` where the recipe averages weights. The directory appears under its name only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from cropr.training.optim import HOST
 WEIGHTS = "weights.safetensors"
 """A finished run's weights, training form, in the run's directory."""
 
+AVERAGE = "average.safetensors"
+"""A checkpoint's averaged weights."""
+
 _LOG = logging.getLogger(__name__)
 _SHOWN = 20
 
@@ -35,7 +39,12 @@ _SHOWN = 20
 
 
 def save_checkpoint(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    average: nn.Module | None = None,
 ) -> Path:
     """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory.
 
@@ -45,6 +54,7 @@ def save_checkpoint(
         model: unwrapped model, as in ``parameter_groups``.
         optimizer: its groups carry ``names``.
         state: JSON; whatever else the loop needs to go on.
+        average: model with the averaged weights, where the recipe has an average.
     """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp_*"):
@@ -54,6 +64,8 @@ def save_checkpoint(
         return final
     temporary.mkdir()
     save_weights(temporary / "model.safetensors", model)
+    if average is not None:
+        save_weights(temporary / AVERAGE, average)
     _save_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
     with (temporary / "state.json").open("w", encoding="utf-8") as file:
         json.dump({**state, "step": step}, file, sort_keys=True)

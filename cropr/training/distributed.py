@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -43,6 +44,14 @@ class World:
         if self.size > 1:
             distributed.all_reduce(values)
         return values
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all processes, joined in their order."""
+        if self.size == 1:
+            return items
+        lists: list[Any] = [None] * self.size
+        distributed.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
 
     def wait(self) -> None:
         """Until all processes are here."""

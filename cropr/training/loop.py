@@ -22,8 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from cropr.specs import RecipeSpec
-from cropr.tasks.classification import Losses, autocast
-from cropr.training.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from cropr.tasks.base import BatchTask, autocast
+from cropr.training.average import Average
+from cropr.training.checkpoint import (
+    AVERAGE,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_state,
+    save_checkpoint,
+)
+from cropr.training.curriculum import pruning_share
 from cropr.training.distributed import World
 from cropr.training.optim import create_optimizer, create_schedule, total_steps
 from cropr.training.progress import Progress, StepLog, StopRequest
@@ -44,24 +53,14 @@ class TrainingInterrupted(Exception):
     """A signal asked for an end; a checkpoint was written. ``args`` are message and signal number."""
 
 
-class Task(Protocol):
-    """What the loop asks of a task."""
-
-    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a batch as a whole; returns images and targets. Draws from the global generators."""
-
-    def loss(self, output: Any, target: Tensor) -> Losses:
-        """Losses of what the model gave for a (part of a) batch."""
-
-
 class Loader(Protocol):
     """What the loop asks of the data: the batches of this process."""
 
     def __len__(self) -> int:
         """Batches an epoch."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of the epoch's batches from number ``start`` on."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
+        """Images and targets of the epoch's batches from number ``start`` on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +79,7 @@ class Settings:
 
 def fit(
     model: nn.Module,
-    task: Task,
+    task: BatchTask,
     loader: Loader,
     recipe: RecipeSpec,
     seed: int,
@@ -89,6 +88,8 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, from the last checkpoint in ``settings.out`` if there is one.
+
+    Where the recipe averages weights, the model has the average while it is evaluated, and in the end.
 
     Args:
         model: a ``PrunedViT`` on ``world``'s device, with its initial weights.
@@ -116,8 +117,11 @@ def fit(
                 raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
             epoch, begun = divmod(run.step, steps)
             if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
-                run.history.append({"epoch": epoch, **evaluate()})
+                with run.average.lent(model) if run.average else nullcontext():
+                    run.history.append({"epoch": epoch, **evaluate()})
             run.save()
+    if run.average:
+        run.average.hand_over(model)
     return run.history
 
 
@@ -127,7 +131,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
+        task: BatchTask,
         loader: Loader,
         recipe: RecipeSpec,
         seed: int,
@@ -136,8 +140,10 @@ class _Run:
     ) -> None:
         if recipe.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
-        self.model, self.loader, self.seed, self.settings, self.world = model, loader, seed, settings, world
+        self.model, self.loader, self.recipe, self.seed = model, loader, recipe, seed
+        self.settings, self.world = settings, world
         self.root = settings.out / CHECKPOINTS
+        self.average = None if recipe.ema is None else Average(model, recipe.ema)
         self.optimizer = create_optimizer(model, recipe)
         self.schedule = create_schedule(self.optimizer, recipe, len(loader))
         self.total = total_steps(recipe, len(loader))
@@ -154,11 +160,14 @@ class _Run:
         self.model.train()
         epoch, first = divmod(self.step, len(self.loader))
         clock = time.perf_counter()
-        for images, labels in islice(self.loader.epoch(epoch, first), self.total - self.step):
+        for images, targets in islice(self.loader.epoch(epoch, first), self.total - self.step):
             loaded = time.perf_counter()
             self.schedule.step_update(self.step)
+            self.model.ramp(pruning_share(self.recipe, self.step, len(self.loader)))  # type: ignore[operator]
             seed_step(self.seed, self.step, self.world.rank)
-            result = self.stepper(images, labels, lambda: stop.requested is not None)
+            result = self.stepper(images, targets, lambda: stop.requested is not None)
+            if self.average:
+                self.average.update(self.model)
             seconds = loaded - clock, time.perf_counter() - loaded
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             line = _line(self.step, epoch, lr, result, seconds)
@@ -184,7 +193,8 @@ class _Run:
                 "history": self.history,
                 "scaler": self.stepper.scaler.state_dict(),
             }
-            save_checkpoint(self.root, self.step, self.model, self.optimizer, state)
+            average = self.average.module if self.average else None
+            save_checkpoint(self.root, self.step, self.model, self.optimizer, state, average)
 
     @property
     def last_checkpoint(self) -> str:
@@ -200,6 +210,8 @@ class _Run:
                 f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it to start again"
             )
         state = load_checkpoint(checkpoint, self.model, self.optimizer)
+        if self.average:
+            load_weights(self.average.module, checkpoint / AVERAGE)
         if self.stepper.scaler.is_enabled():
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
@@ -245,7 +257,7 @@ class Stepper:
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
+        self, model: nn.Module, task: BatchTask, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
     ) -> None:
         self.model = model
         self.task = task
@@ -259,16 +271,16 @@ class Stepper:
         self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
         self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
 
-    def __call__(self, images: Tensor, labels: Tensor, stop: Callable[[], bool] = lambda: False) -> StepResult:
-        """Update the weights with one batch: images [B, 3, H, W], labels [B]. Waits for the device once.
+    def __call__(self, images: Tensor, targets: Any, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """Update the weights with one batch: images [B, 3, H, W], targets as the task has them. Waits for the device once.
 
         ``stop`` says whether this process was asked to stop; the result, whether any was.
         """
         device, world = self.world.device, self.world
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images, target = self.task.prepare(images, labels)
+        images, targets = images.to(device, non_blocking=True), self.task.move(targets, device)
+        images, targets = self.task.prepare(images, targets)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self._backward(images, target)
+        sums = self._backward(images, targets)
         self.scaler.unscale_(self.optimizer)
         norm = clip(self._encoder, self.recipe.clip_grad)
         if self._reducers:
@@ -284,15 +296,11 @@ class Stepper:
         self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
         return result
 
-    def _backward(self, images: Tensor, target: Tensor) -> Tensor:
+    def _backward(self, images: Tensor, targets: Any) -> Tensor:
         """Gradients of the mean over the batch, in micro-batches; [2]: main loss and mean auxiliary loss."""
-        parts = [
-            (x, y)
-            for x, y in zip(
-                images.tensor_split(self.recipe.accumulate), target.tensor_split(self.recipe.accumulate), strict=True
-            )
-            if len(x)
-        ]
+        count = self.recipe.accumulate
+        pairs = zip(images.tensor_split(count), self.task.split(targets, count), strict=True)
+        parts = [(x, y) for x, y in pairs if len(x)]
         sums = torch.zeros(2, device=images.device)
         for number, (x, y) in enumerate(parts, start=1):
             last = number == len(parts)
@@ -300,7 +308,7 @@ class Stepper:
             quiet = nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync()  # type: ignore[operator]
             with quiet:
                 with autocast(self.world.device, self.recipe.precision):
-                    output = self._wrapped(x)
+                    output = self.task.forward(self._wrapped, x, y)
                 losses = self.task.loss(output, y)
                 share = len(x) / len(images)
                 self.scaler.scale(losses.total * share).backward()

@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from cropr.specs import RecipeSpec
@@ -20,6 +21,9 @@ HOST = "backbone.host."
 
 QUERIES = ".scorer.queries"
 """Suffix of the learned queries below ``reducers``."""
+
+POWERS = {"poly": 0.9, "constant": 0.0}
+"""Exponent of a learning rate that falls as (1 - t) ** power; 0.9 is the authors' for segmentation."""
 
 NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token"})
 """Parameters of the host without weight decay, in addition to what the host names itself and all 1-D ones."""
@@ -79,8 +83,8 @@ def total_steps(recipe: RecipeSpec, steps_per_epoch: float) -> int:
     return max(1, round(recipe.epochs * steps_per_epoch))
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_per_epoch: float) -> CosineLRScheduler:
-    """Learning rate of each optimizer step: linear warm-up, then cosine to ``min_lr``.
+def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_per_epoch: float) -> Scheduler:
+    """Learning rate of each optimizer step: linear warm-up, then ``recipe.decay`` to ``min_lr``.
 
     Call ``step_update(step)`` before step 0, 1, ...: the scheduler holds no state of its own. Warm-up starts at its
     first increment, not at zero, so that no step is without effect.
@@ -94,12 +98,14 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_
         )
     total = total_steps(recipe, steps_per_epoch)
     warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=total - warmup,
-        lr_min=recipe.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=recipe.peak_lr / warmup if warmup else 0.0,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    shape: dict[str, Any] = {
+        "t_initial": total - warmup,
+        "lr_min": recipe.min_lr,
+        "warmup_t": warmup,
+        "warmup_lr_init": recipe.peak_lr / warmup if warmup else 0.0,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if recipe.decay == "cosine":
+        return CosineLRScheduler(optimizer, **shape)
+    return PolyLRScheduler(optimizer, power=POWERS[recipe.decay], **shape)

@@ -6,17 +6,17 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from cropr.data.imagenet import EvalBatches, Split, TrainBatches, load_splits
-from cropr.model import PrunedViT, build_model
+from cropr.data.loading import Share
 from cropr.records import RECORD, provenance, read_record, write_record
-from cropr.specs import DataSpec, TrainSpec
-from cropr.tasks.classification import Classification, Evaluation, evaluate, object_map
+from cropr.specs import TrainSpec
+from cropr.tasks import open_task
+from cropr.tasks.base import EvaluationSettings, TaskRun, leaves
 from cropr.training.checkpoint import WEIGHTS, latest_checkpoint, load_initial, save_weights
 from cropr.training.distributed import World
 from cropr.training.loop import CHECKPOINTS, LOG, Settings, fit, summarise
@@ -45,7 +45,7 @@ def train(
     Leaves ``record.json``, ``weights.safetensors`` (training form) and ``log.jsonl`` in ``out``.
 
     Args:
-        data_root: holds ``train/<class>/*`` and ``val/<class>/*``.
+        data_root: the images, in the layout of the task.
         init: weights to start from, a safetensors file or the directory of a run; where ``spec.init`` is a digest.
         workers: processes that decode images, per process that trains.
 
@@ -56,38 +56,34 @@ def train(
     started = time.time()
     if (record := finished(out, spec, seed)) is not None:
         return record
-    splits = load_splits(data_root, spec.data.num_classes)
-    fingerprint = verify_data(data_root, splits, spec.data)
+    task = open_task(spec, data_root)
     torch.manual_seed(seed)
-    model = _initial_model(spec, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None).to(world.device)
-    pin = world.device.type == "cuda"
-    batches = TrainBatches(
-        splits[0],
-        spec.data,
-        spec.recipe.batch_size,
-        seed,
-        rank=world.rank,
-        world=world.size,
-        workers=workers,
-        pin_memory=pin,
+    model = _initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None).to(world.device)
+    share = Share(rank=world.rank, world=world.size, workers=workers, pin_memory=world.device.type == "cuda")
+    settings = EvaluationSettings(
+        batch_size=max(1, spec.recipe.batch_size // (spec.recipe.accumulate * world.size)),
+        device=world.device,
+        precision=spec.recipe.precision,
+        seed=seed,
+        total=world.sum,
+        gather=world.gather,
     )
-    validation = _Validation(model, splits[1], spec, seed, world, workers)
     history = fit(
         model,
-        Classification(spec.data, spec.prune.aux_weight),
-        batches,
+        task,
+        task.batches(seed, **share),
         spec.recipe,
         seed,
         Settings(
             out=out,
-            identity={"spec": spec.digest(), "data": fingerprint, "init": _fingerprint(init)},
+            identity={"spec": spec.digest(), "data": task.fingerprint, "init": _fingerprint(init)},
             checkpoint_minutes=checkpoint_minutes,
             evaluate_every=evaluate_every,
         ),
         world,
-        lambda: validation().metrics,
+        lambda: task.evaluate(model, settings, **share).metrics,
     )
-    result = validation()
+    result = task.evaluate(model, settings, **share)
     record = {
         "kind": "train",
         "id": spec.digest(),
@@ -95,7 +91,7 @@ def train(
         "seed": seed,
         "metrics": {**result.metrics, **parameters(model)},
         "tokens": list(model.token_trace),
-        "series": {"relevance": result.relevance, "epochs": history},
+        "series": {**result.series, "epochs": history},
         "provenance": {},
     }
     if world.leads:
@@ -104,7 +100,7 @@ def train(
             started,
             device=str(world.device),
             precision=spec.recipe.precision,
-            data_fingerprint=fingerprint,
+            data_fingerprint=task.fingerprint,
             processes=world.size,
             workers=workers,
         )
@@ -116,94 +112,41 @@ def train(
 
 
 def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
-    """The record in ``out`` if the run is complete, None if it has yet to run.
+    """The record in ``out`` if the run is complete, its weights included; None if it has yet to run.
 
     Raises:
         ValueError: ``out`` holds another run; the settings that differ are named.
     """
-    if not (out / RECORD).exists():
+    if not (out / RECORD).exists() or not (out / WEIGHTS).exists():
         return None
     record = read_record(out)
     mine = {"seed": seed, "spec": spec.model_dump(mode="json")}
     theirs = {"seed": record.get("seed"), "spec": record.get("spec")}
     if mine != theirs:
-        ours, its = dict(_leaves(mine)), dict(_leaves(theirs))
+        ours, its = dict(leaves(mine)), dict(leaves(theirs))
         differing = sorted(key for key in {*ours, *its} if ours.get(key) != its.get(key))
         changes = "; ".join(f"{key} was {its.get(key)}, is {ours.get(key)}" for key in differing)
         raise ValueError(f"{out} holds the record of another run: {changes}. Choose another --out, or delete it")
     return record
 
 
-def verify_data(root: Path, splits: tuple[Split, Split], data: DataSpec) -> str:
-    """Fingerprint of a data set: its generator's for scenes, else of the names of all files.
-
-    Raises:
-        ValueError: the spec wants other scenes than lie there.
-    """
-    if data.scenes is None:
-        digest = hashlib.sha256()
-        for split in splits:
-            for path in split.paths:
-                digest.update(Path(path).relative_to(split.root).as_posix().encode() + b"\n")
-        return digest.hexdigest()[:16]
-    record = read_record(root / RECORD)
-    mine, theirs = dict(_leaves(data.scenes.model_dump(mode="json"))), dict(_leaves(record["spec"]))
-    if differing := sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)):
-        changes = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} in the spec" for key in differing)
-        raise ValueError(f"{root} holds other scenes than spec.data.scenes asks for: {changes}")
-    return str(record["provenance"]["data_fingerprint"])
-
-
-def parameters(model: PrunedViT) -> dict[str, int]:
+def parameters(model: nn.Module) -> dict[str, int]:
     """Parameters in training form, and how many of them only training needs (the deployed form has one vector a
     reducer instead, no parameters)."""
-    extra = sum(p.numel() for p in model.reducers.parameters())
-    return {"parameters": sum(p.numel() for p in model.parameters()), "parameters_training_only": extra}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    extra = sum(size for name, size in sizes.items() if name.startswith("reducers."))
+    return {"parameters": sum(sizes.values()), "parameters_training_only": extra}
 
 
-class _Validation:
-    """The validation set, ready to be evaluated again and again."""
-
-    def __init__(self, model: PrunedViT, split: Split, spec: TrainSpec, seed: int, world: World, workers: int) -> None:
-        self.model, self.spec, self.seed, self.world = model, spec, seed, world
-        size = max(1, spec.recipe.batch_size // (spec.recipe.accumulate * world.size))
-        self.batches = EvalBatches(
-            split,
-            spec.data,
-            size,
-            rank=world.rank,
-            world=world.size,
-            workers=workers,
-            pin_memory=world.device.type == "cuda",
-        )
-        self.objects = object_map(self.batches.paths, spec.data, patch_grid(model))
-
-    def __call__(self) -> Evaluation:
-        return evaluate(
-            self.model,
-            self.batches,
-            objects=self.objects,
-            device=self.world.device,
-            total=self.world.sum,
-            precision=self.spec.recipe.precision,
-            seed=self.seed,
-        )
-
-
-def patch_grid(model: PrunedViT) -> tuple[int, int]:
-    """Rows and columns of the patch grid that the model was built for."""
-    rows, columns = model.backbone.host.patch_embed.grid_size
-    return rows, columns
-
-
-def _initial_model(spec: TrainSpec, init: Path | None, resuming: bool) -> PrunedViT:
+def _initial_model(task: TaskRun, init: Path | None, resuming: bool) -> Any:
     """The model with the weights to start from; a run that is resumed needs none."""
+    spec = task.spec
     known = spec.init in ("random", "timm")
     if known and init is not None:
         raise ValueError(f"spec.init = {spec.init}: takes no weights, but {init} was given; leave one of them out")
     pretrained = spec.init == "timm" and not resuming
     try:
-        model = build_model(spec.model, spec.prune, spec.data.num_classes, spec.data.image_size, pretrained)
+        model = task.build(pretrained)
     except (RuntimeError, OSError, TypeError) as error:
         # timm: unknown model or argument, weights that do not exist or cannot be fetched; ours: no adapter.
         fix = "; without a network, give a file with --init" if pretrained else ""
@@ -229,11 +172,3 @@ def _fingerprint(init: Path | None) -> str | None:
         return None
     with _weights_file(init).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value

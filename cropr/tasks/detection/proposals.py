@@ -1,0 +1,117 @@
+"""Where objects may be: torchvision's region proposal network with the anchors and losses of EVA-02's detector.
+
+Three things differ from torchvision's own: anchors are not rounded to pixels and take their strides from the pyramid
+instead of guessing them from sizes; losses are L1 and BCE over a fixed number of samples; boxes are computed in float32
+under any autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from cropr.specs import DetModelSpec
+
+if TYPE_CHECKING:
+    from cropr.data.coco import Target
+
+RATIOS = (0.5, 1.0, 2.0)
+"""Height over width of the anchors of each place."""
+
+
+class Anchors(AnchorGenerator):
+    """Boxes of one size and three shapes around each place of every level, in float32.
+
+    Args:
+        sizes: square root of the area in pixels, one a level.
+        strides: pixels between neighbours, one a level.
+    """
+
+    def __init__(self, sizes: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__(tuple((size,) for size in sizes), (RATIOS,) * len(sizes))
+        self.strides = tuple(strides)
+
+    def generate_anchors(
+        self,
+        scales: list[int],
+        aspect_ratios: list[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (torchvision's signature)
+    ) -> Tensor:
+        """[ratios, 4] around the origin, not rounded."""
+        root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        size = torch.tensor(scales, dtype=dtype, device=device)
+        width, height = (size / root).flatten(), (size * root).flatten()
+        return torch.stack((-width, -height, width, height), dim=1) / 2
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """[anchors, 4] an image, level after level; all images of a batch have the same."""
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))
+        return [anchors] * len(image_list.image_sizes)
+
+
+class _Head(RPNHead):
+    """Two 3 x 3 convolutions shared by all levels; logits and deltas in float32.
+
+    torchvision starts all layers with a standard deviation of 0.01, which suits 256 channels: with 16, what passes two
+    convolutions is a hundredth. The convolutions start by their width instead, as those of the other heads do.
+    """
+
+    def __init__(self, channels: int, anchors: int) -> None:
+        super().__init__(channels, anchors, conv_depth=2)
+        for layer in self.conv.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [level.float() for level in logits], [level.float() for level in deltas]
+
+
+class ProposalNetwork(RegionProposalNetwork):
+    """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``."""
+
+    def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
+        before = {"training": spec.proposals_train[0], "testing": spec.proposals_test[0]}
+        after = {"training": spec.proposals_train[1], "testing": spec.proposals_test[1]}
+        super().__init__(
+            Anchors(spec.anchor_sizes, strides),
+            _Head(spec.channels, len(RATIOS)),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=spec.rpn_samples,
+            positive_fraction=0.5,
+            pre_nms_top_n=before,
+            post_nms_top_n=after,
+            nms_thresh=0.7,
+        )
+
+    def propose(
+        self, canvas: ImageList, levels: Sequence[Tensor], targets: Sequence[Target] | None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals [R, 4] an image, without gradient, and in training the losses."""
+        features = {str(number): level for number, level in enumerate(levels)}
+        boxes, losses = self(canvas, features, targets)
+        return [box.detach() for box in boxes], losses
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """BCE of the sampled anchors and L1 of the positive ones, both over the number that sampling aims at."""
+        positive, negative = (torch.cat(part).bool() for part in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        expected = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        truth = torch.cat(labels)[sampled]
+        objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], truth, reduction="sum")
+        box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
+        return objectness_loss / expected, box_loss / expected

@@ -1,0 +1,81 @@
+"""Object detection as a training run asks for it: COCO's layout, the detector, box and mask AP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprint, load_coco
+from cropr.data.loading import EvalBatches, Share, TrainBatches
+from cropr.specs import DetDataSpec, TrainSpec
+from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, scenes_fingerprint
+from cropr.tasks.detection.evaluation import evaluate
+from cropr.tasks.detection.model import DetectionOutput, Detector, build_detector, losses
+
+
+class Detection(TaskRun):
+    """Images with boxes and masks, as COCO has them."""
+
+    headline: ClassVar[dict[str, str]] = {"box_ap": "box AP", "mask_ap": "mask AP"}
+
+    def __init__(self, spec: TrainSpec, root: Path) -> None:
+        super().__init__(spec, root)
+        assert isinstance(spec.data, DetDataSpec)
+        self.data = spec.data
+        self.splits = load_coco(root, self.data.num_classes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Its generator's for scenes, else of the annotation files."""
+        if self.data.scenes is not None:
+            return scenes_fingerprint(self.root, self.data.scenes)
+        return fingerprint(self.splits)
+
+    def build(self, pretrained: bool = False) -> Detector:
+        """See ``TaskRun``."""
+        spec = self.spec
+        return build_detector(
+            spec.model, spec.prune, spec.detector, self.data.num_classes, self.data.image_size, pretrained
+        )
+
+    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
+        """See ``TaskRun``."""
+        images = TrainImages(self.splits[0], self.data, seed)
+        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate=collate, **share)
+
+    def evaluate(self, model: Detector, settings: EvaluationSettings, **share: Unpack[Share]) -> Evaluation:
+        """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
+        images = EvalImages(self.splits[1], self.data)
+        batches = EvalBatches(images, settings.batch_size, collate=collate, **share)
+        return evaluate(model, batches, self.splits[1].annotations, settings, self.spec.detector.maskness)
+
+    def move(self, targets: list[Target], device: torch.device) -> list[Target]:
+        """See ``BatchTask``."""
+        return [_move(target, device) for target in targets]
+
+    def split(self, targets: list[Target], parts: int) -> Sequence[list[Target]]:
+        """See ``BatchTask``."""
+        places = torch.arange(len(targets)).tensor_split(parts)
+        return [[targets[place] for place in part.tolist()] for part in places]
+
+    def forward(self, model: Any, images: Tensor, targets: list[Target]) -> DetectionOutput:
+        """See ``BatchTask``; the detector's losses arise within."""
+        output: DetectionOutput = model(images, targets)
+        return output
+
+    def loss(self, output: DetectionOutput, targets: list[Target]) -> Losses:
+        """See ``cropr.tasks.detection.model.losses``."""
+        return losses(output, targets, self.data.num_classes, self.spec.prune.aux_weight)
+
+
+def _move(target: Target, device: torch.device) -> Target:
+    moved = {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in target.items()
+    }
+    return cast(Target, moved)

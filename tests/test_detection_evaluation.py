@@ -1,0 +1,406 @@
+"""AP of detections with a known answer; COCO's result files; masks in the image; the auxiliary target."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_coco
+import torch
+from pycocotools import mask as coco_mask
+from torch.nn import functional as F
+
+from cropr import cli
+from cropr.data.coco import EvalImages, collate, load_coco, read_masks
+from cropr.data.loading import EvalBatches
+from cropr.records import read_record
+from cropr.specs import DetDataSpec
+from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.detection.auxiliary import auxiliary_losses, present_classes
+from cropr.tasks.detection.cascade import Detections
+from cropr.tasks.detection.evaluation import (
+    FIGURES,
+    evaluate,
+    predict,
+    read_results,
+    score,
+    score_file,
+    to_results,
+    write_results,
+)
+from cropr.tasks.detection.masks import encode_masks, mean_inside
+
+OF_THIS_SIZE = {f for f in FIGURES if f not in ("ap_medium", "ap_large", "ar_medium", "ar_large")}
+"""Figures that the tiny set's objects, small ones all, give."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny_coco.write_coco(tmp_path_factory.mktemp("coco"), train=3, val=5)
+
+
+@pytest.fixture(scope="module")
+def annotations(root):
+    return root / "annotations" / "instances_val2017.json"
+
+
+def perfect(annotations: Path) -> list[dict]:
+    """The truth as detections."""
+    content = json.loads(annotations.read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    results = []
+    for entry in content["annotations"]:
+        code = entry["segmentation"]
+        if isinstance(code, list) or isinstance(code["counts"], list):
+            code = coco_mask.frPyObjects(code, *sizes[entry["image_id"]])
+            code = coco_mask.merge(code) if isinstance(code, list) else code
+            code = {"size": list(code["size"]), "counts": code["counts"].decode()}
+        results.append(
+            {
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "bbox": entry["bbox"],
+                "score": 0.5 + 0.01 * len(results),
+                "segmentation": code,
+            }
+        )
+    return results
+
+
+# Figures ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_scores_full_marks_and_prints_nothing(annotations, capsys):
+    results = perfect(annotations)
+    before = json.dumps(results)
+    metrics = score(results, annotations)
+    assert {name: round(value, 6) for name, value in metrics.items()} == {
+        f"{kind}_{figure}": 100 for kind in ("box", "mask") for figure in OF_THIS_SIZE
+    }
+    assert json.dumps(results) == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_detection_scores_zero(annotations):
+    metrics = score([], annotations)
+    assert metrics == {f"{kind}_{figure}": 0 for kind in ("box", "mask") for figure in OF_THIS_SIZE}
+
+
+def test_boxes_alone(annotations):
+    results = [{key: result[key] for key in result if key != "segmentation"} for result in perfect(annotations)]
+    assert set(score(results, annotations)) == {f"box_{figure}" for figure in OF_THIS_SIZE}
+
+
+def test_twelve_figures_by_size(tmp_path):
+    """One object of each size; the large one is found with IoU 0.8, the medium one not at all."""
+    boxes = {"small": [0, 0, 20, 20], "medium": [50, 0, 60, 60], "large": [0, 100, 100, 100]}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 200, "width": 200}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [annotation(number, box) for number, box in enumerate(boxes.values(), start=1)],
+    }
+    path = tiny_coco.save(tmp_path, "val", content)
+    found = [
+        {"image_id": 1, "category_id": 1, "score": 0.9, "bbox": box} for box in ([0, 0, 20, 20], [0, 100, 100, 80])
+    ]
+    metrics = score(found, path)
+    assert set(metrics) == {f"box_{figure}" for figure in FIGURES}
+    # Two of three found without a mistake: precision 1 at the recalls 0, 0.01, ..., 0.66.
+    assert metrics["box_ap50"] == metrics["box_ap75"] == pytest.approx(100 * 67 / 101)
+    assert (metrics["box_ap_small"], metrics["box_ap_medium"]) == (pytest.approx(100), 0)
+    assert metrics["box_ap_large"] == pytest.approx(70)  # IoU 0.50 to 0.80: 7 of 10
+    assert metrics["box_ar_large"] == pytest.approx(70)
+    assert metrics["box_ar1"] == pytest.approx(100 / 3)
+    assert metrics["box_ar100"] == pytest.approx((100 + 70) / 3)
+
+
+def annotation(number: int, box: list[int], segmentation=None) -> dict:
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return {
+        "id": number, "image_id": 1, "category_id": 1, "bbox": box, "area": w * h, "iscrowd": 0,
+        "segmentation": [polygon] if segmentation is None else segmentation,
+    }  # fmt: skip
+
+
+def test_masks_are_measured_by_their_own_area(annotations, tmp_path):
+    """Small disks in boxes of medium size: pycocotools would take a wrong one for medium, and not count it."""
+    rows, columns = np.ogrid[:80, :160]
+    disks = [coco_mask.encode(np.asfortranarray((rows - 40) ** 2 + (columns - x) ** 2 <= 290)) for x in (40, 120)]
+    codes = [{"size": [80, 160], "counts": code["counts"].decode()} for code in disks]
+    boxes = [coco_mask.toBbox(code).tolist() for code in disks]
+    assert coco_mask.area(disks[0]) < 32**2 < boxes[0][2] * boxes[0][3]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 80, "width": 160}],
+        "categories": [{"id": 1, "name": "disk"}],
+        "annotations": [{**annotation(1, boxes[0], codes[0]), "area": int(coco_mask.area(disks[0]))}],
+    }
+    path = tiny_coco.save(tmp_path, "val", content)
+    found = [
+        {"image_id": 1, "category_id": 1, "score": value, "bbox": box, "segmentation": code}
+        for value, box, code in zip((0.5, 0.9), boxes, codes, strict=True)
+    ]
+    assert score(found, path)["mask_ap_small"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("change", [0, 1000])
+def test_numbers_of_annotations_do_not_matter(annotations, tmp_path, change):
+    """pycocotools takes a match with annotation 0 for none."""
+    content = json.loads(annotations.read_text())
+    for number, entry in enumerate(content["annotations"]):
+        entry["id"] = number + change
+    assert score(perfect(annotations), tiny_coco.save(tmp_path, "val", content))["box_ap"] == pytest.approx(100)
+
+
+def test_a_truth_without_polygon_is_never_found(annotations, tmp_path):
+    """pycocotools fails on an empty list, and takes four numbers for a box."""
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["segmentation"] = []
+    content["annotations"][1]["segmentation"] = [[0, 0, 30, 30]]
+    metrics = score(perfect(annotations), tiny_coco.save(tmp_path, "val", content))
+    assert metrics["box_ap"] == pytest.approx(100)
+    assert 0 < metrics["mask_ar100"] < 100
+
+
+def test_crowds_are_neither_found_nor_missed(root):
+    """Image 107 of the training split has one: detections of it, and none, make no difference."""
+    path = root / "annotations" / "instances_train2017.json"
+    crowd = next(a for a in tiny_coco.load(root, "train")["annotations"] if a["iscrowd"])
+    results = perfect(path)
+    without = [r for r in results if (r["image_id"], r["category_id"]) != (crowd["image_id"], crowd["category_id"])]
+    assert len(without) == len(results) - 1
+    assert score(results, path)["box_ap"] == score(without, path)["box_ap"] == pytest.approx(100)
+
+
+# From a model -------------------------------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """Detects the truth, with masks of 28 x 28."""
+
+    def __init__(self, split) -> None:
+        super().__init__()
+        self.split, self.next = split, 0
+
+    def detect(self, images, sizes):
+        assert not self.training
+        return [self.one(size) for _, size in zip(images, sizes, strict=True)]
+
+    def one(self, size):
+        listed, instances = self.split.images[self.next], self.split.instances(self.next)
+        masks = read_masks(self.split, self.next)
+        self.next += 1
+        scale = torch.tensor([size[1] / listed.width, size[0] / listed.height]).repeat(2)
+        boxes = torch.tensor([instance.box for instance in instances]).reshape(-1, 4)
+        cut = [
+            F.interpolate(mask[None, None, int(y) : int(b), int(x) : int(r)].float(), (28, 28), mode="bilinear")[0]
+            for mask, (x, y, r, b) in zip(masks.as_subclass(torch.Tensor), boxes.tolist(), strict=True)
+        ]
+        return Detections(
+            boxes * scale,
+            torch.tensor([instance.label for instance in instances], dtype=torch.int64),
+            torch.full((len(boxes),), 0.9),
+            torch.cat(cut) if cut else torch.zeros(0, 28, 28),
+        )
+
+
+def batches(split, size: int = 96):
+    spec = DetDataSpec(image_size=size, num_classes=3)
+    return EvalBatches(EvalImages(split, spec), 2, collate=collate)
+
+
+def test_a_detector_that_knows_the_truth(root):
+    """Through padding, the pixels of the file, masks of 28 x 28 and run lengths; the model's mode is as it was."""
+    _, val = load_coco(root, 3)
+    model = Oracle(val).train()
+    metrics = evaluate(model, batches(val), val.annotations).metrics
+    assert (metrics["box_ap"], metrics["val_images"]) == (pytest.approx(100), 5)
+    assert metrics["mask_ap75"] == pytest.approx(100)
+    assert metrics["mask_ap"] > 90
+    assert model.training
+
+
+def test_the_file_of_an_evaluation_scores_the_same(root, annotations, tmp_path):
+    _, val = load_coco(root, 3)
+    settings = EvaluationSettings(predictions=tmp_path / "predictions.json")
+    metrics = evaluate(Oracle(val), batches(val), val.annotations, settings, maskness=True).metrics
+    assert {**score_file(tmp_path / "predictions.json", annotations), "val_images": 5} == metrics
+
+
+def test_results_of_all_processes_are_joined_by_image(root):
+    _, val = load_coco(root, 3)
+    alone = predict(Oracle(val), batches(val), (3, 7, 90))
+    backwards = EvaluationSettings(gather=lambda items: items[::-1])
+    joined = predict(Oracle(val), batches(val), (3, 7, 90), backwards)
+    assert [r["image_id"] for r in joined.results] == [r["image_id"] for r in alone.results]
+    assert joined.image_ids == alone.image_ids == [100, 107, 114, 121, 128]
+
+
+def test_images_are_needed(root):
+    _, val = load_coco(root, 3)
+    with pytest.raises(ValueError, match="no image to evaluate"):
+        evaluate(Oracle(val), [], val.annotations)
+
+
+def test_results_are_in_pixels_of_the_file():
+    """64 x 32 seen of an image of 640 x 320; what lies in the padding is cut off or dropped."""
+    detections = Detections(
+        boxes=torch.tensor([[1.0, 2, 11, 12], [20, 50, 40, 80], [40, 0, 50, 10]]),
+        scores=torch.tensor([0.9, 0.8, 0.7]),
+        labels=torch.tensor([2, 1, 1]),
+        masks=torch.ones(3, 28, 28),
+    )
+    target = {"image_id": 5, "size": (64, 32), "original_size": (640, 320)}
+    results = to_results(detections, target, (3, 7))
+    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
+        (5, 7, [10, 20, 100, 100]),
+        (5, 3, [200, 500, 120, 140]),
+    ]
+    areas = [int(coco_mask.area(r["segmentation"])) for r in results]
+    assert areas == pytest.approx([100 * 100, 120 * 140], rel=0.005)  # corners are rounded by half a place of the mask
+    assert [coco_mask.toBbox(r["segmentation"]).tolist() for r in results] == [r["bbox"] for r in results]
+    assert all(set(r) == {"image_id", "category_id", "bbox", "score", "segmentation"} for r in results)
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_maskness_ranks_masks_alone(annotations):
+    detections = Detections(
+        boxes=torch.tensor([[0.0, 0, 10, 10]]),
+        scores=torch.tensor([0.8]),
+        labels=torch.tensor([1]),
+        masks=torch.tensor([[[0.9, 0.7], [0.1, 0.5]]]),
+    )
+    torch.testing.assert_close(mean_inside(detections.masks), torch.tensor([0.8]))
+    assert mean_inside(torch.zeros(1, 2, 2)).tolist() == [0]
+    target = {"image_id": 1, "size": (64, 64), "original_size": (64, 64)}
+    (result,) = to_results(detections, target, (3,), maskness=True)
+    assert (result["score"], result["mask_score"]) == (pytest.approx(0.8), pytest.approx(0.64))
+    # A wrong mask before the right one costs precision; ranked behind it, nothing.
+    results = [{**r, "mask_score": r["score"]} for r in perfect(annotations)]
+    wrong = {**results[0], "image_id": 121, "score": 0.99}
+    assert score([*results, {**wrong, "mask_score": 0.99}], annotations)["mask_ap"] < 99
+    ranked = score([*results, {**wrong, "mask_score": 0.01}], annotations)
+    assert ranked["mask_ap"] == pytest.approx(100)
+    assert ranked["box_ap"] < 99
+
+
+# Masks --------------------------------------------------------------------------------------------------------------
+
+
+def pasted(mask: torch.Tensor, box: list[float], size=(12, 16)) -> np.ndarray:
+    (code,) = encode_masks(mask[None], torch.tensor([box]), size)
+    return coco_mask.decode(code)
+
+
+def test_a_full_mask_fills_the_pixels_whose_centre_lies_in_the_box():
+    expected = np.zeros((12, 16))
+    expected[2:7, 3:11] = 1
+    for box in ([3.0, 2, 11, 7], [2.6, 1.6, 11.4, 7.4], [3.4, 2.4, 10.6, 6.6]):
+        assert np.array_equal(pasted(torch.ones(28, 28), box), expected)
+
+
+def test_half_a_mask_fills_half_of_the_box():
+    mask = torch.zeros(28, 28)
+    mask[:, 14:] = 1
+    expected = np.zeros((12, 16))
+    expected[2:10, 8:12] = 1
+    assert np.array_equal(pasted(mask, [4.0, 2, 12, 10]), expected)
+
+
+def test_masks_end_with_the_image():
+    assert pasted(torch.ones(28, 28), [-4.0, -4, 2, 3]).sum() == 6
+    assert pasted(torch.ones(28, 28), [14.0, 10, 40, 40]).sum() == 4
+    assert pasted(torch.ones(28, 28), [20.0, 20, 40, 40]).sum() == 0
+    assert pasted(torch.full((28, 28), 0.4), [0.0, 0, 9, 9]).sum() == 0
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def test_results_survive_a_file(annotations, tmp_path):
+    results = perfect(annotations)
+    write_results(tmp_path / "found" / "predictions.json", results)
+    assert read_results(tmp_path / "found" / "predictions.json") == results
+
+
+WRONG = {
+    r"detection 1: image_id 5 is not among": {"image_id": 5},
+    r"detection 1: category_id 1 is not among the categories \[3, 7, 90\]": {"category_id": 1},
+    r"detection 1: score is nan": {"score": math.nan},
+    r"detection 1: bbox is \[1, 2\]": {"bbox": [1, 2]},
+    r"detection 1: segmentation is not compressed RLE": {"segmentation": [[1, 2, 3, 4, 5, 6]]},
+    r"detection 1: segmentation has size \[1, 1\]": {"segmentation": {"size": [1, 1], "counts": "01"}},
+    r"detection 1: has \['bbox', .*, the first one": {"segmentation": None},
+    r"detection 1: has neither bbox nor segmentation": {"segmentation": None, "bbox": None},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_detection_is_named(annotations, message):
+    results = perfect(annotations)
+    results[1].update(WRONG[message])
+    results[1] = {key: value for key, value in results[1].items() if value is not None}
+    with pytest.raises(ValueError, match=f"results: {message}"):
+        score(results, annotations)
+
+
+def test_a_wrong_truth_is_named(annotations, tmp_path):
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["category_id"] = 4
+    with pytest.raises(ValueError, match="annotation 1: category_id 4"):
+        score([], tiny_coco.save(tmp_path, "val", content))
+
+
+# Command ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_scores_a_file(annotations, tmp_path, capsys):
+    predictions, out = tmp_path / "predictions.json", tmp_path / "record.json"
+    write_results(predictions, perfect(annotations))
+    command = ["evaluate", "--predictions", str(predictions), "--annotations", str(annotations)]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "ap75" in printed
+    assert "100.00" in printed
+    assert "no such object" in printed
+    record = read_record(out)
+    assert (record["kind"], record["metrics"]["mask_ap"]) == ("score", pytest.approx(100))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predictions", "PREDICTIONS"], "--predictions and --annotations go together"),
+        (["--predictions", "PREDICTIONS", "--annotations", "TRUTH", "--data", "x"], "leave --run"),
+        (["--predictions", "nowhere.json", "--annotations", "TRUTH"], "nowhere.json: no such file"),
+        (["--predictions", "PREDICTIONS", "--annotations", "nowhere.json"], "nowhere.json: no such file"),
+        (["--predictions", "TRUTH", "--annotations", "TRUTH"], "holds annotations, not a list of detections"),
+        (["--predictions", "TEXT", "--annotations", "TRUTH"], "text.json: not JSON"),
+    ],
+)
+def test_the_command_says_what_is_wrong(annotations, tmp_path, caplog, arguments, message):
+    places = {"TRUTH": annotations, "PREDICTIONS": tmp_path / "predictions.json", "TEXT": tmp_path / "text.json"}
+    write_results(places["PREDICTIONS"], perfect(annotations))
+    places["TEXT"].write_text("no JSON")
+    assert cli.main(["evaluate", *(str(places.get(word, word)) for word in arguments)]) == 2
+    assert message in caplog.text
+
+
+# Auxiliary target ---------------------------------------------------------------------------------------------------
+
+
+def test_present_classes():
+    targets = [{"labels": torch.tensor(labels, dtype=torch.int64)} for labels in ([2, 2, 4], [], [1])]
+    assert present_classes(targets, 4).tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_auxiliary_losses():
+    """Two modules, two images, one query, two classes; by hand. No class present is a target like any other."""
+    present = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    even, sure = torch.zeros(2, 1, 2), torch.tensor([[[2.0, -2.0]], [[-2.0, -2.0]]])
+    losses = auxiliary_losses((even, sure), present)
+    torch.testing.assert_close(losses, torch.tensor([math.log(2), math.log(1 + math.exp(-2))]))
+    assert auxiliary_losses((), present).shape == (0,)
