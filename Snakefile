@@ -24,7 +24,6 @@ sys.path.insert(0, workflow.basedir)
 from cropr.configuration import read_settings, read_yaml
 from cropr.experiments import load_grid, shipped
 from cropr.sources import code_digest
-from cropr.specs import PruneSpec
 
 
 configfile: "config/config.yaml"
@@ -66,6 +65,7 @@ wildcard_constraints:
     bench="[0-9a-f]{10}",
     seed=r"\d+",
     artefact="|".join(GRID.artefacts),
+    layout="|".join(GRID.generated) or "none",
     row="[a-z0-9_.]+",
 
 
@@ -84,6 +84,12 @@ rule reproduce:
 
 
 include: "workflow/rules/common.smk"
+
+
+wildcard_constraints:
+    shipped="|".join(SHIPPED) or "none",
+
+
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/notebooks.smk"
 include: "workflow/rules/compare.smk"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from cropr.specs import AugmentSpec, RecipeSpec, ScenesSpec
+from cropr.schedule import Fusion
+from cropr.specs import RecipeSpec, Task
 
 Pool = Literal["avg", "cls"]
 Need = Literal["train", "bench", "maps", "truth"]
@@ -38,22 +39,6 @@ class ModelBlock(Block):
     prefix: int = Field(1, ge=0)
     pools: dict[Pool, dict[str, Any]]
     """Pooling -> arguments for timm."""
-
-
-class DataBlock(Block):
-    """Where images come from and how they are fed: a ``DataSpec`` whose number of classes may be counted."""
-
-    root: str | None = None
-    """Key of config.yaml that names the folder; None: ``scenes`` are generated."""
-    scenes: ScenesSpec | None = None
-    image_size: int = Field(ge=8)
-    num_classes: int | None = Field(None, ge=2)
-    """None: the class folders of ``root`` are counted."""
-    augment: AugmentSpec = AugmentSpec()
-    crop_pct: float = 0.875
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 class PretrainBlock(Block):
@@ -82,19 +67,28 @@ class JobsBlock(Block):
     gpus: int = Field(0, ge=0)
 
 
-class ScaleConfig(Block):
-    """``config/scales/<scale>.yaml``: what the symbolic names of the grid mean at this scale."""
+class TaskConfig(Block):
+    """A task at a scale: what the symbolic names of its rows mean."""
 
-    title: str
-    seeds: int | list[int] = 1
     model: ModelBlock
     schedules: dict[str, dict[str, Any]]
     image_sizes: dict[str, int] = Field(default_factory=dict)
-    data: DataBlock
+    data: dict[str, Any]
+    """What ``specs.DATA`` has for the task, and perhaps ``root``: the key of config.yaml that names the user's folder.
+    Without it, ``scenes`` are generated. Where ``num_classes`` is null, class folders are counted."""
     recipe: RecipeSpec
     pretrain: PretrainBlock | None = None
     """None: timm's weights of the model's name."""
     bench: BenchBlock = BenchBlock()
+
+
+class ScaleConfig(Block):
+    """``config/scales/<scale>.yaml``."""
+
+    title: str
+    seeds: int | list[int] = 1
+    tasks: dict[Task, TaskConfig] = Field(min_length=1)
+    """Artefacts of other tasks are left out at this scale."""
     jobs: JobsBlock = JobsBlock()
     maps: int = Field(8, ge=1)
     """Validation images for which pruning maps are saved."""
@@ -110,7 +104,7 @@ class RowConfig(Block):
     reducer: str = "none"
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: str = "none"
-    fusion: Literal["none", "llf"] = "none"
+    fusion: Fusion = "none"
     pool: Pool = "avg"
     aux_weight: float = Field(1.0, ge=0)
     image_size: str | None = None
@@ -123,6 +117,7 @@ class ArtefactConfig(Block):
     """``config/experiments/<artefact>.yaml``: one table or figure."""
 
     title: str
+    task: Task = "classification"
     baseline: str | None = None
     """Row that the others are compared with."""
     needs: list[Need] = ["train"]
@@ -145,6 +140,8 @@ class Settings(Block):
     seeds: int | list[int] | str | None = None
     """A number n for seeds 0 to n-1, or a list; None: as many as the scale says."""
     imagenet: Path | None = None
+    ade20k: Path | None = None
+    coco: Path | None = None
     folder: Path | None = None
     pretrain: Literal["shipped", "make"] = "shipped"
     row: str | None = None
@@ -155,7 +152,7 @@ class Settings(Block):
     @property
     def roots(self) -> dict[str, Path | None]:
         """Folders of the user's, by the key that names them."""
-        return {"imagenet": self.imagenet, "folder": self.folder}
+        return {"imagenet": self.imagenet, "ade20k": self.ade20k, "coco": self.coco, "folder": self.folder}
 
 
 def read_settings(values: Mapping[str, Any], name: str = "config/config.yaml") -> Settings:
@@ -249,14 +246,18 @@ def _row_name(values: Any, path: list[Any]) -> str | None:
 
 
 def _keys(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
-    """Keys allowed below ``path`` of a model."""
-    for part in path:
+    """Keys allowed below ``path`` of a model. Numbers, and keys of a mapping of models, lead no deeper."""
+    parts = iter(path)
+    for part in parts:
         if isinstance(part, int):
             continue
-        kinds = _models(model.model_fields[part].annotation) if part in model.model_fields else []
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        kinds = _models(annotation)
         if not kinds:
             return []
         model = kinds[0]
+        if get_origin(annotation) is dict:
+            next(parts, None)
     return sorted(model.model_fields)
 
 

@@ -21,11 +21,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cropr.configuration import ArtefactConfig, RowConfig, ScaleConfig, check, merge, parse_seeds, read_yaml
-from cropr.resolving import Resolver, Row
-from cropr.specs import BenchSpec, ScenesSpec, TrainSpec
+from cropr.configuration import ArtefactConfig, RowConfig, ScaleConfig, TaskConfig, check, merge, parse_seeds, read_yaml
+from cropr.resolving import Resolver, Row, Scale
+from cropr.specs import BenchSpec, ScenesSpec, Task, TrainSpec
 
-ORDER = ("imagenet_methods", "ablations", "pruning_maps", "relevance")
+ORDER = ("imagenet_methods", "ablations", "pruning_maps", "relevance", "ade20k", "reactivation", "coco")
 """Artefacts in the order in which they are made and read; others follow by name."""
 
 
@@ -35,6 +35,7 @@ class Artefact:
 
     name: str
     title: str
+    task: Task
     baseline: str | None
     needs: frozenset[str]
     published: str | None
@@ -48,6 +49,25 @@ class Artefact:
         raise KeyError(row)
 
 
+LAYOUTS: dict[Task, str] = {"classification": "imagenet", "segmentation": "ade20k", "detection": "coco"}
+"""Layout in which a task's images lie, generated or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the images and the first weights of a task come from."""
+
+    folder: str
+    """The images: the user's folder, or one under ``results``."""
+    layout: str
+    scenes: ScenesSpec | None
+    """The images to generate; None: they are the user's."""
+    pretrain: TrainSpec | None
+    """Makes the weights that every run of the task starts from; None where timm has them."""
+    shipped: str | None
+    """Weights file in the repository that may stand for ``pretrain``."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """All that the workflow runs at one scale."""
@@ -59,24 +79,35 @@ class Grid:
     runs: dict[str, TrainSpec]
     """Fine-tuning runs by id."""
     benches: dict[str, BenchSpec]
-    pretrain: TrainSpec | None
-    """Makes the weights that every run starts from; None where timm has them."""
-    root: Path | None
-    """Folder of the user's images; None: ``scenes`` are generated."""
+    sources: dict[Task, Source]
+    """Tasks that some artefact needs."""
     names: dict[str, str] = field(default_factory=dict)
     """Run or measurement -> ``artefact/row`` that asks for it first."""
+    lacking: tuple[Task, ...] = ()
+    """Tasks whose artefacts are left out because no folder with their images is given."""
 
     # Files ------------------------------------------------------------------------------------------------------
 
     @property
     def results(self) -> str:
         """Folder of everything that this scale makes."""
-        return f"results/{self.scale}"
+        return results(self.scale)
 
     @property
-    def data(self) -> str:
-        """Folder of the images."""
-        return str(self.root) if self.root else f"{self.results}/data/scenes"
+    def generated(self) -> dict[str, ScenesSpec]:
+        """Layout -> the images to generate in it."""
+        return {source.layout: source.scenes for source in self.sources.values() if source.scenes}
+
+    @property
+    def pretrains(self) -> dict[str, Source]:
+        """Runs that make first weights, by id, with the task's source."""
+        return {source.pretrain.digest(): source for source in self.sources.values() if source.pretrain}
+
+    def source(self, run: str) -> Source:
+        """Images and first weights of a run, or of a run that makes first weights, by id."""
+        if run in self.runs:
+            return self.sources[self.runs[run].task]
+        return self.pretrains[run]
 
     def record(self, run: str, seed: int) -> str:
         """Record of a fine-tuning run."""
@@ -99,11 +130,6 @@ class Grid:
 
     # What jobs are told -----------------------------------------------------------------------------------------
 
-    @property
-    def scenes(self) -> ScenesSpec | None:
-        """The data set to generate, if any."""
-        return None if self.root else self.config.data.scenes
-
     def manifest(self, artefact: str, rows: Iterable[str] | None = None) -> dict[str, Any]:
         """Rows of an artefact with the paths of their records: all that a notebook is told.
 
@@ -117,6 +143,7 @@ class Grid:
         return {
             "artefact": chosen.name,
             "title": chosen.title,
+            "task": chosen.task,
             "scale": self.scale,
             "seeds": list(self.seeds),
             "results": self.results,
@@ -189,7 +216,8 @@ def load_grid(
         config: folder with ``scales/``, ``experiments/`` and ``published/``.
         scale: name of a file in ``scales/``.
         seeds: as ``parse_seeds`` reads them; None: the scale's.
-        roots: the user's folders by the key that a scale's ``data.root`` names.
+        roots: the user's folders by the key that a scale's ``data.root`` names. Tasks without theirs are left out, as
+            long as any is left.
         overrides: laid over the scale's file.
 
     Raises:
@@ -198,27 +226,57 @@ def load_grid(
     """
     folder = Path(config)
     file = folder / "scales" / f"{scale}.yaml"
-    values = read_yaml(file)
     source = f"{file} with overrides" if overrides else str(file)
-    chosen = check(ScaleConfig, merge(values, overrides or {}), source)
-    root = _find_root(chosen, source, roots or {})
-    bench = chosen
-    bench_source = source
-    if chosen.bench.model == "paper":
-        bench_source = str(folder / "scales" / "paper.yaml")
-        bench = check(ScaleConfig, read_yaml(folder / "scales" / "paper.yaml"), bench_source)
-    resolver = Resolver(chosen, source, bench, bench_source, root)
-    artefacts = _resolve(folder, resolver)
+    chosen = check(ScaleConfig, merge(read_yaml(file), overrides or {}), source)
+    own, given = Scale(chosen, source), roots or {}
+    artefacts = _read(folder, chosen)
+    needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values()))
+    lacking = tuple(task for task in needed if not _has_images(chosen.tasks[task], given))
+    if lacking != needed:  # else the first of them says what is missing
+        artefacts = {name: artefact for name, artefact in artefacts.items() if artefact.task not in lacking}
+    resolvers = {
+        task: Resolver(task, own, _paper(folder) if chosen.tasks[task].bench.model == "paper" else own, given)
+        for task in dict.fromkeys(artefact.task for artefact in artefacts.values())
+    }
+    resolved = _resolve(folder, artefacts, resolvers)
     return Grid(
         scale=scale,
         config=chosen,
         seeds=parse_seeds(chosen.seeds if seeds is None else seeds),
-        artefacts=artefacts,
-        runs=resolver.runs,
-        benches=resolver.benches,
+        artefacts=resolved,
+        runs={run: spec for resolver in resolvers.values() for run, spec in resolver.runs.items()},
+        benches={bench: spec for resolver in resolvers.values() for bench, spec in resolver.benches.items()},
+        sources={task: _source(scale, resolver) for task, resolver in resolvers.items()},
+        names={key: name for resolver in resolvers.values() for key, name in resolver.names.items()},
+        lacking=lacking,
+    )
+
+
+def _has_images(task: TaskConfig, roots: Mapping[str, Path | None]) -> bool:
+    """Whether images are generated, or a folder of the user's is given; a key that does not exist is found later."""
+    key = task.data.get("root")
+    return key is None or roots.get(key, Path()) is not None
+
+
+def _paper(folder: Path) -> Scale:
+    """The scale whose models are measured at others, too."""
+    file = folder / "scales" / "paper.yaml"
+    return Scale(check(ScaleConfig, read_yaml(file), str(file)), str(file))
+
+
+def results(scale: str) -> str:
+    """Folder of everything that a scale makes."""
+    return f"results/{scale}"
+
+
+def _source(scale: str, resolver: Resolver) -> Source:
+    layout, pretrain = LAYOUTS[resolver.task], resolver.config.pretrain
+    return Source(
+        folder=str(resolver.root or f"{results(scale)}/data/{layout}"),
+        layout=layout,
+        scenes=None if resolver.root else resolver.data.scenes,
         pretrain=resolver.pretrain,
-        root=root,
-        names=resolver.names,
+        shipped=pretrain.shipped if pretrain else None,
     )
 
 
@@ -238,16 +296,23 @@ def shipped(path: str | Path, digest: str) -> bool:
     return bool(metadata.get("spec") == digest)
 
 
-def _resolve(folder: Path, resolver: Resolver) -> dict[str, Artefact]:
-    """All artefacts, in ``ORDER``, with their rows resolved."""
+def _read(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
+    """All artefacts of the tasks that the scale has, in ``ORDER``."""
     files = sorted(
         (folder / "experiments").glob("*.yaml"),
         key=lambda file: (ORDER.index(file.stem) if file.stem in ORDER else len(ORDER), file.stem),
     )
     configs = {file.stem: check(ArtefactConfig, read_yaml(file), str(file)) for file in files}
+    return {name: config for name, config in configs.items() if config.task in scale.tasks}
+
+
+def _resolve(
+    folder: Path, configs: Mapping[str, ArtefactConfig], resolvers: Mapping[Task, Resolver]
+) -> dict[str, Artefact]:
+    """The artefacts with their rows resolved; without those that need a truth that the data do not hold."""
     artefacts = {}
-    for file in files:
-        config = configs[file.stem]
+    for name, config in configs.items():
+        file, resolver = folder / "experiments" / f"{name}.yaml", resolvers[config.task]
         if config.baseline is not None and config.baseline not in {row.row for row in config.rows}:
             raise ValueError(
                 f"{file}: baseline = {config.baseline!r} is no row; choose one of "
@@ -255,14 +320,16 @@ def _resolve(folder: Path, resolver: Resolver) -> dict[str, Artefact]:
             )
         if "truth" in config.needs and resolver.data.scenes is None:
             continue
+        mates = {other: content for other, content in configs.items() if content.task == config.task}
         rows = tuple(
-            resolver.row(str(file), f"{file.stem}/{row.row}", row, _used(file, row, configs), config.needs)
+            resolver.row(str(file), f"{name}/{row.row}", row, _used(file, row, mates), config.needs)
             for row in config.rows
         )
-        published = folder / "published" / f"{file.stem}.csv"
-        artefacts[file.stem] = Artefact(
-            name=file.stem,
+        published = folder / "published" / f"{name}.csv"
+        artefacts[name] = Artefact(
+            name=name,
             title=config.title,
+            task=config.task,
             baseline=config.baseline,
             needs=frozenset(config.needs),
             published=str(published) if published.is_file() else None,
@@ -282,24 +349,3 @@ def _used(file: Path, row: RowConfig, configs: Mapping[str, ArtefactConfig]) -> 
     if row.use not in places:
         raise ValueError(f"{file}: row {row.row}: use = {row.use!r} is no row; choose one of {', '.join(places)}")
     return places[f"{artefact}/{name}"]
-
-
-def _find_root(scale: ScaleConfig, source: str, roots: Mapping[str, Path | None]) -> Path | None:
-    """The user's folder, checked as far as a listing goes; None where images are generated."""
-    key = scale.data.root
-    if key is None:
-        if scale.data.scenes is None:
-            raise ValueError(f"{source}: data: give scenes (generated) or root (one of {', '.join(roots)})")
-        return None
-    if key not in roots:
-        raise ValueError(f"{source}: data.root = {key!r}: choose one of {', '.join(roots)}")
-    root = roots[key]
-    needed = "a folder with train/<class>/* and val/<class>/*"
-    if root is None:
-        raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise FileNotFoundError(
-                f"config/config.yaml: {key} = {root}: {root / split} is missing; {key} names {needed}"
-            )
-    return root

@@ -5,16 +5,28 @@ Pure Python and pydantic, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from cropr.configuration import ModelBlock, RowConfig, ScaleConfig
-from cropr.schedule import Schedule
-from cropr.specs import REDUCERS, BenchSpec, DataSpec, ModelSpec, PruneSpec, RecipeSpec, TrainSpec
+from cropr.configuration import ModelBlock, RowConfig, ScaleConfig, TaskConfig, check
+from cropr.schedule import BEFORE_LAST, Schedule
+from cropr.specs import (
+    DATA,
+    REDUCERS,
+    BenchSpec,
+    DataSpec,
+    DetDataSpec,
+    ModelSpec,
+    PruneSpec,
+    RecipeSpec,
+    SegDataSpec,
+    Task,
+    TrainSpec,
+)
 
 TRAINING_ONLY = frozenset(
     {"num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"},
@@ -42,19 +54,39 @@ class Row:
         return self.why is None
 
 
-class Resolver:
-    """Rows to specs. Collects the runs and measurements on the way."""
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A scale and the file that it comes from, for error messages."""
 
-    def __init__(
-        self, scale: ScaleConfig, source: str, bench: ScaleConfig, bench_source: str, root: Path | None
-    ) -> None:
-        self.scale, self.source = scale, source
-        self.bench_scale, self.bench_source = bench, bench_source
-        self.data = self._data(root)
+    config: ScaleConfig
+    source: str
+
+    def task(self, task: Task) -> tuple[TaskConfig, str]:
+        """What the scale says of a task, and where.
+
+        Raises:
+            ValueError: nothing.
+        """
+        if task not in self.config.tasks:
+            raise ValueError(f"{self.source}: tasks has no {task}; it has {', '.join(self.config.tasks)}")
+        return self.config.tasks[task], f"{self.source}: tasks.{task}"
+
+
+class Resolver:
+    """Rows of one task to specs. Collects the runs and measurements on the way."""
+
+    def __init__(self, task: Task, scale: Scale, measured: Scale, roots: Mapping[str, Path | None]) -> None:
+        self.task = task
+        self.config, self.source = scale.task(task)
+        self.root = find_root(task, self.config, self.source, roots)
+        self.bench_config, self.bench_source = measured.task(task)
+        self.settings = self.config.bench
+        self.data = self._data(self.config, self.source)
+        self.bench_data = self._data(self.bench_config, self.bench_source)
         self.pretrain = None
-        if scale.pretrain is not None:
+        if self.config.pretrain is not None:
             unpruned = RowConfig(row="pretrain", label="")
-            self.pretrain = self._train(scale.pretrain.recipe, unpruned, PruneSpec(), "random")
+            self.pretrain = self._train(self.config.pretrain.recipe, unpruned, PruneSpec(), "random")
         self.init = self.pretrain.digest() if self.pretrain else "timm"
         self.runs: dict[str, TrainSpec] = {}
         self.benches: dict[str, BenchSpec] = {}
@@ -71,7 +103,7 @@ class Resolver:
             needs: what its artefact reads.
         """
         where = f"{file}: row {listed.row}"
-        schedule = self._schedule(where, meant, self.scale, self.source)
+        schedule = self._schedule(where, meant, self.config, self.data.image_size, self.source)
         if meant.reducer not in REDUCERS:
             if meant.why is None:
                 raise ValueError(
@@ -80,7 +112,7 @@ class Resolver:
                 )
             return Row(listed.row, listed.label, self._columns(meant, schedule), meant.why, None, None)
         prune = self._prune(where, meant, schedule)
-        train = self._train(self.scale.recipe, meant, prune, self.init)
+        train = self._train(self.config.recipe, meant, prune, self.init)
         run = train.digest()
         self.runs[run] = train
         self.names.setdefault(run, name)
@@ -93,9 +125,10 @@ class Resolver:
         return Row(listed.row, listed.label, self._columns(meant, schedule), None, run, bench)
 
     def _train(self, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
-        model = self.scale.model
-        size = self.scale.image_sizes[row.image_size] if row.image_size else self.data.image_size
+        model = self.config.model
+        size = self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size
         return TrainSpec(
+            task=self.task,
             model=ModelSpec(name=model.name, args=model.args | model.pools[row.pool], drop_path=model.drop_path),
             prune=prune,
             data=self.data.model_copy(update={"image_size": size}),
@@ -105,14 +138,14 @@ class Resolver:
 
     def _bench(self, where: str, row: RowConfig, prune: PruneSpec) -> BenchSpec:
         """The measurement of a row: its inference form, on the model of the bench, without trained weights."""
-        schedule = self._schedule(where, row, self.bench_scale, self.bench_source)
-        model, settings = self.bench_scale.model, self.scale.bench
+        schedule = self._schedule(where, row, self.bench_config, self.bench_data.image_size, self.bench_source)
+        model, settings = self.bench_config.model, self.settings
         options = {name: value for name, value in prune.options.items() if name not in TRAINING_ONLY}
         return BenchSpec(
             model=ModelSpec(name=model.name.partition(".")[0], args=model.args | model.pools[row.pool]),
             prune=PruneSpec(reducer=row.reducer, options=options, schedule=schedule.to_config(), fusion=row.fusion),
-            image_size=self.bench_scale.data.image_size,
-            pruned_image_size=self.bench_scale.image_sizes[row.image_size] if row.image_size else None,
+            image_size=self.bench_data.image_size,
+            pruned_image_size=self.bench_config.image_sizes[row.image_size] if row.image_size else None,
             batch_size=settings.batch_size,
             precision=settings.precision,
             rounds=settings.rounds,
@@ -132,37 +165,37 @@ class Resolver:
             problem = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(f"{where}: options = {row.options}: {problem}") from None
 
-    def _schedule(self, where: str, row: RowConfig, scale: ScaleConfig, source: str) -> Schedule:
-        """The schedule that a row names, checked against model and image size of a scale."""
-        if row.pool not in scale.model.pools:
+    def _schedule(self, where: str, row: RowConfig, config: TaskConfig, image_size: int, source: str) -> Schedule:
+        """The schedule that a row names, checked against the model and the image size of a task."""
+        if row.pool not in config.model.pools:
             raise ValueError(
-                f"{where}: pool = {row.pool!r}: {source} has {', '.join(scale.model.pools)} in model.pools"
+                f"{where}: pool = {row.pool!r}: {source} has {', '.join(config.model.pools)} in model.pools"
             )
-        if row.image_size is not None and row.image_size not in scale.image_sizes:
+        if row.image_size is not None and row.image_size not in config.image_sizes:
             raise ValueError(
                 f"{where}: image_size = {row.image_size!r}: {source} has "
-                f"{', '.join(scale.image_sizes) or 'none'} in image_sizes"
+                f"{', '.join(config.image_sizes) or 'none'} in image_sizes"
             )
-        size = scale.image_sizes[row.image_size] if row.image_size else scale.data.image_size
+        size = config.image_sizes[row.image_size] if row.image_size else image_size
         if row.schedule == "none":
             schedule = Schedule.constant(0)
-        elif row.schedule in scale.schedules:
-            key = f"{source}: schedules.{row.schedule} = {scale.schedules[row.schedule]}"
+        elif row.schedule in config.schedules:
+            key = f"{source}.schedules.{row.schedule} = {config.schedules[row.schedule]}"
             try:
-                schedule = Schedule.from_config(scale.schedules[row.schedule])
+                schedule = Schedule.from_config(config.schedules[row.schedule])
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{key}: {error}") from None
         else:
-            known = ", ".join(["none", *scale.schedules])
+            known = ", ".join(["none", *config.schedules])
             raise ValueError(f"{where}: schedule = {row.schedule!r}: {source} has {known} in schedules")
         if row.reducer == "none" and row.schedule != "none":
             reducers = ", ".join(name for name in REDUCERS if name != "none")
             raise ValueError(f"{where}: schedule = {row.schedule!r} without a reducer; choose one of {reducers}")
-        model = scale.model
+        model = config.model
         if size % model.patch_size:
             raise ValueError(f"{source}: image size {size} is no multiple of model.patch_size = {model.patch_size}")
         try:
-            schedule.resolve(_patches(model, size), model.depth, row.fusion == "llf", model.prefix)
+            schedule.resolve(_patches(model, size), model.depth, row.fusion in BEFORE_LAST, model.prefix)
         except ValueError as error:
             raise ValueError(f"{key}: {error} (needed by {where})") from None
         return schedule
@@ -170,35 +203,58 @@ class Resolver:
     def _columns(self, row: RowConfig, schedule: Schedule) -> dict[str, Any]:
         return {
             "reducer": row.reducer,
-            "schedule": _describe(schedule),
+            "schedule": schedule.describe(),
             "fusion": row.fusion,
             "pool": row.pool,
-            "image_size": self.scale.image_sizes[row.image_size] if row.image_size else self.data.image_size,
+            "image_size": self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size,
             "aux_weight": row.aux_weight,
             "options": ", ".join(f"{name}={value}" for name, value in row.options.items()),
         }
 
-    def _data(self, root: Path | None) -> DataSpec:
-        values = self.scale.data.model_dump(exclude={"root", "num_classes"})
-        classes = self.scale.data.num_classes
-        if classes is None:
-            if root is None:
-                raise ValueError(f"{self.source}: data.num_classes is missing")
-            classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
+    def _data(self, config: TaskConfig, source: str) -> DataSpec | SegDataSpec | DetDataSpec:
+        values = {key: value for key, value in config.data.items() if key != "root"}
+        if "num_classes" in values and values["num_classes"] is None:
+            if self.root is None or self.task != "classification":
+                raise ValueError(f"{source}.data.num_classes is missing; only class folders of yours are counted")
+            classes = values["num_classes"] = sum(entry.is_dir() for entry in (self.root / "train").iterdir())
             if classes < 2:
-                raise ValueError(f"{root / 'train'} has {classes} class folders; it needs two or more")
-        return DataSpec(num_classes=classes, **values)
+                raise ValueError(f"{self.root / 'train'} has {classes} class folders; it needs two or more")
+        return check(DATA[self.task], values, f"{source}.data")
 
 
 def _patches(model: ModelBlock, image_size: int) -> int:
     return (image_size // model.patch_size) ** 2
 
 
-def _describe(schedule: Schedule) -> str:
-    """A schedule as the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``."""
-    if schedule.rule == "constant":
-        return f"R={schedule.rate}" if schedule.rate else "none"
-    blocks = ",".join(str(block) for block, _ in schedule.at)
-    numbers = [f"{number:.0%}" if schedule.rule == "fraction" else f"{number:g}" for _, number in schedule.at]
-    text = numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)
-    return {"stages": f"R={text}", "fraction": text, "kept": f"K={text}"}[schedule.rule] + f" @ {blocks}"
+FOLDERS: dict[Task, tuple[str, ...]] = {
+    "classification": ("train", "val"),
+    "segmentation": ("images/training", "images/validation", "annotations/training", "annotations/validation"),
+    "detection": ("train2017", "val2017", "annotations"),
+}
+"""Folders that a task's images lie in, under their root."""
+
+
+def find_root(task: Task, config: TaskConfig, source: str, roots: Mapping[str, Path | None]) -> Path | None:
+    """The user's folder of a task, checked as far as a listing goes; None where images are generated.
+
+    Raises:
+        ValueError: neither generated nor named, or not given.
+        FileNotFoundError: a folder without those that it needs.
+    """
+    key = config.data.get("root")
+    if key is None:
+        if config.data.get("scenes") is None:
+            raise ValueError(f"{source}.data: give scenes (generated) or root (one of {', '.join(roots)})")
+        return None
+    if key not in roots:
+        raise ValueError(f"{source}.data.root = {key!r}: choose one of {', '.join(roots)}")
+    root = roots[key]
+    needed = f"a folder with {', '.join(FOLDERS[task])}"
+    if root is None:
+        raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
+    for name in FOLDERS[task]:
+        if not (root / name).is_dir():
+            raise FileNotFoundError(
+                f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"
+            )
+    return root

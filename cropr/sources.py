@@ -10,7 +10,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from cropr.specs import PruneSpec
+from cropr.specs import PruneSpec, Task
 
 PACKAGE = Path(__file__).parent
 
@@ -24,6 +24,7 @@ NEUTRAL = frozenset(
         "experiments.py",
         "sources.py",
         "commands/spec_flags.py",
+        "commands/pruning_flags.py",
         "data/check.py",  # of `data check`, which the workflow does not call
     }
 )
@@ -32,15 +33,24 @@ NEUTRAL = frozenset(
 _MODEL = ("runtime.py", "schedule.py", "tokens.py", "fusion.py", "model.py", "backbones/*.py")
 _REDUCERS = ("reducers/__init__.py", "reducers/base.py")
 
+_RUN = (*_MODEL, "tasks/__init__.py", "tasks/base.py", "training/*.py", "data/__init__.py", "data/loading.py")
+
 SOURCES: dict[str, tuple[str, ...]] = {
-    "data": ("data/scenes.py", "commands/data.py"),
-    "train": (*_MODEL, "tasks/*.py", "training/*.py", "data/*.py", "commands/train.py"),
+    "data": ("data/scenes.py", "data/layouts.py", "commands/data.py"),
+    "train": (*_RUN, "commands/train.py"),
     "bench": (*_MODEL, "bench/*.py", "commands/bench.py"),
-    "maps": (*_MODEL, "data/*.py", "tasks/*.py", "training/*.py", "commands/show.py"),
-    "notebook": ("report/*.py", "!report/page.py", "../workflow/run_notebook.py"),
-    "report": ("report/*.py",),
+    "maps": (*_RUN, "commands/show.py"),
+    "notebook": ("report/*.py", "!report/page.py", "schedule.py", "data/scenes.py", "../workflow/run_notebook.py"),
+    "report": ("report/*.py", "schedule.py", "data/scenes.py"),
 }
 """Files of each kind of job, relative to the package; a leading ``!`` takes a file out again."""
+
+BY_TASK: dict[Task, tuple[str, ...]] = {
+    "classification": ("tasks/classification.py", "data/imagenet.py", "data/scenes.py"),
+    "segmentation": ("tasks/segmentation*.py", "data/ade20k.py", "data/scenes.py"),
+    "detection": ("tasks/detection/*.py", "data/annotations.py", "data/coco.py", "data/jitter.py", "data/scenes.py"),
+}
+"""What a task adds to jobs that train or show a model."""
 
 BY_REDUCER: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -53,17 +63,18 @@ BY_REDUCER: dict[str, tuple[str, ...]] = {
 """What a reducer adds to jobs that build a model with it."""
 
 
-def code_digest(kind: str, prune: PruneSpec | None = None) -> str:
+def code_digest(kind: str, prune: PruneSpec | None = None, task: Task | None = None) -> str:
     """Ten hex digits of the contents of the files behind a job.
 
     Args:
         kind: key of ``SOURCES``.
         prune: what the job's model prunes with; its reducer's files count, other reducers' do not.
+        task: whose files count, if any.
 
     Raises:
         FileNotFoundError: a pattern that no file matches.
     """
-    return _digest((*SOURCES[kind], *(BY_REDUCER[prune.reducer] if prune else ())))
+    return _digest((*SOURCES[kind], *(BY_REDUCER[prune.reducer] if prune else ()), *(BY_TASK[task] if task else ())))
 
 
 def source_files(patterns: tuple[str, ...]) -> list[Path]:

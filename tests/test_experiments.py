@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cropr.experiments import Grid, load_grid, shipped
+from cropr.resolving import FOLDERS
 from cropr.schedule import Schedule, attended
 from cropr.specs import REDUCERS
 
@@ -21,17 +22,20 @@ SCALES = ["ci", "laptop", "workstation", "paper"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's images: two classes."""
+    """A user's images: two classes; and, for the tables of the other tasks, the folders of their layouts."""
     root = tmp_path_factory.mktemp("images")
+    for folders in FOLDERS.values():
+        for name in folders:
+            (root / name).mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
+            (root / split / name).mkdir()
     return root
 
 
 @pytest.fixture(scope="module")
 def grids(folder: Path) -> dict[str, Grid]:
-    roots = {"imagenet": folder, "folder": folder}
+    roots = dict.fromkeys(("imagenet", "ade20k", "coco", "folder"), folder)
     return {scale: load_grid(CONFIG, scale, roots=roots) for scale in SCALES}
 
 
@@ -71,7 +75,7 @@ def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[st
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_spec_keeps_its_digest_on_its_way_to_the_job(grids: dict[str, Grid], scale: str) -> None:
     grid = grids[scale]
-    pretrain = {grid.pretrain.digest(): grid.pretrain} if grid.pretrain else {}
+    pretrain = {digest: source.pretrain for digest, source in grid.pretrains.items()}
     for digest, spec in (grid.runs | grid.benches | pretrain).items():
         text = json.dumps(spec.model_dump(mode="json"))
         assert type(spec).model_validate_json(text).digest() == digest
@@ -113,9 +117,10 @@ def test_paper_scale_is_the_authors_recipe(grids: dict[str, Grid]) -> None:
 def test_speed_is_measured_on_the_papers_model_and_schedules(grids: dict[str, Grid], scale: str) -> None:
     grid = grids[scale]
     table = grid.artefacts["imagenet_methods"]
-    for bench in grid.benches.values():
-        assert bench.model.name == "vit_large_patch16_224"
-        assert bench.image_size == 224
+    for row in table.rows:
+        if row.bench:
+            assert grid.benches[row.bench].model.name == "vit_large_patch16_224"
+            assert grid.benches[row.bench].image_size == 224
     spec = grid.benches[str(table["cropr_r50"].bench)]
     assert spec.prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
     small = grid.benches[str(table["small_image"].bench)]
@@ -128,17 +133,18 @@ def test_ci_measures_its_own_model(grids: dict[str, Grid]) -> None:
 
 def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
-    assert grid.pretrain is not None
-    assert grid.pretrain.prune.reducer == "none"
-    assert grid.pretrain.model.args["global_pool"] == "avg"
+    pretrain = grid.sources["classification"].pretrain
+    assert pretrain is not None
+    assert pretrain.prune.reducer == "none"
+    assert pretrain.model.args["global_pool"] == "avg"
     attention = grid.runs[str(grid.artefacts["imagenet_methods"]["attn_topk_r8_llf"].run)]
     assert attention.model.args["global_pool"] == "token"
-    assert {spec.init for spec in grid.runs.values()} == {grid.pretrain.digest()}
+    assert {spec.init for spec in grid.runs.values() if spec.task == "classification"} == {pretrain.digest()}
 
 
 @pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
 def test_smaller_image_is_the_nearest_to_croprs_multiply_adds(grids: dict[str, Grid], scale: str) -> None:
-    config = grids[scale].config
+    config = grids[scale].config.tasks["classification"]
     model = config.model
     width = {"laptop": 96, "workstation": 384, "paper": 1024}[scale]
 
@@ -147,8 +153,9 @@ def test_smaller_image_is_the_nearest_to_croprs_multiply_adds(grids: dict[str, G
         tokens = attended(schedule.resolve(patches, model.depth, fusion, 1), patches, fusion, 1)
         return sum(12 * n * width**2 + 2 * n**2 * width for n in tokens) + patches * 3 * model.patch_size**2 * width
 
-    wanted = macs(config.data.image_size, Schedule.from_config(config.schedules["r8"]), True)
-    sizes = range(model.patch_size, config.data.image_size, model.patch_size)
+    image_size = grids[scale].runs[str(grids[scale].artefacts["imagenet_methods"]["none"].run)].data.image_size
+    wanted = macs(image_size, Schedule.from_config(config.schedules["r8"]), True)
+    sizes = range(model.patch_size, image_size, model.patch_size)
     nearest = min(sizes, key=lambda size: abs(macs(size, Schedule.constant(0), False) - wanted))
     assert config.image_sizes["small"] == nearest
 
@@ -164,6 +171,17 @@ def test_the_first_table_goes_first(grids: dict[str, Grid]) -> None:
     methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
     assert grid.priority(str(methods["random_r8_llf"].run)) > grid.priority(str(ablations["no_mlp"].run))
     assert grid.priority(str(ablations["cropr"].run)) == grid.priority(str(methods["none"].run))
+
+
+def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path) -> None:
+    roots = {"imagenet": folder, "ade20k": None, "coco": None, "folder": None}
+    grid = load_grid(CONFIG, "paper", roots=roots)
+    assert {artefact.task for artefact in grid.artefacts.values()} == {"classification"}
+    assert "segmentation" in grid.lacking
+    assert {spec.task for spec in grid.runs.values()} == {"classification"}
+    grid = load_grid(CONFIG, "paper", roots=roots | {"imagenet": None, "ade20k": folder})
+    assert "ade20k" in grid.artefacts
+    assert "imagenet_methods" not in grid.artefacts
 
 
 def test_class_folders_of_the_user_are_counted(grids: dict[str, Grid]) -> None:
@@ -237,15 +255,16 @@ def test_the_grid_loads_no_torch() -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("pool", ["avg", "cls"])
-def test_a_scale_describes_the_model_that_timm_builds(grids: dict[str, Grid], scale: str, pool: str) -> None:
+def test_a_scale_describes_the_models_that_timm_builds(grids: dict[str, Grid], scale: str) -> None:
     import timm
     import torch
 
-    block, size = grids[scale].config.model, grids[scale].config.data.image_size
-    with torch.device("meta"):
-        model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **block.pools[pool])  # type: ignore[index]
-    assert len(model.blocks) == block.depth
-    assert model.num_prefix_tokens == block.prefix
-    assert model.patch_embed.patch_size == (block.patch_size, block.patch_size)
-    assert model.global_pool == {"avg": "avg", "cls": "token"}[pool]
+    for task in grids[scale].config.tasks.values():
+        block, size = task.model, task.data["image_size"]
+        for pool, arguments in block.pools.items():
+            with torch.device("meta"):
+                model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **arguments)
+            assert len(model.blocks) == block.depth
+            assert model.num_prefix_tokens == block.prefix
+            assert model.patch_embed.patch_size == (block.patch_size, block.patch_size)
+            assert model.global_pool == {"avg": "avg", "cls": "token"}[pool]

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 
 # Nothing else may be larger than 2 MB.
-LARGE = {"assets/laptop_vit.safetensors"}
+LARGE = {"assets/laptop_vit.safetensors", "assets/laptop_eva.safetensors"}
 GENERATED = re.compile(
     r"\.venv|\.git|results|\.snakemake|build|dist|__pycache__|\.\w+_cache|.*\.egg-info|\.ipynb_checkpoints"
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cropr.sources import BY_REDUCER, NEUTRAL, PACKAGE, SOURCES, code_digest, source_files
-from cropr.specs import REDUCERS, PruneSpec
+from cropr.sources import BY_REDUCER, BY_TASK, NEUTRAL, PACKAGE, SOURCES, code_digest, source_files
+from cropr.specs import REDUCERS, PruneSpec, Task
 
 
 def imports_of(file: Path) -> set[Path]:
@@ -46,13 +46,27 @@ def closure(entry: Path) -> set[Path]:
 )  # fmt: skip
 def test_every_file_that_a_job_imports_is_digested_or_neutral(kind: str, entry: str) -> None:
     digested = set(source_files(SOURCES[kind]))
-    for reducer in BY_REDUCER.values():
-        digested |= set(source_files(reducer))
+    for patterns in [*BY_REDUCER.values(), *(BY_TASK.values() if kind in ("train", "maps") else ())]:
+        digested |= set(source_files(patterns))
     for file in closure(PACKAGE / entry):
         if kind == "maps" and file.parent.name == "report":
             continue  # draws pictures for its --picture, which the workflow does not ask for
         name = file.relative_to(PACKAGE).as_posix()
         assert file in digested, f"{kind}: {name}"
+
+
+@pytest.mark.parametrize("task", BY_TASK)
+def test_every_file_that_a_task_imports_is_digested_with_it(task: Task) -> None:
+    """Tasks are imported by name, when they are opened."""
+    digested = set(source_files((*SOURCES["train"], *BY_TASK[task], *BY_REDUCER["cropr"])))
+    for entry in source_files(BY_TASK[task]):
+        missing = {file.relative_to(PACKAGE).as_posix() for file in closure(entry) - digested}
+        assert not missing - {"reducers/select.py"}, task
+
+
+def test_a_task_does_not_rerun_another() -> None:
+    assert not set(source_files(BY_TASK["segmentation"])) & {PACKAGE / "tasks/classification.py"}
+    assert code_digest("train", PruneSpec(), "classification") != code_digest("train", PruneSpec(), "segmentation")
 
 
 def test_every_reducer_says_where_its_source_is() -> None:

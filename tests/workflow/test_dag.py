@@ -50,7 +50,7 @@ def test_lint_is_clean(stubbed: Project) -> None:
 def test_default_target_is_everything_at_laptop_scale(stubbed: Project) -> None:
     jobs = stubbed.planned()
     assert jobs == {
-        "data": 1, "pretrain": 1, "train": 19, "bench": 11, "maps": 5, "manifest": 4, "notebook": 4, "report": 1,
+        "data": 1, "shipped": 1, "train": 19, "bench": 11, "maps": 5, "manifest": 4, "notebook": 4, "report": 1,
         "reproduce": 1,
     }  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_default_target_is_everything_at_laptop_scale(stubbed: Project) -> None:
 def test_one_artefact_by_name(stubbed: Project) -> None:
     jobs = stubbed.planned("imagenet_methods")
     assert jobs == {
-        "data": 1, "pretrain": 1, "train": 10, "bench": 10, "manifest": 1, "notebook": 1, "imagenet_methods": 1
+        "data": 1, "shipped": 1, "train": 10, "bench": 10, "manifest": 1, "notebook": 1, "imagenet_methods": 1
     }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_shipped_weights_are_taken_only_where_they_fit(stubbed: Project) -> None
     sys.path.insert(0, str(stubbed.path))
     from cropr.experiments import load_grid
 
-    pretrain = load_grid(stubbed / "config", "laptop").pretrain
+    pretrain = load_grid(stubbed / "config", "laptop").sources["classification"].pretrain
     assert pretrain is not None
     header = json.dumps({"__metadata__": {"spec": pretrain.digest()}}).encode()
     (stubbed / "assets").mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def test_shipped_weights_are_taken_only_where_they_fit(stubbed: Project) -> None
     assert message in stubbed.dry_run()
     assert "Making the pretrained weights" in stubbed.dry_run("--config", "pretrain=make")
     overlay = stubbed / "overlay.yaml"
-    overlay.write_text("overrides: {pretrain: {recipe: {epochs: 1}}}")
+    overlay.write_text("overrides: {tasks: {classification: {pretrain: {recipe: {epochs: 1}}}}}")
     assert "Making the pretrained weights" in stubbed.dry_run("--configfile", "overlay.yaml")
 
 
@@ -216,7 +216,7 @@ def test_one_ablation_runs_itself_and_its_baseline_and_nothing_else(stubbed: Pro
     call = ("--config", "scale=ci", "seeds=2", "row=no_mlp", "--", "compare")
     assert stubbed.planned(*call) == {"data": 1, "pretrain": 1, "train": 4, "compare_manifest": 1, "compare": 1}
     output = stubbed.run(*call)
-    table = re.search(r"top-1, %.*", output)
+    table = re.search(r"Top-1 \(%\).*", output)
     assert table is not None, output
     assert table[0].count("[") == 3, "two means and a difference with intervals"
     assert "Aggregator: no MLP" in output

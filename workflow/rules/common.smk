@@ -1,23 +1,41 @@
 # Functions that the rules share: which files a job needs.
 
-# The weights that the repository ships, where they were made by the very run that this scale asks for.
-SHIPPED = None
-if GRID.pretrain and SETTINGS.pretrain == "shipped" and GRID.config.pretrain.shipped:
-    if shipped(GRID.config.pretrain.shipped, GRID.pretrain.digest()):
-        SHIPPED = GRID.config.pretrain.shipped
+
+def shipped_file(digest):
+    """Weights in the repository that were made by this very run; None where they have to be made here."""
+    file = GRID.pretrains[digest].shipped
+    if SETTINGS.pretrain == "shipped" and file and shipped(file, digest):
+        return file
+    return None
+
+
+SHIPPED = {digest: file for digest in GRID.pretrains if (file := shipped_file(digest))}
+
+
+def images(source):
+    """What says that the images are there, where they are generated; a folder of the user's is not watched."""
+    return {"data": f"{source.folder}/record.json"} if source.scenes else {}
 
 
 def data_inputs(wildcards):
-    """The images, where they are generated; a folder of the user's is not watched."""
-    return {"data": f"{GRID.data}/record.json"} if GRID.scenes else {}
+    """Images of a run."""
+    return images(GRID.source(wildcards.run))
 
 
 def train_inputs(wildcards):
     """The images, and the weights to start from where they do not come from timm."""
-    inputs = data_inputs(wildcards)
-    if GRID.pretrain:
-        inputs["init"] = f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors"
+    source = GRID.source(wildcards.run)
+    inputs = images(source)
+    if source.pretrain:
+        inputs["init"] = (
+            f"{OUT}/pretrain/{source.pretrain.digest()}/weights.safetensors"
+        )
     return inputs
+
+
+def run_code(kind, spec):
+    """Digest of the sources behind a job of a training run."""
+    return code_digest(kind, spec.prune, spec.task)
 
 
 def notebook_inputs(wildcards):

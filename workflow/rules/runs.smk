@@ -5,71 +5,75 @@
 # names for people and the place of the images rerun nothing.
 
 
-if GRID.scenes:
-
-    rule data:
-        output:
-            f"{GRID.data}/record.json",
-        log:
-            f"{LOGS}/data.log",
-        priority: 1000
-        conda:
-            "../../envs/train.yaml"
-        threads: CORES
-        params:
-            spec=json.dumps(GRID.scenes.model_dump(mode="json"), sort_keys=True),
-            code=code_digest("data"),
-            data=lambda wildcards, output: GRID.data,
-        message:
-            "Generating images (log: {log})"
-        shell:
-            "python -m cropr data scenes --out {params.data} --spec {params.spec:q} --workers {threads} > {log} 2>&1"
+# Shipped weights are not made again; --config pretrain=make knows of none.
+ruleorder: shipped > pretrain
 
 
-if GRID.pretrain:
-    if SHIPPED:
+rule data:
+    output:
+        f"{OUT}/data/{{layout}}/record.json",
+    log:
+        f"{LOGS}/data/{{layout}}.log",
+    priority: 1000
+    conda:
+        "../../envs/train.yaml"
+    threads: CORES
+    params:
+        spec=lambda wildcards: json.dumps(
+            GRID.generated[wildcards.layout].model_dump(mode="json"), sort_keys=True
+        ),
+        code=code_digest("data"),
+    message:
+        "Generating images, layout {wildcards.layout} (log: {log})"
+    shell:
+        "python -m cropr data scenes --layout {wildcards.layout} --out $(dirname {output}) --spec {params.spec:q}"
+        " --workers {threads} > {log} 2>&1"
 
-        rule pretrain:
-            input:
-                SHIPPED,
-            output:
-                f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors",
-            log:
-                f"{LOGS}/pretrain.log",
-            priority: 1000
-            conda:
-                "../../envs/train.yaml"
-            message:
-                "Taking the pretrained weights that the repository ships ({input})"
-            shell:
-                "cp {input} {output} > {log} 2>&1"
 
-    else:
+rule shipped:
+    input:
+        lambda wildcards: SHIPPED[wildcards.shipped],
+    output:
+        f"{OUT}/pretrain/{{shipped}}/weights.safetensors",
+    log:
+        f"{LOGS}/pretrain/{{shipped}}.log",
+    priority: 1000
+    conda:
+        "../../envs/train.yaml"
+    message:
+        "Taking the pretrained weights that the repository ships ({input})"
+    shell:
+        "cp {input} {output} > {log} 2>&1"
 
-        rule pretrain:
-            input:
-                unpack(data_inputs),
-            output:
-                weights=f"{OUT}/pretrain/{GRID.pretrain.digest()}/weights.safetensors",
-                # Must go before the job runs again: a run that finds its record takes itself for finished.
-                record=f"{OUT}/pretrain/{GRID.pretrain.digest()}/record.json",
-            log:
-                f"{LOGS}/pretrain.log",
-            priority: 1000
-            conda:
-                "../../envs/train.yaml"
-            threads: CORES
-            resources:
-                gpu=GRID.config.jobs.gpus,
-            params:
-                spec=json.dumps(GRID.pretrain.model_dump(mode="json"), sort_keys=True),
-                code=code_digest("train", PruneSpec()),
-                data=lambda wildcards, output: GRID.data,
-            message:
-                "Making the pretrained weights (log: {log})"
-            shell:
-                "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
-                " --out $(dirname {output.record}) --threads {threads} > {log} 2>&1"
+
+rule pretrain:
+    input:
+        unpack(data_inputs),
+    output:
+        weights=f"{OUT}/pretrain/{{run}}/weights.safetensors",
+        # Must go before the job runs again: a run that finds its record takes itself for finished.
+        record=f"{OUT}/pretrain/{{run}}/record.json",
+    log:
+        f"{LOGS}/pretrain/{{run}}.log",
+    priority: 1000
+    conda:
+        "../../envs/train.yaml"
+    threads: CORES
+    resources:
+        gpu=GRID.config.jobs.gpus,
+    params:
+        spec=lambda wildcards: json.dumps(
+            GRID.source(wildcards.run).pretrain.model_dump(mode="json"),
+            sort_keys=True,
+        ),
+        code=lambda wildcards: run_code("train", GRID.pretrains[wildcards.run].pretrain),
+        data=lambda wildcards, output: GRID.source(wildcards.run).folder,
+        task=lambda wildcards, output: GRID.source(wildcards.run).pretrain.task,
+    message:
+        "Making the pretrained weights for {params.task} (log: {log})"
+    shell:
+        "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
+        " --out $(dirname {output.record}) --threads {threads} > {log} 2>&1"
 
 
 rule train:
@@ -90,10 +94,12 @@ rule train:
         spec=lambda wildcards: json.dumps(
             GRID.runs[wildcards.run].model_dump(mode="json"), sort_keys=True
         ),
-        code=lambda wildcards: code_digest("train", GRID.runs[wildcards.run].prune),
-        data=lambda wildcards, output: GRID.data,
+        code=lambda wildcards: run_code("train", GRID.runs[wildcards.run]),
+        data=lambda wildcards, output: GRID.source(wildcards.run).folder,
         row=lambda wildcards, output: GRID.names[wildcards.run],
-        init=lambda wildcards, input: f"--init {input.init}" if GRID.pretrain else "",
+        init=lambda wildcards, input: (
+            f"--init {input.init}" if "init" in input.keys() else ""
+        ),
     message:
         "Training {params.row}, seed {wildcards.seed} (log: {log})"
     shell:
@@ -139,8 +145,8 @@ rule maps:
         "../../envs/train.yaml"
     params:
         images=GRID.config.maps,
-        code=lambda wildcards: code_digest("maps", GRID.runs[wildcards.run].prune),
-        data=lambda wildcards, output: GRID.data,
+        code=lambda wildcards: run_code("maps", GRID.runs[wildcards.run]),
+        data=lambda wildcards, output: GRID.source(wildcards.run).folder,
         row=lambda wildcards, output: GRID.names[wildcards.run],
     message:
         "Saving pruning maps of {params.row} (log: {log})"

@@ -12,7 +12,7 @@ if sys.argv[1] == "compare":
 
 parser = argparse.ArgumentParser()
 parser.add_argument("verb", nargs="+")
-for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images"):
+for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images", "layout"):
     parser.add_argument(f"--{flag}")
 args = parser.parse_args()
 
