@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 from cropr.schedule import Schedule
 
 if TYPE_CHECKING:
+    from cropr.bench.planner import Plan, plan
     from cropr.model import DeployedViT, Output, PrunedViT, prune
     from cropr.reducers import available as available_reducers
     from cropr.tokens import Tokens
 
 __version__ = "0.1.0"
-__all__ = ["DeployedViT", "Output", "PrunedViT", "Schedule", "Tokens", "available_reducers", "prune"]
+__all__ = ["DeployedViT", "Output", "Plan", "PrunedViT", "Schedule", "Tokens", "available_reducers", "plan", "prune"]
 
 _LAZY = {
     "DeployedViT": ("cropr.model", "DeployedViT"),
     "Output": ("cropr.model", "Output"),
+    "Plan": ("cropr.bench.planner", "Plan"),
     "PrunedViT": ("cropr.model", "PrunedViT"),
     "Tokens": ("cropr.tokens", "Tokens"),
     "available_reducers": ("cropr.reducers", "available"),
+    "plan": ("cropr.bench.planner", "plan"),
     "prune": ("cropr.model", "prune"),
 }
 

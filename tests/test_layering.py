@@ -16,18 +16,29 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"cropr", "schedule", "tokens", "records", "runtime"},
     {"scorer", "specs", "training.distributed"},
-    {"reducers", "fusion", "configuration", "data"},
+    {"reducers", "fusion", "configuration", "data", "lab_specs"},
     {"backbones", "resolving", "sources"},
     {"model", "experiments"},
-    {"tasks"},
-    {"training", "bench", "report"},
+    {"tasks", "export"},
+    {"training", "report"},
+    {"bench"},
     {"commands"},
     {"cli"},
     {"__main__"},
 )
 # Snakemake builds its DAG from these, the algorithm is what others take into their own project, and the rest of the
 # package must install without what only notebooks use.
-TORCH_FREE = ("schedule", "specs", "configuration", "resolving", "experiments", "sources", "records", "cli")
+TORCH_FREE = (
+    "schedule",
+    "specs",
+    "lab_specs",
+    "configuration",
+    "resolving",
+    "experiments",
+    "sources",
+    "records",
+    "cli",
+)
 ALGORITHM = ("tokens", "scorer", "reducers", "fusion")
 FOR_NOTEBOOKS = {"pandas", "matplotlib", "seaborn", "great_tables", "scipy", "IPython"}
 FOREIGN = {"snakemake", "papermill", "nbformat", "nbconvert", "nbclient", "jupyter_client", "notebooks", "workflow"}

@@ -1,4 +1,4 @@
-"""The benchmark's logic: order, statistics, models, record. No test depends on how long anything takes."""
+"""A row of a throughput table: models, kernels, record, command. No test depends on how long anything takes."""
 
 import json
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cropr.bench import throughput
-from cropr.bench.throughput import Run, Unsupported
+from cropr.bench import attention, contest, models, peak, throughput, timing
+from cropr.bench.contest import Case
+from cropr.bench.device import Unsupported, weights_dtype
 from cropr.cli import main
 from cropr.records import read_record
 from cropr.specs import BenchSpec
@@ -26,79 +26,14 @@ def make(**changes):
 
 @pytest.fixture
 def instant(monkeypatch):
-    """One forward pass a round will do."""
-    monkeypatch.setattr(throughput, "MIN_SAMPLE_S", 0)
+    """One forward pass a round will do, and no large matrix product."""
+    monkeypatch.setattr(timing, "MIN_SAMPLE_S", 0)
+    monkeypatch.setattr(peak, "SIZES", {"cpu": (16,), "cuda": (16,)})
+    monkeypatch.setattr(peak, "SECONDS", 0)
 
 
-class FakeTime:
-    """A clock that only a forward pass moves."""
-
-    def __init__(self, monkeypatch, step):
-        self.now, self.step, self.passes = 0.0, step, 0
-        monkeypatch.setattr(throughput.time, "perf_counter", lambda: self.now)
-
-    def forward(self):
-        self.passes += 1
-        self.now += self.step
-
-
-# Time ----------------------------------------------------------------------------------------------------------------
-
-
-def test_rounds_alternate_who_runs_first():
-    order = []
-    clocks = [lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0]
-    seconds = throughput.interleave(clocks, 3)
-    assert "".join(order) == "abbaab"
-    assert seconds == [[1.0] * 3, [2.0] * 3]
-
-
-def test_clock_gives_seconds_of_one_pass(monkeypatch):
-    fake = FakeTime(monkeypatch, step=0.25)
-    assert throughput.clock(Run(fake.forward, repeats=4)) == pytest.approx(0.25)
-    assert fake.passes == 4
-
-
-@pytest.mark.parametrize(
-    ("step", "first", "warmup", "ran", "repeats"),
-    [
-        (0.03, 0.5, 1, 1, 4),  # fast: one pass more, 4 of 0.03 s make 0.1 s
-        (0.03, 0.5, 3, 2, 4),
-        (2.0, 3.0, 1, 0, 1),  # slow: the pass that ran already is the whole warm-up
-        (2.0, 3.0, 3, 2, 1),
-    ],
-)
-def test_warm_up_finds_a_round_long_enough(monkeypatch, step, first, warmup, ran, repeats):
-    fake = FakeTime(monkeypatch, step)
-    assert throughput.warm_up(fake.forward, warmup, "cpu", first).repeats == repeats
-    assert fake.passes == ran
-
-
-# Numbers -------------------------------------------------------------------------------------------------------------
-
-
-def test_speed_up_is_the_median_of_paired_ratios():
-    # Ratios 2, 2 and 1.5 have the median 2; the ratio of the medians, 4 s over 1.5 s, would be 2.67.
-    found = throughput.summary([2.0, 4.0, 6.0], [1.0, 2.0, 4.0], batch_size=8, bound=2.5)
-    assert found["speedup"] == pytest.approx(2)
-    assert found["share_of_bound"] == pytest.approx(0.8)
-    assert found["base_images_per_s"] == pytest.approx(2)
-    assert found["images_per_s"] == pytest.approx(4)
-    assert found["base_images_per_s_iqr"] == pytest.approx((4 + 2) / 2 - (2 + 8 / 6) / 2)
-    assert 1.5 <= found["speedup_low"] <= 2 <= found["speedup_high"] <= 2
-
-
-def test_bootstrap_of_equal_values_is_a_point():
-    assert throughput.bootstrap_median([1.7] * 5) == pytest.approx((1.7, 1.7))
-
-
-def test_bootstrap_has_the_width_that_theory_gives():
-    """Standard error of a normal sample's median: 1.2533 / sqrt(n); checked on the mean of 20 samples."""
-    draws = np.random.default_rng(1).normal(size=(20, 100))
-    intervals = np.array([throughput.bootstrap_median(row, draws=400) for row in draws])
-    half = (intervals[:, 1] - intervals[:, 0]).mean() / 2
-    assert half == pytest.approx(1.96 * 1.2533 / 10, rel=0.2)
-    assert throughput.bootstrap_median(draws[0]) == throughput.bootstrap_median(draws[0])
+def images(pair, which=0, dtype=torch.float32):
+    return models.random_images(2, pair.sizes[which], "cpu", dtype, channels_last=False)
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -113,10 +48,10 @@ def test_base_is_the_timm_model(model):
     expected = timm.create_model(model["name"], num_classes=1000, img_size=size, **model["args"]).eval()
     expected.load_state_dict(pair.base.state_dict())
     with torch.inference_mode():
-        logits = pair.base(pair.base_images)
-        torch.testing.assert_close(logits, expected(pair.base_images), rtol=0, atol=1e-6)
+        logits = pair.base(images(pair))
+        torch.testing.assert_close(logits, expected(images(pair)), rtol=0, atol=1e-6)
         assert logits.std() > 1e-3
-        assert pair.pruned(pair.pruned_images).isfinite().all()
+        assert pair.pruned(images(pair, 1)).isfinite().all()
 
 
 def test_random_weights_are_like_timms():
@@ -131,72 +66,152 @@ def test_random_weights_are_like_timms():
 
 def test_scores_choose_different_tokens_per_image():
     pair = throughput.build(make(), "cpu")
-    kept = pair.pruned.detailed(pair.pruned_images).kept[2]
+    kept = pair.pruned.detailed(images(pair, 1)).kept[2]
     assert kept[0].tolist() != kept[1].tolist()
 
 
 def test_second_image_size_makes_a_second_host():
     pair = throughput.build(make(prune={"reducer": "none"}, image_size=96, pruned_image_size=64), "cpu")
     assert pair.base is not pair.pruned.model.backbone.host
-    assert pair.base_images.shape[-1] == 96
-    assert pair.pruned_images.shape[-1] == 64
+    assert pair.sizes == (96, 64)
     assert pair.pruned.model.token_trace == (17,) * 5
     torch.testing.assert_close(pair.base.head.weight, pair.pruned.model.backbone.host.head.weight)
 
 
-def test_precision_is_a_cast():
-    pair = throughput.build(make(precision="bf16"), "cpu")
-    assert pair.base_images.dtype == torch.bfloat16
-    assert {p.dtype for p in pair.pruned.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("amp_bf16", torch.float32)])
+def test_a_cast_model_is_stored_in_its_precision_and_a_mixed_one_in_full(precision, dtype):
+    assert weights_dtype(precision) == dtype
+    pair = throughput.build(make(precision=precision), "cpu")
+    assert {p.dtype for p in pair.pruned.parameters()} == {dtype}
     full = throughput.build(make(), "cpu")
-    assert throughput.weights_mb(pair.base) == pytest.approx(throughput.weights_mb(full.base) / 2)
+    assert models.weights_mb(pair.base) == pytest.approx(models.weights_mb(full.base) * dtype.itemsize / 4)
+
+
+def test_channels_last_lays_out_the_patch_embedding():
+    pair = throughput.build(make(channels_last=True), "cpu")
+    assert pair.base.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+    noise = models.random_images(2, 64, "cpu", torch.float32, channels_last=True)
+    assert noise.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(pair.base(noise), pair.base(images(pair)), rtol=0, atol=1e-5)
 
 
 def test_deployed_weights_are_one_vector_a_module_larger():
     pair = throughput.build(make(), "cpu")
-    extra = throughput.weights_mb(pair.pruned) - throughput.weights_mb(pair.base)
+    extra = models.weights_mb(pair.pruned) - models.weights_mb(pair.base)
     assert extra == pytest.approx(2 * 48 * 4 / 1e6)
 
 
-def test_trial_names_the_attention_kernel_that_ran():
+def test_variants_share_the_weights_of_one_host():
+    spec = make()
+    built = models.build_variants(spec.model, {"a": spec.prune, "b": spec.prune}, 64, "cpu", torch.float32)
+    assert list(built) == ["unpruned", "a", "b"]
+    host = built["unpruned"]
+    assert all(built[name].model.backbone.host is host for name in "ab")
+    assert built["a"].model.reducers["1"] is not built["b"].model.reducers["1"]
+    assert models.token_trace(host) == [17] * 5
+
+
+# Attention kernels and other ways to run -----------------------------------------------------------------------------
+
+
+def outcome(model, noise, **changes):
+    values = {"name": "model", "model": model, "images": noise, **changes}
+    return contest.contest([Case(**values)], rounds=3, warmup=1, device="cpu")[0]
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp_bf16"])
+def test_a_forced_kernel_really_runs(instant, kernel, precision):
+    pair = throughput.build(make(precision=precision), "cpu")
+    found = outcome(pair.pruned, images(pair, 1, weights_dtype(precision)), attention=kernel, precision=precision)
+    assert found.kernels == {kernel: 4}
+    assert (found.unsupported, len(found.seconds)) == (None, 3)
+
+
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
+def test_a_kernel_that_the_device_lacks_is_said(instant, kernel):
     pair = throughput.build(make(), "cpu")
-    assert throughput.trial(pair.base, pair.base_images) == {"flash": 4}
-    with sdpa_kernel(SDPBackend.MATH):
-        assert throughput.trial(pair.pruned, pair.pruned_images) == {"math": 4}
+    found = outcome(pair.base, images(pair), attention=kernel)
+    assert found.unsupported.startswith(f"attention {kernel}: torch has no such kernel here: No viable backend")
+    assert found.seconds == []
 
 
-def test_trial_refuses_logits_that_are_not_finite():
+def test_another_kernel_than_the_forced_one_is_not_measured_as_if_it_were():
+    with pytest.raises(Unsupported, match="attention flash: forced, but 4 calls of math ran"):
+        attention.verify({"math": 4}, "flash")
+    with pytest.raises(Unsupported, match=r"forced, but no attention kernel at all ran after torch\.compile"):
+        attention.verify({}, "flash", compiled=True)
+    attention.verify({}, "math", compiled=True)  # compiled, math is a few products without a name
+    attention.verify({"flash": 3, "math": 1}, "auto")
+
+
+def test_logits_that_are_not_finite_are_said(instant):
     pair = throughput.build(make(), "cpu")
     pair.base.head.bias.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"VisionTransformer gives non-finite logits in torch\.float32"):
-        throughput.trial(pair.base, pair.base_images)
+    found = outcome(pair.base, images(pair))
+    assert found.unsupported == "VisionTransformer gives non-finite logits in fp32; use another precision"
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_refuses_a_precision_that_the_cpu_lacks(monkeypatch, precision):
-    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: False)
-    with pytest.raises(Unsupported, match=f"precision {precision}: this CPU has no fast .*; use fp32"):
-        throughput.measure(make(precision=precision))
+def test_one_case_that_cannot_run_does_not_stop_the_others(instant):
+    pair = throughput.build(make(), "cpu")
+    cases = [Case(name=kernel, model=pair.base, images=images(pair), attention=kernel) for kernel in ("cudnn", "flash")]
+    missing, found = contest.contest(cases, rounds=3, warmup=1, device="cpu")
+    assert missing.unsupported
+    assert missing.seconds == []
+    assert len(found.seconds) == 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
-def test_refuses_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="device cuda:0: torch sees no CUDA device; use cpu"):
-        throughput.measure(make(), "cuda:0")
+def test_compiled_models_are_what_is_timed(instant, monkeypatch):
+    compiled = []
+
+    def fake(model, **options):
+        compiled.append((model, options))
+        return model
+
+    monkeypatch.setattr(torch, "compile", fake)
+    pair = throughput.build(make(), "cpu")
+    outcome(pair.pruned, images(pair, 1), compile=True)
+    assert compiled == [(pair.pruned, {"fullgraph": True, "dynamic": False})]
 
 
-def test_refuses_a_device_without_a_clock():
-    with pytest.raises(ValueError, match=r"device mps: measured are cpu and cuda"):
-        throughput.measure(make(), "mps")
+def test_what_the_compiler_refuses_is_said(instant, monkeypatch):
+    from torch._dynamo.exc import Unsupported as Refused
+
+    def refuse(model, **options):
+        def forward(images):
+            raise Refused("cannot trace this\nand more")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    pair = throughput.build(make(), "cpu")
+    assert outcome(pair.base, images(pair), compile=True).unsupported == "torch.compile: cannot trace this"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"])
 def test_record_on_cuda(precision):
     record = throughput.measure(make(precision=precision), "cuda")
-    assert record["metrics"]["pruned_peak_memory_mb"] > record["metrics"]["weights_mb"]
+    assert record["metrics"]["working_memory_mb"] > 0
     assert record["provenance"]["attention"]["base"].keys() <= {"flash", "efficient", "cudnn", "math"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["math", "flash", "efficient", "cudnn"])
+def test_forced_kernel_on_cuda(kernel):
+    record = throughput.measure(make(precision="fp16", attention=kernel), "cuda")
+    assert record["provenance"]["attention"]["pruned"] == {kernel: 4}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_out_of_memory_on_cuda_halves_the_batch():
+    free, _ = torch.cuda.mem_get_info()
+    batch = 2 ** int(np.log2(free / (3 * 64 * 64 * 4)))  # its images alone take half of the memory or more
+    record = throughput.measure(make(batch_size=2 * batch), "cuda")
+    assert record["metrics"]["batch_size"] < 2 * batch
 
 
 # Record --------------------------------------------------------------------------------------------------------------
@@ -222,7 +237,31 @@ def test_record(instant):
     origin = record["provenance"]
     assert origin["attention"] == {"base": {"flash": 4}, "pruned": {"flash": 4}}
     assert (origin["precision"], origin["device"]) == ("fp32", "cpu")
-    assert told == ["build", "warm up base", "warm up pruned", "round 1 of 3", "round 2 of 3", "round 3 of 3"]
+    rounds = ["round 1 of 3", "round 2 of 3", "round 3 of 3"]
+    assert told == ["build", "warm up base", "warm up pruned", *rounds, "matrix product"]
+    flops = 2e9 * metrics["gmacs"] * metrics["images_per_s"]
+    assert metrics["mfu"] == pytest.approx(flops / (1e9 * metrics["matmul_gflops"]))
+
+
+def test_a_batch_that_did_not_fit_is_in_the_record(instant, monkeypatch, tmp_path, capsys):
+    attempt = throughput._attempt
+
+    def hungry(*arguments):
+        if arguments[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attempt(*arguments)
+
+    monkeypatch.setattr(throughput, "_attempt", hungry)
+    spec = make(batch_size=8).model_dump_json()
+    assert main(["bench", "--device", "cpu", "--spec", spec, "--out", str(tmp_path)]) == 0
+    assert read_record(tmp_path)["metrics"]["batch_size"] == 2
+    assert "batch 2 (out of memory with 8)" in capsys.readouterr().out
+
+
+def test_new_settings_leave_the_names_of_old_measurements_alone():
+    old = {"model": {"name": "m"}, "prune": {}, "image_size": 224, "batch_size": 4, "precision": "fp32"}
+    assert BenchSpec.model_validate(old).digest() == "69e167ff05"
+    assert BenchSpec.model_validate(old | {"attention": "math"}).digest() != "69e167ff05"
 
 
 def test_unpruned_against_itself_has_bound_one(instant):
@@ -252,6 +291,7 @@ def test_command_writes_down_why_a_row_cannot_be_measured(monkeypatch, tmp_path)
     record = read_record(tmp_path)
     assert record["metrics"] == {}
     assert "this CPU has no fast bfloat16" in record["unsupported"]
+    assert record["provenance"]["cpu"]
     assert main(["bench", "--device", "cpu", "--spec", text]) == 2
 
 

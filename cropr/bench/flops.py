@@ -53,16 +53,22 @@ class Macs:
     head: int
     scoring: int = 0
     """All reducers together."""
+    fusion: int = 0
+    """What a fusion multiplies besides what it gives the last block and the head to do."""
 
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return sum(self.blocks) + self.patch_embed + self.head + self.scoring
+        return sum(self.blocks) + self.patch_embed + self.head + self.scoring + self.fusion
 
 
-def block_macs(tokens: int, dims: BlockDims) -> int:
-    """One block on ``tokens`` tokens, prefix included: 4 N C^2 + 2 N^2 C + MLP(N)."""
-    return tokens * (dims.attention_weights + dims.mlp_weights) + 2 * tokens * tokens * dims.attention_width
+def block_macs(tokens: int, dims: BlockDims, keys: int | None = None) -> int:
+    """One block on ``tokens`` tokens, prefix included: 4 N C^2 + 2 N^2 C + MLP(N).
+
+    ``keys``: how many tokens each attends to, as ``Backbone.keys`` says; all of them unless given.
+    """
+    pairs = tokens * (tokens if keys is None else keys)
+    return tokens * (dims.attention_weights + dims.mlp_weights) + 2 * pairs * dims.attention_width
 
 
 def blocks_macs(tokens: Sequence[int], dims: BlockDims) -> tuple[int, ...]:
@@ -96,18 +102,22 @@ def macs(model: nn.Module, image_size: int | None = None) -> Macs:
     host: Any = model if pruned is None else pruned.backbone.host
     patches, prefix = num_patches(host, image_size), host.num_prefix_tokens
     counts = (patches,) * len(host.blocks) if pruned is None else pruned.counts(patches)
-    tokens = attended(counts, patches, pruned is not None and pruned.fusion is not None, prefix)
+    tokens = attended(counts, patches, pruned is not None and pruned.fuses_early, prefix)
     left = trace(counts, patches, prefix)[1:]
     dims = [block_dims(block) for block in host.blocks]
-    scoring = 0
+    keys = list(tokens)
+    scoring, fusion, predicted = 0, 0, 1
     if pruned is not None:
+        keys = [pruned.backbone.keys(block, count) for block, count in enumerate(tokens, start=1)]
+        fusion, predicted = _fusion_macs(pruned, counts, patches)
         at = [block for block in map(int, pruned.reducers) if left[block - 1] < tokens[block - 1]]
         scoring = sum(_scoring_macs(pruned, block, tokens[block - 1]) for block in at)
     return Macs(
-        blocks=tuple(block_macs(count, dim) for count, dim in zip(tokens, dims, strict=True)),
+        blocks=tuple(block_macs(*block) for block in zip(tokens, dims, keys, strict=True)),
         patch_embed=patches * host.patch_embed.proj.weight.numel(),
-        head=_head_macs(host),
+        head=predicted * _head_macs(host),
         scoring=scoring,
+        fusion=fusion,
     )
 
 
@@ -133,6 +143,20 @@ def block_dims(block: nn.Module) -> BlockDims:
         attention_width=sum(attention.num_heads * attention.head_dim for attention in attentions),
         mlp_weights=_linear_weights(block) - weights,
     )
+
+
+def _fusion_macs(model: PrunedViT, counts: Sequence[int], patches: int) -> tuple[int, int]:
+    """Of the fusion itself, and how many tokens the head sees."""
+    prefix = model.backbone.prefix
+    survivors = (counts[-2] if len(counts) > 1 else patches) + prefix
+    cost = 0
+    if model.fusion is not None:
+        before = [patches, *counts[:-1]]
+        away = {block: before[block - 1] - before[block] for block in range(1, len(counts))}
+        cost = model.fusion.macs(survivors, {block: gone for block, gone in away.items() if gone})
+    if not model.dense:
+        return cost, 1
+    return cost, survivors if model.fusion is None or model.fusion.place == "after_head" else patches + prefix
 
 
 def num_patches(host: Any, image_size: int | None = None) -> int:

@@ -18,15 +18,6 @@ from rich.table import Table
 
 from cropr.records import read_record
 
-MEASURES = (
-    ("top1", "top-1, %", 2),
-    ("top5", "top-5, %", 2),
-    ("loss", "validation loss", 3),
-    ("step_ms", "training step, ms", 1),
-    ("parameters_training_only", "parameters that only training has", 0),
-)
-"""Metric of a training record, what it is called, digits."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
@@ -56,6 +47,8 @@ def comparison(manifest: dict[str, Any], row: str, baseline: str | None = None) 
         ValueError: a row that the manifest lacks or that has no records, or no baseline.
         FileNotFoundError: a record is missing.
     """
+    from cropr.report.load import metric_by_seed
+    from cropr.report.quantities import ACCURACIES, COSTS, quantity
     from cropr.report.stats import difference_interval, mean_interval
 
     rows = {entry["row"]: entry for entry in manifest["rows"]}
@@ -70,13 +63,15 @@ def comparison(manifest: dict[str, Any], row: str, baseline: str | None = None) 
     for entry in entries:
         table.add_column(entry["label"], justify="right")
     table.add_column("difference", justify="right")
-    for metric, name, digits in MEASURES:
-        left, right = _values(ours, metric), _values(theirs, metric)
+    for metric in (*ACCURACIES, *COSTS):
+        left, right = metric_by_seed(ours, metric), metric_by_seed(theirs, metric)
         if not left.keys() & right.keys():
             continue
+        written = quantity(metric)
+        digits = written.digits + (metric in ACCURACIES)  # two runs are looked at more closely than a table's rows
         intervals = (mean_interval(list(side.values())) for side in (right, left))
         difference = difference_interval(left, right).format(digits, signed=True)
-        table.add_row(name, *(interval.format(digits) for interval in intervals), difference)
+        table.add_row(written.title, *(interval.format(digits) for interval in intervals), difference)
     table.caption = "[95 % interval over seeds]" if len(seeds) > 1 else "one seed: no interval; SEEDS=3 gives one"
     return table
 
@@ -92,7 +87,3 @@ def _records(entry: dict[str, Any]) -> dict[int, dict[str, Any]]:
     if not entry["records"]:
         raise ValueError(f"row {entry['row']!r} has no training records ({entry['why'] or 'none in this manifest'})")
     return {int(record["seed"]): record for record in map(read_record, entry["records"])}
-
-
-def _values(records: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
-    return {seed: float(record["metrics"][metric]) for seed, record in records.items() if metric in record["metrics"]}

@@ -1,4 +1,4 @@
-"""How verbs read a ``TrainSpec``: a file, JSON on the command line, or flags; and errors that a user can act on."""
+"""How verbs read a specification: a file, JSON on the command line, or flags; and errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from cropr.specs import REDUCERS, TrainSpec
+from cropr.commands.pruning_flags import pruning
+from cropr.schedule import Fusion
+from cropr.specs import REDUCERS, Spec, TrainSpec
+
+Kind = TypeVar("Kind", bound=Spec)
 
 FLAGS = (
     "model",
@@ -41,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--reducer", choices=sorted(REDUCERS), help="what chooses the tokens (default cropr)")
     model.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
     model.add_argument("--schedule", metavar="JSON", help='another schedule, such as \'{"stages": {"at": {"6": 50}}}\'')
-    model.add_argument("--fusion", choices=["none", "llf"], help="how pruned tokens come back (default llf)")
+    model.add_argument("--fusion", choices=get_args(Fusion), help="how pruned tokens come back (default llf)")
     model.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth (default 0.1)")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, metavar="N", help="default 20")
@@ -53,23 +57,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
 
 
-def read_spec(text: str, overrides: Iterable[str] = ()) -> TrainSpec:
+def read_spec(
+    text: str,
+    overrides: Iterable[str] = (),
+    kind: type[Kind] = TrainSpec,  # type: ignore[assignment]
+) -> Kind:
     """A spec from a JSON or YAML file, or from JSON itself; ``overrides`` are ``recipe.epochs=3`` and the like.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not JSON or YAML, or a value that is not allowed: key, value and what is.
     """
+    return make_spec(read_values(text), overrides, kind)
+
+
+def read_values(text: str) -> dict[str, Any]:
+    """Keys and values of a spec, unchecked, from a JSON or YAML file, or from JSON itself.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON or YAML.
+    """
     if text.lstrip().startswith("{"):
-        return make_spec(_parse(text, "--spec"), overrides)
+        return parse(text, "--spec")
     path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(f"--spec {text}: no such file, and not JSON (it would begin with {{)")
-    values = _parse(path.read_text(encoding="utf-8"), text)
-    return make_spec(values.get("spec", values), overrides)  # a run's record.json holds its spec
+    values = parse(path.read_text(encoding="utf-8"), text)
+    return values.get("spec", values)  # a record.json holds its spec
 
 
-def make_spec(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrainSpec:
+def make_spec(
+    values: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    kind: type[Kind] = TrainSpec,  # type: ignore[assignment]
+) -> Kind:
     """Validate a spec.
 
     Raises:
@@ -88,9 +110,9 @@ def make_spec(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Train
                 raise ValueError(f"--set {override}: {parent} has no keys below it")
         place[last] = _literal(value)
     try:
-        return TrainSpec.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(explain(error, TrainSpec, "spec")) from None
+        raise ValueError(explain(error, kind, "spec")) from None
 
 
 def explain(error: ValidationError, model: type[BaseModel], name: str) -> str:
@@ -126,16 +148,9 @@ def spec_from_flags(args: argparse.Namespace, classes: int, images: int, on_gpu:
     """
     if not args.model:
         raise ValueError("name a model with --model (for example vit_small_patch16_224) or a spec with --spec")
-    if args.schedule and args.rate is not None:
-        raise ValueError(f"--rate {args.rate} and --schedule {args.schedule}: give one of them")
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
     batch = args.batch_size if args.batch_size is not None else min(64, images)
-    reducer = args.reducer or "cropr"
-    pruned = reducer != "none"
-    if not pruned and (args.rate or args.schedule):
-        raise ValueError("--reducer none prunes nothing; leave --rate and --schedule out")
-    rate = 8 if args.rate is None else args.rate
     recipe = {
         "epochs": 20,
         "batch_size": batch,
@@ -148,11 +163,7 @@ def spec_from_flags(args: argparse.Namespace, classes: int, images: int, on_gpu:
     }
     values = {
         "model": {"name": args.model, "drop_path": 0.1, **_given(args, "drop_path")},
-        "prune": {
-            "reducer": reducer,
-            "schedule": _parse(args.schedule, "--schedule") if args.schedule else {"constant": {"rate": rate * pruned}},
-            "fusion": args.fusion or ("llf" if pruned else "none"),
-        },
+        "prune": pruning(args),
         "data": {
             **_input_of(args.model),
             **_given(args, "image_size"),
@@ -202,7 +213,12 @@ def _input_of(model: str) -> dict[str, Any]:
     }
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def parse(text: str, where: str) -> dict[str, Any]:
+    """Keys and values of YAML or JSON; ``where`` it stands is for the error.
+
+    Raises:
+        ValueError: it is neither, or holds something else.
+    """
     import yaml
 
     try:
@@ -225,6 +241,8 @@ def _literal(text: str) -> Any:
 def _siblings(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys that are allowed beside the last part of a location."""
     for part in location[:-1]:
+        if part not in model.model_fields:
+            continue  # the key of a mapping, or the number of an item
         kind = model.model_fields[part].annotation
         options = [kind, *get_args(kind)]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))

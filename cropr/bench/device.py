@@ -1,0 +1,117 @@
+"""What a device computes in, and the refusal of what it cannot.
+
+A precision is a cast of model and images (``fp32``, ``bf16``, ``fp16``) or mixed (``amp_bf16``, ``amp_fp16``): weights
+in fp32 under torch's autocast, which is the paper's AMP. Autocast is entered anew for every forward pass and casts
+every weight on the way, as programs do that enter it once a batch; a cast model pays for that once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("cpu", "cuda", "mps")
+
+_LOG = logging.getLogger(__name__)
+
+
+class Unsupported(ValueError):
+    """This device cannot run what the spec asks for; the message says why and what it can run."""
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """What weights and images are stored in."""
+    return torch.float32 if precision.startswith("amp_") else DTYPES[precision]
+
+
+def arithmetic_dtype(precision: str) -> torch.dtype:
+    """What matrices are multiplied in."""
+    return DTYPES[precision.removeprefix("amp_")]
+
+
+def mixed(precision: str, device: str) -> AbstractContextManager[Any]:
+    """Autocast for a mixed precision; nothing for a cast."""
+    if not precision.startswith("amp_"):
+        return nullcontext()
+    return torch.autocast(kind_of(device), arithmetic_dtype(precision))
+
+
+def kind_of(device: str) -> str:
+    """``cuda`` of ``cuda:1``.
+
+    Raises:
+        ValueError: a kind of device that nothing is measured on, or one that is not there.
+    """
+    kind = device.partition(":")[0]
+    if kind not in DEVICES:
+        raise ValueError(f"device {device}: measured are {', '.join(DEVICES)} (or cuda:1 and so on)")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch sees no CUDA device; use cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {device}: torch sees no MPS device; use cpu")
+    return kind
+
+
+def check(precision: str, device: str) -> None:
+    """Refuse what the device has no arithmetic for.
+
+    Raises:
+        ValueError: there is no such device.
+        Unsupported: with the reason and what to use instead.
+    """
+    kind, dtype = kind_of(device), arithmetic_dtype(precision)
+    if kind == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise Unsupported(f"precision {precision}: this GPU has no bfloat16 arithmetic; use fp32 or fp16")
+    # torch computes either through oneDNN, and far slower where the processor has no units for it. A build without
+    # oneDNN (Apple's processors) has other ways, and cannot be asked.
+    if kind != "cpu" or dtype == torch.float32 or not torch.backends.mkldnn.is_available():
+        return
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise Unsupported(
+            f"precision {precision}: this CPU has no fast half-precision arithmetic; use fp32 or bf16, or CUDA"
+        )
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unsupported(f"precision {precision}: this CPU has no fast bfloat16 arithmetic; use fp32, or CUDA")
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was told; the CPU always has."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
+
+
+def largest_batch(batch_size: int, attempt: Callable[[int], Result]) -> tuple[int, Result]:
+    """Call ``attempt`` with the batch size, halved until the device has the memory for it.
+
+    Returns:
+        The batch size that fitted, and what the attempt gave.
+
+    Raises:
+        Unsupported: not even one image fits.
+    """
+    while True:
+        try:
+            return batch_size, attempt(batch_size)
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        # Outside of the handler: until it ends, the error keeps alive what the attempt had allocated.
+        if batch_size == 1:
+            raise Unsupported(f"out of memory with a single image: {reason}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _LOG.warning("out of memory with batches of %d; trying %d", batch_size, batch_size // 2)
+        batch_size //= 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,135 @@
+"""Models to time: random weights, made without timm's initialisation, which takes ten seconds on a ViT-L.
+
+Speed does not depend on the weights. The unpruned model is the very host inside the pruned ones: same weights, same
+memory, so that nothing but pruning differs and a ViT-L with its variants takes the memory of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from cropr.model import DeployedViT, PrunedViT, build_model
+from cropr.specs import ModelSpec, PruneSpec
+
+NUM_CLASSES = 1000
+"""Outputs of the classifier: ImageNet-1k's, as in the paper's tables."""
+
+UNPRUNED = "unpruned"
+"""Name of the timm model itself among its variants."""
+
+
+def build_variants(
+    model: ModelSpec,
+    prunes: Mapping[str, PruneSpec],
+    image_size: int,
+    device: str,
+    dtype: torch.dtype,
+    channels_last: bool = False,
+) -> dict[str, nn.Module]:
+    """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
+
+    Args:
+        model: the host.
+        prunes: what each variant prunes, by name.
+        image_size: pixels a side.
+        device: torch's name of the device.
+        dtype: of weights and buffers.
+        channels_last: memory layout of the patch embedding's weights.
+
+    Returns:
+        ``UNPRUNED`` (the timm model) first, then the variants (``DeployedViT``) in the order given.
+
+    Raises:
+        ValueError: timm has no such model; an impossible schedule or reducer.
+    """
+    host = hosted(model, PruneSpec(), image_size).backbone
+    random_weights(host, device, dtype)
+    if channels_last:
+        host.to(memory_format=torch.channels_last)
+    models: dict[str, nn.Module] = {UNPRUNED: host.host.requires_grad_(False).eval()}
+    for name, prune in prunes.items():
+        variant = hosted(model, prune, image_size).deploy()
+        variant.model.backbone = host
+        random_weights(variant, device, dtype)
+        models[name] = variant.requires_grad_(False).eval()
+    return models
+
+
+def hosted(model: ModelSpec, prune: PruneSpec, image_size: int) -> PrunedViT:
+    """A model whose parameters have no memory yet; ``random_weights`` gives it.
+
+    Raises:
+        ValueError: timm has no such model; an impossible schedule or reducer.
+    """
+    if not timm.is_model(model.name):
+        family = model.name.split(".")[0].split("_patch")[0]
+        close = ", ".join(timm.list_models(f"{family}*")[:8]) or "none"
+        raise ValueError(f"timm has no model {model.name!r}; of this family it has: {close}")
+    with parameters_on_meta():
+        return build_model(model, prune, NUM_CLASSES, image_size)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without memory; buffers, such as rotary tables, are real."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's hint forgets the result
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    """Give memory and values to what lies on the meta device, and move the model; what has values keeps them.
+
+    Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02. One
+    million random numbers are drawn and repeated: drawing all 300 million of a ViT-L takes longer than measuring it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pattern = (torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))
+    pattern = pattern.to(device, dtype)
+    values = {}
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta:
+            continue
+        value = values[name] = torch.empty(tensor.shape, device=device, dtype=dtype)
+        if tensor.ndim < 2 and "scorer" not in name:
+            value.fill_(0 if name.endswith("bias") else 1)
+        else:
+            for part in value.view(-1).split(len(pattern)):
+                part.copy_(pattern[: len(part)])
+    model.load_state_dict(values, strict=False, assign=True)
+    model.to(device, dtype)
+
+
+def random_images(batch_size: int, image_size: int, device: str, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Images [B, 3, size, size] of normal noise, the same ones every time."""
+    images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(device, dtype).contiguous(memory_format=layout)
+
+
+def weights_mb(model: nn.Module) -> float:
+    """Parameters and buffers in 10^6 bytes."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+
+
+def token_trace(model: nn.Module) -> list[int]:
+    """Tokens with prefix at the input and after every block."""
+    if isinstance(model, DeployedViT):
+        return list(model.model.token_trace)
+    host: Any = model
+    return [host.patch_embed.num_patches + host.num_prefix_tokens] * (len(host.blocks) + 1)

@@ -1,0 +1,184 @@
+"""Where the time of a forward pass goes, from torch's profiler.
+
+Modules are labelled by hooks while the profiler runs, so that the model is timed as it is. Time is that of each
+operation without those that it calls, given to the innermost label around it: the parts add up to the whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler import record_function
+from torch.autograd.profiler_util import FunctionEvent
+
+from cropr.bench import flops
+from cropr.bench.attention import quiet_profile, run_forced, under
+from cropr.bench.device import Unsupported, check, weights_dtype
+from cropr.bench.models import build_variants, random_images, token_trace
+from cropr.lab_specs import ProfileSpec
+from cropr.model import DeployedViT
+from cropr.records import provenance
+from cropr.runtime import reuse_freed_memory
+from cropr.scorer import FoldedScorer
+
+CATEGORIES = (
+    "embed", "attention", "mlp", "norm", "residual", "scoring", "selection", "gather", "fusion", "head", "other",
+)  # fmt: skip
+"""``residual``: what a block does besides its parts, mostly adding them up. ``selection``: top-k and the positions of
+the kept. ``gather``: copying kept and pruned tokens, and rotary rows. ``other``: between all these."""
+PRUNING = ("scoring", "selection", "gather", "fusion")
+"""What an unpruned model does not do."""
+
+_LABEL = "part:"
+_COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
+
+
+def measure_profile(
+    spec: ProfileSpec, device: str = "cpu", tick: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Profile the unpruned model and every variant.
+
+    Args:
+        spec: model, variants, batch, precision.
+        device: torch's name of the device.
+        tick: called with a word on what comes next.
+
+    Returns:
+        The record: ``cells``, one a variant: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``,
+        ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``, ``pruning_share``, ``gmacs``),
+        or ``unsupported`` with the reason.
+
+    Raises:
+        ValueError: an impossible model, schedule or reducer, or there is no such device.
+    """
+    started = time.time()
+    tell = tick or (lambda what: None)
+    if device == "cpu":
+        reuse_freed_memory()
+    cells: list[dict[str, Any]] = []
+    common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
+    try:
+        check(spec.precision, device)
+        dtype = weights_dtype(spec.precision)
+        tell("build")
+        models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)
+        images = random_images(spec.batch_size, spec.image_size, device, dtype, channels_last=False)
+        for name, model in models.items():
+            tell(f"profile {name}")
+            forward = under(spec.attention, spec.precision, device, partial(model, images))
+            with torch.inference_mode():
+                run_forced(forward, spec.attention)
+                seconds = profile_forward(model, forward, spec.passes, device)
+            total = sum(seconds.values())
+            metrics = {
+                "total_s": total,
+                "pruning_share": sum(seconds[part] for part in PRUNING) / total,
+                "gmacs": flops.macs(model).total / 1e9,
+            }
+            cells.append(
+                {"variant": name, **common, "tokens": token_trace(model), "seconds": seconds, "metrics": metrics}
+            )
+    except Unsupported as error:
+        cells = [{"variant": name, **common, "unsupported": str(error)} for name in ("unpruned", *spec.variants)]
+    return {
+        "kind": "lab",
+        "id": spec.digest(),
+        "spec": spec.model_dump(mode="json"),
+        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
+        "cells": cells,
+        "provenance": provenance(started, device=device, precision=spec.precision),
+    }
+
+
+def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, device: str) -> dict[str, float]:
+    """Seconds of a forward pass by category, of the pass with the median total; on CUDA the device's, else the clock's.
+
+    Args:
+        model: the timm model or ``DeployedViT`` that ``forward`` calls; hooks are taken off again.
+        forward: one pass, which has run before.
+        passes: how many are profiled.
+        device: torch's name of the device.
+    """
+    cuda = device.startswith("cuda")
+    with labelled(model), quiet_profile(cuda) as profile:
+        for _ in range(passes):
+            with record_function(f"{_LABEL}other"):
+                forward()
+    # Labels appear once more among the device's own events.
+    events = [event for event in profile.function_events or () if event.device_type == DeviceType.CPU]
+    found = [_sums(event, cuda) for event in events if event.cpu_parent is None and event.name.startswith(_LABEL)]
+    assert len(found) == passes
+    return sorted(found, key=lambda sums: sum(sums.values()))[passes // 2]
+
+
+@contextmanager
+def labelled(model: nn.Module) -> Iterator[None]:
+    """Inside, every part of the model is marked for the profiler."""
+    handles = []
+    for module, label in _parts(model):
+        stack: list[Any] = []
+        handles.append(module.register_forward_pre_hook(partial(_enter, f"{_LABEL}{label}", stack)))
+        handles.append(module.register_forward_hook(partial(_leave, stack)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(label: str, stack: list[Any], module: nn.Module, inputs: Any) -> None:
+    stack.append(record_function(label))
+    stack[-1].__enter__()
+
+
+def _leave(stack: list[Any], module: nn.Module, inputs: Any, output: Any) -> None:
+    stack.pop().__exit__(None, None, None)
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules with their category; a part of a part is named by the innermost."""
+    pruned = model.model if isinstance(model, DeployedViT) else None
+    host: Any = model if pruned is None else pruned.backbone.host
+    yield host.patch_embed, "embed"
+    for block in host.blocks:
+        yield block, "residual"
+        for name, part in block.named_children():
+            category = next((word for word in ("attn", "mlp", "norm") if word in name), None)
+            if category is not None:
+                yield part, "attention" if category == "attn" else category
+    yield host.norm, "norm"
+    for name in ("fc_norm", "head", "head_dist"):
+        if isinstance(part := getattr(host, name, None), nn.Module):
+            yield part, "norm" if name == "fc_norm" else "head"
+    if pruned is None:
+        return
+    for reducer in pruned.reducers.values():
+        yield reducer, "selection"
+        yield from ((part, "scoring") for part in reducer.modules() if isinstance(part, FoldedScorer))
+    if pruned.fusion is not None:
+        yield pruned.fusion, "fusion"
+
+
+def _sums(root: FunctionEvent, cuda: bool) -> dict[str, float]:
+    """Seconds by category of all below ``root``.
+
+    Own times of an event and of all below it add up to its whole time, so nothing is counted twice or lost.
+    """
+    sums = dict.fromkeys(CATEGORIES, 0.0)
+    waiting = [(root, "other")]
+    while waiting:
+        event, category = waiting.pop()
+        if event.name.startswith(_LABEL):
+            category = event.name.removeprefix(_LABEL)
+        elif event.name in _COPIES and category in ("other", "selection"):
+            category = "gather"
+        sums[category] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        waiting.extend((child, category) for child in event.cpu_children)
+    return sums

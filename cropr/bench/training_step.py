@@ -1,0 +1,161 @@
+"""Time and memory of a training step, pruned against unpruned: the trainer's own step on noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cropr.bench import flops
+from cropr.bench.device import Unsupported, check, largest_batch
+from cropr.bench.memory import working_memory
+from cropr.bench.models import NUM_CLASSES, UNPRUNED, hosted, random_images, random_weights, weights_mb
+from cropr.bench.timing import Run, against, clock, interleave, speed
+from cropr.lab_specs import TrainingSpec
+from cropr.model import PrunedViT
+from cropr.records import provenance
+from cropr.runtime import reuse_freed_memory
+from cropr.specs import DataSpec, PruneSpec, RecipeSpec
+from cropr.tasks.base import autocast
+from cropr.tasks.classification import Objective
+from cropr.training.distributed import World
+from cropr.training.loop import Stepper
+from cropr.training.optim import create_optimizer
+
+Tell = Callable[[str], None]
+
+
+def measure_training(spec: TrainingSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
+    """Measure optimizer steps of the unpruned model and of every variant, in turn in every round.
+
+    Args:
+        spec: model, variants, batch, precision.
+        device: torch's name of the device.
+        tick: called with a word on what comes next.
+
+    Returns:
+        The record: ``cells``, one a variant: ``variant``, ``precision``, ``batch_size`` (asked for), ``tokens``, and
+        either ``unsupported`` with the reason, or ``seconds`` (round by round) and ``metrics``: ``images_per_s`` of
+        training, ``speedup`` over the unpruned model with its interval and its ``bound`` (that of the forward pass,
+        which leaves out what only training runs), ``state_mb`` (weights and the optimizer's moments),
+        ``training_memory_mb`` (state and the peak during a step: activations, gradients) and
+        ``inference_memory_mb`` (weights and the peak during a forward pass without gradients). Memory is left out
+        where the system keeps no count.
+
+    Raises:
+        ValueError: an impossible model, schedule or reducer, or there is no such device.
+    """
+    started = time.time()
+    tell = tick or (lambda what: None)
+    if device == "cpu":
+        reuse_freed_memory()
+    prunes = {UNPRUNED: PruneSpec(), **spec.variants}
+    try:
+        check(spec.precision, device)
+        if spec.precision == "fp16" and not device.startswith("cuda"):
+            raise Unsupported("precision fp16: training scales its loss on CUDA only; use fp32 or bf16")
+        fitted, trainees = largest_batch(spec.batch_size, partial(_attempt, spec, prunes, device, tell))
+        cells = _cells(spec, trainees, fitted)
+    except Unsupported as error:
+        cells = [{"variant": name, **_common(spec), "unsupported": str(error)} for name in prunes]
+    return {
+        "kind": "lab",
+        "id": spec.digest(),
+        "spec": spec.model_dump(mode="json"),
+        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
+        "cells": cells,
+        "provenance": provenance(started, device=device, precision=spec.precision),
+    }
+
+
+class _Trainee:
+    """A model in training, and what was measured of it."""
+
+    def __init__(self, spec: TrainingSpec, prune: PruneSpec, device: str, batch_size: int) -> None:
+        self.model: PrunedViT = hosted(spec.model, prune, spec.image_size)
+        random_weights(self.model, device, torch.float32)
+        self.macs = flops.macs(self.model)
+        recipe = RecipeSpec(batch_size=batch_size, precision=spec.precision)
+        objective = Objective(DataSpec(num_classes=NUM_CLASSES, image_size=spec.image_size))
+        self.optimizer = create_optimizer(self.model, recipe)
+        world = World(device=torch.device(device))
+        self._step = Stepper(self.model, objective, self.optimizer, recipe, world)
+        self._images = random_images(batch_size, spec.image_size, device, torch.float32, channels_last=False)
+        self._labels = torch.arange(batch_size, device=device) % NUM_CLASSES
+        self._precision = spec.precision
+        self.memory: dict[str, float] = {}
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """One step of the optimizer."""
+        self._step(self._images, self._labels)
+
+    @torch.inference_mode()
+    def infer(self) -> Tensor:
+        """A forward pass as in evaluation."""
+        with autocast(self._images.device, self._precision):
+            return self.model(self._images).logits
+
+    def warm_up(self, device: str) -> None:
+        """The first step, which makes the optimizer's state, and a second one whose memory is measured."""
+        self.model.eval()
+        self.infer()
+        _, forward = working_memory(self.infer, device)
+        self.model.train()
+        self.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        _, step = working_memory(self.step, device)
+        weights = weights_mb(self.model)
+        self.memory["state_mb"] = weights + _moments_mb(self.optimizer)
+        if forward is not None and step is not None:
+            self.memory["inference_memory_mb"] = weights + forward
+            self.memory["training_memory_mb"] = self.memory["state_mb"] + step
+
+
+def _attempt(
+    spec: TrainingSpec, prunes: dict[str, PruneSpec], device: str, tell: Tell, batch_size: int
+) -> dict[str, _Trainee]:
+    """Train all of them a few steps with batches of this size."""
+    trainees = {}
+    for name, prune in prunes.items():
+        tell(f"warm up {name}")
+        trainees[name] = _Trainee(spec, prune, device, batch_size)
+        trainees[name].warm_up(device)
+    clocks = [partial(clock, Run(trainee.step, 1), device) for trainee in trainees.values()]
+    for trainee, seconds in zip(trainees.values(), interleave(clocks, spec.rounds, tell), strict=True):
+        trainee.seconds = seconds
+    return trainees
+
+
+def _cells(spec: TrainingSpec, trainees: dict[str, _Trainee], batch_size: int) -> list[dict[str, Any]]:
+    base = trainees[UNPRUNED]
+    return [
+        {
+            "variant": name,
+            **_common(spec),
+            "tokens": list(trainee.model.token_trace),
+            "seconds": trainee.seconds,
+            "metrics": {
+                **speed(trainee.seconds, batch_size),
+                **against(base.seconds, trainee.seconds, flops.bound(base.macs, trainee.macs)),
+                **trainee.memory,
+                "batch_size": batch_size,
+                "step_ms": 1000 * batch_size / speed(trainee.seconds, batch_size)["images_per_s"],
+            },
+        }
+        for name, trainee in trainees.items()
+    ]
+
+
+def _common(spec: TrainingSpec) -> dict[str, Any]:
+    return {"precision": spec.precision, "attention": "auto", "batch_size": spec.batch_size}
+
+
+def _moments_mb(optimizer: torch.optim.Optimizer) -> float:
+    """What the optimizer remembers, in 10^6 bytes."""
+    tensors = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
