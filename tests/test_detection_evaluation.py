@@ -1,4 +1,4 @@
-"""AP of detections with a known answer; COCO's result files; masks in the image; the auxiliary target."""
+"""AP of detections with a known answer; COCO's result files; masks in the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from cropr.data.loading import EvalBatches
 from cropr.records import read_record
 from cropr.specs import DetDataSpec
 from cropr.tasks.base import EvaluationSettings
-from cropr.tasks.detection.auxiliary import auxiliary_losses, present_classes
 from cropr.tasks.detection.cascade import Detections
 from cropr.tasks.detection.evaluation import (
     FIGURES,
@@ -387,20 +386,3 @@ def test_the_command_says_what_is_wrong(annotations, tmp_path, caplog, arguments
     places["TEXT"].write_text("no JSON")
     assert cli.main(["evaluate", *(str(places.get(word, word)) for word in arguments)]) == 2
     assert message in caplog.text
-
-
-# Auxiliary target ---------------------------------------------------------------------------------------------------
-
-
-def test_present_classes():
-    targets = [{"labels": torch.tensor(labels, dtype=torch.int64)} for labels in ([2, 2, 4], [], [1])]
-    assert present_classes(targets, 4).tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
-
-
-def test_auxiliary_losses():
-    """Two modules, two images, one query, two classes; by hand. No class present is a target like any other."""
-    present = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    even, sure = torch.zeros(2, 1, 2), torch.tensor([[[2.0, -2.0]], [[-2.0, -2.0]]])
-    losses = auxiliary_losses((even, sure), present)
-    torch.testing.assert_close(losses, torch.tensor([math.log(2), math.log(1 + math.exp(-2))]))
-    assert auxiliary_losses((), present).shape == (0,)

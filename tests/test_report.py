@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from synthetic import write_results, write_small
 
-from cropr.report import claims, tables, text
-from cropr.report.load import KINDS, load, make_command, row_names, write_tables
+from cropr.report import claims, setting, tables, text
+from cropr.report.load import KINDS, load, make_command, pruned_share, write_tables
+from cropr.report.names import headings, row_names, short_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,12 +207,114 @@ def test_rows_of_one_schedule_stand_together(ci):
     assert table.cells["label"].tolist()[:2] == ["No pruning", "No pruning, smaller image"]
 
 
-def test_heading_names_the_papers_schedule_where_it_differs(small):
-    manifest = json.loads(small().read_text())
-    for row in manifest["rows"]:
-        row["columns"]["paper_schedule"] = "R=50 @ 6,12,18"
-    group = tables.side_by_side(load(small(rows=manifest["rows"])), grouped=True).group
-    assert group[1] == "R=8, with Last Layer Fusion (in the paper: R=50 @ 6,12,18)"
+def with_paper_schedule(artefact, schedule):
+    """The same artefact, its rows knowing the schedule of the published numbers."""
+    rows = [row.model_copy(update={"columns": {**row.columns, "paper_schedule": schedule}})
+            for row in artefact.manifest.rows]  # fmt: skip
+    return replace(artefact, manifest=artefact.manifest.model_copy(update={"rows": rows}))
+
+
+def with_equal_labels(small):
+    """Accuracies with R=8, speeds with R=12, and two rows of one label."""
+    rows = json.loads(small().read_text())["rows"]
+    for row in rows[1:3]:
+        row["label"] = "Cropr"
+    return load(small(rows=rows))
+
+
+@pytest.mark.parametrize(
+    ("paper", "heading"),
+    [
+        (None, "accuracy R=8; speed R=12; with Last Layer Fusion"),
+        ("R=12", "accuracy R=8; speed and paper R=12; with Last Layer Fusion"),
+        ("R=50 @ 6,12,18", "accuracy R=8; speed R=12; paper R=50 @ 6,12,18; with Last Layer Fusion"),
+    ],
+)
+def test_heading_names_the_schedule_of_each_number(small, paper, heading):
+    artefact = with_paper_schedule(load(small()), paper) if paper else load(small())
+    table = tables.side_by_side(artefact, grouped=True, measured=("top1", "speedup"))
+    # The row that does not exist was not timed; it stands with the others nevertheless.
+    assert table.group == ["Unpruned", heading, heading, heading]
+    assert "their schedules differ (the headings name both)" in table.caption
+    assert "accuracy R=8; speed R=12" in tables.side_by_side(artefact, measured=("top1", "speedup")).caption
+    assert "schedules differ" not in tables.side_by_side(artefact, measured=("speedup",)).caption
+
+
+def test_heading_is_short_where_all_numbers_have_one_schedule(small, ci):
+    assert "R=8, with Last Layer Fusion" in headings(ci[1]["imagenet_methods"]).values()
+    assert "schedules differ" not in tables.methods(ci[1]["imagenet_methods"]).caption
+
+
+def test_rows_are_called_by_the_schedule_of_the_number(small):
+    artefact = with_paper_schedule(with_equal_labels(small), "R=50 @ 6,12,18")
+    assert row_names(artefact)["cropr"] == "Cropr (R=8, LLF)"
+    assert row_names(artefact, "speed")["cropr"] == "Cropr (R=12, LLF)"
+    assert row_names(artefact, "paper")["cropr"] == "Cropr (R=50 @ 6,12,18, LLF)"
+    assert row_names(artefact, "speed")["none"] == "None"
+    assert short_names(artefact, "accuracy")["random"] == "Cropr R=8"
+    assert short_names(artefact, "speed")["random"] == "Cropr R=12"
+    assert "Cropr (R=12, LLF) 1.70 [1.68, 1.71]x" in text.speed(artefact)
+    assert text.speed(artefact).startswith("vit_x, deployed, on this device: ")
+    assert "undecided: Cropr (R=8, LLF)" in text.accuracy(artefact)
+    assert "85.3 % (Cropr (R=50 @ 6,12,18, LLF))" in text.paper_says(artefact)
+    assert "| Schedules | accuracy R=8; speed R=12 |" in setting.setting(artefact)
+
+
+# Other tasks --------------------------------------------------------------------------------------------------------
+
+
+def test_segmentation_is_judged_by_miou(small):
+    artefact = load(small(task="segmentation"))
+    assert artefact.primary == "miou"
+    # As for top-1: pairs -1.0 and -0.5.
+    assert artefact.interval("cropr", "miou_difference").mean == -0.75
+    assert artefact.number("cropr", "miou_median.measured") == 90.25
+    assert artefact.number("cropr", "macc.measured") == 90.25
+    assert artefact.number("cropr", "miou_difference.published") == -0.5
+    assert not [column for column in artefact.frame if column.startswith("top1")]
+    table = tables.methods(artefact)
+    assert {"measured.miou", "measured.miou_median", "measured.miou_difference", "published.miou"} <= set(table.heads)
+    assert text.accuracy(artefact).startswith("**None** reaches 91.0 [78.3, 103.7] % mIoU.")
+    assert "mIoU 85.8 % (None)" in text.paper_says(artefact)
+    judgement = claims.judge(claim(), artefact)
+    assert (judgement.quantity, judgement.measured) == ("miou", "+8.8 [+5.6, +11.9] points")
+
+
+def test_one_seed_has_a_sampling_interval_only_where_images_are_right_or_wrong(small):
+    table = tables.methods(load(small(seeds=1, task="segmentation")))
+    assert "sampling" not in table.heads
+    assert "Wilson" not in table.caption
+    assert "One seed: accuracies have no interval." in table.caption
+
+
+def test_detection_compares_boxes_and_masks(small):
+    artefact = load(small(task="detection"))
+    assert artefact.primary == "box_ap"
+    assert artefact.interval("random", "mask_ap_difference").mean == -9.5
+    heads = tables.methods(artefact).heads
+    assert heads["measured.box_ap"] == "Box AP (%)"
+    assert heads["measured.mask_ap_difference"] == "Mask AP, difference (points)"
+
+
+def test_pruned_share_is_counted_from_tokens_unless_the_record_says_it(small):
+    record = {"metrics": {}, "tokens": [65, 17, 17, 65],
+              "spec": {"model": {"name": "vit_tiny_patch16_224", "args": {"patch_size": 8}},
+                       "data": {"image_size": 64}}}  # fmt: skip
+    assert pruned_share(record) == 75.0
+    by_name = {**record, "tokens": [197, 188, 20, 197], "spec": {**record["spec"], "data": {"image_size": 224}}}
+    by_name["spec"]["model"] = {"name": "vit_large_patch16_224.mae"}
+    assert pruned_share(by_name) == pytest.approx(100 * 177 / 196)
+    assert pruned_share({**record, "metrics": {"tpr": 94.0}}) == 94.0
+    assert pruned_share({**record, "spec": {"model": {"name": "mine"}, "data": {"image_size": 64}}}) is None
+    assert "tpr.measured" not in load(small()).frame  # the small model's name does not give its patches
+
+
+def test_tpr_of_the_real_grid_is_in_the_table(ci):
+    table = tables.methods(ci[1]["imagenet_methods"])
+    cells = table.cells.assign(group=table.group).query("label == 'Cropr'")["measured.tpr"].tolist()
+    # 36 patches: 17 pruned with fusion, 25 without, 18 in two stages.
+    assert cells == ["47", "69", "50", "50"]
+    assert table.cells["measured.tpr"][0] == "0"
 
 
 # Claims -------------------------------------------------------------------------------------------------------------
@@ -292,11 +395,11 @@ def test_the_projects_claims_fit_the_grid(ci):
 
 def test_sentences_say_what_the_records_say(small):
     artefact = load(small())
-    setting = text.setting(artefact)
+    made_with = setting.setting(artefact)
     for part in ("`tiny`", "0, 1", "32 px, 1,000 for training, 400 for validation", "`vit_tiny` with depth=4",
                  "1,000 images from random weights, batches of 8, fp32", "`vit_x.tag` at 224 px", "2 threads",
                  "commit 0123456789; Python 3.11.9, torch 2.14.1"):  # fmt: skip
-        assert part in setting
+        assert part in made_with
     assert "3 of 4 rows" in text.coverage(artefact)
     assert "ToMe <new> (merging is missing)" in text.coverage(artefact)
     paper = text.paper_says(artefact)
@@ -316,11 +419,27 @@ def test_accuracy_sentence_sorts_rows_by_their_intervals(small):
     assert sentence.endswith("above it: none; below: Random; undecided: Cropr.")
 
 
+def test_contradictions_of_the_paper_are_stated_with_their_interval(small, tmp_path):
+    published = tmp_path / "other.csv"
+    lines = ["row,quantity,value,source,confidence", "none,top1,80,x,R", "cropr,top1,82.5,x,R", "random,top1,84,x,R"]
+    published.write_text("\n".join([*lines, "tome,top1,70,x,R", ""]))
+    sentence = text.against_paper(load(small(published=str(published))))
+    # Random above None: 8.5 to 10.5 points; above Cropr likewise; Cropr against None is open. ToMe was not measured.
+    assert "Of 3 pairs of rows that the paper puts in an order by Top-1, 0 have the same order here" in sentence
+    assert "1 are undecided, 2 are contradicted. **This scale contradicts the paper in:**" in sentence
+    assert "- Random minus Cropr: -8.8 [-11.9, -5.6] points here, +1.5 in the paper" in sentence
+    assert "one seed decides none" in text.against_paper(load(small(seeds=1)))
+    agreed = text.against_paper(load(small()))
+    assert "Of 1 pair of rows" in agreed
+    assert "contradicts the paper in" not in agreed
+    assert "No two rows" in text.against_paper(load(small(published=None)))
+
+
 def test_one_seed_sentences_decide_nothing(small):
     artefact = load(small(seeds=1))
     assert "none of them is decided" in text.accuracy(artefact)
     assert "these shares have no interval" in text.relevance(artefact)
-    assert "| Seeds | one (no intervals over seeds) |" in text.setting(artefact)
+    assert "| Seeds | one (no intervals over seeds) |" in setting.setting(artefact)
     verdict = text.verdicts([claims.judge(claim(), artefact)])
     assert verdict.startswith("Of 1 claim, 1 is undecided.")
     assert "`seeds=3`" in verdict
@@ -329,7 +448,7 @@ def test_one_seed_sentences_decide_nothing(small):
 def test_sentences_without_any_records(small):
     rows = json.loads(small().read_text())["rows"][-1:]
     artefact = load(small(rows=rows, published=None))
-    assert text.accuracy(artefact) == "No accuracy was measured at this scale."
+    assert text.accuracy(artefact) == "No Top-1 was measured at this scale."
     assert text.speed(artefact) == "No throughput of Cropr was measured at this scale."
     assert text.relevance(artefact) == "No record at this scale says where the kept patches lie."
     assert text.paper_says(artefact) == "**The paper** gives no numbers for this."
@@ -338,18 +457,16 @@ def test_sentences_without_any_records(small):
 
 
 def test_scope_says_what_a_scale_is_good_for(small):
-    assert "mean nothing" in text.scope(load(small(scale="ci")))
-    assert "the order of methods, not the numbers" in text.setting(load(small()))
-    assert "not the numbers" not in text.scope(load(small(scale="paper")))
+    assert "mean nothing" in setting.scope(load(small(scale="ci")))
+    assert "the order of methods, not the numbers" in setting.setting(load(small()))
+    assert "not the numbers" not in setting.scope(load(small(scale="paper")))
 
 
 def test_published_numbers_never_carry_another_schedule(ci):
     artefact = ci[1]["imagenet_methods"]
     assert "R=9" not in text.paper_says(artefact)
-    rows = {row: entry.model_copy(update={"columns": {**entry.columns, "paper_schedule": "R=50 @ 6,12,18"}})
-            for row, entry in artefact.rows.items()}  # fmt: skip
-    manifest = artefact.manifest.model_copy(update={"rows": list(rows.values())})
-    assert "85.5 % (Cropr (R=50 @ 6,12,18, LLF))" in text.paper_says(replace(artefact, manifest=manifest))
+    shown = with_paper_schedule(artefact, "R=50 @ 6,12,18")
+    assert "85.5 % (Cropr (R=50 @ 6,12,18, LLF))" in text.paper_says(shown)
 
 
 def test_rerun_commands(small):

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from synthetic import write_results, write_small
 
-from cropr.report import figures, labels, maps, page, relevance, style, text
-from cropr.report.load import load, row_names
+from cropr.report import answers, figures, labels, maps, page, relevance, style, text
+from cropr.report.load import load
+from cropr.report.names import row_names
 
 mpl.use("agg")
 ROOT = Path(__file__).parent.parent
@@ -76,10 +78,13 @@ def write_maps(path: Path, **changes) -> Path:
 def test_survival_counts_object_and_rest(tmp_path):
     table = maps.survival({"a": maps.read_maps(write_maps(tmp_path / "m.npz"))})
     # Never pruned: the object's patch in the first image; one of the three others in the second.
-    assert table.loc["a"].tolist() == [2, 50.0, 50.0, pytest.approx(100 / 6)]
+    assert table.loc["a"].tolist() == [2, 50.0, "images", 50.0, pytest.approx(100 / 6)]
     sentence = text.maps(table, {"a": "Cropr"})
     assert "In these 2 images" in sentence
-    assert "**Cropr**: never pruned: 50 % of the object's patches, 17 % of the others; 50 % of the images" in sentence
+    assert (
+        "**Cropr**: never pruned: 50 % of the object's patches, 17 % of the others; right: 50 % of the images"
+        in sentence
+    )
 
 
 def test_maps_are_checked(tmp_path):
@@ -112,6 +117,110 @@ def test_map_tints_pruned_patches_only(tmp_path):
     colours = tint.get_array()[..., :3]
     assert not np.allclose(colours[0, 2], colours[2, 0])  # blocks 1 and 2
     assert figure.axes[1].get_xlabel() == "cat"  # without a label neither right nor wrong
+
+
+def segmentation_arrays(**changes) -> dict:
+    """Two images of 4 x 4 px, classes 0 to 2; the second has a column without labels."""
+    truth = np.zeros((2, 4, 4), np.uint8)
+    truth[:, :2] = 1
+    truth[1, :, 3] = answers.IGNORE
+    guess = truth.copy()
+    guess[0, 0, 0], guess[1, :, 3] = 2, 0
+    arrays = {"task": np.array("segmentation"), "label_maps": truth, "prediction_maps": guess, "labels": None,
+              "predictions": None, "masks": None, "classes": np.array(["background", "wall", "bed"])}  # fmt: skip
+    return arrays | changes
+
+
+def detection_arrays(**changes) -> dict:
+    """The first image has two objects, of which one is found; the second has none, and a doubtful find."""
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :2, :2], masks[1, 2:, 2:] = True, True
+    arrays = {
+        "task": np.array("detection"), "labels": None, "predictions": None, "masks": None,
+        "true_image": np.array([0, 0]), "true_boxes": np.array([[0, 0, 2, 2], [2, 2, 4, 4.0]]),
+        "true_classes": np.array([0, 1]), "true_masks": masks,
+        "predicted_image": np.array([0, 0, 0, 1]), "predicted_classes": np.array([0, 0, 0, 1]),
+        "predicted_boxes": np.array([[0, 0, 2, 2.5], [0, 0, 2, 2], [2, 2, 4, 4], [1, 1, 3, 3.0]]),
+        "predicted_scores": np.array([0.9, 0.6, 0.8, 0.3]),
+    }  # fmt: skip
+    return arrays | changes
+
+
+def test_segmentation_panels_stand_as_in_the_paper(tmp_path):
+    entry = maps.read_maps(write_maps(tmp_path / "m.npz", **segmentation_arrays()))
+    # 32 pixels less 4 without label, one of them wrong.
+    assert entry.answers.right() == pytest.approx(100 * 27 / 28)
+    figure = maps.figure({"a": entry}, {"a": "Cropr"}, {"a": "cropr"})
+    heads = [axes.get_title(loc="center") for axes in figure.axes[:4]]
+    assert heads == ["input", "Cropr", "prediction", "label"]
+    assert figure.axes[2].get_xlabel() == "94 % of the pixels"
+    assert figure.axes[6].get_xlabel() == "100 % of the pixels"
+    guess, truth = (figure.axes[i].get_images()[0].get_array() for i in (2, 3))
+    tints = answers.palette(3)
+    np.testing.assert_allclose(guess[0, 0], tints[2])
+    np.testing.assert_allclose(truth[0, 0], tints[1])
+    assert np.unique(figure.axes[7].get_images()[0].get_array()[:, 3].reshape(-1, 3), axis=0).shape == (1, 3)  # grey
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["background", "wall", "bed"]  # by pixels
+    mpl.pyplot.close("all")
+
+
+def test_methods_have_a_prediction_each_and_one_truth(tmp_path):
+    entry = maps.read_maps(write_maps(tmp_path / "m.npz", **segmentation_arrays()))
+    figure = maps.figure({"a": entry, "b": entry}, {"a": "A", "b": "B"}, {"a": "cropr", "b": "random"}, images=[1])
+    heads = [axes.get_title(loc="center") for axes in figure.axes[:6]]
+    assert heads == ["input", "A", "prediction", "B", "prediction", "label"]
+    mpl.pyplot.close("all")
+
+
+def test_detection_panels_show_what_was_found(tmp_path):
+    entry = maps.read_maps(write_maps(tmp_path / "m.npz", **detection_arrays()))
+    # The second object is covered by a box of another class, the first one by two boxes: one of two is found.
+    assert entry.answers.right() == 50.0
+    summary = maps.survival({"a": entry})
+    assert "right: 50 % of the objects" in text.maps(summary, {"a": "Cropr"})
+    figure = maps.figure({"a": entry}, {"a": "Cropr"}, {"a": "cropr"})
+    prediction, truth = figure.axes[2:4]
+    assert (prediction.get_xlabel(), truth.get_xlabel()) == ("1 of 2 objects", "2 objects")
+    assert [t.get_text() for t in prediction.texts] == ["cat 0.60", "cat 0.80", "cat 0.90"]  # the surest on top
+    assert [t.get_text() for t in truth.texts] == ["cat", "dog"]
+    shades = [picture.get_array() for picture in truth.get_images()[1:]]
+    np.testing.assert_array_equal(shades[0][..., 3] > 0, entry.answers.true.masks[0])
+    box = truth.patches[0]
+    assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (-0.5, -0.5, 2, 2)
+    assert figure.axes[6].get_xlabel() == "0 of 0 objects"
+    assert not figure.axes[6].texts  # too doubtful to be drawn
+    mpl.pyplot.close("all")
+
+
+def test_a_file_without_any_object_is_drawn(tmp_path):
+    empty = {f"{side}_{name}": np.zeros(shape) for side in ("true", "predicted")
+             for name, shape in (("image", 0), ("boxes", (0, 4)), ("classes", 0))}  # fmt: skip
+    arrays = detection_arrays(**empty, true_masks=None, predicted_scores=np.zeros(0))
+    entry = maps.read_maps(write_maps(tmp_path / "m.npz", **arrays))
+    assert np.isnan(entry.answers.right())
+    assert maps.figure({"a": entry}, {"a": "Cropr"}, {"a": "cropr"}).axes[3].get_xlabel() == "0 objects"
+    mpl.pyplot.close("all")
+
+
+def test_answers_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="'label_maps' is missing"):
+        maps.read_maps(write_maps(tmp_path / "a.npz", **segmentation_arrays(label_maps=None)))
+    with pytest.raises(ValueError, match="task 'depth'; this version draws classification, segmentation, detection"):
+        maps.read_maps(write_maps(tmp_path / "b.npz", task=np.array("depth")))
+    with pytest.raises(ValueError, match="true_classes: 1"):
+        maps.read_maps(write_maps(tmp_path / "c.npz", **detection_arrays(true_classes=np.array([0]))))
+    wrong = np.full((2, 4, 4), 7, np.uint8)
+    with pytest.raises(ValueError, match="class 7, but names of 3 classes"):
+        maps.read_maps(write_maps(tmp_path / "d.npz", **segmentation_arrays(prediction_maps=wrong)))
+
+
+def test_every_class_has_a_colour_of_its_own():
+    for count in (1, 3, 10, 11, 80, 150):
+        tints = answers.palette(count)
+        assert len(tints) == len(set(tints)) == count
+    far = answers.palette(150)
+    assert min(np.abs(np.subtract(a, b)).sum() for a, b in pairwise(far)) > 0.3  # neighbours differ
 
 
 # Figures ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
@@ -115,6 +116,16 @@ def test_scrubbing_leaves_pictures_alone(runner: ModuleType) -> None:
     assert scrubbed.metadata["papermill"] == {"parameters": {"a": 1}}
 
 
+def test_pictures_keep_their_alt_text(tmp_path: Path, runner: ModuleType) -> None:
+    content = nbformat.read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
+    for cell, alt in zip(content.cells[2:], ({"alt": 'Top-1 of "Cropr" > 80 & rising'}, {}), strict=True):
+        cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": alt})]
+    first, second = pictures(runner.render(content, "Title"))
+    assert first["alt"] == 'Top-1 of "Cropr" > 80 & rising'
+    assert first["src"] == "data:image/png;base64,AAAA"
+    assert "No description" in (second["alt"] or "")  # nbconvert says so itself
+
+
 def test_page_of_a_notebook_loads_nothing(tmp_path: Path, runner: ModuleType) -> None:
     content = nbformat.read(notebook(tmp_path / "page.ipynb", "x = 1"), as_version=4)
     before = nbformat.writes(content)
@@ -122,6 +133,19 @@ def test_page_of_a_notebook_loads_nothing(tmp_path: Path, runner: ModuleType) ->
     assert_offline(page)
     assert nbformat.writes(content) == before, "rendering changes the notebook"
     assert "<title>Title</title>" in page
+
+
+def pictures(page: str) -> list[dict[str, str | None]]:
+    """Attributes of every ``<img>`` of a page."""
+    found: list[dict[str, str | None]] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag == "img":
+                found.append(dict(attrs))
+
+    Reader().feed(page)
+    return found
 
 
 def assert_offline(page: str) -> None:

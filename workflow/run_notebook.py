@@ -28,11 +28,16 @@ _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 _TEX = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", re.DOTALL)
 
 # The stock template loads scripts for widgets, formulas and diagrams from a content network; ours needs none of them.
+# It also leaves out what a figure's cell says for readers who cannot see the picture.
 _TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block data_png scoped -%}
+{%- set alt = output | get_metadata('alt', 'image/png') -%}
+{{ super() | replace('<img', '<img alt="' ~ (alt | escape_html) ~ '"', 1) if alt else super() }}
+{%- endblock data_png -%}
 """
 
 

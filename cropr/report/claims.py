@@ -32,7 +32,8 @@ class Claim(BaseModel):
     left: str
     right: str | None = None
     """Row that is subtracted."""
-    quantity: str = "top1"
+    quantity: str | None = None
+    """None: the one that the artefact's task is judged by."""
     relation: str
     """``>``, ``<``, ``>= -2.0`` ..., on ``left - right``."""
     source: str
@@ -47,8 +48,8 @@ class Claim(BaseModel):
 
     @field_validator("quantity")
     @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in QUANTITIES:
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in QUANTITIES:
             raise ValueError(f"unknown quantity {value!r}; choose one of {', '.join(QUANTITIES)}")
         return value
 
@@ -58,6 +59,8 @@ class Judgement:
     """A claim and what the records say."""
 
     claim: Claim
+    quantity: str
+    """The claim's, or its artefact's."""
     interval: Interval | None
     """Of ``left - right``; None where nothing was measured."""
     verdict: Verdict
@@ -67,7 +70,7 @@ class Judgement:
         """The interval with its unit, for a table."""
         if self.interval is None:
             return "—"
-        entry = quantity(self.claim.quantity)
+        entry = quantity(self.quantity)
         text = self.interval.format(max(entry.digits, 1), self.claim.right is not None)
         return f"{text} points" if self.claim.right is not None and entry.unit == "%" else entry.write(text)
 
@@ -105,16 +108,19 @@ def judge(claim: Claim, artefact: Artefact) -> Judgement:
     Raises:
         ValueError: the grid has no such row.
     """
+    name = claim.quantity or artefact.primary
     for row in filter(None, (claim.left, claim.right)):
         if row not in artefact.rows:
             raise ValueError(f"claim {claim.id}: {artefact.manifest.artefact} has no row {row!r}; it has "
                              f"{', '.join(artefact.rows)}")  # fmt: skip
         if not artefact.rows[row].available:
-            return Judgement(claim, None, Verdict("undecided", f"{artefact.rows[row].label} is not yet available"))
-    interval = _difference(claim, artefact)
+            return Judgement(
+                claim, name, None, Verdict("undecided", f"{artefact.rows[row].label} is not yet available")
+            )
+    interval = _difference(claim, name, artefact)
     if interval is None:
-        return Judgement(claim, None, Verdict("undecided", "not measured at this scale"))
-    return Judgement(claim, interval, decide(claim, interval))
+        return Judgement(claim, name, None, Verdict("undecided", "not measured at this scale"))
+    return Judgement(claim, name, interval, decide(claim, interval))
 
 
 def judge_all(claims: list[Claim], artefacts: Mapping[str, Artefact]) -> list[Judgement]:
@@ -122,14 +128,14 @@ def judge_all(claims: list[Claim], artefacts: Mapping[str, Artefact]) -> list[Ju
     return [judge(claim, artefacts[claim.artefact]) for claim in claims if claim.artefact in artefacts]
 
 
-def _difference(claim: Claim, artefact: Artefact) -> Interval | None:
-    left = artefact.interval(claim.left, claim.quantity)
+def _difference(claim: Claim, name: str, artefact: Artefact) -> Interval | None:
+    left = artefact.interval(claim.left, name)
     if claim.right is None:
         return left
-    ours, theirs = artefact.values(claim.left, claim.quantity), artefact.values(claim.right, claim.quantity)
+    ours, theirs = artefact.values(claim.left, name), artefact.values(claim.right, name)
     if ours.keys() & theirs.keys():
         return difference_interval(ours, theirs)
-    right = artefact.interval(claim.right, claim.quantity)
+    right = artefact.interval(claim.right, name)
     if left is None or right is None:
         return None
     # Two separate measurements: the widest interval that their bounds allow.

@@ -16,28 +16,40 @@ from matplotlib.ticker import MaxNLocator
 
 from cropr.report import style
 from cropr.report.labels import Box, Label, label_ends, place_labels
-from cropr.report.load import Artefact, bench_model, paper_schedule, row_names, setting_name
+from cropr.report.load import Artefact
+from cropr.report.names import bench_model, row_names, schedule_name, schedules, setting_name, short_names
+from cropr.report.quantities import quantity
 from cropr.report.stats import Interval
 
 OFF_SCALE = {"measured": 10.0, "published": 5.0}
 """Points below the unpruned model at which a panel of the trade-off ends; lower rows are named at its foot."""
+COSTS = {
+    "train_speedup": "Training step: speed relative\nto the same row (x)",
+    "speedup": "Deployed: speed-up of the\ntimed model (x)",
+}
+"""What may stand beside a difference in accuracy, by quantity."""
 _TINTS = ("#3b3b3b", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 
 
 def trade_off(artefact: Artefact) -> Figure:
     """Accuracy against speed-up, measured (above) and published (below). The panels share no axis.
 
-    Above: top-1 of this scale's models with the interval over seeds, against the speed-up of the measured model on
-    this device. Below: both as the paper prints them. Filled: with Last Layer Fusion; hollow: without.
+    Above: the accuracy (top-1, mIoU, box AP) of this scale's models with the interval over seeds, against the speed-up
+    of the timed model on this device. Below: both as the paper prints them. Filled: with Last Layer Fusion; hollow:
+    without.
     """
+    accuracy = quantity(artefact.primary)
     with style.style():
         figure, (above, below) = plt.subplots(2, 1, figsize=(style.WIDTH, 8.2))
         above.set_title(f"Measured (scale: {artefact.manifest.scale})")
         above.set_xlabel(f"Speed-up of {bench_model(artefact)} on this device (x)")
-        above.set_ylabel("Top-1 of this scale's model (%)")
-        below.set_title("Published (paper)")
-        below.set_xlabel("Speed-up on the paper's GPU, from its images per second (x)")
-        below.set_ylabel("Top-1 of ViT-L/16 on ImageNet-1k (%)")
+        above.set_ylabel(f"{accuracy.label} of this scale's model ({accuracy.unit})")
+        below.set_title(f"Published (paper): {artefact.measures.paper}")
+        below.set_xlabel("Speed-up on the paper's GPU (x)")
+        below.set_ylabel(f"{accuracy.label} of the paper's model ({accuracy.unit})")
+        if pairs := schedules(artefact):
+            text = "Labels name the timed schedule. The trained model has another:\n" + "\n".join(pairs)
+            above.text(0.012, 0.03, text, transform=above.transAxes, color=style.MUTED, fontsize=9, va="bottom")
         panels = ("measured", above), ("published", below)
         points = [_scatter(figure, axes, artefact, kind) for kind, axes in panels]
         handles = [
@@ -55,7 +67,7 @@ def trade_off(artefact: Artefact) -> Figure:
 
 def speed_against_bound(artefact: Artefact) -> Figure:
     """Measured speed-up with its interval, the bound that the multiply-adds set, and the published speed-up, by row."""
-    frame, names = artefact.frame, row_names(artefact)
+    frame, names = artefact.frame, row_names(artefact, "speed")
     rows = [row for row in frame.index if artefact.interval(row, "speedup") is not None]
     with style.style():
         figure, axes = plt.subplots(figsize=(style.WIDTH, 1.5 + 0.34 * max(len(rows), 2)))
@@ -78,28 +90,28 @@ def speed_against_bound(artefact: Artefact) -> Figure:
         handles = [
             Line2D([], [], marker="o", ls="", color=style.INK, label="measured on this device"),
             Line2D([], [], marker="|", ls="", color=style.INK, ms=13, mew=2.2, label="bound: ratio of multiply-adds"),
-            Line2D([], [], marker="D", ls="", color=style.MUTED, mfc="white", label="published: ViT-L/16, their GPU"),
+            Line2D([], [], marker="D", ls="", color=style.MUTED, mfc="white", label="published: on the paper's GPU"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
 def forest(artefact: Artefact, cost: str = "train_speedup") -> Figure:
-    """Ablations: top-1 of every variant minus its baseline's with the interval, and beside it what the variant costs.
+    """Ablations: accuracy of every variant minus its baseline's with the interval, and beside it what it costs.
 
     Args:
         artefact: every measured row but the baseline is drawn, in the order of the grid.
-        cost: quantity of the right panel, a ratio to the baseline (1 = the same).
+        cost: quantity of the right panel, a key of ``COSTS``: a ratio to the baseline (1 = the same).
     """
-    rows = [row for row in artefact.frame.index if artefact.interval(row, "top1_difference") is not None]
+    rows = [row for row in artefact.frame.index if artefact.interval(row, f"{artefact.primary}_difference") is not None]
     with style.style():
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(style.WIDTH, 1.9 + 0.3 * max(len(rows), 3)), width_ratios=(2.1, 1), sharey=True
         )
         left.set_title(f"Accuracy (scale: {artefact.manifest.scale})")
-        left.set_xlabel(f"Top-1 minus that of {_quoted(artefact)} (points)")
+        left.set_xlabel(f"{quantity(artefact.primary).label} minus that of {_quoted(artefact)} (points)")
         right.set_title("Cost")
-        right.set_xlabel("Training step: speed relative\nto the same row (x)")
+        right.set_xlabel(COSTS[cost])
         if not rows:
             right.set_axis_off()
             return _nothing(figure, left, "no variant has been trained at this scale")
@@ -127,11 +139,11 @@ def tokens(artefact: Artefact) -> Figure:
         if not traces:
             return _nothing(figure, axes, "no token counts recorded at this scale")
         # Colour by schedule, dashes without fusion: the two share all but the last blocks.
-        schedules = dict.fromkeys(str(artefact.rows[rows[0]].columns.get("schedule")) for rows in traces.values())
-        tints, ends = dict(zip(schedules, _TINTS * len(schedules), strict=False)), []
+        names = dict.fromkeys(schedule_name(artefact, rows[0]) for rows in traces.values())
+        tints, ends = dict(zip(names, _TINTS * len(names), strict=False)), []
         for trace, rows in traces.items():
             columns = artefact.rows[rows[0]].columns
-            tint, fused = tints[str(columns.get("schedule"))], columns.get("fusion") == "llf"
+            tint, fused = tints[schedule_name(artefact, rows[0])], columns.get("fusion") == "llf"
             solid = fused or artefact.reducer(rows[0]) == "none"
             line, fill = ("o-", tint) if solid else ("o--", "white")
             axes.plot(range(len(trace)), trace, line, color=tint, ms=4, mfc=fill)
@@ -147,11 +159,14 @@ def tokens(artefact: Artefact) -> Figure:
 
 def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[Label]:
     """Draw one panel; returns x, y, label and colour of each point."""
-    names, shown = _short_names(artefact, kind), []
+    names = short_names(artefact, "speed" if kind == "measured" else "paper")
+    shown = []
     reference = artefact.baseline
     for row in artefact.frame.index:
-        accuracy = artefact.number(row, f"top1.{kind}")
+        accuracy = artefact.number(row, f"{artefact.primary}.{kind}")
         speed = artefact.number(row, "speedup.measured") if kind == "measured" else _published_speed(artefact, row)
+        if row == reference and np.isnan(speed):
+            speed = 1.0  # by definition
         if not np.isnan(speed + accuracy):
             shown.append((row, speed, accuracy))
     if not shown:
@@ -165,7 +180,7 @@ def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[
         tint = style.colour(reducer)
         fill = tint if reducer == "none" or artefact.rows[row].columns.get("fusion", "llf") == "llf" else "white"
         if kind == "measured":
-            _bar(axes, x, artefact.interval(row, "top1"), tint, vertical=True)
+            _bar(axes, x, artefact.interval(row, artefact.primary), tint, vertical=True)
         look: dict[str, Any] = {"color": tint, "mfc": fill, "ms": 8, "mew": 1.8, "clip_on": False}
         if y < floor:
             axes.plot(x, floor, "v", **look)
@@ -173,7 +188,8 @@ def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[
         else:
             axes.plot(x, y, style.marker(reducer), **look, zorder=4)
             points.append((x, y, names[row], tint))
-    axes.axhline(top, color=style.COLOURS["none"], lw=1, ls=(0, (4, 3)), zorder=0)
+    if any(row == reference for row, _, _ in shown):
+        axes.axhline(top, color=style.COLOURS["none"], lw=1, ls=(0, (4, 3)), zorder=0)
     axes.margins(0.08, 0.12)
     if any(y < floor for _, _, y in shown):
         axes.set_ylim(floor, max(y for _, _, y in shown) + 0.1 * OFF_SCALE[kind])
@@ -182,10 +198,10 @@ def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[
 
 def _obstacles(axes: Axes, artefact: Artefact, kind: str) -> list[Box]:
     """The unpruned model's line and the intervals of a panel, in data units."""
-    level = artefact.number(str(artefact.baseline), f"top1.{kind}")
+    level = artefact.number(str(artefact.baseline), f"{artefact.primary}.{kind}")
     boxes = [] if np.isnan(level) else [(axes.get_xlim()[0], level, axes.get_xlim()[1], level)]
     for row in artefact.frame.index if kind == "measured" else ():
-        x, interval = artefact.number(row, "speedup.measured"), artefact.interval(row, "top1")
+        x, interval = artefact.number(row, "speedup.measured"), artefact.interval(row, artefact.primary)
         if interval is not None and interval.low is not None and interval.high is not None and not np.isnan(x):
             boxes.append((x, interval.low, x, interval.high))
     return boxes
@@ -197,20 +213,10 @@ def _published_speed(artefact: Artefact, row: str) -> float:
     return artefact.number(row, "speedup.published") if np.isnan(ours / base) else ours / base
 
 
-def _short_names(artefact: Artefact, kind: str) -> dict[str, str]:
-    """Labels, with the schedule where several rows share one. Fusion is drawn; the paper's schedules are its own."""
-    labels = artefact.frame["label"]
-    shared, names = set(labels[labels.duplicated(keep=False)]), {}
-    for name, row in artefact.rows.items():
-        schedule = paper_schedule(artefact, name) if kind == "published" else row.columns.get("schedule")
-        names[name] = f"{row.label} {schedule}" if row.label in shared and schedule else row.label
-    return names
-
-
 def _forest_row(artefact: Artefact, row: str, y: int, left: Axes, right: Axes, cost: str) -> None:
-    difference, price = artefact.interval(row, "top1_difference"), artefact.interval(row, cost)
+    difference, price = artefact.interval(row, f"{artefact.primary}_difference"), artefact.interval(row, cost)
     assert difference is not None
-    if not np.isnan(published := artefact.number(row, "top1_difference.published")):
+    if not np.isnan(published := artefact.number(row, f"{artefact.primary}_difference.published")):
         left.plot(published, y, "D", color=style.MUTED, mfc="white", zorder=2)
     _bar(left, y, difference, style.INK, vertical=False)
     left.plot(difference.mean, y, "o", color=style.INK, zorder=4)
@@ -223,7 +229,9 @@ def _forest_legend(artefact: Artefact) -> list[Line2D]:
     single = len(artefact.manifest.seeds) == 1
     text = "measured (one seed: no interval)" if single else "measured, 95 % interval over seeds"
     handles = [Line2D([], [], marker="o", ls="" if single else "-", color=style.INK, label=text)]
-    if not all(np.isnan(artefact.number(row, "top1_difference.published")) for row in artefact.frame.index):
+    if not all(
+        np.isnan(artefact.number(row, f"{artefact.primary}_difference.published")) for row in artefact.frame.index
+    ):
         handles.append(Line2D([], [], marker="D", ls="", color=style.MUTED, mfc="white", label="published (paper)"))
     return handles
 

@@ -10,6 +10,7 @@ is measured), published, bound, predicted. Kinds never share a column.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cropr.records import read_record, write_text
-from cropr.report.quantities import QUANTITIES
+from cropr.report.quantities import FORMULA, QUANTITIES, TASKS, Measures
 from cropr.report.stats import Interval, difference_interval, mean_interval
+from cropr.specs import Task
 
 Record = dict[str, Any]
 KINDS = ("measured", "low", "high", "published", "bound", "predicted")
@@ -36,10 +38,8 @@ CONFIDENCE = {
 
 RELEVANCE = ("kept_on_object", "object_kept")
 """Share of the kept patches that lie on the object; share of the object's patches that are still alive. Percent."""
-_TRAINED = (
-    "top1", "top5", "loss", *RELEVANCE, "step_ms", "train_images_per_s", "parameters", "parameters_training_only",
-)  # fmt: skip
-"""What is averaged over the seeds of a run: metrics of its records, and relevance after the last block that prunes."""
+_PATCH = re.compile(r"patch(\d+)")
+"""timm writes the side of a patch into its models' names."""
 _LOG = logging.getLogger("cropr")
 
 
@@ -72,6 +72,7 @@ class Manifest(BaseModel):
 
     artefact: str
     title: str
+    task: Task = "classification"
     scale: str
     seeds: list[int]
     results: Path
@@ -99,6 +100,16 @@ class Artefact:
     def rows(self) -> dict[str, Row]:
         """Rows by name, in the order of the grid."""
         return {row.row: row for row in self.manifest.rows}
+
+    @property
+    def measures(self) -> Measures:
+        """What its task is judged by."""
+        return TASKS[self.manifest.task]
+
+    @property
+    def primary(self) -> str:
+        """The quantity by which its rows are ranked: top-1, mIoU, box AP."""
+        return self.measures.primary
 
     @property
     def baseline(self) -> str | None:
@@ -203,53 +214,24 @@ def write_tables(artefact: Artefact, markdown: str) -> list[Path]:
 
 def metric_by_seed(records: Mapping[int, Record], metric: str) -> dict[int, float]:
     """A metric of several records of one run, by seed; relevance is that after the last block that prunes."""
-    found = {}
-    for seed, record in records.items():
-        relevance = record.get("series", {}).get("relevance", [])
-        source = (
-            max(relevance, key=lambda entry: entry["block"], default={}) if metric in RELEVANCE else record["metrics"]
-        )
-        if source.get(metric) is not None:
-            found[seed] = float(source[metric])
-    return found
+    return {seed: value for seed, record in records.items() if (value := _metric(record, metric)) is not None}
 
 
-def row_names(artefact: Artefact, paper: bool = False) -> dict[str, str]:
-    """Labels of all rows, with schedule and fusion added where a label alone would name several rows.
+def pruned_share(record: Record) -> float | None:
+    """Patches that are pruned anywhere over all patches, in percent (TPR; paper, section 4).
 
-    Args:
-        paper: beside published numbers: name the paper's schedule, where the manifest has it.
+    What the record says of it, else from its token counts; None where the patches cannot be counted.
     """
-    labels = artefact.frame["label"]
-    shared = set(labels[labels.duplicated(keep=False)])
-    return {
-        name: f"{row.label} ({setting_name(artefact, name, paper)})" if row.label in shared else row.label
-        for name, row in artefact.rows.items()
-    }
-
-
-def setting_name(artefact: Artefact, row: str, paper: bool = False) -> str:
-    """Schedule and fusion of a row: ``R=8, LLF``; ``unpruned`` and the image size where nothing is pruned."""
-    columns = artefact.rows[row].columns
-    if artefact.reducer(row) == "none":
-        return ", ".join(["unpruned"] + ([f"{columns['image_size']} px"] if "image_size" in columns else []))
-    fusion = {"llf": "LLF", "none": "no LLF"}.get(str(columns.get("fusion")), columns.get("fusion"))
-    schedule = paper_schedule(artefact, row) if paper else columns.get("schedule")
-    return ", ".join(str(part) for part in (schedule, fusion) if part is not None)
-
-
-def paper_schedule(artefact: Artefact, row: str) -> str | None:
-    """The schedule of the published number; None where the manifest does not say (this scale's may differ)."""
-    columns = artefact.rows[row].columns
-    schedule = columns.get("schedule") if artefact.manifest.scale == "paper" else None
-    return columns.get("paper_schedule", schedule)
-
-
-def bench_model(artefact: Artefact) -> str:
-    """timm's name of the model whose throughput was measured, without its weights' tag."""
-    specs = [record["spec"] for record in artefact.benches.values()]
-    names = {str(spec["model"]["name"]).partition(".")[0] for spec in specs}
-    return ", ".join(sorted(names)) or "the model"
+    if "tpr" in record["metrics"]:
+        return float(record["metrics"]["tpr"])
+    spec, tokens = record["spec"], record.get("tokens")
+    side = spec["model"].get("args", {}).get("patch_size")
+    if side is None and (match := _PATCH.search(spec["model"]["name"])):
+        side = int(match[1])
+    if not tokens or side is None:
+        return None
+    # Prefix tokens are never pruned, so the difference is one of patches.
+    return 100 * (tokens[0] - min(tokens)) / (spec["data"]["image_size"] // side) ** 2
 
 
 def make_command(manifest: Manifest, target: str | Path | None = None) -> str:
@@ -289,54 +271,74 @@ def _frame(
     benches: Mapping[str, Record],
     published: pd.DataFrame,
 ) -> pd.DataFrame:
-    lines = []
+    lines, measures = [], TASKS[manifest.task]
     for row in manifest.rows:
         records = runs.get(row.row, {})
         line: dict[str, Any] = {"row": row.row, "label": row.label, **row.columns}
         line |= {"available": row.available, "why": row.why, "seeds": len(records)}
-        line |= _trained(records)
+        line |= _trained(records, measures)
         if row.baseline is not None and row.baseline != row.row:
-            line |= _against(records, runs.get(row.baseline, {}))
+            line |= _against(records, runs.get(row.baseline, {}), measures)
         if bench := benches.get(row.row):
             line |= _benched(bench["metrics"])
         for _, number in published[published["row"] == row.row].iterrows():
             line[f"{number['quantity']}.published"] = float(number["value"])
         lines.append(line)
     frame = pd.DataFrame(lines).set_index("row")
-    _published_difference(frame, manifest)
+    _published_differences(frame, manifest, measures)
     columns = [str(name) for name in frame]
     numbers = sorted((name for name in columns if name.rpartition(".")[2] in KINDS), key=_column_order)
     texts = [name for name in columns if name not in numbers]
     return frame.astype(dict.fromkeys(numbers, float))[texts + numbers]
 
 
-def _trained(records: Mapping[int, Record]) -> dict[str, float | None]:
+def _metric(record: Record, metric: str) -> float | None:
+    if metric == "tpr":
+        return pruned_share(record)
+    relevance = record.get("series", {}).get("relevance", [])
+    last: Mapping[str, float] = max(relevance, key=lambda entry: entry["block"], default={})
+    value = (last if metric in RELEVANCE else record["metrics"]).get(metric)
+    return None if value is None else float(value)
+
+
+def _trained(records: Mapping[int, Record], measures: Measures) -> dict[str, float | None]:
+    """Every known metric of a run's records over its seeds; what a formula gives is that of the timed model."""
     line: dict[str, float | None] = {}
-    for metric in _TRAINED:
-        if values := list(metric_by_seed(records, metric).values()):
-            exact = QUANTITIES[metric].exact
-            line |= {f"{metric}.measured": values[0]} if exact else _kinds(metric, mean_interval(values))
+    for metric, entry in QUANTITIES.items():
+        if metric not in FORMULA and (values := list(metric_by_seed(records, metric).values())):
+            line |= {f"{metric}.measured": values[0]} if entry.exact else _kinds(metric, mean_interval(values))
+    if measures.median and (values := list(metric_by_seed(records, measures.primary).values())):
+        line[f"{measures.primary}_median.measured"] = float(np.median(values))
     return line
 
 
-def _against(records: Mapping[int, Record], baseline: Mapping[int, Record]) -> dict[str, float | None]:
+def _against(
+    records: Mapping[int, Record], baseline: Mapping[int, Record], measures: Measures
+) -> dict[str, float | None]:
     """Paired differences and ratios to the baseline's run of the same seed."""
     line: dict[str, float | None] = {}
-    if records.keys() & baseline.keys():
-        ours, theirs = metric_by_seed(records, "top1"), metric_by_seed(baseline, "top1")
+    for metric in measures.compared:
+        ours, theirs = metric_by_seed(records, metric), metric_by_seed(baseline, metric)
         if ours.keys() & theirs.keys():
-            line |= _kinds("top1_difference", difference_interval(ours, theirs))
-        ours, theirs = metric_by_seed(records, "step_ms"), metric_by_seed(baseline, "step_ms")
-        if seeds := sorted(ours.keys() & theirs.keys()):
-            line |= _kinds("train_speedup", mean_interval([theirs[seed] / ours[seed] for seed in seeds]))
+            line |= _kinds(f"{metric}_difference", difference_interval(ours, theirs))
+    ours, theirs = metric_by_seed(records, "step_ms"), metric_by_seed(baseline, "step_ms")
+    if seeds := sorted(ours.keys() & theirs.keys()):
+        line |= _kinds("train_speedup", mean_interval([theirs[seed] / ours[seed] for seed in seeds]))
     return line
 
 
 def _benched(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    if "bound" not in metrics:
+        return {}  # of another kind, such as a plan, whose page reads its series
     bound = metrics["bound"]
     low, high = metrics.get("speedup_low"), metrics.get("speedup_high")
     line: dict[str, float | None] = {
-        "speedup.measured": metrics["speedup"],
+        f"{name}.{'predicted' if name in FORMULA else 'measured'}": metrics[name]
+        for name in QUANTITIES
+        if name in metrics
+    }
+    # The record has the share as a fraction; here it is a percentage, with the bounds of the speed-up.
+    line |= {
         "speedup.low": low,
         "speedup.high": high,
         "speedup.bound": bound,
@@ -344,28 +346,23 @@ def _benched(metrics: Mapping[str, float]) -> dict[str, float | None]:
         "share_of_bound.low": None if low is None else 100 * low / bound,
         "share_of_bound.high": None if high is None else 100 * high / bound,
     }
-    for name in ("images_per_s", "base_images_per_s", "weights_mb", "base_weights_mb"):
-        if name in metrics:
-            line[f"{name}.measured"] = metrics[name]
-    for name in ("gmacs", "base_gmacs"):
-        if name in metrics:
-            line[f"{name}.predicted"] = metrics[name]
     if metrics.get("weights_mb") and metrics.get("base_weights_mb"):
         line["weights_extra.measured"] = 100 * (metrics["weights_mb"] / metrics["base_weights_mb"] - 1)
     return line
 
 
-def _published_difference(frame: pd.DataFrame, manifest: Manifest) -> None:
-    """Fill ``top1_difference.published`` from the published accuracies, where the paper does not give it itself."""
-    column, accuracy = "top1_difference.published", "top1.published"
-    if accuracy not in frame:
-        return
-    if column not in frame:
-        frame[column] = np.nan
-    for row in manifest.rows:
-        if row.baseline is not None and row.baseline != row.row and pd.isna(frame[column][row.row]):
-            difference = frame[accuracy][row.row] - frame[accuracy][row.baseline]
-            frame.loc[row.row, column] = round(float(difference), 6)
+def _published_differences(frame: pd.DataFrame, manifest: Manifest, measures: Measures) -> None:
+    """Fill ``<metric>_difference.published`` from the published accuracies, where the paper does not give it itself."""
+    for metric in measures.compared:
+        column, accuracy = f"{metric}_difference.published", f"{metric}.published"
+        if accuracy not in frame:
+            continue
+        if column not in frame:
+            frame[column] = np.nan
+        for row in manifest.rows:
+            if row.baseline is not None and row.baseline != row.row and pd.isna(frame[column][row.row]):
+                difference = frame[accuracy][row.row] - frame[accuracy][row.baseline]
+                frame.loc[row.row, column] = round(float(difference), 6)
 
 
 def _kinds(quantity: str, interval: Interval) -> dict[str, float | None]:

@@ -17,15 +17,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from cropr.data.scenes import OBJECT, object_patches
 from cropr.report import style
+from cropr.report.answers import ARRAYS, Answers, read_answers
 from cropr.report.load import Artefact, make_command
 
 TINT = 0.8
 """Opacity of the colour over a pruned patch: the picture remains visible beneath."""
-_ARRAYS = ("images", "labels", "predictions", "pruned_after", "grid", "depth", "classes")
+_ARRAYS = ("images", "pruned_after", "grid", "depth", "classes")
+"""What every file of maps holds; ``answers.ARRAYS`` are those of each task."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,6 @@ class Maps:
 
     images: NDArray[np.uint8]
     """[n, H, W, 3]."""
-    labels: NDArray[np.int64]
-    """[n]; -1 where there is none (a picture of the user's)."""
-    predictions: NDArray[np.int64]
-    """[n]."""
     pruned_after: NDArray[np.int64]
     """[n, N] in raster order: block after which a patch was pruned, counted from 1; 0 = never."""
     grid: tuple[int, int]
@@ -45,8 +44,10 @@ class Maps:
     depth: int
     """Blocks of the model."""
     classes: tuple[str, ...]
+    answers: Answers
+    """Truth and predictions, of the kind that the task has."""
     masks: NDArray[np.uint8] | None
-    """[n, H, W] truth masks, where the data set has them."""
+    """[n, H, W] truth masks of the labelled object, where the data set has them."""
 
 
 def read_maps(path: str | Path) -> Maps:
@@ -60,17 +61,20 @@ def read_maps(path: str | Path) -> Maps:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no pruning maps; make them with: python -m cropr show --help")
     with np.load(path, allow_pickle=False) as file:
-        if missing := [name for name in _ARRAYS if name not in file]:
+        task = str(file.get("task", "classification"))
+        if task not in ARRAYS:
+            raise ValueError(f"{path}: maps of the task {task!r}; this version draws {', '.join(ARRAYS)}")
+        if missing := [name for name in (*_ARRAYS, *ARRAYS[task]) if name not in file]:
             raise ValueError(f"{path}: array {missing[0]!r} is missing; make the file again with python -m cropr show")
         rows, columns = (int(side) for side in file["grid"])
+        classes = tuple(str(name) for name in file["classes"])
         maps = Maps(
             file["images"],
-            file["labels"],
-            file["predictions"],
             file["pruned_after"],
             (rows, columns),
             int(file["depth"]),
-            tuple(str(name) for name in file["classes"]),
+            classes,
+            read_answers(task, file, classes),
             file.get("masks"),
         )
     if maps.pruned_after.shape != (len(maps.images), rows * columns):
@@ -107,7 +111,10 @@ def load_maps(artefact: Artefact) -> dict[str, Maps]:
 def figure(
     maps: Mapping[str, Maps], names: Mapping[str, str], reducers: Mapping[str, str], images: Sequence[int] | None = None
 ) -> Figure:
-    """A grid: a row per image, the input and then one column per method, with a colour bar of blocks.
+    """A grid: a row per image; columns are the input, then what each method pruned, with a colour bar of blocks.
+
+    Where answers are pictures (label maps, boxes), each method has a second column for its prediction, and the truth
+    comes last, as in the paper's figures. Classes are written below the images.
 
     Args:
         maps: by row of the grid, all on the same images.
@@ -123,54 +130,40 @@ def figure(
             return empty
     first = next(iter(maps.values()))
     chosen = list(images) if images is not None else list(range(len(first.images)))
-    cell = min(1.9, style.WIDTH / (len(maps) + 1))
+    columns = 1 + (1 + first.answers.panels) * len(maps) + first.answers.panels
+    # A single method with its prediction and the truth has room for larger pictures.
+    cell = min(2.3 if first.answers.panels else 1.9, style.WIDTH / columns)
     with style.style():
         plot, grid = plt.subplots(
-            len(chosen),
-            len(maps) + 1,
-            figsize=(cell * (len(maps) + 1), (cell + 0.16) * len(chosen) + 0.9),
-            squeeze=False,
+            len(chosen), columns, figsize=(cell * columns, (cell + 0.16) * len(chosen) + 1.1), squeeze=False
         )
         room = (0, 0, 1, 1 - 0.08 / plot.get_size_inches()[1])  # else the heads touch the edge
         plot.set_layout_engine("constrained", w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01, rect=room)
         for axes in grid.flat:
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.grid(visible=False)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-        grid[0, 0].set_title("input", loc="center")
-        for row, index in enumerate(chosen):
-            _picture(grid[row, 0], first, index)
-            for column, (name, entry) in enumerate(maps.items(), 1):
-                _map(grid[row, column], entry, index)
-                if row == 0:
-                    grid[0, column].set_title(names[name], loc="center", color=style.colour(reducers[name]))
-        colours, norm, blocks = _scale(maps)
-        bar = plot.colorbar(
-            mpl.cm.ScalarMappable(norm, colours), ax=grid, location="bottom", fraction=0.02, aspect=50, pad=0.01,
-            shrink=min(1.0, 5 / (cell * (len(maps) + 1))),
-        )  # fmt: skip
-        step = max(1, round(len(blocks) / 12))
-        bar.set_ticks(blocks[::step])
-        bar.minorticks_off()
-        bar.outline.set_visible(False)
-        bar.set_label("block after which a patch was pruned (untinted: never)")
+            _bare(axes)
+        for line, index in zip(grid, chosen, strict=True):
+            _line(line, maps, index)
+        for axes, (title, tint) in zip(grid[0], _heads(maps, names, reducers), strict=True):
+            axes.set_title(title, loc="center", color=tint)
+        _block_bar(plot, grid, maps, cell * columns)
+        if patches := _legend(maps, chosen):
+            plot.legend(handles=patches, loc="outside lower center", ncols=8)
     return plot
 
 
 def survival(maps: Mapping[str, Maps]) -> pd.DataFrame:
     """Of the images shown, by row: shares of the object's and of the other patches that were never pruned (percent).
 
-    Columns ``images``, ``correct`` (percent of those with a label), ``object`` and ``rest``; the latter two are NaN
-    without truth (see ``cropr.data.scenes.object_patches``).
+    Columns ``images``; ``correct``, the percentage of what ``unit`` names that is right (see ``answers``); ``object``
+    and ``rest``, NaN without truth (see ``cropr.data.scenes.object_patches``).
     """
     lines = {}
     for name, entry in maps.items():
-        alive, known = entry.pruned_after == 0, entry.labels >= 0
+        alive = entry.pruned_after == 0
         line = {
             "images": len(alive),
-            "correct": 100 * float((entry.predictions == entry.labels)[known].mean()) if known.any() else np.nan,
+            "correct": entry.answers.right(),
+            "unit": entry.answers.unit,
             "object": np.nan,
             "rest": np.nan,
         }
@@ -178,18 +171,67 @@ def survival(maps: Mapping[str, Maps]) -> pd.DataFrame:
             on = np.stack([object_patches(mask, entry.grid) for mask in entry.masks])
             line |= {"object": 100 * alive[on].mean(), "rest": 100 * alive[~on].mean()}
         lines[name] = line
-    return pd.DataFrame.from_dict(lines, orient="index", columns=["images", "correct", "object", "rest"])
+    return pd.DataFrame.from_dict(lines, orient="index", columns=["images", "correct", "unit", "object", "rest"])
 
 
-def _picture(axes: Axes, maps: Maps, index: int) -> None:
-    axes.imshow(maps.images[index], interpolation="nearest")
-    _outline(axes, maps, index)
-    if maps.labels[index] >= 0:
-        axes.set_xlabel(_class(maps, maps.labels[index]), fontsize=9, labelpad=2)
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _heads(maps: Mapping[str, Maps], names: Mapping[str, str], reducers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Text and colour over every column."""
+    panels = next(iter(maps.values())).answers.panels
+    heads = [("input", style.INK)]
+    for name in maps:
+        tint = style.colour(reducers[name])
+        heads += [(names[name], tint), ("prediction", tint)] if panels else [(names[name], tint)]
+    return [*heads, ("label", style.INK)] if panels else heads
+
+
+def _line(line: Sequence[Axes], maps: Mapping[str, Maps], index: int) -> None:
+    """One image: the input, each method's map and answer, the truth."""
+    first, cells = next(iter(maps.values())), iter(line)
+    axes = next(cells)
+    axes.imshow(first.images[index], interpolation="nearest")
+    _outline(axes, first, index)
+    if not first.answers.panels:
+        first.answers.truth(axes, index, first.images[index], first.classes)
+    for entry in maps.values():
+        axes = next(cells)
+        _map(axes, entry, index)
+        axes = next(cells) if entry.answers.panels else axes
+        entry.answers.prediction(axes, index, entry.images[index], entry.classes)
+    if first.answers.panels:
+        first.answers.truth(next(cells), index, first.images[index], first.classes)
+
+
+def _block_bar(plot: Figure, grid: NDArray[np.object_], maps: Mapping[str, Maps], width: float) -> None:
+    colours, norm, blocks = _scale(maps)
+    bar = plot.colorbar(
+        mpl.cm.ScalarMappable(norm, colours), ax=grid, location="bottom", fraction=0.02, aspect=50, pad=0.01,
+        shrink=min(1.0, 5 / width),
+    )  # fmt: skip
+    step = max(1, round(len(blocks) / 12))
+    bar.set_ticks(blocks[::step])
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
+    bar.set_label("block after which a patch was pruned (untinted: never)")
+
+
+def _legend(maps: Mapping[str, Maps], images: Sequence[int]) -> list[Patch]:
+    """Colours of the classes that any method or the truth shows."""
+    found: dict[object, Patch] = {}
+    for entry in maps.values():
+        found |= {patch.get_label(): patch for patch in entry.answers.legend(entry.classes, images)}
+    return list(found.values())
 
 
 def _map(axes: Axes, maps: Maps, index: int) -> None:
-    """One image with its pruned patches tinted; below it the prediction, marked right or wrong."""
+    """One image with its pruned patches tinted."""
     colours, norm, _ = _scale({"": maps})
     height, width = maps.images.shape[1:3]
     after = maps.pruned_after[index].reshape(maps.grid)
@@ -201,9 +243,6 @@ def _map(axes: Axes, maps: Maps, index: int) -> None:
     axes.imshow(maps.images[index], interpolation="nearest")
     axes.imshow(tint, interpolation="nearest")
     _outline(axes, maps, index)
-    label, prediction = maps.labels[index], maps.predictions[index]
-    mark, tone = ("", style.INK) if label < 0 else (" ✓", "#00694d") if label == prediction else (" ✗", "#b3420a")
-    axes.set_xlabel(f"{_class(maps, prediction)}{mark}", fontsize=9, color=tone, labelpad=2)
 
 
 def _outline(axes: Axes, maps: Maps, index: int) -> None:
@@ -213,11 +252,6 @@ def _outline(axes: Axes, maps: Maps, index: int) -> None:
     if on.any() and not on.all():
         for tone, width in (("black", 2.0), ("white", 1.0)):  # visible on any background
             axes.contour(on, levels=[0.5], colors=tone, linewidths=width)
-
-
-def _class(maps: Maps, index: int) -> str:
-    text = maps.classes[index] if 0 <= index < len(maps.classes) else f"class {index}"
-    return text.replace("_", " ")
 
 
 def _scale(maps: Mapping[str, Maps]) -> tuple[ListedColormap, BoundaryNorm, list[int]]:

@@ -23,9 +23,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from cropr.records import write_text
-from cropr.report import text
+from cropr.report import setting, text
 from cropr.report.claims import OUTCOMES, Judgement, judge_all, load_claims
-from cropr.report.load import Artefact, Record, load, make_command, row_names
+from cropr.report.load import Artefact, Record, load, make_command
+from cropr.report.names import row_names
+from cropr.report.quantities import TASKS, quantity
 from cropr.report.template import PAGE
 
 FIGURES = {
@@ -110,8 +112,8 @@ def render(artefacts: Sequence[Artefact], claims: Path, folder: Path) -> str:
     return environment.from_string(PAGE).render(
         scale=first.manifest.scale,
         seeds=len(first.manifest.seeds),
-        scope=_inline(text.scope(first)),
-        settings=[(name, [_inline(part) for part in value.split("<br>")]) for name, value in text.settings(first)],
+        scope=_inline(setting.scope(first)),
+        settings=[(name, [_inline(part) for part in value.split("<br>")]) for name, value in setting.settings(first)],
         claims=[_claim(judgement) for judgement in judgements],
         verdicts=_inline(text.verdicts(judgements)),
         sections=[_section(artefact, folder) for artefact in artefacts],
@@ -125,26 +127,31 @@ def inventory(artefacts: Iterable[Artefact]) -> list[dict[str, str]]:
     """Every record once: what it is, which rows use it, seed, result, wall time, peak memory, commit, path."""
     found: dict[str, dict[str, Any]] = {}
     for artefact in artefacts:
-        names = row_names(artefact)
+        accuracy, speed = row_names(artefact), row_names(artefact, "speed")
         for row in artefact.manifest.rows:
             if not row.available:
                 continue
-            used = artefact.manifest.artefact, names[row.row]
-            files = [*zip(row.records, artefact.runs.get(row.row, {}).values(), strict=False)]
+            trained = zip(row.records, artefact.runs.get(row.row, {}).values(), strict=False)
+            files = [(path, record, accuracy) for path, record in trained]
             if row.bench is not None:
-                files.append((row.bench, artefact.benches[row.row]))
-            for path, record in files:
+                files.append((row.bench, artefact.benches[row.row], speed))
+            for path, record, names in files:
                 short = _relative(path, artefact.manifest.results)
+                used = artefact.manifest.artefact, names[row.row]
                 found.setdefault(short, {"record": record, "rows": []})["rows"].append(used)
     return [_run(path, entry["record"], entry["rows"]) for path, entry in found.items()]
 
 
 def _run(path: str, record: Record, rows: Sequence[tuple[str, str]]) -> dict[str, str]:
     origin, metrics = record["provenance"], record["metrics"]
-    train = "top1" in metrics
-    result = f"{metrics['top1']:.1f} % top-1" if train else f"{metrics['speedup']:.2f}x speed-up"
+    train = record["kind"] == "train"
+    name = TASKS[record["spec"].get("task", "classification")].primary if train else "speedup"
+    entry = quantity(name)
+    result = f"{entry.label} {entry.write(format(metrics[name], f'.{entry.digits}f'))}" if name in metrics else ""
     return {
-        "kind": "training" if train else "throughput",
+        "kind": {"train": "training", "bench": "throughput", "lab": "laboratory"}.get(
+            record["kind"], str(record["kind"])
+        ),
         "rows": rows[0][1] + (f" and {len(rows) - 1} more" if len(rows) > 1 else ""),
         "all_rows": "; ".join(f"{artefact}: {name}" for artefact, name in rows),
         "seed": str(record["seed"]) if train else "",

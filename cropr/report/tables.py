@@ -1,6 +1,6 @@
 """Tables for the notebooks: what was measured, what the paper publishes and what a formula bounds, side by side.
 
-    table = side_by_side(artefact, texts=("pool",), grouped=True, measured=("top1", "speedup"), ...)
+    table = methods(artefact)  # or side_by_side(artefact, measured=("top1", "speedup"), ...)
     table.html()      # great_tables, for the notebook
     table.markdown()  # the same cells as plain Markdown
 
@@ -19,8 +19,9 @@ import pandas as pd
 from great_tables import GT, html, loc, style
 
 from cropr.report.claims import OUTCOMES, Judgement
-from cropr.report.load import Artefact, Row, metric_by_seed
-from cropr.report.quantities import quantity
+from cropr.report.load import Artefact, metric_by_seed
+from cropr.report.names import bench_model, headings, schedules
+from cropr.report.quantities import Quantity, quantity
 from cropr.report.stats import wilson
 
 NONE = "—"
@@ -28,7 +29,20 @@ NONE = "—"
 GREY = "#6b6b6b"
 _COLOURS = {"holds": "#00694d", "contradicted": "#b3420a", "undecided": GREY}
 _WORDS = {"schedule": "Schedule", "fusion": "Fusion", "pool": "Pool", "reducer": "Method"}
-_VALUES = {"llf": "Last Layer Fusion", "none": "no fusion", "avg": "average", "cls": "CLS"}
+_PUBLISHED = ("tpr", "speedup", "speedup_whole", "gmacs", "gmacs_linear", "gmacs_change")
+"""Beside accuracies, what the paper gives of some artefact."""
+_VALUES = {
+    "schedule": {"none": "unpruned"},
+    "fusion": {
+        "none": "none",
+        "concat": "token concatenation",
+        "exit": "early exit",
+        "cross": "cross-attention",
+        "llf": "Last Layer Fusion",
+        "llf_no_self": "Last Layer Fusion, pruned apart",
+    },
+    "pool": {"avg": "average", "cls": "CLS"},
+}
 
 
 @dataclass(frozen=True)
@@ -103,25 +117,56 @@ class Table:
         return f"{text}\n\n{self.caption}\n" if self.caption else f"{text}\n"
 
 
+def methods(artefact: Artefact) -> Table:
+    """The table of an artefact that compares methods: accuracy, pruned patches, speed and its bound, published numbers.
+
+    What its task is judged by gives the columns; those without any number are left out.
+    """
+    compared = artefact.measures.compared
+    accuracies = tuple(column for name in compared for column in (name, f"{name}_median", f"{name}_difference"))
+    return side_by_side(
+        artefact,
+        texts=("pool",) if len({row.columns.get("pool") for row in artefact.manifest.rows}) > 1 else (),
+        grouped=True,
+        measured=(*accuracies, "tpr", "speedup", "share_of_bound", "speedup_whole"),
+        predicted=("gmacs", "gmacs_linear"),
+        bound=("speedup", "speedup_whole"),
+        published=(*(part for name in compared for part in (name, f"{name}_logged")), *_PUBLISHED),
+    )
+
+
+def fusions(artefact: Artefact) -> Table:
+    """The table of an artefact that compares what becomes of pruned tokens: accuracy and speed by fusion."""
+    compared = artefact.measures.compared
+    return side_by_side(
+        artefact,
+        texts=("schedule", "fusion"),
+        measured=(*(part for name in compared for part in (name, f"{name}_difference")), "tpr", "speedup"),
+        bound=("speedup",),
+        published=(*compared, *(f"{name}_difference" for name in compared)),
+    )
+
+
 def side_by_side(
     artefact: Artefact,
     *,
     texts: Sequence[str] = (),
     grouped: bool = False,
-    measured: Sequence[str] = ("top1",),
+    measured: Sequence[str] = (),
     predicted: Sequence[str] = (),
     bound: Sequence[str] = (),
-    published: Sequence[str] = ("top1",),
+    published: Sequence[str] = (),
 ) -> Table:
     """The rows of an artefact, its kinds of numbers under spanners of their own.
 
     Args:
         artefact: what to show.
         texts: text columns after the label.
-        grouped: rows of the same schedule and fusion stand under a heading that names them.
+        grouped: rows of the same schedule and fusion stand under a heading that names them, for accuracy, speed and
+            paper apart where they differ.
         measured, predicted, bound, published: quantities under each spanner; a column without any number is left out,
-            and so is a spanner without columns. With a single seed, ``top1`` is followed by what the sampling of the
-            validation images alone would give.
+            and so is a spanner without columns. With a single seed, an accuracy that is a share of images is followed
+            by what the sampling of the validation images alone would give.
     """
     frame = artefact.frame
     titles = {
@@ -135,17 +180,19 @@ def side_by_side(
     cells = pd.DataFrame({"label": frame["label"].astype(str).to_numpy()})
     heads, spanners = {"label": ""}, {}
     for column in texts:
-        cells[column] = [_word(value) for value in frame[column]]
+        cells[column] = [_word(column, value) for value in frame[column]]
         heads[column] = _WORDS.get(column, column)
     for kind, names in wanted.items():
         spanners[titles[kind]] = [_add(artefact, kind, name, cells, heads) for name in names if _has(frame, name, kind)]
-        if kind == "measured" and "top1" in names and any(sampling := _sampling(artefact)):
+        accuracy = f"measured.{artefact.primary}"
+        if kind == "measured" and accuracy in heads and any(sampling := _sampling(artefact)):
             cells["sampling"], heads["sampling"] = sampling, "Image sampling alone (%)"
             spanners[titles[kind]].insert(1, "sampling")
-            heads = _move(heads, "sampling", after="measured.top1")
+            heads = _move(heads, "sampling", after=accuracy)
     available = frame["available"].astype(bool).tolist()
     notes = ["" if ok else f"not yet available: {why}" for ok, why in zip(available, frame["why"], strict=True)]
-    groups = [_heading(row) for row in artefact.manifest.rows] if grouped else None
+    under = headings(artefact)
+    groups = [under[row] for row in frame.index] if grouped else None
     # Rows under one heading stand together, headings in the order of their first row.
     order = sorted(range(len(cells)), key=lambda i: groups.index(groups[i]) if groups else i)
     return Table(
@@ -155,36 +202,35 @@ def side_by_side(
         [groups[i] for i in order] if groups else None,
         [notes[i] for i in order],
         [not available[i] for i in order],
-        caption(artefact, measured),
+        caption(artefact, measured, grouped),
     )
 
 
-def _heading(row: Row) -> str:
-    """Schedule and fusion, and the paper's schedule where this scale's differs."""
-    if row.reducer == "none":
-        return "Unpruned"
-    schedule, paper = row.columns.get("schedule"), row.columns.get("paper_schedule")
-    fusion = "with Last Layer Fusion" if row.columns.get("fusion") == "llf" else "without fusion"
-    return f"{schedule}, {fusion}" + ("" if paper in (None, schedule) else f" (in the paper: {paper})")
-
-
-def caption(artefact: Artefact, measured: Sequence[str]) -> str:
-    """What the brackets of a table mean."""
+def caption(artefact: Artefact, measured: Sequence[str], grouped: bool = False) -> str:
+    """What the brackets of a table mean, and which models and schedules its accuracies and speeds belong to."""
     seeds, parts = artefact.manifest.seeds, []
-    if "top1_difference" in measured and artefact.baseline:
+    compared = artefact.measures.compared
+    if any(f"{name}_difference" in measured for name in compared) and artefact.baseline:
         parts.append(f"Differences are to “{artefact.rows[artefact.baseline].label}”.")
-    if any(name in measured for name in ("top1", "top1_difference")):
-        if len(seeds) > 1:
+    accuracies = any(name.removesuffix("_difference") in compared for name in measured)
+    speeds = any(name in measured for name in ("speedup", "share_of_bound")) and bool(artefact.benches)
+    if accuracies and len(seeds) > 1:
+        parts.append(
+            f"Brackets behind accuracies: 95 % Student-t interval over {len(seeds)} seeds, differences paired."
+        )
+    elif accuracies:
+        parts.append("One seed: accuracies have no interval.")
+        if artefact.measures.binomial:
             parts.append(
-                f"Brackets behind accuracies: 95 % Student-t interval over {len(seeds)} seeds, differences paired."
+                "“Image sampling alone” is the 95 % Wilson interval of this one model's accuracy; another seed may "
+                "fall outside."
             )
-        else:
-            parts.append(
-                "One seed: accuracies have no interval. “Image sampling alone” is the 95 % Wilson interval of "
-                "this one model's accuracy; another seed may fall outside."
-            )
-    if "speedup" in measured and artefact.benches:
+    if speeds:
         parts.append("Brackets behind speed-ups: 95 % bootstrap over the rounds of one process.")
+    if accuracies and speeds and (pairs := schedules(artefact)):
+        differ = "the headings name both" if grouped else f"{' or '.join(pairs)}"
+        parts.append(f"Accuracy is that of this scale's model, speed that of {bench_model(artefact)}; "
+                     f"their schedules differ ({differ}).")  # fmt: skip
     return " ".join(parts)
 
 
@@ -227,26 +273,32 @@ def _add(artefact: Artefact, kind: str, name: str, cells: pd.DataFrame, heads: d
         elif interval is not None:
             texts.append(interval.format(entry.digits, entry.signed))
         elif kind != "measured" and not np.isnan(value := artefact.number(row, f"{name}.{kind}")):
-            digits = 1 if kind == "published" else entry.digits  # as the paper prints them
-            texts.append(f"{value:{'+' if entry.signed else ''}.{digits}f}")
+            digits = _printed(value, entry) if kind == "published" else entry.digits
+            texts.append(f"{value:{'+' if entry.signed else ''},.{digits}f}")
         else:
             texts.append(NONE)
     cells[key], heads[key] = texts, entry.title
     return key
 
 
+def _printed(value: float, entry: Quantity) -> int:
+    """Digits as the paper prints them: at least one, none for counts."""
+    return 0 if entry.exact or value >= 1000 else max(1, len(str(value).partition(".")[2]))
+
+
 def _sampling(artefact: Artefact) -> list[str]:
-    """Wilson interval of every row that has a single run; all empty if there are several seeds."""
-    if len(artefact.manifest.seeds) > 1:
+    """Wilson interval of every row that has a single run; empty with several seeds, or if it has no meaning."""
+    if len(artefact.manifest.seeds) > 1 or not artefact.measures.binomial:
         return []
     texts = []
     for row in artefact.frame.index:
         records = artefact.runs.get(row, {})
-        top1, images = (next(iter(metric_by_seed(records, name).values()), None) for name in ("top1", "val_images"))
-        if top1 is None or images is None:
+        names = (artefact.primary, "val_images")
+        accuracy, images = (next(iter(metric_by_seed(records, name).values()), None) for name in names)
+        if accuracy is None or images is None:
             texts.append(NONE)
         else:
-            interval = wilson(round(top1 * images / 100), int(images))
+            interval = wilson(round(accuracy * images / 100), int(images))
             texts.append(f"[{interval.low:.1f}, {interval.high:.1f}]")
     return texts if any(text != NONE for text in texts) else []
 
@@ -257,7 +309,7 @@ def _move(heads: dict[str, str], key: str, after: str) -> dict[str, str]:
     return {name: title if name == key else heads[name] for name in keys}
 
 
-def _word(value: object) -> str:
-    return (
-        NONE if value is None or (isinstance(value, float) and pd.isna(value)) else _VALUES.get(str(value), str(value))
-    )
+def _word(column: str, value: object) -> str:
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return NONE
+    return _VALUES.get(column, {}).get(str(value), str(value))

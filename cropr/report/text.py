@@ -6,62 +6,22 @@ Every function returns Markdown. None of them contains a result; all of them say
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import pandas as pd
 
 from cropr.report import relevance as curves
 from cropr.report.claims import Judgement
-from cropr.report.load import CONFIDENCE, Artefact, Record, make_command, row_names
+from cropr.report.load import CONFIDENCE, Artefact, make_command
+from cropr.report.names import bench_model, row_names, schedules
 from cropr.report.quantities import quantity
-from cropr.report.stats import Interval
-
-
-def scope(artefact: Artefact) -> str:
-    """What the numbers of this scale can be used for."""
-    scale = artefact.manifest.scale
-    if scale == "ci":
-        return "**The scale `ci` only tests that everything runs. Its accuracies, speeds and verdicts mean nothing.**"
-    if scale == "paper":
-        return "This scale trains the paper's model on the paper's images."
-    return (
-        f"At the scale `{scale}` the accuracies belong to other models and images than the paper's: what can be "
-        "compared is the order of methods, not the numbers."
-    )
-
-
-def setting(artefact: Artefact) -> str:
-    """What the numbers were made with, as a table, and what they can be used for."""
-    body = "\n".join(f"| {name} | {text} |" for name, text in settings(artefact))
-    return f"{scope(artefact)}\n\n**How the numbers were made**\n\n| | |\n| :-- | :-- |\n{body}"
-
-
-def settings(artefact: Artefact) -> list[tuple[str, str]]:
-    """Scale, data, model, training, speed measurement, machine and code; several values stand on lines of their own."""
-    manifest = artefact.manifest
-    trained = [record for records in artefact.runs.values() for record in records.values()]
-    benched = list(artefact.benches.values())
-    lines = [("Scale", f"`{manifest.scale}`"), ("Seeds", _seeds(manifest.seeds))]
-    if trained:
-        lines += [
-            ("Accuracy: images", _unique(_images(r) for r in trained)),
-            ("Accuracy: model", _unique(_model(r["spec"]["model"]) for r in trained)),
-            ("Accuracy: training", _unique(_training(r) for r in trained)),
-        ]
-    if benched:
-        lines.append(("Speed: model", _unique(_bench(r) for r in benched)))
-    if trained or benched:
-        lines += [
-            ("Machine", _unique(_machine(r) for r in trained + benched)),
-            ("Code", _unique(map(_code, trained + benched))),
-        ]
-    return lines
+from cropr.report.stats import Interval, difference_interval
 
 
 def paper_says(artefact: Artefact) -> str:
     """The published numbers of this artefact: baseline and range by quantity, with source and confidence."""
-    published, names = artefact.published, row_names(artefact, paper=True)
+    published, names = artefact.published, row_names(artefact, "paper")
     if published.empty:
         return "**The paper** gives no numbers for this."
     sentences = []
@@ -88,6 +48,27 @@ def _published(name: str, value: float, rows: Sequence[str]) -> str:
     return f"{quantity(name).write(format(value, 'g'))} ({', '.join(rows)})"
 
 
+def how_to_read(artefact: Artefact) -> str:
+    """Which kinds of numbers a table holds, and which model each belongs to."""
+    label = quantity(artefact.primary).label
+    text = (
+        "Three kinds of numbers stand side by side and never in one column: *measured* (a record of this machine), "
+        "*published* (the paper's, with source and confidence) and *bound* or *predicted* (a formula). A number "
+        f"measured at a small scale is not the paper's number, even where both are called {label}."
+    )
+    if artefact.benches:
+        text += (
+            "\n\nAccuracy and speed are measured apart. Accuracy: the model of this scale, fine-tuned and evaluated "
+            "here, every row from the same weights with the same recipe. Speed: the deployed "
+            f"{bench_model(artefact)} with random weights, on which speed does not depend; the bound is the ratio of "
+            "multiply-adds, unpruned over pruned. So a row is not one network that has both, except where the two "
+            "models named above are the same."
+        )
+        if pairs := schedules(artefact):
+            text += f" Nor is it one schedule: {' or '.join(f'*{pair}*' for pair in pairs)}."
+    return text
+
+
 def coverage(artefact: Artefact) -> str:
     """How many rows are measured, and which are missing for what reason."""
     rows, names = artefact.manifest.rows, row_names(artefact)
@@ -104,13 +85,14 @@ def coverage(artefact: Artefact) -> str:
 
 def accuracy(artefact: Artefact) -> str:
     """Accuracy of the baseline, and which rows lie clearly above or below it, or neither."""
-    base, names = artefact.baseline, row_names(artefact)
-    interval = artefact.interval(base, "top1") if base else None
+    base, names, primary = artefact.baseline, row_names(artefact), artefact.primary
+    entry = quantity(primary)
+    interval = artefact.interval(base, primary) if base else None
     if base is None or interval is None:
-        return "No accuracy was measured at this scale."
-    differences = {row: artefact.interval(row, "top1_difference") for row in artefact.frame.index if row != base}
+        return f"No {entry.label} was measured at this scale."
+    differences = {row: artefact.interval(row, f"{primary}_difference") for row in artefact.frame.index if row != base}
     known = {row: difference for row, difference in differences.items() if difference is not None}
-    text = f"**{names[base]}** reaches {interval.format()} % top-1. "
+    text = f"**{names[base]}** reaches {entry.write(interval.format())} {entry.label}. "
     if not known:
         return text + "No other row was measured."
     best, worst = max(known, key=lambda r: known[r].mean), min(known, key=lambda r: known[r].mean)
@@ -119,9 +101,50 @@ def accuracy(artefact: Artefact) -> str:
     return text + _sorted_out(known, names, "it")
 
 
+def against_paper(artefact: Artefact) -> str:
+    """Where the order of two rows is the paper's, where it is not, and where the seeds leave it open.
+
+    Pairs of rows that have both a published and a measured accuracy; a pair that the paper has level says nothing. The
+    measured difference is paired by seed, and a contradiction is stated with its interval.
+    """
+    name, names = artefact.primary, row_names(artefact)
+    entry = quantity(name)
+    rows = [r for r in artefact.frame.index if pd.notna(artefact.number(r, f"{name}.published"))]
+    rows = sorted((r for r in rows if artefact.values(r, name)), key=lambda r: -artefact.number(r, f"{name}.published"))
+    found: dict[str, list[str]] = {"agrees": [], "contradicted": [], "open": []}
+    for high, low in combinations(rows, 2):
+        published = artefact.number(high, f"{name}.published") - artefact.number(low, f"{name}.published")
+        ours, theirs = artefact.values(high, name), artefact.values(low, name)
+        if published == 0 or not ours.keys() & theirs.keys():
+            continue
+        interval = difference_interval(ours, theirs)
+        text = f"{names[high]} minus {names[low]}: {_points(interval)} here, {published:+.1f} in the paper"
+        if interval.low is None or interval.high is None:
+            found["open"].append(text)
+        else:
+            found["agrees" if interval.low > 0 else "contradicted" if interval.high < 0 else "open"].append(text)
+    total = sum(map(len, found.values()))
+    if not total:
+        return "**Against the paper.** No two rows are both measured here and published."
+    counts = f"Of {total} pair{'s' if total > 1 else ''} of rows that the paper puts in an order by {entry.label}"
+    if len(artefact.manifest.seeds) == 1:
+        return f"**Against the paper.** {counts}, one seed decides none: it has no interval."
+    text = (
+        f"**Against the paper.** {counts}, {len(found['agrees'])} have the same order here with a 95 % interval clear "
+        f"of zero, {len(found['open'])} are undecided, {len(found['contradicted'])} are contradicted."
+    )
+    if found["contradicted"]:
+        listed = "\n".join(f"- {line}" for line in found["contradicted"])
+        text += f" **This scale contradicts the paper in:**\n\n{listed}"
+    return text
+
+
 def speed(artefact: Artefact) -> str:
-    """Measured speed-ups next to their bounds, Cropr's over that of the random choice, and the memory that it adds."""
-    names = row_names(artefact)
+    """Measured speed-ups next to their bounds, Cropr's over that of the random choice, and the memory that it adds.
+
+    Rows are called by the schedule that was timed.
+    """
+    names = row_names(artefact, "speed")
     rows = [
         r
         for r in artefact.frame.index
@@ -136,7 +159,7 @@ def speed(artefact: Artefact) -> str:
         assert share is not None
         bound = artefact.number(row, "speedup.bound")
         parts.append(f"{names[row]} {interval.format(2)}x, {share.mean:.0f} % of its bound of {bound:.2f}x")
-    text = f"Deployed, on this device: {'; '.join(parts)}."
+    text = f"{bench_model(artefact)}, deployed, on this device: {'; '.join(parts)}."
     for row in rows:
         twin = next((r for r in artefact.frame.index if _twins(artefact, row, r, "random")), None)
         if twin is not None:
@@ -158,7 +181,8 @@ def ablations(artefact: Artefact) -> str:
         slow, fast = min(costs, key=lambda r: costs[r]), max(costs, key=lambda r: costs[r])
         text += (
             f" A training step runs at {costs[slow]:.2f}x ({names[slow]}) to {costs[fast]:.2f}x ({names[fast]}) the "
-            "speed of the default's; other jobs of the workflow may have shared the machine."
+            f"speed of that of “{names[str(artefact.baseline)]}”; other jobs of the workflow may have shared the "
+            "machine."
         )
     return text
 
@@ -203,7 +227,7 @@ def maps(summary: pd.DataFrame, names: Mapping[str, str]) -> str:
             if known
             else ""
         )
-        right = f"{line['correct']:.0f} % of the images are classified correctly" if pd.notna(line["correct"]) else ""
+        right = f"right: {line['correct']:.0f} % of the {line['unit']}" if pd.notna(line["correct"]) else ""
         lines.append(f"- **{names[str(row)]}**: {'; '.join(filter(None, (where, right)))}")
     count = int(summary["images"].iloc[0])
     return f"In these {count} images, too few for a comparison:\n\n" + "\n".join(lines)
@@ -275,63 +299,3 @@ def _points(interval: Interval) -> str:
 
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
-
-
-def _unique(texts: Iterable[str]) -> str:
-    """Each text once, the most frequent first; many of them are counted."""
-    found = [text for text, _ in Counter(texts).most_common()]
-    return "<br>".join(found[:4]) + (f"<br>and {len(found) - 4} more" if len(found) > 4 else "")
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return "one (no intervals over seeds)" if len(seeds) == 1 else ", ".join(map(str, seeds))
-
-
-def _images(record: Record) -> str:
-    data = record["spec"]["data"]
-    size, scenes = data["image_size"], data.get("scenes")
-    if not scenes:
-        count = record["metrics"].get("val_images")
-        return f"{data['num_classes']} classes, {size} px" + (f", {int(count):,} for validation" if count else "")
-    return f"`scenes` (generated), {size} px, {scenes['train']:,} for training, {scenes['val']:,} for validation"
-
-
-def _model(model: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in model.get("args", {}).items() if "pool" not in key}
-    arguments = ", ".join(f"{key}={value}" for key, value in shown.items())
-    return f"`{model['name']}`" + (f" with {arguments}" if arguments else "")
-
-
-def _training(record: Record) -> str:
-    spec, metrics = record["spec"], record["metrics"]
-    start = {"random": "random weights", "timm": "timm's pretrained weights"}.get(
-        spec["init"], "the weights of the pretraining run"
-    )
-    seen = f"{int(metrics['images']):,} images" if "images" in metrics else f"{spec['recipe']['epochs']} epochs"
-    return f"{seen} from {start}, batches of {spec['recipe']['batch_size']}, {spec['recipe']['precision']}"
-
-
-def _bench(record: Record) -> str:
-    spec = record["spec"]
-    return (
-        f"{_model(spec['model'])} at {spec['image_size']} px, random weights, batches of {spec['batch_size']}, "
-        f"{spec['precision']}, median of {spec['rounds']} rounds, unpruned and pruned interleaved in one process"
-    )
-
-
-def _machine(record: Record) -> str:
-    origin = record["provenance"]
-    device = origin.get("device") or "unknown device"
-    name = origin.get("cpu") or "CPU of unknown name" if device == "cpu" else device
-    threads = origin.get("threads", "?")
-    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
-
-
-def _code(record: Record) -> str:
-    origin = record["provenance"]
-    commit = f"commit {str(origin['commit'])[:10]}" if origin.get("commit") else "no git checkout"
-    versions = origin.get("packages", {})
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)
-    return (
-        f"{commit}{' with local changes' if origin.get('dirty') else ''}; Python {origin.get('python', '?')}, {shown}"
-    )

@@ -1,0 +1,82 @@
+"""What all tasks share about batches; more of it is tested through class folders, in tests/test_imagenet.py."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from cropr.data.loading import EvalBatches, ImageError, Samples, TrainBatches, some
+
+
+class Boxes(Samples):
+    """Images whose side is their index, with a random number of boxes, as detection has them."""
+
+    def __init__(self, count: int = 10, seed: int | None = 0, broken: int | None = None) -> None:
+        super().__init__("boxes", seed)
+        self.count, self.broken = count, broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int) -> tuple[torch.Tensor, dict]:
+        if index == self.broken:
+            raise ImageError(f"{index}.png: broken")
+        boxes = torch.rand(index, 4) + random.random() + np.random.rand() if self.seed is not None else None
+        return torch.full((3, index % 3, 2), float(index)), {"id": index, "boxes": boxes}
+
+
+def lists(samples):
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_targets_may_be_lists_and_images_of_any_size(workers):
+    batches = TrainBatches(Boxes(), 4, seed=1, collate=lists, workers=workers)
+    (images, targets), _ = batches.epoch(0)
+    assert [target["id"] for target in targets] == batches.order(0)[:4].tolist()
+    assert [image.shape[1] for image in images] == [target["id"] % 3 for target in targets]
+    again = TrainBatches(Boxes(), 4, seed=1, collate=lists)
+    for one, other in zip(targets, next(again.epoch(0))[1], strict=True):
+        assert torch.equal(one["boxes"], other["boxes"])
+    assert not torch.equal(Boxes()[0, 3][1]["boxes"], Boxes()[1, 3][1]["boxes"])
+
+
+def test_a_later_start_gives_the_same_samples():
+    batches = TrainBatches(Boxes(), 2, collate=lists)
+    whole, late = list(batches.epoch(5)), list(batches.epoch(5, start=3))
+    assert [t["id"] for _, targets in late for t in targets] == [t["id"] for _, targets in whole[3:] for t in targets]
+    assert torch.equal(whole[4][1][1]["boxes"], late[1][1][1]["boxes"])
+
+
+def test_an_error_of_a_sample_ends_the_epoch_in_one_line():
+    batches = TrainBatches(Boxes(broken=7), 10, collate=lists)
+    with pytest.raises(ImageError, match=r"^7.png: broken; python -m cropr data check"):
+        list(batches.epoch(0))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
+    seen = []
+    for rank in range(world):
+        batches = EvalBatches(Boxes(seed=None), 2, group=lambda index: index % 3, collate=lists, rank=rank, world=world)
+        order = []
+        for images, targets in batches:
+            assert 1 <= len(images) <= 2
+            assert len({image.shape for image in images}) == 1
+            order += [target["id"] for target in targets]
+        assert order == batches.indices
+        assert len(list(batches)) == len(batches)
+        seen += order
+    assert sorted(seen) == list(range(10))
+
+
+def test_without_kinds_the_order_is_that_of_the_set():
+    assert EvalBatches(Boxes(seed=None), 4, collate=lists).indices == list(range(10))
+
+
+def test_some_says_how_many_more():
+    assert some(["a", "b"], ", ") == "a, b"
+    assert some(["a", "b", "c"], ", ", limit=1) == "a, and 2 more"

@@ -1,0 +1,170 @@
+"""The clock's logic: order, repeats, statistics, memory, peak. No test depends on how long anything takes."""
+
+import numpy as np
+import pytest
+import torch
+
+from cropr.bench import memory, peak, timing
+from cropr.bench.device import Unsupported, check, largest_batch, mixed
+from cropr.bench.timing import Run
+
+
+class FakeTime:
+    """A clock that only a forward pass moves."""
+
+    def __init__(self, monkeypatch, step):
+        self.now, self.step, self.passes = 0.0, step, 0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def forward(self):
+        self.passes += 1
+        self.now += self.step
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_alternate_who_runs_first():
+    order = []
+    clocks = [lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0]
+    seconds = timing.interleave(clocks, 3)
+    assert "".join(order) == "abbaab"
+    assert seconds == [[1.0] * 3, [2.0] * 3]
+
+
+def test_clock_gives_seconds_of_one_pass(monkeypatch):
+    fake = FakeTime(monkeypatch, step=0.25)
+    assert timing.clock(Run(fake.forward, repeats=4)) == pytest.approx(0.25)
+    assert fake.passes == 4
+
+
+@pytest.mark.parametrize(
+    ("step", "first", "warmup", "ran", "repeats"),
+    [
+        (0.03, 0.5, 1, 1, 4),  # fast: one pass more, 4 of 0.03 s make 0.1 s
+        (0.03, 0.5, 3, 2, 4),
+        (2.0, 3.0, 1, 0, 1),  # slow: the pass that ran already is the whole warm-up
+        (2.0, 3.0, 3, 2, 1),
+    ],
+)
+def test_warm_up_finds_a_round_long_enough(monkeypatch, step, first, warmup, ran, repeats):
+    fake = FakeTime(monkeypatch, step)
+    assert timing.warm_up(fake.forward, warmup, "cpu", first).repeats == repeats
+    assert fake.passes == ran
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_speed_up_is_the_median_of_paired_ratios():
+    # Ratios 2, 2 and 1.5 have the median 2; the ratio of the medians, 4 s over 1.5 s, would be 2.67.
+    found = timing.summary([2.0, 4.0, 6.0], [1.0, 2.0, 4.0], batch_size=8, bound=2.5)
+    assert found["speedup"] == pytest.approx(2)
+    assert found["share_of_bound"] == pytest.approx(0.8)
+    assert found["base_images_per_s"] == pytest.approx(2)
+    assert found["images_per_s"] == pytest.approx(4)
+    assert found["base_images_per_s_iqr"] == pytest.approx((4 + 2) / 2 - (2 + 8 / 6) / 2)
+    assert 1.5 <= found["speedup_low"] <= 2 <= found["speedup_high"] <= 2
+
+
+def test_bootstrap_of_equal_values_is_a_point():
+    assert timing.bootstrap_median([1.7] * 5) == pytest.approx((1.7, 1.7))
+
+
+def test_bootstrap_has_the_width_that_theory_gives():
+    """Standard error of a normal sample's median: 1.2533 / sqrt(n); checked on the mean of 20 samples."""
+    draws = np.random.default_rng(1).normal(size=(20, 100))
+    intervals = np.array([timing.bootstrap_median(row, draws=400) for row in draws])
+    half = (intervals[:, 1] - intervals[:, 0]).mean() / 2
+    assert half == pytest.approx(1.96 * 1.2533 / 10, rel=0.2)
+    assert timing.bootstrap_median(draws[0]) == timing.bootstrap_median(draws[0])
+
+
+def test_utilisation_by_hand():
+    # 5 GMAC an image are 10 GFLOP; 4 images in 2 s are 20 GFLOP/s, a fifth of 100.
+    assert peak.utilisation(5e9, batch_size=4, seconds=2.0, peak=100e9) == pytest.approx(0.2)
+
+
+def test_peak_is_that_of_the_best_reading(monkeypatch):
+    readings = iter([9.0, 0.5, 0.25, 0.5])  # the first is the warm-up
+    monkeypatch.setattr(peak, "clock", lambda run, device: next(readings))
+    monkeypatch.setattr(peak, "SECONDS", 0)
+    assert peak._rate(8, torch.float32, "cpu") == pytest.approx(2 * 8**3 / 0.25)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_working_memory_counts_what_the_work_takes_and_gives_back():
+    def work(megabytes):
+        return float(torch.ones(megabytes * 250_000).sum())
+
+    work(1)
+    (_, small), (_, large) = (memory.working_memory(lambda size=size: work(size), "cpu") for size in (8, 80))
+    if small is None:
+        pytest.skip("this system keeps no count that can be started anew")
+    assert large - small == pytest.approx(72, rel=0.2)
+
+
+def test_working_memory_is_unknown_where_nobody_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "absent")
+    assert memory.working_memory(lambda: 7, "cpu") == (7, None)
+
+
+class Hungry:
+    """Runs out of memory with more than ``limit`` images."""
+
+    def __init__(self, limit):
+        self.limit, self.tried = limit, []
+
+    def __call__(self, batch_size):
+        self.tried.append(batch_size)
+        if batch_size > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore of it")
+        return f"{batch_size} images"
+
+
+def test_a_batch_is_halved_until_it_fits(caplog):
+    hungry = Hungry(limit=3)
+    assert largest_batch(16, hungry) == (2, "2 images")
+    assert hungry.tried == [16, 8, 4, 2]
+    assert "out of memory with batches of 16; trying 8" in caplog.text
+
+
+def test_a_single_image_that_does_not_fit_is_said():
+    with pytest.raises(Unsupported, match=r"out of memory with a single image: CUDA out of memory. .* 2 GiB$"):
+        largest_batch(4, Hungry(limit=0))
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    with pytest.raises(ZeroDivisionError):
+        largest_batch(4, lambda batch_size: 1 // 0)
+
+
+# Devices and precisions ----------------------------------------------------------------------------------------------
+
+
+def test_mixed_precision_casts_products_only():
+    weight = torch.ones(2, 2)
+    with mixed("amp_bf16", "cpu"):
+        assert (weight @ weight).dtype == torch.bfloat16
+    with mixed("bf16", "cpu"):
+        assert (weight @ weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "amp_bf16"])
+def test_refuses_a_precision_that_the_cpu_lacks(monkeypatch, precision):
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision[-4:]}_supported", lambda: False)
+    with pytest.raises(Unsupported, match=f"precision {precision}: this CPU has no fast .*; use fp32"):
+        check(precision, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
+def test_refuses_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="device cuda:0: torch sees no CUDA device; use cpu"):
+        check("fp32", "cuda:0")
+
+
+def test_refuses_a_device_without_a_clock():
+    with pytest.raises(ValueError, match=r"device xpu: measured are cpu, cuda, mps"):
+        check("fp32", "xpu")
