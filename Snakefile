@@ -24,6 +24,7 @@ sys.path.insert(0, workflow.basedir)
 from cropr.configuration import read_settings, read_yaml
 from cropr.experiments import load_grid, shipped
 from cropr.sources import code_digest
+from cropr.specs import PlanSpec, PruneSpec
 
 
 configfile: "config/config.yaml"
@@ -63,6 +64,7 @@ os.environ.update(
 wildcard_constraints:
     run="[0-9a-f]{10}",
     bench="[0-9a-f]{10}",
+    lab="[0-9a-f]{10}",
     seed=r"\d+",
     artefact="|".join(GRID.artefacts),
     layout="|".join(GRID.generated) or "none",

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cropr.schedule import Fusion
 from cropr.specs import RecipeSpec, Task
 
 Pool = Literal["avg", "cls"]
-Need = Literal["train", "bench", "maps", "truth"]
+Need = Literal["train", "bench", "maps", "truth", "lab"]
+Measure = Literal["sweep", "blocks", "profile", "training", "plan"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -90,6 +91,8 @@ class ScaleConfig(Block):
     tasks: dict[Task, TaskConfig] = Field(min_length=1)
     """Artefacts of other tasks are left out at this scale."""
     jobs: JobsBlock = JobsBlock()
+    lab: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of measurements of the laboratory."""
     maps: int = Field(8, ge=1)
     """Validation images for which pruning maps are saved."""
 
@@ -109,6 +112,11 @@ class RowConfig(Block):
     aux_weight: float = Field(1.0, ge=0)
     image_size: str | None = None
     """Key of the scale's ``image_sizes``; None: the image size of its data."""
+    measure: Measure | None = None
+    """A measurement of the laboratory instead of a run; ``settings`` are its specification's."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    scales: list[str] | None = None
+    """Scales that have this row; None: all."""
     why: str | None = None
     """Why the reducer does not exist here yet; a row that gives no reason must name one that does."""
 
@@ -121,8 +129,22 @@ class ArtefactConfig(Block):
     baseline: str | None = None
     """Row that the others are compared with."""
     needs: list[Need] = ["train"]
-    """What it reads; ``truth`` leaves it out where the data do not say which patches matter."""
+    """What it reads; ``truth`` leaves it out where the data do not say which patches matter. ``lab`` stands alone."""
     rows: list[RowConfig] = Field(min_length=1)
+
+    @property
+    def is_lab(self) -> bool:
+        """Its rows are measurements of the laboratory, which need neither images nor training."""
+        return "lab" in self.needs
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ArtefactConfig:
+        if self.is_lab and len(self.needs) > 1:
+            raise ValueError("needs: lab stands alone; put rows that are trained into an artefact of their own")
+        wrong = [row.row for row in self.rows if (row.measure is not None) != self.is_lab]
+        if wrong:
+            raise ValueError(f"row {wrong[0]!r}: rows have `measure` exactly where the artefact needs [lab]")
+        return self
 
     @field_validator("rows")
     @classmethod

@@ -15,17 +15,32 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cropr.configuration import ArtefactConfig, RowConfig, ScaleConfig, TaskConfig, check, merge, parse_seeds, read_yaml
-from cropr.resolving import Resolver, Row, Scale
-from cropr.specs import BenchSpec, ScenesSpec, Task, TrainSpec
+from cropr.lab_specs import LabSpec
+from cropr.resolving import Laboratory, Resolver, Row, Scale
+from cropr.specs import BenchSpec, PlanSpec, ScenesSpec, Task, TrainSpec
 
-ORDER = ("imagenet_methods", "ablations", "pruning_maps", "relevance", "ade20k", "reactivation", "coco")
+ORDER = (
+    "imagenet_methods",
+    "ablations",
+    "pruning_maps",
+    "relevance",
+    "ade20k",
+    "reactivation",
+    "coco",
+    "precision",
+    "alignment",
+    "breakeven",
+    "profile",
+    "memory",
+    "plan",
+)
 """Artefacts in the order in which they are made and read; others follow by name."""
 
 
@@ -79,6 +94,8 @@ class Grid:
     runs: dict[str, TrainSpec]
     """Fine-tuning runs by id."""
     benches: dict[str, BenchSpec]
+    labs: dict[str, LabSpec | PlanSpec]
+    """Measurements of the laboratory by id."""
     sources: dict[Task, Source]
     """Tasks that some artefact needs."""
     names: dict[str, str] = field(default_factory=dict)
@@ -116,6 +133,10 @@ class Grid:
     def bench(self, bench: str) -> str:
         """Record of a throughput measurement."""
         return f"{self.results}/bench/{bench}/record.json"
+
+    def lab(self, lab: str) -> str:
+        """Record of a measurement of the laboratory."""
+        return f"{self.results}/lab/{lab}/record.json"
 
     def maps(self, run: str) -> str:
         """Pruning maps of a run, of the first seed."""
@@ -190,16 +211,21 @@ class Grid:
             "run": row.run,
             "baseline": artefact.baseline,
             "records": [self.record(row.run, seed) for seed in self.seeds] if train and row.run else [],
-            "bench": self.bench(row.bench) if row.bench and "bench" in needs else None,
+            "bench": self._measurement(row, needs),
             "maps": self.maps(row.run) if row.run and "maps" in needs else None,
         }
+
+    def _measurement(self, row: Row, needs: Collection[str]) -> str | None:
+        if row.lab:
+            return self.lab(row.lab)
+        return self.bench(row.bench) if row.bench and "bench" in needs else None
 
     @cached_property
     def _priorities(self) -> dict[str, int]:
         ranks: dict[str, int] = {}
         for rank, artefact in enumerate(reversed(self.artefacts.values()), start=1):
             ranks[artefact.name] = 10 * rank
-            ranks |= {key: 10 * rank for row in artefact.rows for key in (row.run, row.bench) if key}
+            ranks |= {key: 10 * rank for row in artefact.rows for key in (row.run, row.bench, row.lab) if key}
         return ranks
 
 
@@ -230,15 +256,17 @@ def load_grid(
     chosen = check(ScaleConfig, merge(read_yaml(file), overrides or {}), source)
     own, given = Scale(chosen, source), roots or {}
     artefacts = _read(folder, chosen)
-    needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values()))
+    needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_lab))
     lacking = tuple(task for task in needed if not _has_images(chosen.tasks[task], given))
     if lacking != needed:  # else the first of them says what is missing
-        artefacts = {name: artefact for name, artefact in artefacts.items() if artefact.task not in lacking}
+        artefacts = {name: one for name, one in artefacts.items() if one.is_lab or one.task not in lacking}
     resolvers = {
         task: Resolver(task, own, _paper(folder) if chosen.tasks[task].bench.model == "paper" else own, given)
-        for task in dict.fromkeys(artefact.task for artefact in artefacts.values())
+        for task in dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_lab)
     }
-    resolved = _resolve(folder, artefacts, resolvers)
+    lab = Laboratory(scale, chosen.lab)
+    resolved = _resolve(folder, artefacts, resolvers, lab)
+    lab.verify(source)
     return Grid(
         scale=scale,
         config=chosen,
@@ -246,8 +274,9 @@ def load_grid(
         artefacts=resolved,
         runs={run: spec for resolver in resolvers.values() for run, spec in resolver.runs.items()},
         benches={bench: spec for resolver in resolvers.values() for bench, spec in resolver.benches.items()},
+        labs=lab.specs,
         sources={task: _source(scale, resolver) for task, resolver in resolvers.items()},
-        names={key: name for resolver in resolvers.values() for key, name in resolver.names.items()},
+        names={key: name for resolver in resolvers.values() for key, name in resolver.names.items()} | lab.names,
         lacking=lacking,
     )
 
@@ -303,28 +332,38 @@ def _read(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
         key=lambda file: (ORDER.index(file.stem) if file.stem in ORDER else len(ORDER), file.stem),
     )
     configs = {file.stem: check(ArtefactConfig, read_yaml(file), str(file)) for file in files}
-    return {name: config for name, config in configs.items() if config.task in scale.tasks}
+    return {name: config for name, config in configs.items() if config.is_lab or config.task in scale.tasks}
 
 
 def _resolve(
-    folder: Path, configs: Mapping[str, ArtefactConfig], resolvers: Mapping[Task, Resolver]
+    folder: Path,
+    configs: Mapping[str, ArtefactConfig],
+    resolvers: Mapping[Task, Resolver],
+    lab: Laboratory,
 ) -> dict[str, Artefact]:
-    """The artefacts with their rows resolved; without those that need a truth that the data do not hold."""
+    """The artefacts with their rows resolved; without those that need a truth that the data do not hold, and those
+    without a row at this scale."""
     artefacts = {}
     for name, config in configs.items():
-        file, resolver = folder / "experiments" / f"{name}.yaml", resolvers[config.task]
+        file = folder / "experiments" / f"{name}.yaml"
+        if config.is_lab:
+            rows = tuple(lab.rows(file, config))
+        else:
+            resolver = resolvers[config.task]
+            if "truth" in config.needs and resolver.data.scenes is None:
+                continue
+            mates = {other: content for other, content in configs.items() if content.task == config.task}
+            rows = tuple(
+                resolver.row(str(file), f"{name}/{row.row}", row, _used(file, row, mates), config.needs)
+                for row in config.rows
+            )
+        if not rows:
+            continue
         if config.baseline is not None and config.baseline not in {row.row for row in config.rows}:
             raise ValueError(
                 f"{file}: baseline = {config.baseline!r} is no row; choose one of "
                 f"{', '.join(row.row for row in config.rows)}"
             )
-        if "truth" in config.needs and resolver.data.scenes is None:
-            continue
-        mates = {other: content for other, content in configs.items() if content.task == config.task}
-        rows = tuple(
-            resolver.row(str(file), f"{name}/{row.row}", row, _used(file, row, mates), config.needs)
-            for row in config.rows
-        )
         published = folder / "published" / f"{name}.csv"
         artefacts[name] = Artefact(
             name=name,

@@ -5,14 +5,15 @@ Pure Python and pydantic, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from cropr.configuration import ModelBlock, RowConfig, ScaleConfig, TaskConfig, check
+from cropr.configuration import ArtefactConfig, ModelBlock, RowConfig, ScaleConfig, TaskConfig, check, merge
+from cropr.lab_specs import MEASURES, LabSpec
 from cropr.schedule import BEFORE_LAST, Schedule
 from cropr.specs import (
     DATA,
@@ -21,6 +22,7 @@ from cropr.specs import (
     DataSpec,
     DetDataSpec,
     ModelSpec,
+    PlanSpec,
     PruneSpec,
     RecipeSpec,
     SegDataSpec,
@@ -45,8 +47,10 @@ class Row:
     """What distinguishes it, for tables: reducer, schedule, fusion, pool, image size, options."""
     why: str | None
     """Why it cannot run; None for a row that can."""
-    run: str | None
-    bench: str | None
+    run: str | None = None
+    bench: str | None = None
+    lab: str | None = None
+    """Measurement of the laboratory; such a row has nothing else."""
 
     @property
     def available(self) -> bool:
@@ -110,7 +114,7 @@ class Resolver:
                     f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, "
                     f"or say why it is not there yet (key why)"
                 )
-            return Row(listed.row, listed.label, self._columns(meant, schedule), meant.why, None, None)
+            return Row(listed.row, listed.label, self._columns(meant, schedule), meant.why)
         prune = self._prune(where, meant, schedule)
         train = self._train(self.config.recipe, meant, prune, self.init)
         run = train.digest()
@@ -258,3 +262,48 @@ def find_root(task: Task, config: TaskConfig, source: str, roots: Mapping[str, P
                 f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"
             )
     return root
+
+
+class Laboratory:
+    """Rows that are measurements. Collects their specifications on the way."""
+
+    def __init__(self, scale: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        self.scale, self.settings = scale, settings
+        self.specs: dict[str, LabSpec | PlanSpec] = {}
+        self.names: dict[str, str] = {}
+
+    def rows(self, file: Path, config: ArtefactConfig) -> Iterator[Row]:
+        """The rows of an artefact that this scale has."""
+        for row in config.rows:
+            if row.scales is None or self.scale in row.scales:
+                name = f"{file.stem}/{row.row}"
+                spec = _lab_spec(str(file), name, row, self.settings)
+                self.specs[spec.digest()] = spec
+                self.names.setdefault(spec.digest(), name)
+                yield Row(row.row, row.label, {}, None, lab=spec.digest())
+
+    def verify(self, source: str) -> None:
+        """Refuse settings of rows that do not exist."""
+        known = {*self.names.values(), *(name.partition("/")[0] for name in self.names.values())}
+        if unknown := sorted(set(self.settings) - known):
+            raise ValueError(f"{source}: lab.{unknown[0]}: no such measurement; there are {', '.join(sorted(known))}")
+
+
+def _lab_spec(file: str, name: str, row: RowConfig, lab: Mapping[str, Mapping[str, Any]]) -> LabSpec | PlanSpec:
+    """What a row of the laboratory measures at a scale.
+
+    Args:
+        file: where the row is listed, for error messages.
+        name: ``artefact/row``.
+        lab: of the scale.
+
+    Raises:
+        ValueError: settings that the measurement does not have.
+    """
+    settings: Mapping[str, Any] = row.settings
+    for key in (name.partition("/")[0], name):
+        settings = merge(settings, lab.get(key, {}))
+    if row.measure == "plan":
+        return check(PlanSpec, settings, f"{file}: row {row.row}: settings")
+    assert row.measure is not None
+    return check(MEASURES[row.measure], {**settings, "measure": row.measure}, f"{file}: row {row.row}: settings")

@@ -25,6 +25,7 @@ NEUTRAL = frozenset(
         "sources.py",
         "commands/spec_flags.py",
         "commands/pruning_flags.py",
+        "lab_specs.py",
         "data/check.py",  # of `data check`, which the workflow does not call
     }
 )
@@ -35,11 +36,33 @@ _REDUCERS = ("reducers/__init__.py", "reducers/base.py")
 
 _RUN = (*_MODEL, "tasks/__init__.py", "tasks/base.py", "training/*.py", "data/__init__.py", "data/loading.py")
 
+_CLOCK = (
+    *_MODEL,
+    *(f"bench/{name}.py" for name in ("__init__", "attention", "contest", "device", "flops", "memory", "models")),
+    "bench/peak.py",
+    "bench/timing.py",
+    "bench/throughput.py",
+    "commands/bench.py",
+)
+_LAB = (*_CLOCK, "commands/lab.py")
+
 SOURCES: dict[str, tuple[str, ...]] = {
-    "data": ("data/scenes.py", "data/layouts.py", "commands/data.py"),
+    "data": ("data/__init__.py", "data/scenes.py", "data/layouts.py", "commands/data.py"),
     "train": (*_RUN, "commands/train.py"),
-    "bench": (*_MODEL, "bench/*.py", "commands/bench.py"),
+    "bench": _CLOCK,
     "maps": (*_RUN, "commands/show.py"),
+    "sweep": (*_LAB, "bench/sweep.py"),
+    "blocks": (*_LAB, "bench/alignment.py", "bench/blocks.py"),
+    "profile": (*_LAB, "bench/profiling.py"),
+    "training": (
+        *_LAB,
+        *_RUN,
+        "bench/training_step.py",
+        "tasks/classification.py",
+        "data/imagenet.py",
+        "data/scenes.py",
+    ),
+    "plan": (*_CLOCK, *(f"bench/{name}.py" for name in ("blocks", "costs", "planner", "roofline")), "commands/plan.py"),
     "notebook": ("report/*.py", "!report/page.py", "schedule.py", "data/scenes.py", "../workflow/run_notebook.py"),
     "report": ("report/*.py", "schedule.py", "data/scenes.py"),
 }

@@ -29,14 +29,15 @@ ON_OBJECT = 14.0
 
 
 def write_results(root: Path, scale: str = "laptop", seeds: int = 3) -> dict[str, Path]:
-    """Write records, maps and manifests of every artefact below ``root``; returns the manifests by artefact."""
+    """Write records, maps and manifests below ``root``; returns the manifests by artefact, without the laboratory's."""
     grid = load_grid(CONFIG, scale=scale, seeds=seeds)
     for run, spec in grid.runs.items():
         for seed in grid.seeds:
             write_record(root / grid.record(run, seed), train_record(spec, seed))
     for number, (bench, spec) in enumerate(sorted(grid.benches.items())):
         write_record(root / grid.bench(bench), bench_record(spec.model_dump(mode="json"), spec.digest(), number))
-    return {name: _write_artefact(root, grid, name) for name in grid.artefacts}
+    chosen = [name for name, artefact in grid.artefacts.items() if not any(row.lab for row in artefact.rows)]
+    return {name: _write_artefact(root, grid, name) for name in chosen}
 
 
 def _write_artefact(root: Path, grid: Grid, name: str) -> Path:

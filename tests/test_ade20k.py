@@ -172,7 +172,7 @@ def test_without_a_number_of_classes_any_label_will_do(root):
 
 def test_training_names_the_file(root):
     save(root / FOLDER / "annotations/training/1.png", np.full((16, 16), 9))
-    with pytest.raises(ImageError, match=r"annotations/training/1.png: label 9, .*; python -m cropr data check --layout ade20k "):
+    with pytest.raises(ImageError, match=r"training/1.png: label 9, .*; python -m cropr data check --layout ade20k "):
         list(TrainBatches(load_splits(root)[0], PLAIN, 6).epoch(0))
 
 

@@ -164,6 +164,9 @@ def test_a_random_reducer_is_evaluated_the_same_way_twice(batches):
 def test_mixed_precision_evaluates_to_nearly_the_same(batches):
     torch.manual_seed(0)
     model = build_model(tiny.spec().model, tiny.spec(prune__reducer="variance").prune, tiny.CLASSES, 32)
-    full, half = (evaluate(model, batches, EvaluationSettings(precision=precision)).metrics["loss"] for precision in ("fp32", "bf16"))
+    full, half = (
+        evaluate(model, batches, EvaluationSettings(precision=precision)).metrics["loss"]
+        for precision in ("fp32", "bf16")
+    )
     assert full == pytest.approx(half, rel=0.02)
     assert full != half

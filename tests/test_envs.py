@@ -67,7 +67,7 @@ def test_every_job_finds_what_the_package_requires() -> None:
         found = {spec.partition(" ")[0] for spec in specs(ROOT / "envs" / file)}
         return {CONDA_NAMES.get(name, name) for name in found}
 
-    assert names("train.yaml") >= required("scenes")
+    assert names("train.yaml") >= required("scenes", "detection")
     runner = {"ipykernel", "latex2mathml", "nbconvert", "nbformat", "papermill"}
     torch = {"torch", "torchvision", "timm", "safetensors", "pillow"}
     assert names("report.yaml") >= required("report") - torch | runner

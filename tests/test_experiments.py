@@ -46,9 +46,21 @@ def grids(folder: Path) -> dict[str, Grid]:
 def test_a_row_is_available_exactly_if_its_reducer_exists(grids: dict[str, Grid], scale: str) -> None:
     for artefact in grids[scale].artefacts.values():
         for row in artefact.rows:
+            if row.lab:
+                continue
             assert row.available == (row.columns["reducer"] in REDUCERS)
             assert row.available == (row.run is not None)
             assert row.available or row.why
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_measurement_of_the_laboratory_has_nothing_else(grids: dict[str, Grid], scale: str) -> None:
+    grid = grids[scale]
+    rows = [row for artefact in grid.artefacts.values() if artefact.needs == {"lab"} for row in artefact.rows]
+    assert {row.lab for row in rows} == set(grid.labs)
+    assert all(row.run is None and row.bench is None for row in rows)
+    names = {row.row for row in grid.artefacts["precision"].rows}
+    assert ("eva_l_512" in names) == (scale in ("workstation", "paper"))
 
 
 def test_missing_rows_of_table_1_are_the_competitors_that_do_not_exist_yet(grids: dict[str, Grid]) -> None:

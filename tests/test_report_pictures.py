@@ -156,7 +156,7 @@ def test_segmentation_panels_stand_as_in_the_paper(tmp_path):
     assert figure.axes[2].get_xlabel() == "94 % of the pixels"
     assert figure.axes[6].get_xlabel() == "100 % of the pixels"
     guess, truth = (figure.axes[i].get_images()[0].get_array() for i in (2, 3))
-    tints = answers.palette(3)
+    tints = answers.palette(entry.classes)
     np.testing.assert_allclose(guess[0, 0], tints[2])
     np.testing.assert_allclose(truth[0, 0], tints[1])
     assert np.unique(figure.axes[7].get_images()[0].get_array()[:, 3].reshape(-1, 3), axis=0).shape == (1, 3)  # grey
@@ -217,9 +217,10 @@ def test_answers_are_checked(tmp_path):
 
 def test_every_class_has_a_colour_of_its_own():
     for count in (1, 3, 10, 11, 80, 150):
-        tints = answers.palette(count)
+        tints = answers.palette([f"class {number}" for number in range(count)])
         assert len(tints) == len(set(tints)) == count
-    far = answers.palette(150)
+    assert answers.palette(["cat", "background"])[0] == answers.palette(["cat"])[0]
+    far = answers.palette([f"class {number}" for number in range(150)])
     assert min(np.abs(np.subtract(a, b)).sum() for a, b in pairwise(far)) > 0.3  # neighbours differ
 
 
@@ -256,6 +257,10 @@ def test_one_seed_is_drawn_without_interval(ci, seeds):
     assert bool(whiskers) == (seeds == 3)
     legend = " ".join(entry.get_text() for entry in figure.legends[0].get_texts())
     assert ("no interval" in legend) == (seeds == 1)
+    assert ("single seeds" in legend) == (seeds == 3)
+    dots = [points for collection in figure.axes[0].collections for points in collection.get_offsets()]
+    assert len(dots) == (0 if seeds == 1 else 3 * 10)  # every variant and seed
+    assert figure.axes[0].get_xlabel().startswith("Top-1 minus that of")
     mpl.pyplot.close("all")
 
 

@@ -42,6 +42,8 @@ def closure(entry: Path) -> set[Path]:
 @pytest.mark.parametrize(
     ("kind", "entry"),
     [("data", "commands/data.py"), ("train", "commands/train.py"), ("bench", "commands/bench.py"),
+     ("sweep", "bench/sweep.py"), ("blocks", "bench/alignment.py"), ("profile", "bench/profiling.py"),
+     ("training", "bench/training_step.py"), ("sweep", "commands/lab.py"), ("plan", "commands/plan.py"),
      ("maps", "commands/show.py"), ("report", "report/page.py")],
 )  # fmt: skip
 def test_every_file_that_a_job_imports_is_digested_or_neutral(kind: str, entry: str) -> None:

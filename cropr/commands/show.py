@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from cropr.training.distributed import start
 
     with start(args.device, args.threads) as world:
-        model = build_model(spec.model, spec.prune, spec.data.num_classes, spec.data.image_size)
+        model: PrunedViT = build_model(spec.model, spec.prune, spec.data.num_classes, spec.data.image_size)
         load_weights(model, args.run_dir / WEIGHTS)
         paths, labels, classes = _what(args, spec.data)
         seed = record["seed"] if args.seed is None else args.seed

@@ -162,6 +162,8 @@ class SegmentationFolder(Samples):
         seed: of the transform; None for one that draws nothing.
     """
 
+    layout = "ade20k"
+
     def __init__(self, split: Split, num_classes: int, transform: Transform, seed: int | None) -> None:
         super().__init__(str(split.root / "images" / split.name), seed)
         self.split = split

@@ -219,6 +219,8 @@ class TrainImages(Samples):
         ValueError: no image has an instance.
     """
 
+    layout = "coco"
+
     def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
         super().__init__(str(split.folder), seed)
         self.split, self.spec = split.occupied(), spec
@@ -249,6 +251,8 @@ class TrainImages(Samples):
 
 class EvalImages(Samples):
     """Every image, its longer side resized to S."""
+
+    layout = "coco"
 
     def __init__(self, split: CocoSplit, spec: DetDataSpec) -> None:
         super().__init__(str(split.folder), None)

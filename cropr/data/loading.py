@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -85,6 +85,9 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
         where: names the images in messages, for example their folder.
         seed: of what is random in ``sample``; None where nothing is, which saves the time of seeding.
     """
+
+    layout: ClassVar[str] = "imagenet"
+    """As ``python -m cropr data check`` knows it."""
 
     def __init__(self, where: str, seed: int | None) -> None:
         self.where = where
@@ -236,6 +239,7 @@ class _Loader:
     """torch's loader over ``Samples``; workers live on between passes and global generators stay untouched."""
 
     def __init__(self, samples: Samples, collate: Collate, share: Share) -> None:
+        self.layout = samples.layout
         self.todo: list[list[tuple[int, int]]] = []  # batches of (epoch, index) of the next pass
         workers = share.get("workers", 0)
         self.loader = DataLoader(
@@ -252,7 +256,8 @@ class _Loader:
         self.todo[:] = todo
         for batch in self.loader:
             if isinstance(batch, ImageError):
-                raise ImageError(f"{batch}; python -m cropr data check lists all such files")
+                command = f"python -m cropr data check --layout {self.layout}"
+                raise ImageError(f"{batch}; {command} lists all such files")
             images, targets = batch
             yield images, targets
 

@@ -31,6 +31,7 @@ IGNORE = 255
 SHOWN_SCORE = 0.5
 """Objects found with less confidence are not drawn."""
 _UNLABELLED = (0.92, 0.92, 0.92)
+_BACKGROUND, _DARK = "background", (0.2, 0.22, 0.25)
 _MASK = 0.45
 """Opacity of a label or an object's mask over the image."""
 _MOST = 16
@@ -103,11 +104,11 @@ class LabelMaps:
 
     def truth(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """Every pixel in the colour of its label, grey where there is none."""
-        axes.imshow(painted(self.labels[index], len(classes)), interpolation="nearest")
+        axes.imshow(painted(self.labels[index], classes), interpolation="nearest")
 
     def prediction(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """Every pixel in the colour of its predicted class, and below the share of labelled pixels that are right."""
-        axes.imshow(painted(self.predictions[index], len(classes)), interpolation="nearest")
+        axes.imshow(painted(self.predictions[index], classes), interpolation="nearest")
         share = _share(self.labels[index], self.predictions[index])
         if not np.isnan(share):
             axes.set_xlabel(f"{share:.0f} % of the pixels", fontsize=9, labelpad=2)
@@ -150,7 +151,7 @@ class Objects:
     def draw(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """The image with masks tinted, boxes outlined, and class and confidence at the box."""
         axes.imshow(image, interpolation="nearest")
-        tints = palette(len(classes))
+        tints = palette(classes) or [_DARK]  # objects of a file without names
         for number in self.of(index):
             tint = tints[int(self.classes[number]) % len(tints)]
             if self.masks is not None:
@@ -165,8 +166,8 @@ class Objects:
             text = class_name(classes, self.classes[number])
             text += "" if self.scores is None else f" {self.scores[number]:.2f}"
             axes.text(
-                *_inside(corner, image), text, color=tint, fontsize=6.5, fontweight="bold", va="top", clip_on=True,
-                path_effects=[withStroke(linewidth=2, foreground="white")],
+                *_inside(corner, image), text, color=tint, fontsize=7.5, fontweight="bold", va="top", clip_on=True,
+                path_effects=[withStroke(linewidth=1.8, foreground="white")],
             )  # fmt: skip
 
 
@@ -257,18 +258,24 @@ def read_answers(task: str, arrays: Mapping[str, NDArray[Any]], names: Sequence[
     return Detections(*sides)
 
 
-def palette(count: int) -> list[tuple[float, float, float]]:
-    """A colour for each class: distinct ones as far as they go, then evenly spaced hues, neighbours kept apart."""
+def palette(classes: Sequence[str]) -> list[tuple[float, float, float]]:
+    """A colour for each class: distinct ones as far as they go, then evenly spaced hues, neighbours kept apart.
+
+    What is called background is dark: it fills most of a map and should not stand out.
+    """
+    count = sum(name != _BACKGROUND for name in classes)
     if count <= 10:
-        return list(sns.color_palette("colorblind", max(count, 1)))
-    hues = sns.husl_palette(count, s=0.85, l=0.62)
-    step = next(n for n in range(max(2, int(count * 0.382)), count + 1) if np.gcd(n, count) == 1)
-    return [hues[index * step % count] for index in range(count)]
+        tints = list(sns.color_palette("colorblind", count))
+    else:
+        hues = sns.husl_palette(count, s=0.85, l=0.62)
+        step = next(n for n in range(max(2, int(count * 0.382)), count + 1) if np.gcd(n, count) == 1)
+        tints = [hues[index * step % count] for index in range(count)]
+    return [_DARK if name == _BACKGROUND else tints.pop(0) for name in classes]
 
 
-def painted(labels: NDArray[np.uint8], count: int) -> NDArray[np.floating[Any]]:
-    """[H, W, 3] colours of a map of labels [H, W]; grey without label."""
-    tints = np.array([*palette(count), _UNLABELLED])
+def painted(labels: NDArray[np.uint8], classes: Sequence[str]) -> NDArray[np.floating[Any]]:
+    """[H, W, 3] colours of a map of labels [H, W]; light grey without label."""
+    tints = np.array([*palette(classes), _UNLABELLED])
     return tints[np.where(labels == IGNORE, len(tints) - 1, labels)]
 
 
@@ -291,7 +298,7 @@ def _share(labels: NDArray[np.uint8], predictions: NDArray[np.uint8]) -> float:
 
 
 def _patches(counts: NDArray[np.int64], classes: Sequence[str]) -> list[Patch]:
-    tints = palette(len(classes))
+    tints = palette(classes)
     order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
     return [Patch(color=tints[index], label=class_name(classes, index)) for index in order[:_MOST]]
 

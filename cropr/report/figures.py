@@ -5,10 +5,13 @@ Each function returns a matplotlib figure and changes no global state. Where not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -115,6 +118,7 @@ def forest(artefact: Artefact, cost: str = "train_speedup") -> Figure:
         if not rows:
             right.set_axis_off()
             return _nothing(figure, left, "no variant has been trained at this scale")
+        _seeds(left, artefact, rows)
         for y, row in enumerate(rows):
             _forest_row(artefact, row, y, left, right, cost)
         left.set_yticks(range(len(rows)), [str(artefact.frame.at[row, "label"]) for row in rows])
@@ -123,7 +127,7 @@ def forest(artefact: Artefact, cost: str = "train_speedup") -> Figure:
             axes.axvline(reference, color=style.MUTED, lw=1.2)
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
-        figure.legend(handles=_forest_legend(artefact), loc="outside lower center", ncols=2)
+        figure.legend(handles=_forest_legend(artefact), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -213,6 +217,24 @@ def _published_speed(artefact: Artefact, row: str) -> float:
     return artefact.number(row, "speedup.published") if np.isnan(ours / base) else ours / base
 
 
+def _seeds(axes: Axes, artefact: Artefact, rows: Sequence[str]) -> None:
+    """A small dot for the difference of every seed, where there are several: dots say more than their interval."""
+    name, base = artefact.primary, str(artefact.baseline)
+    dots = [
+        (value - artefact.values(base, name)[seed], y)
+        for y, row in enumerate(rows)
+        for seed, value in artefact.values(row, name).items()
+        if seed in artefact.values(base, name)
+    ]
+    if len(artefact.manifest.seeds) > 1:
+        label = axes.get_xlabel()
+        sns.stripplot(
+            pd.DataFrame(dots, columns=["difference", "row"]), x="difference", y="row", orient="h", jitter=False,
+            native_scale=True, color=style.MUTED, size=4, alpha=0.6, ax=axes, zorder=2.5,
+        )  # fmt: skip
+        axes.set(xlabel=label, ylabel="")
+
+
 def _forest_row(artefact: Artefact, row: str, y: int, left: Axes, right: Axes, cost: str) -> None:
     difference, price = artefact.interval(row, f"{artefact.primary}_difference"), artefact.interval(row, cost)
     assert difference is not None
@@ -229,6 +251,8 @@ def _forest_legend(artefact: Artefact) -> list[Line2D]:
     single = len(artefact.manifest.seeds) == 1
     text = "measured (one seed: no interval)" if single else "measured, 95 % interval over seeds"
     handles = [Line2D([], [], marker="o", ls="" if single else "-", color=style.INK, label=text)]
+    if not single:
+        handles.append(Line2D([], [], marker="o", ls="", color=style.MUTED, alpha=0.6, ms=4, label="single seeds"))
     if not all(
         np.isnan(artefact.number(row, f"{artefact.primary}_difference.published")) for row in artefact.frame.index
     ):

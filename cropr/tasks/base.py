@@ -64,7 +64,7 @@ class EvaluationSettings:
 
 
 class BatchTask(ABC):
-    """What a training step does with a batch. Targets are a tensor [B, ...] unless a task overrides what handles them."""
+    """What a training step does with a batch. Targets are a tensor [B, ...] unless a task overrides their handling."""
 
     def move(self, targets: Any, device: torch.device) -> Any:
         """Targets on the device."""

@@ -272,7 +272,7 @@ class Stepper:
         self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
 
     def __call__(self, images: Tensor, targets: Any, stop: Callable[[], bool] = lambda: False) -> StepResult:
-        """Update the weights with one batch: images [B, 3, H, W], targets as the task has them. Waits for the device once.
+        """Update the weights with one batch: images [B, 3, H, W], the task's targets. Waits for the device once.
 
         ``stop`` says whether this process was asked to stop; the result, whether any was.
         """

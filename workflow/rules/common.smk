@@ -38,6 +38,20 @@ def run_code(kind, spec):
     return code_digest(kind, spec.prune, spec.task)
 
 
+def lab_verb(spec):
+    """Command of a measurement of the laboratory, up to its specification."""
+    if isinstance(spec, PlanSpec):
+        return "plan --fresh --gpus config/published/devices.csv"
+    return f"lab {spec.measure}"
+
+
+def lab_code(spec):
+    """Digest of the sources behind such a measurement."""
+    if isinstance(spec, PlanSpec):
+        return code_digest("plan", spec.prune)
+    return code_digest(spec.measure, PruneSpec(reducer="cropr"))
+
+
 def notebook_inputs(wildcards):
     """Records, published numbers, and the claims where there are any about the artefact."""
     artefact = wildcards.artefact

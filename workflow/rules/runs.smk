@@ -132,6 +132,31 @@ rule bench:
         "python -m cropr bench --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
 
 
+# Like bench: alone on the machine, and at the start.
+rule lab:
+    output:
+        f"{OUT}/lab/{{lab}}/record.json",
+    log:
+        f"{LOGS}/lab/{{lab}}.log",
+    priority: lambda wildcards: (GRID.priority(wildcards.lab) + 5) * CORES
+    conda:
+        "../../envs/train.yaml"
+    threads: CORES
+    resources:
+        gpu=GRID.config.jobs.gpus,
+    params:
+        spec=lambda wildcards: json.dumps(
+            GRID.labs[wildcards.lab].model_dump(mode="json"), sort_keys=True
+        ),
+        verb=lambda wildcards: lab_verb(GRID.labs[wildcards.lab]),
+        code=lambda wildcards: lab_code(GRID.labs[wildcards.lab]),
+        row=lambda wildcards, output: GRID.names[wildcards.lab],
+    message:
+        "Measuring {params.row} (log: {log})"
+    shell:
+        "python -m cropr {params.verb} --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
+
+
 rule maps:
     input:
         unpack(data_inputs),

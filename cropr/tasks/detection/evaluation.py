@@ -26,8 +26,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from cropr.data.annotations import Annotations, parse, read_content, some
+from cropr.data.annotations import Annotations, parse, read_content
 from cropr.data.coco import Target
+from cropr.data.loading import some
 from cropr.records import write_text
 from cropr.tasks.base import Evaluation, EvaluationSettings, autocast
 from cropr.tasks.detection.cascade import Detections
