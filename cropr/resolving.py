@@ -114,7 +114,7 @@ class Resolver:
                     f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, "
                     f"or say why it is not there yet (key why)"
                 )
-            return Row(listed.row, listed.label, self._columns(meant, schedule), meant.why)
+            return Row(listed.row, listed.label, self._columns(where, meant, schedule), meant.why)
         prune = self._prune(where, meant, schedule)
         train = self._train(self.config.recipe, meant, prune, self.init)
         run = train.digest()
@@ -126,7 +126,7 @@ class Resolver:
             bench = spec.digest()
             self.benches[bench] = spec
             self.names.setdefault(bench, name)
-        return Row(listed.row, listed.label, self._columns(meant, schedule), None, run, bench)
+        return Row(listed.row, listed.label, self._columns(where, meant, schedule), None, run, bench)
 
     def _train(self, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
         model = self.config.model
@@ -204,7 +204,7 @@ class Resolver:
             raise ValueError(f"{key}: {error} (needed by {where})") from None
         return schedule
 
-    def _columns(self, row: RowConfig, schedule: Schedule) -> dict[str, Any]:
+    def _columns(self, where: str, row: RowConfig, schedule: Schedule) -> dict[str, Any]:
         return {
             "reducer": row.reducer,
             "schedule": schedule.describe(),
@@ -213,7 +213,15 @@ class Resolver:
             "image_size": self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size,
             "aux_weight": row.aux_weight,
             "options": ", ".join(f"{name}={value}" for name, value in row.options.items()),
+            **self._paper_schedule(where, row),
         }
+
+    def _paper_schedule(self, where: str, row: RowConfig) -> dict[str, str]:
+        """The schedule of the paper's model, where that is the one that is measured."""
+        if self.settings.model != "paper":
+            return {}
+        schedule = self._schedule(where, row, self.bench_config, self.bench_data.image_size, self.bench_source)
+        return {"paper_schedule": schedule.describe()}
 
     def _data(self, config: TaskConfig, source: str) -> DataSpec | SegDataSpec | DetDataSpec:
         values = {key: value for key, value in config.data.items() if key != "root"}

@@ -8,6 +8,7 @@ Accuracies follow ``TOP1`` plus noise of a fixed seed; they resemble no run.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from cropr.data.scenes import CLASSES, compose, object_patches
 from cropr.experiments import Grid, load_grid
 from cropr.records import write_record
+from cropr.report import claims
 from cropr.schedule import Schedule, trace
 from cropr.specs import PruneSpec, ScenesSpec, TrainSpec
 
@@ -310,3 +312,15 @@ def write_dense(root: Path, artefact: str, seeds: int = 3) -> Path:
                 "rows": rows}  # fmt: skip
     path.write_text(json.dumps(manifest))
     return path
+
+
+def claim(**changes) -> claims.Claim:
+    base = {"id": "a", "text": "t", "left": "cropr", "right": "random", "relation": ">", "source": "s"}
+    return claims.Claim.model_validate({**base, **changes})
+
+
+def with_paper_schedule(artefact, schedule):
+    """The same artefact, its rows knowing the schedule of the published numbers."""
+    rows = [row.model_copy(update={"columns": {**row.columns, "paper_schedule": schedule}})
+            for row in artefact.manifest.rows]  # fmt: skip
+    return replace(artefact, manifest=artefact.manifest.model_copy(update={"rows": rows}))

@@ -221,7 +221,7 @@ def _seeds(axes: Axes, artefact: Artefact, rows: Sequence[str]) -> None:
     """A small dot for the difference of every seed, where there are several: dots say more than their interval."""
     name, base = artefact.primary, str(artefact.baseline)
     dots = [
-        (value - artefact.values(base, name)[seed], y)
+        (value - artefact.values(base, name)[seed], y - 0.25)  # beside the interval, not beneath it
         for y, row in enumerate(rows)
         for seed, value in artefact.values(row, name).items()
         if seed in artefact.values(base, name)

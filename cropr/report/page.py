@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,42 @@ from cropr.report.names import row_names
 from cropr.report.quantities import TASKS, quantity
 from cropr.report.template import PAGE
 
-FIGURES = {
-    "imagenet_methods": ("imagenet_methods_trade_off", "imagenet_methods_speed"),
-    "ablations": ("ablations_forest",),
-    "pruning_maps": ("pruning_maps",),
-    "relevance": ("relevance_curves",),
-}
-"""Figures shown of each notebook, by file name without suffix."""
-QUESTIONS = {
-    "imagenet_methods": "Does it matter which patches are pruned, and does the saved arithmetic turn into speed?",
-    "ablations": "What is each part of the Cropr module worth?",
-    "pruning_maps": "Which patches does each method drop, and when?",
-    "relevance": "Do the kept patches lie on the object?",
-}
 THUMBNAIL = (1000, 1500)
 """Pixels at most; the full figure is a link away. Tall figures are cut at the bottom."""
 _LOG = logging.getLogger("cropr")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the page says of an artefact."""
+
+    question: str
+    figures: tuple[str, ...]
+    """Figures shown, by what follows the artefact's name in theirs; empty for a figure that has its very name."""
+    sentences: tuple[Callable[[Artefact], str], ...] = (text.coverage,)
+
+
+_METHODS = (text.coverage, text.accuracy, text.speed)
+ENTRIES = {
+    "imagenet_methods": Entry(
+        "Does it matter which patches are pruned, and does the saved arithmetic turn into speed?",
+        ("trade_off", "speed"),
+        _METHODS,
+    ),
+    "ablations": Entry("What is each part of the Cropr module worth?", ("forest",), (text.ablations,)),
+    "pruning_maps": Entry("Which patches does each method drop, and when?", ("",)),
+    "relevance": Entry("Do the kept patches lie on the object?", ("curves",), (text.relevance,)),
+    "ade20k": Entry("Does pruning hurt where every pixel wants a label?", ("trade_off", "speed"), _METHODS),
+    "reactivation": Entry("What brings pruned patches back?", ("forest",), (text.ablations,)),
+    "coco": Entry("How many patches can go before boxes and masks get worse?", ("trade_off", "speed"), _METHODS),
+    "precision": Entry("Does pruning still pay on top of low precision and fused attention?", ("throughput",)),
+    "alignment": Entry("What does a token count off by one cost?", ("curve",)),
+    "breakeven": Entry("From which batch and model size on does pruning pay?", ("batches",)),
+    "profile": Entry("Where does the time of a pruned forward pass go?", ("parts",)),
+    "memory": Entry("What does pruning save in training?", ("bars",)),
+    "plan": Entry("Which schedule meets a budget, and is its speed what was foretold?", ("predicted",)),
+}
+"""By artefact; others have coverage alone."""
 
 
 @dataclass(frozen=True)
@@ -185,20 +205,16 @@ def _claim(judgement: Judgement) -> dict[str, str]:
 
 def _section(artefact: Artefact, folder: Path) -> Section:
     name = artefact.manifest.artefact
-    sentences = {
-        "imagenet_methods": (text.coverage, text.accuracy, text.speed),
-        "ablations": (text.ablations,),
-        "relevance": (text.relevance,),
-    }.get(name, (text.coverage,))
+    entry = ENTRIES.get(name, Entry("", ("",)))
     results = artefact.root / artefact.manifest.results
     page = results / "notebooks" / f"{name}.html"
-    files = [results / "figures" / f"{stem}.png" for stem in FIGURES.get(name, (name,))]
+    files = [results / "figures" / f"{'_'.join(filter(None, (name, figure)))}.png" for figure in entry.figures]
     return Section(
         name,
         artefact.manifest.title,
-        QUESTIONS.get(name, ""),
+        entry.question,
         _relative(page, folder) if page.is_file() else None,
-        [_inline(sentence(artefact)) for sentence in sentences],
+        [_inline(sentence(artefact)) for sentence in entry.sentences],
         [_picture(file, folder) for file in files if file.is_file()],
     )
 

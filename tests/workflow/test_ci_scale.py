@@ -13,7 +13,8 @@ from .conftest import Project, copy_repository
 
 pytestmark = pytest.mark.workflow
 CI = ("--config", "scale=ci")
-ARTEFACTS = ("imagenet_methods", "ablations", "pruning_maps", "relevance")
+LABORATORY = ("precision", "alignment", "breakeven", "profile", "memory", "plan")
+ARTEFACTS = ("imagenet_methods", "ablations", "pruning_maps", "relevance", "ade20k", "reactivation", *LABORATORY)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,10 @@ def test_everything_is_made(done: Project) -> None:
             assert (results / file).stat().st_size > 0
         assert list((results / "figures").glob(f"{artefact}*.png"))
     assert (results / "report.html").stat().st_size > 0
-    assert len(records(done, "train")) == 20  # the weights to start from included
-    assert len(records(done, "bench")) == 11
+    assert len(records(done, "train")) == 31  # the weights to start from included, of both tasks
+    assert len(records(done, "bench")) == 16
+    assert len(records(done, "lab")) == 6
+    assert len(records(done, "plan")) == 1
     assert len(list((results / "maps").rglob("*.npz"))) == 5
 
 

@@ -50,8 +50,8 @@ def test_lint_is_clean(stubbed: Project) -> None:
 def test_default_target_is_everything_at_laptop_scale(stubbed: Project) -> None:
     jobs = stubbed.planned()
     assert jobs == {
-        "data": 1, "shipped": 1, "train": 19, "bench": 11, "maps": 5, "manifest": 4, "notebook": 4, "report": 1,
-        "reproduce": 1,
+        "data": 2, "shipped": 2, "train": 29, "bench": 16, "lab": 9, "maps": 5, "manifest": 12, "notebook": 12,
+        "report": 1, "reproduce": 1,
     }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_one_artefact_by_name(stubbed: Project) -> None:
 
 def test_seeds_multiply_training_alone(stubbed: Project) -> None:
     jobs = stubbed.planned("--config", "scale=ci", "seeds=3")
-    assert (jobs["train"], jobs["bench"], jobs["maps"], jobs["pretrain"]) == (57, 11, 5, 1)
+    assert (jobs["train"], jobs["bench"], jobs["maps"], jobs["pretrain"]) == (87, 16, 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_a_second_run_does_nothing(finished: Project) -> None:
 def test_the_first_table_is_made_first(finished: Project) -> None:
     log = next((finished / ".snakemake/log").glob("*.log")).read_text()
     order = re.findall(r"(Training|Measuring throughput of) (\w+)/", log)
-    trained = [artefact for verb, artefact in order if verb == "Training"]
-    assert trained == sorted(trained, reverse=True)  # imagenet_methods before ablations
+    trained = list(dict.fromkeys(artefact for verb, artefact in order if verb == "Training"))
+    assert trained == ["imagenet_methods", "ablations", "ade20k", "reactivation"]
     measured = [position for position, (verb, artefact) in enumerate(order) if verb != "Training"]
     assert measured[:10] == list(range(10)), "all cores are free at the start only"
 
@@ -165,8 +165,9 @@ def test_editing_the_scorer_reruns_the_rows_that_score(finished: Project) -> Non
         file.write("\n# changed\n")
     output = finished.dry_run(*CI)
     jobs = counts(output)
-    # All Cropr rows (4 of the methods, 9 ablations) and non-salient; not unpruned, random, variance, attention, small.
-    assert (jobs["train"], jobs["bench"], jobs["maps"]) == (14, 6, 2)
+    # All Cropr rows (4 of the methods, 9 ablations, 6 of segmentation) and non-salient; not unpruned, random, variance,
+    # attention, small.
+    assert (jobs["train"], jobs["bench"], jobs["maps"]) == (20, 7, 2)
     assert "data" not in jobs
     assert "pretrain" not in jobs
     assert runs["cropr_r8_llf"] in output
@@ -175,7 +176,7 @@ def test_editing_the_scorer_reruns_the_rows_that_score(finished: Project) -> Non
 
 def test_editing_the_training_code_trains_everything_again(finished: Project) -> None:
     jobs = append(finished, "cropr/training/loop.py")
-    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (1, 19, 5)
+    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (2, 29, 5)
     assert "bench" not in jobs
     finished.run(*CI)
     assert finished.planned(*CI) == {}
@@ -183,7 +184,17 @@ def test_editing_the_training_code_trains_everything_again(finished: Project) ->
 
 def test_editing_the_benchmark_trains_nothing(finished: Project) -> None:
     jobs = append(finished, "cropr/bench/throughput.py")
-    assert jobs == {"bench": 11, "notebook": 2, "report": 1, "reproduce": 1}
+    assert jobs == {"bench": 16, "lab": 7, "notebook": 9, "report": 1, "reproduce": 1}
+
+
+def test_editing_one_task_reruns_no_other(finished: Project) -> None:
+    jobs = append(finished, "cropr/tasks/segmentation.py")
+    assert (jobs["pretrain"], jobs["train"]) == (1, 10)
+    assert not {"bench", "maps", "data"} & set(jobs)
+
+
+def test_editing_a_measurement_of_the_laboratory_reruns_that_kind(finished: Project) -> None:
+    assert append(finished, "cropr/bench/profiling.py") == {"lab": 1, "notebook": 1, "report": 1, "reproduce": 1}
 
 
 def test_editing_the_page_makes_the_page(finished: Project) -> None:
@@ -208,7 +219,7 @@ def test_editing_a_published_number_reruns_its_notebook(finished: Project) -> No
 
 
 def test_editing_a_claim_reruns_the_notebook_that_decides_it(finished: Project) -> None:
-    finished.edit("config/claims.yaml", 'relation: ">= 95"', 'relation: ">= 96"')
+    finished.edit("config/claims.yaml", 'relation: "< 0"', 'relation: "< 1"')
     assert finished.planned(*CI) == {"notebook": 1, "report": 1, "reproduce": 1}
 
 
@@ -220,8 +231,8 @@ def test_one_ablation_runs_itself_and_its_baseline_and_nothing_else(stubbed: Pro
     assert table is not None, output
     assert table[0].count("[") == 3, "two means and a difference with intervals"
     assert "Aggregator: no MLP" in output
-    # The same files serve the whole table: of its 19 runs with two seeds, these 4 are there.
-    assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == 38 - 4
+    # The same files serve the whole grid: of its 29 runs with two seeds, these 4 are there.
+    assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == 58 - 4
 
 
 def test_one_ablation_after_the_whole_table_trains_nothing(finished: Project) -> None:

@@ -12,12 +12,13 @@ if sys.argv[1] == "compare":
 
 parser = argparse.ArgumentParser()
 parser.add_argument("verb", nargs="+")
-for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images", "layout"):
+for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images", "layout", "gpus"):
     parser.add_argument(f"--{flag}")
+parser.add_argument("--fresh", action="store_true")
 args = parser.parse_args()
 
 verb, out = args.verb[0], Path(args.out)
-assert verb in ("data", "train", "bench", "show"), verb
+assert verb in ("data", "train", "bench", "show", "lab", "plan"), verb
 if verb == "show":
     assert Path(args.run, "weights.safetensors").exists()
     out.write_text("maps")
