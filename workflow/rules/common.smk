@@ -53,16 +53,17 @@ def lab_code(spec):
 
 
 def notebook_inputs(wildcards):
-    """Records, published numbers, and the claims where there are any about the artefact."""
-    artefact = wildcards.artefact
-    files = GRID.files(artefact)
-    if GRID.artefacts[artefact].published:
-        files.append(GRID.artefacts[artefact].published)
-    if any(
-        claim.get("artefact") == artefact for claim in read_yaml(Path(CLAIMS))["claims"]
-    ):
-        files.append(CLAIMS)
+    """Records and published numbers."""
+    files = GRID.files(wildcards.artefact)
+    if GRID.artefacts[wildcards.artefact].published:
+        files.append(GRID.artefacts[wildcards.artefact].published)
     return files
+
+
+def claims_about(artefact):
+    """What the notebook decides: only its own part of the file reruns it."""
+    claims = read_yaml(Path(CLAIMS))["claims"]
+    return digest([claim for claim in claims if claim.get("artefact") == artefact])
 
 
 def digest(manifest):

@@ -46,6 +46,7 @@ rule notebook:
             {"manifest": input.manifest, "results": OUT}
         ),
         code=code_digest("notebook"),
+        claims=lambda wildcards: claims_about(wildcards.artefact),
     message:
         "Running notebook {wildcards.artefact} (log: {log.text})"
     shell:
