@@ -121,22 +121,22 @@ def test_sweep_says_of_every_cell_that_not_one_image_fits(monkeypatch):
 
 
 @pytest.mark.parametrize("model", [MODEL, EVA], ids=["vit", "eva"])
-def test_block_latency_by_token_count(model):
-    found = blocks.block_latency(model, [9, 30, 9, 17], batch_size=2, rounds=3)
+def test_block_series_by_token_count(model):
+    found = blocks.block_series(model, [9, 30, 9, 17], batch_size=2, rounds=3)
     assert list(found) == [9, 17, 30]
-    assert all(seconds > 0 for seconds in found.values())
+    assert all(len(readings) == 3 and min(readings) > 0 for readings in found.values())
 
 
 def test_blocks_of_a_model_at_hand_run_on_the_counts_asked_for():
     host = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=64).eval()
     seen = []
     host.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    blocks.block_latency(host, [17, 5], batch_size=3, rounds=3)
+    blocks.block_series(host, [17, 5], batch_size=3, rounds=3)
     assert set(seen) == {(3, 5, 48), (3, 17, 48)}
     with pytest.raises(ValueError, match="18 tokens: the model has 17; ask for fewer"):
-        blocks.block_latency(host, [18])
+        blocks.block_series(host, [18])
     with pytest.raises(ValueError, match="1 tokens: the model has 1 prefix tokens"):
-        blocks.block_latency(host, [1, 5])
+        blocks.block_series(host, [1, 5])
 
 
 def test_latency_is_that_of_one_block(monkeypatch):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,35 +30,6 @@ DEPTH = 4
 """Blocks that run after each other."""
 
 
-def block_latency(
-    model: ModelSpec | nn.Module,
-    tokens: Sequence[int],
-    batch_size: int = 4,
-    precision: str = "fp32",
-    device: str = "cpu",
-    rounds: int = 5,
-    attention: str = "auto",
-) -> dict[int, float]:
-    """Median seconds of one block by token count; all counts run in turn in every round.
-
-    Args:
-        model: a spec, whose first blocks are built with random weights, or a timm model, whose own first blocks run as
-            they are (in their dtype and on their device, which ``precision`` and ``device`` then must name).
-        tokens: counts with prefix, as ``cropr.schedule.attended`` gives them.
-        batch_size: images.
-        precision: see ``cropr.bench.device``.
-        device: torch's name of the device.
-        rounds: readings a count.
-        attention: kernel to force.
-
-    Raises:
-        Unsupported: the device cannot run this precision.
-        ValueError: no token besides the prefix.
-    """
-    series = block_series(model, tokens, batch_size, precision, device, rounds, attention)
-    return {count: float(np.median(seconds)) for count, seconds in series.items()}
-
-
 def block_series(
     model: ModelSpec | nn.Module,
     tokens: Sequence[int],
@@ -70,7 +40,23 @@ def block_series(
     attention: str = "auto",
     tell: Callable[[str], None] = lambda what: None,
 ) -> dict[int, list[float]]:
-    """Seconds of one block by token count, a reading a round; see ``block_latency``."""
+    """Seconds of one block by token count, a reading a round; all counts run in turn in every round.
+
+    Args:
+        model: a spec, whose first blocks are built with random weights, or a timm model, whose own first blocks run as
+            they are (in their dtype and on their device, which ``precision`` and ``device`` then must name).
+        tokens: counts with prefix, as ``cropr.schedule.attended`` gives them.
+        batch_size: images.
+        precision: see ``cropr.bench.device``.
+        device: torch's name of the device.
+        rounds: readings a count.
+        attention: kernel to force.
+        tell: called with a word on what comes next.
+
+    Raises:
+        Unsupported: the device cannot run this precision.
+        ValueError: no token besides the prefix.
+    """
     check(precision, device)
     if device == "cpu":
         reuse_freed_memory()
