@@ -12,7 +12,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from cropr.data.imagenet import TrainBatches, load_splits
+from cropr.data.imagenet import load_splits
 from cropr.model import build_model
 from cropr.tasks.classification import Objective
 from cropr.training.loop import Settings, fit
@@ -27,8 +27,7 @@ def run(directory: Path) -> dict[str, list[float]]:
     images, _ = load_splits(tiny.write_folder(directory / "images"))
     torch.manual_seed(0)
     model = build_model(spec.model, spec.prune, tiny.CLASSES, 32)
-    batches = TrainBatches(images, spec.data, spec.recipe.batch_size, 0)
-    fit(model, Objective(spec.data), batches, spec.recipe, 0, Settings(out=directory / "run"))
+    fit(model, Objective(spec.data), tiny.batches(images, spec), spec.recipe, 0, Settings(out=directory / "run"))
     lines = [json.loads(line) for line in (directory / "run" / "log.jsonl").read_text().splitlines()[:STEPS]]
     return {key: [round(line[key], 6) for line in lines] for key in ("loss", "aux_loss")}
 

@@ -14,8 +14,8 @@ from cropr.cli import main
 from cropr.data.ade20k import (
     FOLDER,
     IGNORE,
-    EvalBatches,
-    TrainBatches,
+    EvalImages,
+    TrainImages,
     TrainTransform,
     capped_crop,
     decode_map,
@@ -24,7 +24,7 @@ from cropr.data.ade20k import (
 )
 from cropr.data.check import check
 from cropr.data.layouts import write
-from cropr.data.loading import ImageError, seeded
+from cropr.data.loading import EvalBatches, ImageError, TrainBatches, seeded
 from cropr.data.scenes import INCOMPLETE, compose
 from cropr.specs import ScenesSpec, SegDataSpec
 
@@ -60,6 +60,10 @@ def root(tmp_path) -> Path:
             save(tmp_path / FOLDER / "images" / split / f"{index}.png", image)
             save(tmp_path / FOLDER / "annotations" / split / f"{index}.png", labels)
     return tmp_path
+
+
+def train_batches(split, spec: SegDataSpec, size: int, seed: int = 0, **share) -> TrainBatches:
+    return TrainBatches(TrainImages(split, spec, seed), size, seed, **share)
 
 
 def equal(a, b) -> bool:
@@ -173,14 +177,14 @@ def test_without_a_number_of_classes_any_label_will_do(root):
 def test_training_names_the_file(root):
     save(root / FOLDER / "annotations/training/1.png", np.full((16, 16), 9))
     with pytest.raises(ImageError, match=r"training/1.png: label 9, .*; python -m cropr data check --layout ade20k "):
-        list(TrainBatches(load_splits(root)[0], PLAIN, 6).epoch(0))
+        list(train_batches(load_splits(root)[0], PLAIN, 6).epoch(0))
 
 
 # Training transforms
 
 
 def test_with_everything_off_images_of_the_right_size_are_only_normalised(root):
-    batches = TrainBatches(load_splits(root)[0], PLAIN, 6)
+    batches = train_batches(load_splits(root)[0], PLAIN, 6)
     ((images, maps),) = batches.epoch(0)
     assert images.dtype == torch.float32
     assert maps.dtype == torch.uint8
@@ -201,7 +205,7 @@ def test_values_are_normalised_with_the_mean_of_the_spec():
 
 def test_image_and_labels_stay_together(root):
     """Resized, cropped, flipped and padded: away from the borders of blocks, red still tells the label."""
-    batches = TrainBatches(load_splits(root)[0], GEOMETRY, 6, seed=2)
+    batches = train_batches(load_splits(root)[0], GEOMETRY, 6, seed=2)
     agree = total = padded = 0
     for epoch in range(8):
         for images, maps in batches.epoch(epoch):
@@ -277,8 +281,8 @@ def test_pixels_without_label_do_not_count_as_a_class():
 @pytest.mark.parametrize("change", [{"hflip": 0.5}, {"photometric": True}, {"resize": (0.9, 1.1)}])
 def test_each_switch_makes_training_random(root, change):
     train, _ = load_splits(root)
-    plain = TrainBatches(train, PLAIN, 6)
-    assert not equal(TrainBatches(train, PLAIN.model_copy(update=change), 6).epoch(0), plain.epoch(0))
+    plain = train_batches(train, PLAIN, 6)
+    assert not equal(train_batches(train, PLAIN.model_copy(update=change), 6).epoch(0), plain.epoch(0))
 
 
 def test_distortion_leaves_labels_alone():
@@ -303,12 +307,12 @@ def test_distortion_leaves_labels_alone():
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
     train, _ = load_splits(root)
-    alone, helped = TrainBatches(train, RICH, 2, seed=3), TrainBatches(train, RICH, 2, seed=3, workers=1)
+    alone, helped = train_batches(train, RICH, 2, seed=3), train_batches(train, RICH, 2, seed=3, workers=1)
     first = list(alone.epoch(4))
     assert equal(first, helped.epoch(4))
     assert equal(first[1:], alone.epoch(4, start=1))
-    assert not equal(first, TrainBatches(train, RICH, 2, seed=4).epoch(4))
-    shares = [list(TrainBatches(train, RICH, 2, seed=3, rank=rank, world=2).epoch(4)) for rank in (0, 1)]
+    assert not equal(first, train_batches(train, RICH, 2, seed=4).epoch(4))
+    shares = [list(train_batches(train, RICH, 2, seed=3, rank=rank, world=2).epoch(4)) for rank in (0, 1)]
     for (images, _), *parts in zip(first, *shares, strict=True):
         assert torch.equal(images, torch.cat([part for part, _ in parts]))
 
@@ -319,7 +323,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
 def test_single_windows_have_the_longer_side_resized_and_labels_as_they_are(root):
     _, val = load_splits(root)
     shapes = {}
-    batches = EvalBatches(val, PLAIN, 4)
+    batches = EvalBatches(EvalImages(val, PLAIN), 4)
     for images, maps in batches:
         assert len(images) == len(maps)
         shapes[tuple(maps.shape[1:])] = tuple(images.shape[2:])
@@ -332,13 +336,13 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(root, world):
     spec = PLAIN.model_copy(update={"evaluation": "slide"})
     seen, sizes = [], []
     for rank in range(world):
-        batches = EvalBatches(val, spec, 2, rank=rank, world=world)
+        batches = EvalBatches(EvalImages(val, spec), 2, rank=rank, world=world)
         numbers = []
         for images, maps in batches:
             assert images.shape[2:] == maps.shape[1:]
             sizes.append(len(images))
             numbers += [round(float(image[2, 0, 0]) * 255) for image in images]
-        assert [str(val.images[number]) for number in numbers] == list(batches.paths)
+        assert numbers == batches.indices
         seen += numbers
     assert sorted(seen) == list(range(6))
     assert max(sizes) == 2
@@ -347,24 +351,26 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(root, world):
 def test_an_unreadable_annotation_is_named_in_evaluation(root):
     (root / FOLDER / "annotations/validation/2.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"annotations/validation/2.png: cannot be read as an image"):
-        list(EvalBatches(load_splits(root)[1], PLAIN, 2))
+        list(EvalBatches(EvalImages(load_splits(root)[1], PLAIN), 2))
 
 
 # Scenes
 
 
-def test_scenes_are_read_as_they_were_drawn(tmp_path):
+@pytest.mark.parametrize("known", [True, False])
+def test_scenes_are_read_as_they_were_drawn(tmp_path, known):
+    """Whether the spec says that they are scenes, for which training is not random, or not."""
     scenes = ScenesSpec(train=4, val=4, objects=(1, 2))
     write(scenes, tmp_path, "ade20k")
-    spec = PLAIN.model_copy(update={"image_size": 64, "num_classes": 11})
+    spec = PLAIN.model_copy(update={"image_size": 64, "num_classes": 11, "scenes": scenes if known else None})
     train, val = load_splits(tmp_path)
-    batches = TrainBatches(train, spec, 4)
+    batches = train_batches(train, spec, 4)
     ((images, maps),) = batches.epoch(0)
     for index, image, labels in zip(batches.order(0), images, maps, strict=True):
         scene = compose(scenes, "train", index)
         torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
         assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))
-    ((images, maps),) = EvalBatches(val, spec, 8)
+    ((images, maps),) = EvalBatches(EvalImages(val, spec), 8)
     assert images.shape == (4, 3, 64, 64)
     assert maps.unique().tolist()[0] == 0
     assert maps.max() <= 10

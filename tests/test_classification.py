@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from cropr.data import scenes
-from cropr.data.imagenet import EvalBatches, load_splits
+from cropr.data.imagenet import EvalImages, load_splits
 from cropr.data.layouts import write
+from cropr.data.loading import EvalBatches
 from cropr.model import Output, build_model
 from cropr.specs import DataSpec
 from cropr.tasks.base import EvaluationSettings
-from cropr.tasks.classification import Objective, evaluate, losses, object_map, soft_target
+from cropr.tasks.classification import Classification, Objective, evaluate, losses, object_map, soft_target
 from cropr.tokens import Tokens
 
 
@@ -119,6 +120,14 @@ def test_relevance_by_hand(batch):
     ]
 
 
+def test_mixing_asks_for_pairs_in_every_process(tmp_path):
+    tiny.write_folder(tmp_path)
+    run = Classification(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), tmp_path)
+    assert len(run.batches(seed=0)) == 8
+    with pytest.raises(ValueError, match=r"mix pairs, but a process has 3 images of a batch; .* multiple of 4"):
+        run.batches(seed=0, rank=1, world=2)
+
+
 def test_truth_is_unknown_without_masks_or_after_a_crop(tmp_path):
     _, val = load_splits(tiny.write_folder(tmp_path))
     assert object_map(val.paths, tiny.spec().data, (4, 4)) is None
@@ -140,7 +149,7 @@ def test_truth_of_scenes(tmp_path):
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory):
     _, val = load_splits(tiny.write_folder(tmp_path_factory.mktemp("images")))
-    return EvalBatches(val, tiny.spec().data, 5)
+    return EvalBatches(EvalImages(val, tiny.spec().data), 5)
 
 
 def test_deployed_model_has_the_same_accuracy(batches):

@@ -15,7 +15,7 @@ import torch
 from test_fusion import images, segmenter
 
 import cropr
-from cropr.data.imagenet import TrainBatches, load_splits
+from cropr.data.imagenet import load_splits
 from cropr.model import PrunedViT, build_model
 from cropr.schedule import Schedule, ramp
 from cropr.specs import RecipeSpec
@@ -161,7 +161,7 @@ def train(spec, folder, out, task=None):
     model = build_model(spec.model, spec.prune, tiny.CLASSES, 32)
     alive = []
     model.register_forward_hook(lambda _, inputs, output: alive.append(output.kept[1].shape[1]))
-    batches = TrainBatches(folder, spec.data, spec.recipe.batch_size, 0)
+    batches = tiny.batches(folder, spec)
     with suppress(TrainingInterrupted):
         fit(model, task or Objective(spec.data), batches, spec.recipe, 0, Settings(out=out))
     return model.state_dict(), alive

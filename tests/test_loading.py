@@ -28,6 +28,11 @@ class Boxes(Samples):
         return torch.full((3, index % 3, 2), float(index)), {"id": index, "boxes": boxes}
 
 
+class Kinds(Boxes):
+    def kind(self, index):
+        return index % 3
+
+
 def lists(samples):
     return [image for image, _ in samples], [target for _, target in samples]
 
@@ -61,7 +66,7 @@ def test_an_error_of_a_sample_ends_the_epoch_in_one_line():
 def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
     seen = []
     for rank in range(world):
-        batches = EvalBatches(Boxes(seed=None), 2, group=lambda index: index % 3, collate=lists, rank=rank, world=world)
+        batches = EvalBatches(Kinds(seed=None), 2, collate=lists, rank=rank, world=world)
         order = []
         for images, targets in batches:
             assert 1 <= len(images) <= 2

@@ -206,7 +206,14 @@ def test_scenes_must_be_those_of_the_spec(tmp_path):
 # Two processes ------------------------------------------------------------------------------------------------------
 
 
-def _train_as(rank, port, spec, images, out):
+RUNS = {
+    "accumulated": {"recipe__accumulate": 3},
+    # The first steps prune nothing, so that the fusion's weights have no gradient.
+    "idle": {"recipe__curriculum": True, "prune__reducer": "variance", "prune__fusion": "cross"},
+}
+
+
+def _train_as(rank, port, images, out):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from cropr.training import checkpoint, run
     from cropr.training.distributed import start
@@ -215,32 +222,34 @@ def _train_as(rank, port, spec, images, out):
 
     def fit_and_save(model, *rest):
         history = fit(model, *rest)
-        checkpoint.save_weights(out / f"rank{rank}" / "weights.safetensors", model)
+        checkpoint.save_weights(out / name / f"rank{rank}" / "weights.safetensors", model)
         return history
 
     run.fit = fit_and_save
     with start("cpu", threads=1) as world:
-        run.train(spec, 0, images, out, world=world)
+        for name, changes in RUNS.items():
+            run.train(tiny.spec(**changes), 0, images, out / name, world=world)
 
 
 @pytest.mark.model
 def test_two_processes_train_as_one(images, tmp_path):
     """Same batches in halves: equal weights on both, and those of one process but for rounding."""
-    spec = tiny.spec(recipe__accumulate=3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train_as, (port, spec, images, tmp_path / "two"), nprocs=2)
-    assert_equal_weights(tmp_path / "two" / "rank0", tmp_path / "two" / "rank1")
-    train(spec, 0, images, tmp_path / "one", world=World())
-    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=name)
-    alone, together = (read_record(tmp_path / name)["metrics"] for name in ("one", "two"))
-    assert together["val_images"] == 12
-    assert together["images"] == alone["images"]
-    assert together["loss"] == pytest.approx(alone["loss"], abs=1e-4)
-    assert steps(tmp_path / "two") == list(range(12))
+    torch.multiprocessing.spawn(_train_as, (port, images, tmp_path / "two"), nprocs=2)
+    for run, changes in RUNS.items():
+        first, second = tmp_path / "one" / run, tmp_path / "two" / run
+        assert_equal_weights(second / "rank0", second / "rank1")
+        train(tiny.spec(**changes), 0, images, first, world=World())
+        one, two = (load_file(path / "weights.safetensors") for path in (first, second))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=name)
+        alone, together = (read_record(path)["metrics"] for path in (first, second))
+        assert together["val_images"] == 12
+        assert together["images"] == alone["images"]
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        assert steps(second) == list(range(12))
 
 
 # The command line ---------------------------------------------------------------------------------------------------

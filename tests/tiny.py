@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cropr.data.imagenet import Split, TrainImages
+from cropr.data.loading import TrainBatches
 from cropr.specs import TrainSpec
 
 CLASSES = 3
@@ -52,3 +54,8 @@ def spec(**changes: Any) -> TrainSpec:
             place = place.setdefault(parent, {})
         place[last] = value
     return TrainSpec.model_validate(values)
+
+
+def batches(split: Split, spec: TrainSpec, seed: int = 0) -> TrainBatches:
+    """Training batches of a run."""
+    return TrainBatches(TrainImages(split, spec.data, seed), spec.recipe.batch_size, seed)

@@ -1,7 +1,7 @@
 """Semantic segmentation in ADE20k's layout: ``images`` and ``annotations``, each with ``training`` and ``validation``.
 
     train, val = load_splits(root)
-    batches = TrainBatches(train, spec, batch_size=8, seed=0)
+    batches = TrainBatches(TrainImages(train, spec, seed=0), 8, seed=0)
     for images, maps in batches.epoch(3, start=17):
         ...
 
@@ -9,7 +9,7 @@ The root is ``ADEChallengeData2016`` or the folder that holds it. The annotation
 ``annotations/training/a.png``: one 8-bit channel, grey or palette, where 0 is not labelled and classes count from 1.
 Maps that leave this module count classes from 0 and have ``IGNORE`` where there is no label.
 
-What a sample and an order depend on: see ``cropr.data.loading``. B images of a batch of this process, H and W pixels.
+What a sample and an order depend on: see ``cropr.data.loading``. H and W are pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data import loading
-from cropr.data.loading import ImageError, Samples, decode, some, unreadable
+from cropr.data.loading import ImageError, Samples, decode, some, standardise, unreadable
 from cropr.data.scenes import INCOMPLETE
 from cropr.specs import SegDataSpec
 
@@ -155,12 +153,8 @@ def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, 
     return image, labels
 
 
-class SegmentationFolder(Samples):
-    """Samples (epoch, index) -> (image [3, h, w], labels [H, W] uint8).
-
-    Args:
-        seed: of the transform; None for one that draws nothing.
-    """
+class _Images(Samples):
+    """Samples (epoch, index) -> (image [3, h, w], labels [H, W] uint8)."""
 
     layout = "ade20k"
 
@@ -179,48 +173,32 @@ class SegmentationFolder(Samples):
         return self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels)))
 
 
-class TrainBatches(loading.TrainBatches):
-    """Training batches of this process: images [B, 3, S, S] and maps [B, S, S] uint8, S the image size of the spec.
+class TrainImages(_Images):
+    """Images [3, S, S] and maps [S, S] uint8, S the image size of the spec.
 
-    Args:
-        split: from ``load_splits``.
-        spec: transforms.
-        batch_size: images per batch over all processes.
-        seed: of order and augmentation.
-        share: see ``loading.Share``.
-
-    Raises:
-        ValueError: as for ``loading.TrainBatches``.
+    Where nothing is random (``is_random``), the transform is that of evaluation.
     """
 
-    def __init__(
-        self, split: Split, spec: SegDataSpec, batch_size: int, seed: int = 0, **share: Unpack[loading.Share]
-    ) -> None:
-        folder = SegmentationFolder(split, spec.num_classes, TrainTransform(spec), seed if is_random(spec) else None)
-        super().__init__(folder, batch_size, seed, **share)
+    def __init__(self, split: Split, spec: SegDataSpec, seed: int) -> None:
+        random = is_random(spec)
+        transform = TrainTransform(spec) if random else EvalTransform(spec)
+        super().__init__(split, spec.num_classes, transform, seed if random else None)
 
 
-class EvalBatches(loading.EvalBatches):
-    """This process's part of a split: images [B, 3, h, w] and maps [B, H, W] uint8.
+class EvalImages(_Images):
+    """Images [3, h, w] and maps [H, W] uint8; h, w are H, W with sliding windows, else the longer is the image size of
+    the spec."""
 
-    The images of a batch have the same size. h and w are those of the map with sliding windows, else the longer of them
-    is the image size of the spec.
-    """
+    def __init__(self, split: Split, spec: SegDataSpec) -> None:
+        super().__init__(split, spec.num_classes, EvalTransform(spec), None)
 
-    def __init__(self, split: Split, spec: SegDataSpec, batch_size: int, **share: Unpack[loading.Share]) -> None:
-        folder = SegmentationFolder(split, spec.num_classes, EvalTransform(spec), None)
-        super().__init__(folder, batch_size, group=lambda index: _size(split.annotations[index]), **share)
-        self.paths = tuple(str(split.images[index]) for index in self.indices)
-        """Files of the images, in the order in which they come."""
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height by the head of the file; None if it cannot be read, which loading it will report."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # as in ``decode``
-        return None
+    def kind(self, index: int) -> tuple[int, int] | None:
+        """Width and height by the head of the file; None if it cannot be read, which loading it will report."""
+        try:
+            with Image.open(self.split.annotations[index]) as image:
+                return image.size
+        except Exception:  # as in ``decode``
+            return None
 
 
 def is_random(spec: SegDataSpec) -> bool:
@@ -252,7 +230,7 @@ class TrainTransform:
             image = self.distort(image)
         missing = [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]]
         padded = F.pad(labels, missing, fill=IGNORE).as_subclass(Tensor)
-        return F.pad(_normalise(image, spec), missing, fill=0.0), padded
+        return F.pad(standardise(image, spec.mean, spec.std), missing, fill=0.0), padded
 
 
 class EvalTransform:
@@ -267,11 +245,7 @@ class EvalTransform:
     def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> Pair:
         if self.spec.evaluation == "single":
             image = F.resize(image, _scaled(image, self.spec.image_size / max(image.shape[-2:])))
-        return _normalise(image, self.spec), labels.as_subclass(Tensor)
-
-
-def _normalise(image: tv_tensors.Image, spec: SegDataSpec) -> Tensor:
-    return F.normalize(F.to_dtype(image.as_subclass(Tensor), scale=True), list(spec.mean), list(spec.std))
+        return standardise(image, self.spec.mean, self.spec.std), labels.as_subclass(Tensor)
 
 
 def _scaled(image: Tensor, factor: float) -> list[int]:

@@ -40,7 +40,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
 from cropr.data.jitter import fit, jitter
-from cropr.data.loading import ImageError, Samples, decode, some
+from cropr.data.loading import ImageError, Samples, decode, some, standardise
 from cropr.data.scenes import INCOMPLETE
 from cropr.specs import DetDataSpec
 
@@ -276,8 +276,8 @@ class EvalImages(Samples):
 
 def normalise(image: Tensor, spec: DetDataSpec) -> Tensor:
     """uint8 [3, h, w] -> float32 [3, S, S], padded with zeros, which is the mean colour."""
-    pixels = F.normalize(F.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True), spec.mean, spec.std)
-    return F.pad(pixels, [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]])
+    missing = [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]]
+    return F.pad(standardise(image, spec.mean, spec.std), missing)
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:

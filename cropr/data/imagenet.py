@@ -1,13 +1,13 @@
 """Images in class folders, as ImageNet comes: ``<root>/train/<class>/*`` and ``<root>/val/<class>/*``.
 
     train, val = load_splits(root, num_classes=10)
-    batches = TrainBatches(train, spec, batch_size=64, seed=0)
+    batches = TrainBatches(TrainImages(train, spec, seed=0), 64, seed=0)
     for images, labels in batches.epoch(3, start=17):
         ...
 
 The transforms are timm's. What a sample and an order depend on: see ``cropr.data.loading``.
 
-B images of a batch of this process, H and W the image size of the spec.
+H and W are the image size of the spec.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from cropr.data import loading
 from cropr.data.loading import Samples, decode, some
 from cropr.data.scenes import INCOMPLETE
 from cropr.specs import DataSpec
@@ -122,7 +121,7 @@ def train_transform(spec: DataSpec) -> Transform:
             f"color_jitter {augment.color_jitter} has no effect beside auto_augment {augment.auto_augment!r}; "
             "set one of them to null"
         )
-    return create_transform(
+    transform = create_transform(
         spec.image_size,
         is_training=True,
         no_aug=not is_random(spec),
@@ -138,6 +137,16 @@ def train_transform(spec: DataSpec) -> Transform:
         re_mode="pixel",
         re_count=1,
     )
+    for policy in transform.transforms:
+        for operation in getattr(policy, "ops", []):  # of RandAugment and AugMix
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, which at full magnitude keeps no bit: Pillow 13 refuses that; before, it gave black."""
+    return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 def eval_transform(spec: DataSpec) -> Transform:
@@ -168,12 +177,8 @@ def mixup(spec: DataSpec) -> Mixup | None:
     )
 
 
-class SeededFolder(Samples):
-    """Samples (epoch, index) -> (image [3, H, W], label).
-
-    Args:
-        seed: of the transform; None for one that draws nothing.
-    """
+class _Images(Samples):
+    """Samples (epoch, index) -> (image [3, H, W], label)."""
 
     def __init__(self, split: Split, transform: Transform, seed: int | None) -> None:
         super().__init__(str(split.root / split.name), seed)
@@ -188,36 +193,19 @@ class SeededFolder(Samples):
         return self.transform(decode(self.split.paths[index])), self.split.labels[index]
 
 
-class TrainBatches(loading.TrainBatches):
-    """Training batches of this process: images [B, 3, H, W] and labels [B].
-
-    Args:
-        split: from ``load_splits``.
-        spec: transforms.
-        batch_size: images per batch over all processes.
-        seed: of order and augmentation.
-        share: see ``loading.Share``.
+class TrainImages(_Images):
+    """Images with the training transform.
 
     Raises:
-        ValueError: as for ``loading.TrainBatches``, or an odd share of a batch with mixup or cutmix, which mix pairs.
+        ValueError: as of ``train_transform``.
     """
 
-    def __init__(
-        self, split: Split, spec: DataSpec, batch_size: int, seed: int = 0, **share: Unpack[loading.Share]
-    ) -> None:
-        folder = SeededFolder(split, train_transform(spec), seed if is_random(spec) else None)
-        super().__init__(folder, batch_size, seed, **share)
-        if (spec.augment.mixup or spec.augment.cutmix) and batch_size // self.world % 2:
-            raise ValueError(
-                f"mixup and cutmix mix pairs, but a process has {batch_size // self.world} images of a batch; "
-                f"make batch_size ({batch_size}) a multiple of {2 * self.world}"
-            )
+    def __init__(self, split: Split, spec: DataSpec, seed: int) -> None:
+        super().__init__(split, train_transform(spec), seed if is_random(spec) else None)
 
 
-class EvalBatches(loading.EvalBatches):
-    """This process's part of a split, in order: images [B, 3, H, W] and labels [B]."""
+class EvalImages(_Images):
+    """Images with the evaluation transform."""
 
-    def __init__(self, split: Split, spec: DataSpec, batch_size: int, **share: Unpack[loading.Share]) -> None:
-        super().__init__(SeededFolder(split, eval_transform(spec), None), batch_size, **share)
-        self.paths = tuple(split.paths[index] for index in self.indices)
-        """Files of the images, in the order in which they come."""
+    def __init__(self, split: Split, spec: DataSpec) -> None:
+        super().__init__(split, eval_transform(spec), None)

@@ -1,8 +1,8 @@
 """From samples to batches, whatever the task: order, seeds, workers, shares of processes, errors.
 
-A data set is a ``Samples``: ``samples[epoch, index]`` is (image, target). The rest of this file feeds it to training
-and evaluation. All randomness of a sample is a function of (seed, epoch, index), and the order of an epoch one of
-(seed, epoch): neither the number of workers nor a resumption changes a sample.
+A data set is a ``Samples``: ``samples[epoch, index]`` is (image, target). ``TrainBatches`` and ``EvalBatches`` feed it
+to training and evaluation. All randomness of a sample is a function of (seed, epoch, index), and the order of an epoch
+one of (seed, epoch): neither the number of workers nor a resumption changes a sample.
 
 B images of a batch of this process, H and W their size.
 """
@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.v2 import functional as F
 
 Collate = Callable[[list[Any]], Any]
 """Makes a batch (images, targets) of a list of (image, target)."""
@@ -54,6 +55,12 @@ def unreadable(path: str | Path, error: Exception) -> ImageError:
     """An ``ImageError`` that gives the reason in one line."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return ImageError(f"{path}: cannot be read as an image: {reason}")
+
+
+def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [3, H, W] -> float32, scaled to 0 ... 1, less the mean, over the standard deviation of each colour."""
+    pixels = image.as_subclass(Tensor).contiguous()  # Pillow's lie colour by colour, over which arithmetic is slow
+    return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(mean), list(std))
 
 
 def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
@@ -104,6 +111,11 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
         Raises:
             ImageError: a file of this sample cannot be used.
         """
+
+    def kind(self, index: int) -> Hashable:
+        """Images of different kinds do not share a batch in evaluation, such as those of different sizes where they are
+        to be stacked."""
+        return None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
         epoch, index = key
@@ -187,13 +199,12 @@ class TrainBatches:
 class EvalBatches:
     """This process's part of a set, each image once, none left out.
 
-    Over all processes every image is seen exactly once, so that counts can be summed.
+    Over all processes every image is seen exactly once, so that counts can be summed. Images come in order, but those
+    of one kind (``Samples.kind``) together.
 
     Args:
         samples: what to read; nothing may be random there.
         batch_size: images of a batch, at most.
-        group: index -> kind; images of different kinds do not share a batch (those of different sizes, for example,
-            where they are to be stacked). Kinds come in the order of their first image.
         collate: as for ``TrainBatches``.
     """
 
@@ -202,7 +213,6 @@ class EvalBatches:
         samples: Samples,
         batch_size: int,
         *,
-        group: Callable[[int], Hashable] = lambda index: None,
         collate: Collate = default_collate,
         **share: Unpack[Share],
     ) -> None:
@@ -210,7 +220,7 @@ class EvalBatches:
         rank, world = _place(share)
         kinds: dict[Hashable, list[int]] = {}
         for index in range(rank, len(samples), world):
-            kinds.setdefault(group(index), []).append(index)
+            kinds.setdefault(samples.kind(index), []).append(index)
         self._batches = [
             alike[start : start + batch_size] for alike in kinds.values() for start in range(0, len(alike), batch_size)
         ]

@@ -7,10 +7,12 @@ for images, targets in work.batches(seed=0).epoch(0): ...
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -105,10 +107,15 @@ class TaskRun(BatchTask):
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         self.spec, self.root = spec, root
 
-    @property
-    @abstractmethod
+    @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell these images from others."""
+        """Sixteen hex digits that tell these images from others: their generator's for scenes."""
+        scenes = self.spec.data.scenes
+        return self.folder_fingerprint() if scenes is None else scenes_fingerprint(self.root, scenes)
+
+    @abstractmethod
+    def folder_fingerprint(self) -> str:
+        """The same for a folder of the user's."""
 
     @abstractmethod
     def build(self, pretrained: bool = False) -> Any:
@@ -143,6 +150,14 @@ def scenes_fingerprint(root: Path, scenes: ScenesSpec) -> str:
         changes = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} in the spec" for key in differing)
         raise ValueError(f"{root} holds other scenes than spec.data.scenes asks for: {changes}")
     return str(record["provenance"]["data_fingerprint"])
+
+
+def names_fingerprint(root: Path, paths: Iterable[str | Path]) -> str:
+    """Fingerprint of images by the names of their files below ``root``."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).relative_to(root).as_posix().encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,9 +5,7 @@ B batch, N patch tokens, K kept, Q queries, M Cropr modules.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Unpack
 
@@ -15,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.data.imagenet import EvalBatches, TrainBatches, load_splits, mixup
-from cropr.data.loading import Share
+from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
+from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.model import DeployedViT, Output, PrunedViT, build_model
 from cropr.specs import DataSpec, TrainSpec
-from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, scenes_fingerprint
+from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
 
 _ALONE = EvaluationSettings()
 
@@ -37,31 +35,36 @@ class Classification(TaskRun):
         self.splits = load_splits(root, self.data.num_classes)
         self.objective = Objective(self.data, spec.prune.aux_weight)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Its generator's for scenes, else of the names of all files."""
-        if self.data.scenes is not None:
-            return scenes_fingerprint(self.root, self.data.scenes)
-        digest = hashlib.sha256()
-        for split in self.splits:
-            for path in split.paths:
-                digest.update(Path(path).relative_to(split.root).as_posix().encode() + b"\n")
-        return digest.hexdigest()[:16]
+    def folder_fingerprint(self) -> str:
+        """See ``TaskRun``."""
+        return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
 
     def build(self, pretrained: bool = False) -> PrunedViT:
         """See ``TaskRun``."""
         return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
-        """See ``TaskRun``."""
-        return TrainBatches(self.splits[0], self.data, self.spec.recipe.batch_size, seed, **share)
+        """See ``TaskRun``.
+
+        Raises:
+            ValueError: an odd share of a batch with mixup or cutmix, which mix pairs.
+        """
+        size, augment = self.spec.recipe.batch_size, self.data.augment
+        batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, **share)
+        if (augment.mixup or augment.cutmix) and size // batches.world % 2:
+            raise ValueError(
+                f"mixup and cutmix mix pairs, but a process has {size // batches.world} images of a batch; "
+                f"make batch_size ({size}) a multiple of {2 * batches.world}"
+            )
+        return batches
 
     def evaluate(
         self, model: PrunedViT | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
     ) -> Evaluation:
         """See ``TaskRun``; where the truth is known, ``series.relevance`` says where the kept tokens lie."""
-        batches = EvalBatches(self.splits[1], self.data, settings.batch_size, **share)
-        objects = object_map(batches.paths, self.data, patch_grid(model))
+        split = self.splits[1]
+        batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
+        objects = object_map([split.paths[index] for index in batches.indices], self.data, patch_grid(model))
         return evaluate(model, batches, settings, objects)
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDataSpec) -> Tensor:
-    """Logits [B, C, H, W] for images as ``cropr.data.ade20k.EvalBatches`` gives them.
+    """Logits [B, C, H, W] for images as ``cropr.data.ade20k.EvalImages`` gives them.
 
     Args:
         images: [B, 3, h, w].

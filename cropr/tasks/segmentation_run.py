@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from cropr.data.ade20k import EvalBatches, TrainBatches, load_splits
-from cropr.data.loading import Share
+from cropr.data.ade20k import EvalImages, TrainImages, load_splits
+from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.model import DeployedViT, Output
 from cropr.specs import SegDataSpec, TrainSpec
-from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, scenes_fingerprint
+from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
 from cropr.tasks.segmentation import PrunedSegmenter, build, losses
 from cropr.tasks.segmentation_inference import predict
 from cropr.tasks.segmentation_metrics import confusion, scores
@@ -31,16 +29,9 @@ class Segmentation(TaskRun):
         self.data = spec.data
         self.splits = load_splits(root)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Its generator's for scenes, else of the names of all images."""
-        if self.data.scenes is not None:
-            return scenes_fingerprint(self.root, self.data.scenes)
-        digest = hashlib.sha256()
-        for split in self.splits:
-            for path in split.images:
-                digest.update(path.relative_to(split.root).as_posix().encode() + b"\n")
-        return digest.hexdigest()[:16]
+    def folder_fingerprint(self) -> str:
+        """See ``TaskRun``."""
+        return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.images))
 
     def build(self, pretrained: bool = False) -> PrunedSegmenter:
         """See ``TaskRun``."""
@@ -48,7 +39,7 @@ class Segmentation(TaskRun):
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
         """See ``TaskRun``."""
-        return TrainBatches(self.splits[0], self.data, self.spec.recipe.batch_size, seed, **share)
+        return TrainBatches(TrainImages(self.splits[0], self.data, seed), self.spec.recipe.batch_size, seed, **share)
 
     def loss(self, output: Output, targets: Tensor) -> Losses:
         """See ``cropr.tasks.segmentation.losses``."""
@@ -71,7 +62,7 @@ class Segmentation(TaskRun):
 
         counts = torch.zeros(self.data.num_classes, self.data.num_classes, dtype=torch.int64, device=device)
         images = torch.zeros(1, dtype=torch.int64, device=device)
-        for batch, labels in EvalBatches(self.splits[1], self.data, settings.batch_size, **share):
+        for batch, labels in EvalBatches(EvalImages(self.splits[1], self.data), settings.batch_size, **share):
             logits = predict(forward, batch.to(device, non_blocking=True), labels.shape[-2:], self.data)
             counts += confusion(logits.argmax(dim=1), labels.to(device), self.data.num_classes)
             images += len(batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Unpack, cast
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprint, load_coco
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.specs import DetDataSpec, TrainSpec
-from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, scenes_fingerprint
+from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun
 from cropr.tasks.detection.evaluation import evaluate
 from cropr.tasks.detection.model import DetectionOutput, Detector, build_detector, losses
 
@@ -29,11 +28,8 @@ class Detection(TaskRun):
         self.data = spec.data
         self.splits = load_coco(root, self.data.num_classes)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Its generator's for scenes, else of the annotation files."""
-        if self.data.scenes is not None:
-            return scenes_fingerprint(self.root, self.data.scenes)
+    def folder_fingerprint(self) -> str:
+        """See ``TaskRun``."""
         return fingerprint(self.splits)
 
     def build(self, pretrained: bool = False) -> Detector:
