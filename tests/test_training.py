@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from cropr.data.imagenet import TrainBatches, load_splits
+from cropr.data.imagenet import load_splits
 from cropr.model import build_model
 from cropr.tasks.base import Losses
 from cropr.tasks.classification import Objective
@@ -52,8 +52,7 @@ def train(spec, images, out, seed=0, task=None, **settings):
     """A run without its record: the trained weights."""
     model = new_model(spec)
     task = task or Objective(spec.data, spec.prune.aux_weight)
-    batches = TrainBatches(images, spec.data, spec.recipe.batch_size, seed)
-    fit(model, task, batches, spec.recipe, seed, Settings(out=out, **settings), WORLD)
+    fit(model, task, tiny.batches(images, spec, seed), spec.recipe, seed, Settings(out=out, **settings), WORLD)
     return model.state_dict()
 
 
@@ -208,9 +207,9 @@ def test_same_seed_same_weights_other_seed_others(images, tmp_path):
 
 
 def test_it_evaluates_every_so_many_epochs(images, tmp_path):
-    spec = tiny.spec(recipe__epochs=5)
+    spec = tiny.spec(recipe__epochs=5, recipe__batch_size=16)
     model = new_model(spec)
-    batches = TrainBatches(images, spec.data, 16, 0)
+    batches = tiny.batches(images, spec)
     settings = Settings(out=tmp_path, evaluate_every=2)
     history = fit(model, Objective(spec.data), batches, spec.recipe, 0, settings, WORLD, lambda: {"top1": 50.0})
     assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
@@ -284,7 +283,7 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(images, tmp_path):
             weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
             return super().prepare(images, labels)
 
-    batches = TrainBatches(images, plain.data, 8, 0)
+    batches = tiny.batches(images, plain)
     fit(model, Watching(plain.data), batches, plain.recipe, 0, Settings(out=tmp_path / "plain"), WORLD)
     weights.append(model.state_dict())
     average = weights[0]

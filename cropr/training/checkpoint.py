@@ -160,7 +160,8 @@ class Loaded:
 def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loaded:
     """Start from the host weights of another run, or from a file with the names of a timm model.
 
-    Reducers start fresh. Positions are interpolated if the patch grid differs; the classifier starts fresh if the
+    Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
+    file is of another run. Positions are interpolated if the patch grid differs; the classifier starts fresh if the
     number of classes differs. Everything else must match, except for what ``fresh`` declares.
 
     Args:
@@ -174,6 +175,7 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
     """
     tensors = _read(path)
     if any(name.startswith(HOST) for name in tensors):
+        _inherit(model, path, tensors)
         tensors = {name.removeprefix(HOST): tensor for name, tensor in tensors.items() if name.startswith(HOST)}
     host = model.get_submodule(HOST.rstrip("."))
     own = host.state_dict()
@@ -198,6 +200,15 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
     )
     _report(path, result)
     return result
+
+
+def _inherit(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Load the parts beside the host that go from one run to the next, such as a detector's heads."""
+    parts = tuple(f"{part}." for part in getattr(model, "inherits", ()))
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
+    _require_match(path, found, own)
+    model.load_state_dict(found, strict=False)
 
 
 def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> tuple[str, ...]:

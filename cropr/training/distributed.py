@@ -32,12 +32,17 @@ class World:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over processes; the model itself when alone."""
+    def wrap(self, model: nn.Module, idle: bool = False) -> nn.Module:
+        """The model with gradients averaged over processes; the model itself when alone.
+
+        ``idle``: there are steps in which some weights have no part. Torch then looks for these, and refuses them else.
+        """
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=idle
+        )
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over processes, in place."""

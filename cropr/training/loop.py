@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cropr.fusion import Fusion
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask, autocast
 from cropr.training.average import Average
@@ -266,7 +267,9 @@ class Stepper:
         self.world = world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         self.overflows = 0
-        self._wrapped = world.wrap(model)
+        # A fusion with weights is idle in steps that prune nothing, such as the first of a curriculum.
+        fusions = (module for module in model.modules() if isinstance(module, Fusion))
+        self._wrapped = world.wrap(model, idle=any(True for fusion in fusions for _ in fusion.parameters()))
         named = list(model.named_parameters())
         self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
         self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
