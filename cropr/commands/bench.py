@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cropr.commands.pruning_flags import add_model_flags, add_schedule_flags, pruning
-from cropr.commands.spec_flags import make_spec, read_spec
+from cropr.commands.spec_flags import given, make_spec, read_spec, require_lone_spec
 from cropr.records import RECORD, provenance, write_record
 from cropr.specs import Attention, BenchSpec, Precision
 
@@ -184,13 +184,10 @@ def _title(spec: dict[str, Any], batch_size: int) -> str:
 
 def _spec(args: argparse.Namespace) -> BenchSpec:
     """The spec that ``--spec`` or the flags describe."""
-    given = [name for name in _FLAGS if getattr(args, name) not in (None, False)]
-    if args.spec and given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"--spec and {names}: the spec says it all")
+    require_lone_spec(args, _FLAGS)
     if args.spec:
         return read_spec(args.spec, kind=BenchSpec)
     if not args.model:
         raise ValueError("name a model with --model (for example vit_large_patch16_224) or a spec with --spec")
-    simple = {name: getattr(args, name) for name in _SIMPLE if name in given}
-    return make_spec({"model": {"name": args.model}, "prune": pruning(args), **simple}, kind=BenchSpec)
+    values = {"model": {"name": args.model}, "prune": pruning(args), **given(args, *_SIMPLE)}
+    return make_spec(values, kind=BenchSpec)

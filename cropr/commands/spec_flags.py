@@ -157,16 +157,16 @@ def spec_from_flags(args: argparse.Namespace, classes: int, images: int, on_gpu:
         "warmup_epochs": 1 if args.epochs is None or args.epochs > 1 else 0,
         "precision": "bf16" if on_gpu else "fp32",
         "clip_grad": 1.0,
-        **_given(args, "accumulate", "precision"),
+        **given(args, "accumulate", "precision"),
         **({} if args.epochs is None else {"epochs": int(args.epochs) if args.epochs.is_integer() else args.epochs}),
         **({} if args.lr is None or batch < 1 else {"base_lr": args.lr * 256 / batch}),
     }
     values = {
-        "model": {"name": args.model, "drop_path": 0.1, **_given(args, "drop_path")},
+        "model": {"name": args.model, "drop_path": 0.1, **given(args, "drop_path")},
         "prune": pruning(args),
         "data": {
             **_input_of(args.model),
-            **_given(args, "image_size"),
+            **given(args, "image_size"),
             "num_classes": classes,
             "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "smoothing": 0.1},
         },
@@ -190,8 +190,21 @@ def initial_id(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Flags that the user gave, of those named, with their values."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def require_lone_spec(args: argparse.Namespace, flags: Iterable[str], instead: str = "") -> None:
+    """``--spec`` comes without the flags that stand for parts of a spec; ``instead`` says what else there is.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if args.spec and (found := given(args, *flags)):
+        names = ", ".join("--" + name.replace("_", "-") for name in found)
+        raise ValueError(f"--spec and {names}: the spec says it all{instead}")
 
 
 def _input_of(model: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cropr.commands.spec_flags import FLAGS, add_flags, read_spec, spec_from_flags
+from cropr.commands.spec_flags import FLAGS, add_flags, read_spec, require_lone_spec, spec_from_flags
 from cropr.specs import TrainSpec
 
 _LOG = logging.getLogger(__name__)
@@ -52,10 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
-    given = [name for name in FLAGS if getattr(args, name) not in (None, False)]
-    if args.spec and given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"--spec and {names}: the spec says it all; change single keys with --set")
+    require_lone_spec(args, FLAGS, "; change single keys with --set")
     spec = read_spec(args.spec, args.set) if args.spec else None
 
     from cropr.tasks import task_class
