@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cropr.data.scenes import CLASSES, compose, object_patches
+from cropr.data.scenes import CLASSES, Scene, compose, object_patches
 from cropr.experiments import Grid, load_grid
 from cropr.records import write_record
 from cropr.report import claims
@@ -174,20 +174,54 @@ def write_maps(path: Path, spec: TrainSpec, images: int) -> None:
     pruning = alive[:-1] if spec.prune.fusion == "llf" else alive
     for block, (before, now) in enumerate(zip((patches, *pruning), pruning, strict=False), start=1):
         after[(rank < before) & (rank >= now)] = block
-    labels = np.array([scene.label for scene in drawn])
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         path,
+        task=np.array(spec.task),
         images=np.stack([scene.image for scene in drawn]),
-        labels=labels,
-        predictions=np.where(rng.random(images) < TOP1[spec.prune.reducer] / 100, labels, (labels + 1) % CLASSES),
         pruned_after=after,
         grid=np.array([side, side]),
         depth=np.array(len(alive)),
-        classes=np.array([f"digit_{label}" for label in range(CLASSES)]),
         masks=masks,
+        **ANSWERS[spec.task](drawn, rng, TOP1[spec.prune.reducer] / 100),
     )
 
+
+DIGITS = [f"digit_{label}" for label in range(CLASSES)]
+
+
+def _classes(drawn: list[Scene], rng: np.random.Generator, right: float) -> dict:
+    """A share of the labels is predicted right, others are one too high."""
+    labels = np.array([scene.label for scene in drawn])
+    wrong = rng.random(len(drawn)) >= right
+    return {"labels": labels, "predictions": (labels + wrong) % CLASSES, "classes": np.array(DIGITS)}
+
+
+def _label_maps(drawn: list[Scene], rng: np.random.Generator, right: float) -> dict:
+    """A share of the pixels is predicted right, others are background."""
+    labels = np.stack([scene.semantic for scene in drawn]) - np.uint8(1)
+    guess = np.where(rng.random(labels.shape) < right, labels, 0).astype(np.uint8)
+    return {"label_maps": labels, "prediction_maps": guess, "classes": np.array(["background", *DIGITS])}
+
+
+def _objects(drawn: list[Scene], rng: np.random.Generator, right: float) -> dict:
+    """A share of the objects is found, all with their very boxes."""
+    found = [(index, instance) for index, scene in enumerate(drawn) for instance in scene.instances]
+    arrays = {
+        "image": np.array([index for index, _ in found]),
+        "boxes": np.array([instance.box for _, instance in found], float),
+        "classes": np.array([instance.label for _, instance in found]),
+        "masks": np.stack([instance.region for _, instance in found]),
+    }
+    hit = rng.random(len(found)) < right
+    predicted = {f"predicted_{name}": array[hit] for name, array in arrays.items()}
+    scores = rng.uniform(0.6, 1, int(hit.sum()))
+    true = {f"true_{name}": array for name, array in arrays.items()}
+    return {**true, **predicted, "predicted_scores": scores, "classes": np.array(DIGITS)}
+
+
+ANSWERS = {"classification": _classes, "segmentation": _label_maps, "detection": _objects}
+"""Truth and predictions as ``cropr.report.answers`` reads them."""
 
 BENCH = {
     "spec": {

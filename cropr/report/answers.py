@@ -4,11 +4,12 @@ A file of maps holds one of the three kinds, named by its entry ``task``. Each k
 truth and the prediction over an image, and how much of the answer is right.
 
     classification  labels [n], predictions [n]: classes, -1 where there is no label
-                    masks [n, H, W]: truth of generated images, optional
     segmentation    label_maps, prediction_maps [n, H, W] uint8: classes from 0, 255 where there is no label
-    detection       true_* and predicted_*, each the m objects of all images together: image [m], index of the image;
-                    boxes [m, 4]: left, top, right, bottom in pixels of the image; classes [m];
+    detection       predicted_* and, where the truth is known, true_*: each the m objects of all images together: image
+                    [m], index of the image; boxes [m, 4]: left, top, right, bottom in pixels of the image; classes [m];
                     masks [m, H, W] bool, optional; and predicted_scores [m], between 0 and 1
+
+For all of them, ``masks`` [n, H, W] uint8, optional: where an image's objects lie (``cropr.data.scenes``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from cropr.report import style
@@ -46,6 +46,10 @@ class Answers(Protocol):
     unit: str
     """What is right or wrong."""
 
+    @property
+    def known(self) -> bool:
+        """Whether there is any truth."""
+
     def truth(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """Draw what is true of an image [H, W, 3]: over it in a panel, or below it in words."""
 
@@ -56,7 +60,7 @@ class Answers(Protocol):
         """Share of the answers that are right, percent: images, pixels, or objects; NaN without truth."""
 
     def legend(self, classes: Sequence[str], indices: Sequence[int]) -> list[Patch]:
-        """Colours of the classes that are drawn on these images, the most frequent first; empty if none are."""
+        """Colours of the classes that are drawn on these images, of many the most frequent; empty if none are."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class Classes:
     """[n]."""
     panels = False
     unit = "images"
+
+    @property
+    def known(self) -> bool:
+        """Whether any image has a label."""
+        return bool((self.labels >= 0).any())
 
     def truth(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """The label below the image, where there is one."""
@@ -102,6 +111,11 @@ class LabelMaps:
     panels = True
     unit = "labelled pixels"
 
+    @property
+    def known(self) -> bool:
+        """Whether any pixel has a label."""
+        return bool((self.labels != IGNORE).any())
+
     def truth(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """Every pixel in the colour of its label, grey where there is none."""
         axes.imshow(painted(self.labels[index], classes), interpolation="nearest")
@@ -111,7 +125,7 @@ class LabelMaps:
         axes.imshow(painted(self.predictions[index], classes), interpolation="nearest")
         share = _share(self.labels[index], self.predictions[index])
         if not np.isnan(share):
-            axes.set_xlabel(f"{share:.0f} % of the pixels", fontsize=9, labelpad=2)
+            axes.set_xlabel(f"{share:.0f} % right", fontsize=9, labelpad=2)
 
     def right(self) -> float:
         """Share of the labelled pixels."""
@@ -163,37 +177,48 @@ class Objects:
             corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
             axes.add_patch(Rectangle(corner, *size, fill=False, ec="white", lw=2.4))
             axes.add_patch(Rectangle(corner, *size, fill=False, ec=tint, lw=1.4))
-            text = class_name(classes, self.classes[number])
-            text += "" if self.scores is None else f" {self.scores[number]:.2f}"
-            axes.text(
-                *_inside(corner, image), text, color=tint, fontsize=7.5, fontweight="bold", va="top", clip_on=True,
-                path_effects=[withStroke(linewidth=1.8, foreground="white")],
-            )  # fmt: skip
+            name = class_name(classes, self.classes[number])
+            _tag(
+                axes,
+                self.boxes[number],
+                image,
+                name if self.scores is None else f"{name} {self.scores[number]:.2f}",
+                tint,
+            )
 
 
 @dataclass(frozen=True)
 class Detections:
     """Detection and instance segmentation."""
 
-    true: Objects
     predicted: Objects
+    true: Objects | None
+    """None where nothing is known (pictures of the user's)."""
     panels = True
     unit = "objects"
 
+    @property
+    def known(self) -> bool:
+        """Whether the objects are known; there may be none."""
+        return self.true is not None
+
     def truth(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
         """The labelled objects."""
-        self.true.draw(axes, index, image, classes)
-        axes.set_xlabel(_count(len(self.true.of(index)), "object"), fontsize=9, labelpad=2)
+        if self.true is not None:
+            self.true.draw(axes, index, image, classes)
+            axes.set_xlabel(_count(len(self.true.of(index)), "object"), fontsize=9, labelpad=2)
 
     def prediction(self, axes: Axes, index: int, image: NDArray[np.uint8], classes: Sequence[str]) -> None:
-        """The objects that were found with confidence, and how many there are to be found."""
+        """The objects that were found with confidence, and how many of the true ones are among them."""
         self.predicted.draw(axes, index, image, classes)
-        found = sum(self._matched(index))
-        axes.set_xlabel(f"{found} of {_count(len(self.true.of(index)), 'object')}", fontsize=9, labelpad=2)
+        hits = self._matched(index)
+        found = f"found {sum(hits)} of {len(hits)}" if self.known else _count(len(self.predicted.of(index)), "object")
+        axes.set_xlabel(found, fontsize=9, labelpad=2)
 
     def right(self) -> float:
         """Share of the true objects that a box of the same class covers with IoU 0.5 or more."""
-        matched = [hit for index in sorted(set(self.true.image.tolist())) for hit in self._matched(index)]
+        images = [] if self.true is None else sorted(set(self.true.image.tolist()))
+        matched = [hit for index in images for hit in self._matched(index)]
         return 100 * sum(matched) / len(matched) if matched else float("nan")
 
     def legend(self, classes: Sequence[str], indices: Sequence[int]) -> list[Patch]:
@@ -202,6 +227,8 @@ class Detections:
 
     def _matched(self, index: int) -> list[bool]:
         """For every true object of an image, whether it was found. A box finds one object at most, the surest first."""
+        if self.true is None:
+            return []
         free = list(self.predicted.of(index))[::-1]
         hits = []
         for number in self.true.of(index):
@@ -220,11 +247,8 @@ class Detections:
 ARRAYS = {
     "classification": ("labels", "predictions"),
     "segmentation": ("label_maps", "prediction_maps"),
-    "detection": (
-        "true_image", "true_boxes", "true_classes",
-        "predicted_image", "predicted_boxes", "predicted_classes", "predicted_scores",
-    ),
-}  # fmt: skip
+    "detection": ("predicted_image", "predicted_boxes", "predicted_classes", "predicted_scores"),
+}
 """Arrays that a file of each task must have beside those of every file."""
 
 
@@ -247,15 +271,23 @@ def read_answers(task: str, arrays: Mapping[str, NDArray[Any]], names: Sequence[
             if (highest := int(labels[labels != IGNORE].max(initial=0))) >= len(names):
                 raise ValueError(f"class {highest}, but names of {len(names)} classes; make the file again")
         return answers
-    sides = []
-    for side in ("true", "predicted"):
-        parts = ("image", "boxes", "classes", "masks", "scores")
-        found = {part: arrays[f"{side}_{part}"] for part in parts if f"{side}_{part}" in arrays}
-        if len({len(array) for array in found.values()}) > 1:
-            lengths = ", ".join(f"{side}_{name}: {len(array)}" for name, array in found.items())
-            raise ValueError(f"arrays of objects differ in length: {lengths}; make the file again")
-        sides.append(Objects(**found))
-    return Detections(*sides)
+    predicted = _objects("predicted", arrays)
+    assert predicted is not None
+    return Detections(predicted, _objects("true", arrays))
+
+
+def _objects(side: str, arrays: Mapping[str, NDArray[Any]]) -> Objects | None:
+    """One side's objects; None where the file has none of its arrays."""
+    parts = ("image", "boxes", "classes", "masks", "scores")
+    found = {part: arrays[f"{side}_{part}"] for part in parts if f"{side}_{part}" in arrays}
+    if not found:
+        return None
+    if missing := [part for part in parts[:3] if part not in found]:
+        raise ValueError(f"array '{side}_{missing[0]}' is missing; make the file again")
+    if len({len(array) for array in found.values()}) > 1:
+        lengths = ", ".join(f"{side}_{name}: {len(array)}" for name, array in found.items())
+        raise ValueError(f"arrays of objects differ in length: {lengths}; make the file again")
+    return Objects(**found)
 
 
 def palette(classes: Sequence[str]) -> list[tuple[float, float, float]]:
@@ -299,13 +331,25 @@ def _share(labels: NDArray[np.uint8], predictions: NDArray[np.uint8]) -> float:
 
 def _patches(counts: NDArray[np.int64], classes: Sequence[str]) -> list[Patch]:
     tints = palette(classes)
-    order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
-    return [Patch(color=tints[index], label=class_name(classes, index)) for index in order[:_MOST]]
+    most = [index for index in np.argsort(-counts, kind="stable") if counts[index]][:_MOST]
+    return [Patch(color=tints[index], label=class_name(classes, index)) for index in sorted(most)]
 
 
-def _inside(corner: tuple[float, float], image: NDArray[np.uint8]) -> tuple[float, float]:
-    """Where a box's text starts: at its corner, or at the image's where the box begins outside."""
-    return max(corner[0], -0.5) + 0.01 * image.shape[1], max(corner[1], -0.5) + 0.01 * image.shape[0]
+def _tag(
+    axes: Axes, box: NDArray[np.floating[Any]], image: NDArray[np.uint8], text: str, tint: tuple[float, float, float]
+) -> None:
+    """Text on a label in the box's colour: above the box, or at its upper edge where the image ends; right-aligned in
+    the image's right half, so that it stays within."""
+    height, width = image.shape[:2]
+    left, top, right, _ = np.clip(box, 0, (width, height, width, height)) - 0.5
+    on_right = left + right > width
+    inside = top < 0.12 * height
+    dark = np.dot(tint, (0.299, 0.587, 0.114)) < 0.55
+    axes.text(
+        right if on_right else left, top, text, color="white" if dark else style.INK, fontsize=7, fontweight="bold",
+        ha="right" if on_right else "left", va="top" if inside else "bottom", clip_on=True,
+        bbox={"facecolor": tint, "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
 
 
 def _count(number: int, noun: str) -> str:

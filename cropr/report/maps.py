@@ -6,8 +6,9 @@ the truth is known, the object's outline is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -22,11 +23,13 @@ from numpy.typing import NDArray
 
 from cropr.data.scenes import OBJECT, object_patches
 from cropr.report import style
-from cropr.report.answers import ARRAYS, Answers, read_answers
+from cropr.report.answers import ARRAYS, Answers, class_name, read_answers
 from cropr.report.load import Artefact, make_command
 
 TINT = 0.8
 """Opacity of the colour over a pruned patch: the picture remains visible beneath."""
+FEW = 4
+"""Images in a figure that has two lines an image."""
 _ARRAYS = ("images", "pruned_after", "grid", "depth", "classes")
 """What every file of maps holds; ``answers.ARRAYS`` are those of each task."""
 
@@ -113,8 +116,8 @@ def figure(
 ) -> Figure:
     """A grid: a row per image; columns are the input, then what each method pruned, with a colour bar of blocks.
 
-    Where answers are pictures (label maps, boxes), each method has a second column for its prediction, and the truth
-    comes last, as in the paper's figures. Classes are written below the images.
+    Where answers are pictures (label maps, boxes), there is one for each prediction, and one for the truth if it is
+    known: of a single method beside the map, as in the paper's figures; of several below it.
 
     Args:
         maps: by row of the grid, all on the same images.
@@ -130,25 +133,33 @@ def figure(
             return empty
     first = next(iter(maps.values()))
     chosen = list(images) if images is not None else list(range(len(first.images)))
-    columns = 1 + (1 + first.answers.panels) * len(maps) + first.answers.panels
-    # A single method with its prediction and the truth has room for larger pictures.
-    cell = min(2.3 if first.answers.panels else 1.9, style.WIDTH / columns)
+    lines = _panels(maps, names, reducers)
+    columns, height = len(lines[0]), len(lines) * len(chosen)
+    cell = min(1.9 if len(lines) == 1 else 1.5, style.WIDTH / columns)
     with style.style():
         plot, grid = plt.subplots(
-            len(chosen), columns, figsize=(cell * columns, (cell + 0.16) * len(chosen) + 1.1), squeeze=False
+            height, columns, figsize=(cell * columns, (cell + 0.16) * height + 1.1), squeeze=False
         )
         room = (0, 0, 1, 1 - 0.08 / plot.get_size_inches()[1])  # else the heads touch the edge
         plot.set_layout_engine("constrained", w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01, rect=room)
         for axes in grid.flat:
             _bare(axes)
-        for line, index in zip(grid, chosen, strict=True):
-            _line(line, maps, index)
-        for axes, (title, tint) in zip(grid[0], _heads(maps, names, reducers), strict=True):
-            axes.set_title(title, loc="center", color=tint)
+        for number, line in enumerate(grid):
+            image, part = divmod(number, len(lines))
+            for axes, panel in zip(line, lines[part], strict=True):
+                if panel is not None:
+                    panel.draw(axes, chosen[image])
+                    if image == 0:
+                        axes.set_title(panel.title, loc="center", color=panel.tint)
         _block_bar(plot, grid, maps, cell * columns)
         if patches := _legend(maps, chosen):
-            plot.legend(handles=patches, loc="outside lower center", ncols=8)
+            plot.legend(handles=patches, loc="outside lower center", ncols=min(8, int(cell * columns / 1.3)))
     return plot
+
+
+def few(maps: Mapping[str, Maps]) -> range:
+    """The first images, as many as fit a page with two lines each."""
+    return range(min((len(entry.images) for entry in maps.values()), default=0))[:FEW]
 
 
 def survival(maps: Mapping[str, Maps]) -> pd.DataFrame:
@@ -182,31 +193,46 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _heads(maps: Mapping[str, Maps], names: Mapping[str, str], reducers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Text and colour over every column."""
-    panels = next(iter(maps.values())).answers.panels
-    heads = [("input", style.INK)]
-    for name in maps:
-        tint = style.colour(reducers[name])
-        heads += [(names[name], tint), ("prediction", tint)] if panels else [(names[name], tint)]
-    return [*heads, ("label", style.INK)] if panels else heads
+@dataclass(frozen=True)
+class _Panel:
+    """A column's picture, of any image."""
+
+    title: str
+    tint: str
+    draw: Callable[[Axes, int], None]
 
 
-def _line(line: Sequence[Axes], maps: Mapping[str, Maps], index: int) -> None:
-    """One image: the input, each method's map and answer, the truth."""
-    first, cells = next(iter(maps.values())), iter(line)
-    axes = next(cells)
-    axes.imshow(first.images[index], interpolation="nearest")
-    _outline(axes, first, index)
+def _panels(
+    maps: Mapping[str, Maps], names: Mapping[str, str], reducers: Mapping[str, str]
+) -> list[list[_Panel | None]]:
+    """What is drawn of an image, in one line or two."""
+    first = next(iter(maps.values()))
+    seen = _Panel("input", style.INK, partial(_input, first))
+    pruned = [_Panel(names[row], style.colour(reducers[row]), partial(_map, entry)) for row, entry in maps.items()]
     if not first.answers.panels:
-        first.answers.truth(axes, index, first.images[index], first.classes)
-    for entry in maps.values():
-        axes = next(cells)
-        _map(axes, entry, index)
-        axes = next(cells) if entry.answers.panels else axes
-        entry.answers.prediction(axes, index, entry.images[index], entry.classes)
-    if first.answers.panels:
-        first.answers.truth(next(cells), index, first.images[index], first.classes)
+        return [[seen, *pruned]]
+    label = _Panel("label", style.INK, partial(_truth, first)) if first.answers.known else None
+    found = [
+        _Panel("prediction", style.colour(reducers[row]), partial(_prediction, entry)) for row, entry in maps.items()
+    ]
+    if len(maps) > 1:
+        return [[seen, *pruned], [label, *found]]
+    return [[seen, *pruned, *found, *([label] if label else [])]]
+
+
+def _input(maps: Maps, axes: Axes, index: int) -> None:
+    axes.imshow(maps.images[index], interpolation="nearest")
+    _outline(axes, maps, index)
+    if not maps.answers.panels:
+        _truth(maps, axes, index)
+
+
+def _truth(maps: Maps, axes: Axes, index: int) -> None:
+    maps.answers.truth(axes, index, maps.images[index], maps.classes)
+
+
+def _prediction(maps: Maps, axes: Axes, index: int) -> None:
+    maps.answers.prediction(axes, index, maps.images[index], maps.classes)
 
 
 def _block_bar(plot: Figure, grid: NDArray[np.object_], maps: Mapping[str, Maps], width: float) -> None:
@@ -223,15 +249,17 @@ def _block_bar(plot: Figure, grid: NDArray[np.object_], maps: Mapping[str, Maps]
 
 
 def _legend(maps: Mapping[str, Maps], images: Sequence[int]) -> list[Patch]:
-    """Colours of the classes that any method or the truth shows."""
+    """Colours of the classes that any method or the truth shows, in the order of the classes."""
     found: dict[object, Patch] = {}
     for entry in maps.values():
         found |= {patch.get_label(): patch for patch in entry.answers.legend(entry.classes, images)}
-    return list(found.values())
+    classes = next(iter(maps.values())).classes
+    names = [class_name(classes, index) for index in range(len(classes))]
+    return [found[name] for name in names if name in found]
 
 
-def _map(axes: Axes, maps: Maps, index: int) -> None:
-    """One image with its pruned patches tinted."""
+def _map(maps: Maps, axes: Axes, index: int) -> None:
+    """One image with its pruned patches tinted; below, answers that are words."""
     colours, norm, _ = _scale({"": maps})
     height, width = maps.images.shape[1:3]
     after = maps.pruned_after[index].reshape(maps.grid)
@@ -243,6 +271,8 @@ def _map(axes: Axes, maps: Maps, index: int) -> None:
     axes.imshow(maps.images[index], interpolation="nearest")
     axes.imshow(tint, interpolation="nearest")
     _outline(axes, maps, index)
+    if not maps.answers.panels:
+        _prediction(maps, axes, index)
 
 
 def _outline(axes: Axes, maps: Maps, index: int) -> None:
