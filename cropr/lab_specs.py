@@ -97,6 +97,32 @@ class ProfileSpec(VariantsSpec):
     passes: int = Field(3, ge=1)
 
 
+class ScoringSpec(LabSpec):
+    """Scoring with one vector, against scoring with all queries and summing.
+
+    The paper's segmenter unless told otherwise: EVA-02-L at 512 px, R=40, Last Layer Fusion.
+    """
+
+    measure: Literal["scoring"]
+    model: ModelSpec = ModelSpec(name="eva02_large_patch14_224", args={"patch_size": 16})
+    image_size: int = Field(512, ge=16)
+    prune: PruneSpec = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 40}}, fusion="llf")
+    queries: int | None = Field(None, ge=1)
+    """Of every module; None for one a patch, as in segmentation."""
+    batch_size: int = Field(1, ge=1)
+    precision: Precision = "bf16"
+    attention: Attention = "auto"
+    rounds: int = Field(5, ge=3)
+    warmup: int = Field(1, ge=1)
+
+    @field_validator("prune")
+    @classmethod
+    def _learned(cls, value: PruneSpec) -> PruneSpec:
+        if value.reducer != "cropr" or value.options:
+            raise ValueError("queries are Cropr's: name reducer 'cropr', without options")
+        return value
+
+
 class TrainingSpec(VariantsSpec):
     """Time and peak memory of a training step, and peak memory of a forward pass for inference.
 
@@ -117,6 +143,7 @@ MEASURES: dict[str, type[LabSpec]] = {
     "sweep": SweepSpec,
     "blocks": BlocksSpec,
     "profile": ProfileSpec,
+    "scoring": ScoringSpec,
     "training": TrainingSpec,
 }
 """Kinds of measurement by name."""

@@ -4,17 +4,18 @@ import json
 
 import lab_tiny
 import pytest
-import timm
 import torch
 from lab_tiny import spec
 
-from cropr.bench import blocks, models, peak, profiling, sweep, timing, training_step
+from cropr.bench import blocks, models, peak, profiling, scoring, sweep, timing, training_step
 from cropr.bench.alignment import measure_blocks
 from cropr.cli import main
 from cropr.lab_specs import MEASURES
 from cropr.records import read_record
+from cropr.reducers import Context
 from cropr.schedule import Schedule
 from cropr.specs import ModelSpec, PruneSpec
+from cropr.tokens import Tokens
 
 MODEL = ModelSpec.model_validate(lab_tiny.MODEL)
 EVA = ModelSpec(name="eva02_tiny_patch14_224", args={"depth": 4, "embed_dim": 48, "num_heads": 3})
@@ -127,16 +128,18 @@ def test_block_series_by_token_count(model):
     assert all(len(readings) == 3 and min(readings) > 0 for readings in found.values())
 
 
-def test_blocks_of_a_model_at_hand_run_on_the_counts_asked_for():
-    host = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=64).eval()
-    seen = []
-    host.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    blocks.block_series(host, [17, 5], batch_size=3, rounds=3)
-    assert set(seen) == {(3, 5, 48), (3, 17, 48)}
-    with pytest.raises(ValueError, match="18 tokens: the model has 17; ask for fewer"):
-        blocks.block_series(host, [18])
+def test_blocks_run_on_the_counts_asked_for(monkeypatch):
+    seen, forward = set(), blocks._forward
+
+    def spy(backbone, tokens, position):
+        seen.add(tuple(tokens.x.shape))
+        return forward(backbone, tokens, position)
+
+    monkeypatch.setattr(blocks, "_forward", spy)
+    blocks.block_series(MODEL, [17, 5], batch_size=3, rounds=3)
+    assert seen == {(3, 5, 48), (3, 17, 48)}
     with pytest.raises(ValueError, match="1 tokens: the model has 1 prefix tokens"):
-        blocks.block_series(host, [1, 5])
+        blocks.block_series(MODEL, [1, 5])
 
 
 def test_latency_is_that_of_one_block(monkeypatch):
@@ -207,6 +210,48 @@ def test_profile_of_a_rotary_model_counts_its_rows_as_gathered():
 # Training ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("queries", [None, 5])
+def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
+    record = scoring.measure_scoring(spec("scoring", queries=queries, rounds=3))
+    json.dumps(record, allow_nan=False)
+    cells = {cell["variant"]: cell for cell in record["cells"]}
+    assert list(cells) == ["unpruned", scoring.ONE, scoring.ALL]
+    one, every = (cells[name]["metrics"] for name in (scoring.ONE, scoring.ALL))
+    assert one["kept_in_both"] == 1
+    # 17 and 13 tokens are scored, by one vector or by as many as there are patches.
+    assert every["gmacs"] - one["gmacs"] == pytest.approx(((queries or 16) - 1) * (17 + 13) * 48 / 1e9)
+    assert cells[scoring.ONE]["tokens"] == cells[scoring.ALL]["tokens"] == [17, 13, 10, 10, 17]
+    ratios = [a / b for a, b in zip(cells[scoring.ALL]["seconds"], cells[scoring.ONE]["seconds"], strict=True)]
+    assert one["over_all_queries"] == pytest.approx(sorted(ratios)[1])
+
+
+def test_all_queries_score_as_the_training_form_does():
+    found = scoring.build(spec("scoring"), "cpu")
+    reducer = found[scoring.ALL].model.reducers["1"]
+    tokens = Tokens.full(torch.randn(2, 17, 48), prefix=1)
+    logits, _ = reducer.scorer(tokens.x)
+    assert logits.shape == (2, 1, 16, 17)
+    torch.testing.assert_close(reducer.score(tokens, Context()), logits.sum(dim=(1, 2))[:, 1:])
+    folded = found[scoring.ONE].model.reducers["1"].score(tokens, Context())
+    torch.testing.assert_close(folded, reducer.score(tokens, Context()), rtol=0, atol=1e-4)
+
+
+def test_scores_that_differ_by_more_than_rounding_are_no_comparison():
+    asked = spec("scoring")
+    found = scoring.build(asked, "cpu")
+    found[scoring.ONE].model.reducers["1"].scorer.weight += 0.01
+    with pytest.raises(AssertionError, match="scores differ by"):
+        scoring.kept_in_both(asked, found, "cpu")
+
+
+def test_scoring_without_queries_is_refused_and_what_cannot_run_says_why(monkeypatch):
+    with pytest.raises(ValueError, match="queries are Cropr's"):
+        spec("scoring", prune={"reducer": "random", "schedule": lab_tiny.RATE})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    record = scoring.measure_scoring(spec("scoring", precision="bf16"))
+    assert all("no fast bfloat16" in cell["unsupported"] for cell in record["cells"])
+
+
 def test_training_record():
     record = training_step.measure_training(spec("training", batch_size=2))
     json.dumps(record, allow_nan=False)
@@ -248,6 +293,7 @@ def test_records_on_cuda(measure):
         "sweep": sweep.measure_sweep,
         "blocks": measure_blocks,
         "profile": profiling.measure_profile,
+        "scoring": scoring.measure_scoring,
         "training": training_step.measure_training,
     }
     changes = {"tokens": [8, 9, 16, 17]} if measure == "blocks" else {}

@@ -48,6 +48,7 @@ def test_a_line_for_every_cell_with_kinds_apart(artefact):
     assert line["speedup.bound"] == pytest.approx(1.78)
     assert line["share_of_bound.measured"] == pytest.approx(170 / 1.78)
     assert line["gain.low"] == pytest.approx(0.97 * 1.7 * 2.6)
+    assert line["share_of_bound.low"] == pytest.approx(0.98 * 170 / 1.78)
     assert line["mfu.measured"] == pytest.approx(50)
     assert line["gmacs.predicted"] == pytest.approx(60 / 1.7)
     assert "gmacs.measured" not in frame
@@ -166,7 +167,7 @@ def test_table_of_training(artefact):
 def test_sentences_on_precision(artefact):
     text = lab_text.precision(artefact)
     assert "fastest with `bf16` and `flash` attention, 2.60 [2.52, 2.68]x the speed" in text
-    assert "Cropr, R=3, LLF 1.70 [1.67, 1.73]x, 96 % of its bound" in text
+    assert "Cropr, R=3, LLF 1.70 [1.67, 1.73]x, 96 [94, 97] % of its bound" in text
     assert lab_text.kernels(artefact).startswith("3 of 15 cells were not measured.")
     assert "- attention cudnn: no such kernel here (3 cells)" in lab_text.kernels(artefact)
 
@@ -175,7 +176,53 @@ def test_sentences_on_precision(artefact):
 def test_sentences_on_alignment(artefact):
     text = lab_text.aligned(artefact)
     assert "is the one after 128, 1.07 times the latency" in text
-    assert "Cropr, R=3 (17 to 7 tokens) 94.7 %" in lab_text.schedules(artefact)
+
+
+@of("alignment")
+def test_what_unaligned_schedules_cost_is_decided_by_intervals(artefact):
+    costs = lab_tables.unaligned_costs(artefact, "schedules")
+    assert list(costs) == ["as_in_paper", "one_token_more"]
+    assert costs["as_in_paper"].mean == pytest.approx(1)
+    assert costs["one_token_more"].format(2) == "1.10 [1.08, 1.12]"  # Student-t with 2 degrees: 4.30 * 0.01 / sqrt(3)
+    text = lab_text.schedules(artefact)
+    assert "(as in paper)**: 1.000 [0.975, 1.025] times the time a multiply-add" in text
+    assert text.count("the interval includes 1, so nothing is decided") == 1
+    assert text.count("these counts cost more, the interval lies above 1") == 1
+    table = lab_tables.schedules_table(artefact)
+    assert table.cells["cost"].tolist() == ["—", "1.000 [0.975, 1.025]", "—", "1.100 [1.075, 1.125]"]
+    assert list(table.heads)[-2:] == ["cost", "bound"]
+    assert table.html()
+
+
+@of("profile")
+def test_one_vector_against_all_queries(artefact):
+    text = lab_text.scoring(artefact)
+    assert "1.041 [1.030, 1.050] times as fast as with all queries, by multiply-adds alone 1.072" in text
+    assert "one vector is faster, the interval lies above 1" in text
+    assert "98.7 % are the same" in text
+    table = lab_tables.scoring_table(artefact).markdown()
+    numbers = "1.76 | 1.76 [1.75, 1.77] | 99 [98, 99] | 1.041 [1.030, 1.050] | 98.7 | 1.78"
+    assert f"| one vector | 17 to 13 | {numbers} |" in table
+    assert "| all queries, then summed | 17 to 13 |" in table
+    artefact.frame.loc[artefact.frame["variant"] == "one_vector", "over_all_queries.low"] = 0.99
+    assert "the interval includes 1, so nothing is decided" in lab_text.scoring(artefact)
+
+
+@of("alignment")
+def test_published_and_measured_stand_in_columns_of_their_own(artefact):
+    table = lab_tables.paper_table(artefact)
+    assert table.cells["published"].tolist() == ["1.8"]
+    assert table.cells["measured"].tolist() == ["1.10 [1.08, 1.12]"]
+    assert [len(columns) for columns in table.spanners.values()] == [1, 2]
+
+
+@of("precision")
+def test_the_papers_combination_is_looked_for_among_the_unpruned(artefact):
+    assert lab_tables.paper_table(artefact).cells["measured"].tolist() == ["—"]  # mixed precision was not measured
+    artefact.frame.loc[artefact.frame["precision"] == "bf16", "precision"] = "amp_bf16"
+    table = lab_tables.paper_table(artefact)
+    assert table.cells["measured"].tolist() == ["2.60 [2.52, 2.68]"]
+    assert table.cells["published"].tolist() == ["2.5"]
 
 
 @of("breakeven")
@@ -242,7 +289,7 @@ def test_nothing_measured_is_said_everywhere(empty, name):
     figure = FIGURES[name](empty)
     assert [text.get_text() for text in figure.axes[0].texts] == ["not measured at this scale"]
     plt.close(figure)
-    for sentence in ("precision", "aligned", "schedules", "breakeven", "profile", "memory"):
+    for sentence in ("precision", "aligned", "schedules", "breakeven", "profile", "scoring", "memory"):
         assert getattr(lab_text, sentence)(empty) == lab_text.NOTHING
 
 
@@ -250,7 +297,7 @@ def test_nothing_measured_is_said_everywhere(empty, name):
 def test_bars_of_a_profile_end_at_the_total(artefact):
     figure = lab_figures.profile(artefact)
     ends = [max(bar.get_x() + bar.get_width() for bar in row) for row in zip(*figure.axes[0].containers, strict=True)]
-    assert ends == pytest.approx(artefact.frame["total_ms.measured"].tolist())
+    assert ends == pytest.approx(artefact.frame["total_ms.measured"].dropna().tolist())
     plt.close(figure)
 
 

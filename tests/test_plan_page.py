@@ -101,6 +101,7 @@ def test_predicted_and_measured_have_columns_of_their_own(tmp_path):
 def test_sentences_count_what_is_within_the_goal(tmp_path):
     text = plan_page.plan_sentences(write(tmp_path, (1.2, 1.5)))
     assert "1 of 2 predictions are within 5 %" in text
+    assert "measured speed-up**, 1 lie in its interval" in text  # 1.21 in [1.18, 1.22]; 2.01 not in [1.48, 1.52]
     assert "largest error is 34.0 %" in text
     assert "early 5.01x" in text
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import cropr
 from cropr.bench import costs as parts
 from cropr.bench import planner
 from cropr.bench.costs import Costs, load_costs, monotone, sample_counts, typical
 from cropr.bench.flops import BlockDims, macs
-from cropr.bench.models import hosted
+from cropr.bench.models import build_variants, hosted
 from cropr.bench.planner import FAMILIES, Layout, layout_of, predict, search
 from cropr.cli import main
 from cropr.records import read_record
-from cropr.schedule import Schedule
-from cropr.specs import PlanSpec, PruneSpec
+from cropr.schedule import Schedule, attended
+from cropr.specs import ModelSpec, PlanSpec, PruneSpec
 
 TINY = {"name": "vit_tiny_patch16_224", "args": {"depth": 5, "embed_dim": 48, "num_heads": 3}}
-LINEAR = Costs(block={0: 0.0, 1000: 1000.0}, reduce={0: 0.0, 1000: 0.0}, embed=0.0, head=0.0)
+LINEAR = Costs(block={0: 0.0, 1000: 1000.0}, reduce={0: 0.0, 1000: 0.0}, fixed=0.0)
 """A block on N tokens takes N seconds, all else nothing: latency is the sum of the token counts."""
 
 
@@ -66,13 +68,11 @@ def test_early_prunes_once_and_fusion_brings_all_back():
 
 
 def test_everything_around_the_blocks_counts():
-    """One site at 10 tokens: embed 1, head 2, fuse 4, pixels 8, reducer 16 on top of 10 + 2 (10 - S) + 10 tokens."""
-    costs = Costs(
-        block={0: 0.0, 10: 10.0}, reduce={0: 16.0, 10: 16.0}, embed=1.0, head=2.0, fuse=4.0, pixels=8.0
-    )  # fmt: skip
+    """One site at 10 tokens: 1 around the blocks, 2 once, reducer 16 on top of 10 + 2 (10 - S) + 10 tokens."""
+    costs = Costs(block={0: 0.0, 10: 10.0}, reduce={0: 16.0, 10: 16.0}, fixed=1.0, extra=2.0)
     plans = predict("early", 1, layout(patches=10, depth=4, fused=True), costs)
-    assert plans[0].latency_ms == pytest.approx((1 + 2 + 40) * 1e3)  # unpruned: neither reducer nor fusion
-    assert plans[3].latency_ms == pytest.approx((1 + 2 + 4 + 8 + 16 + 10 + 2 * 7 + 10) * 1e3)
+    assert plans[0].latency_ms == pytest.approx((1 + 40) * 1e3)  # unpruned: no reducer, nothing to bring back
+    assert plans[3].latency_ms == pytest.approx((1 + 2 + 16 + 10 + 2 * 7 + 10) * 1e3)
 
 
 def test_auto_takes_the_family_that_prunes_latest():
@@ -155,9 +155,42 @@ def test_all_parts_are_measured(instant, reducer):
     found = parts.measure_costs(spec(prune={"reducer": reducer, "fusion": fusion}, batch_size=2))
     assert list(found.block) == [8, 16, 17]
     assert list(found.block.values()) == sorted(found.block.values())
-    assert set(found.reduce) == {8, 17}
-    assert min(*found.block.values(), *found.reduce.values(), found.embed, found.head) > 0
-    assert (found.fuse > 0, found.pixels > 0) == (fusion == "llf", reducer == "variance")
+    assert set(found.reduce) == {16, 17}
+    assert min(*found.block.values(), *found.reduce.values(), found.fixed) > 0
+    assert found.extra >= 0
+
+
+@pytest.mark.parametrize(("depth", "fusion"), [(12, "llf"), (24, "none"), (4, "llf"), (3, "llf")])
+def test_probes_run_a_block_on_every_sampled_count(depth, fusion):
+    model = {"name": "vit_tiny_patch16_224", "args": {"depth": depth, "embed_dim": 48, "num_heads": 3}}
+    prune = {"reducer": "cropr", "fusion": fusion}
+    seen = set()
+    for probe in parts._probes(spec(model=model, prune=prune, image_size=224)).values():
+        counts = Schedule.from_config(probe.schedule).resolve(196, depth, fusion == "llf", 1)
+        seen |= set(attended(counts, 196, fusion == "llf", 1))
+    assert seen == set(sample_counts(197, 1))
+
+
+def test_a_model_without_room_for_a_reducer_has_costs(instant):
+    """Two blocks with a fusion before the second: nothing can be pruned."""
+    model = {"name": "vit_tiny_patch16_224", "args": {"depth": 2, "embed_dim": 48, "num_heads": 3}}
+    found = parts.measure_costs(spec(model=model, batch_size=1))
+    assert (list(found.block), found.extra) == ([17], 0.0)
+
+
+def test_parts_of_a_pass_are_sorted_by_what_they_are():
+    """Three blocks on 17, 17 and 17 tokens, and on 17, 13 and (with what a fusion brings back) 17."""
+    asked = PruneSpec(reducer="cropr", fusion="llf", schedule={"stages": {"at": {1: 4}}})
+    model = ModelSpec(name=TINY["name"], args=TINY["args"] | {"depth": 3})
+    models = build_variants(model, {"probe": asked}, 64, "cpu", torch.float32)
+    parts_of = [np.array([1.0, 10, 2, 20, 3, 30, 4]), np.array([5.0, 40, 6, 50, 7, 60, 8])]
+    assert parts._sort(models, parts_of) == {
+        ("block", 17): (10 + 20 + 30 + 40 + 60) / 5,
+        ("block", 13): 50,
+        ("reduce", 17): 6,
+        ("rest", 0): 1 + 2 + 3 + 4,
+        ("rest", 1): 5 + 7 + 8,
+    }
 
 
 def test_costs_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
@@ -165,15 +198,15 @@ def test_costs_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 
     def fake(asked, device, tell):
         calls.append(asked.batch_size)
-        return Costs(block={8: 1.0}, reduce={8: 0.5}, embed=float(len(calls)), head=1.0)
+        return Costs(block={8: 1.0}, reduce={8: 0.5}, fixed=float(len(calls)))
 
     monkeypatch.setattr(parts, "measure_costs", fake)
     first = load_costs(spec(), cache=tmp_path)
     again = load_costs(spec(targets=(2, 3), align=8, family="early", verify=True), cache=tmp_path)
     assert again == first  # the goal does not matter
-    assert load_costs(spec(batch_size=2), cache=tmp_path).embed == 2
-    assert load_costs(spec(), cache=tmp_path, fresh=True).embed == 3
-    assert load_costs(spec(), cache=tmp_path).embed == 3  # and was kept
+    assert load_costs(spec(batch_size=2), cache=tmp_path).fixed == 2
+    assert load_costs(spec(), cache=tmp_path, fresh=True).fixed == 3
+    assert load_costs(spec(), cache=tmp_path).fixed == 3  # and was kept
     assert calls == [4, 2, 4]
 
 
@@ -191,7 +224,7 @@ def test_layout_counts_what_the_model_counts():
 
 def test_plan_is_found_measured_and_recorded(instant, tmp_path, monkeypatch):
     """End to end on a tiny model; its costs are given, since those of a loaded machine may allow no speed-up at all."""
-    given = Costs(block={0: 0.0, 17: 17.0}, reduce={0: 0.0, 17: 0.0}, embed=0.0, head=0.0)
+    given = Costs(block={0: 0.0, 17: 17.0}, reduce={0: 0.0, 17: 0.0}, fixed=0.0)
     monkeypatch.setattr(parts, "measure_costs", lambda *_: given)
     arguments = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path), "--device", "cpu"]
     value = spec(targets=(1.2, 1.5), batch_size=1).model_dump_json()

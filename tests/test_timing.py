@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cropr.bench import memory, peak, timing
+from cropr.bench import memory, peak, timeline, timing
 from cropr.bench.device import Unsupported, check, largest_batch, mixed
 from cropr.bench.timing import Run
 
@@ -51,6 +51,24 @@ def test_warm_up_finds_a_round_long_enough(monkeypatch, step, first, warmup, ran
     fake = FakeTime(monkeypatch, step)
     assert timing.warm_up(fake.forward, warmup, "cpu", first).repeats == repeats
     assert fake.passes == ran
+
+
+def test_parts_of_a_pass_add_up_to_it(monkeypatch):
+    fake = FakeTime(monkeypatch, step=0)
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: fake.now)
+
+    class Wait(torch.nn.Module):
+        def forward(self, seconds):
+            fake.now += seconds
+
+    blocks = [Wait(), Wait()]
+
+    def forward():
+        for seconds, part in ((1, Wait()), (10, blocks[0]), (2, Wait()), (20, blocks[1]), (3, Wait())):
+            part(seconds)
+
+    assert timeline.dissect(Run(forward, repeats=3), blocks, "cpu").tolist() == [1, 10, 2, 20, 3]
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cropr.backbones import Backbone, adapt
+from cropr.backbones import Backbone
 from cropr.bench import models
 from cropr.bench.attention import under
 from cropr.bench.device import check, weights_dtype
@@ -31,7 +31,7 @@ DEPTH = 4
 
 
 def block_series(
-    model: ModelSpec | nn.Module,
+    model: ModelSpec,
     tokens: Sequence[int],
     batch_size: int = 4,
     precision: str = "fp32",
@@ -43,8 +43,7 @@ def block_series(
     """Seconds of one block by token count, a reading a round; all counts run in turn in every round.
 
     Args:
-        model: a spec, whose first blocks are built with random weights, or a timm model, whose own first blocks run as
-            they are (in their dtype and on their device, which ``precision`` and ``device`` then must name).
+        model: its first blocks are built with random weights.
         tokens: counts with prefix, as ``cropr.schedule.attended`` gives them.
         batch_size: images.
         precision: see ``cropr.bench.device``.
@@ -96,13 +95,8 @@ def _input(backbone: Backbone, count: int, batch_size: int, device: str) -> tupl
     return Tokens(x, index, backbone.prefix), position
 
 
-def _backbone(model: ModelSpec | nn.Module, most: int, device: str, dtype: torch.dtype) -> Backbone:
+def _backbone(model: ModelSpec, most: int, device: str, dtype: torch.dtype) -> Backbone:
     """The adapter around the first blocks, its image large enough for ``most`` tokens."""
-    if isinstance(model, nn.Module):
-        backbone = adapt(model)
-        if most > backbone.num_patches + backbone.prefix:
-            raise ValueError(f"{most} tokens: the model has {backbone.num_patches + backbone.prefix}; ask for fewer")
-        return backbone
     spec = ModelSpec(name=model.name, args=model.args | {"depth": DEPTH})
     patch = models.hosted(spec, PruneSpec(), image_size=224).backbone.host.patch_embed.patch_size[0]
     side = math.isqrt(most - 1) + 1

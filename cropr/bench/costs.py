@@ -1,10 +1,12 @@
 """What the parts of a forward pass cost on one device, measured once and kept on disk.
 
 A pruned forward pass is the embedding, blocks on token counts that fall, a reducer after some of them, a fusion, and
-norm and head. Each is timed by itself: blocks and reducers at several token counts, the rest as it is. Between counts,
-latency is interpolated, after a monotone fit: fewer tokens are never predicted to take longer. Counts that are timed
-are multiples of 8 (and the full count), where latency is smooth on devices that compute in tiles; what an unaligned
-count costs on top there is not predicted, so plan with ``align=8`` on a GPU.
+norm and head. Whole passes are timed, cut at the borders of their blocks: the unpruned one, and probes that step down
+through several token counts. So every part is timed where it runs, with weights that come from memory and activations
+that the part before it left, and nothing between the parts is left out. Between counts, latency is interpolated, after
+a monotone fit: fewer tokens are never predicted to take longer. Counts that are timed are multiples of 8 (and the full
+count), where latency is smooth on devices that compute in tiles; what an unaligned count costs on top there is not
+predicted, so plan with ``align=8`` on a GPU.
 
 N tokens with prefix, P prefix tokens.
 """
@@ -24,27 +26,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
-from cropr.backbones import Backbone
 from cropr.bench.attention import under
-from cropr.bench.blocks import block_series
 from cropr.bench.device import check, weights_dtype
-from cropr.bench.models import build_variants, random_images
+from cropr.bench.models import UNPRUNED, build_variants, hosted, random_images, token_trace
+from cropr.bench.timeline import dissect
 from cropr.bench.timing import Run, clock, interleave, warm_up
-from cropr.model import DeployedViT, patch_variance
+from cropr.model import DeployedViT
 from cropr.records import provenance, read_record, write_record
-from cropr.reducers import Context, Reducer
 from cropr.runtime import reuse_freed_memory
-from cropr.specs import ModelSpec, PlanSpec, PruneSpec
-from cropr.tokens import Tokens
+from cropr.schedule import BEFORE_LAST, Schedule
+from cropr.specs import PlanSpec, PruneSpec
 
 POINTS = 14
-"""Token counts at which a block is timed, about."""
+"""Token counts at which blocks are timed, about."""
 
-KEPT = 7 / 8
-"""Share of the patches that the timed reducers keep."""
-
-_FORMAT = 1
+_FORMAT = 2
 """Goes up when what is measured changes, so that old files are not read."""
 
 _LOG = logging.getLogger(__name__)
@@ -59,13 +57,10 @@ class Costs:
     """One block, by tokens with prefix that it computes on; rising."""
     reduce: Mapping[int, float]
     """Scoring, selection and gathering after one block, by tokens with prefix that it leaves; rising."""
-    embed: float
-    head: float
-    """Norm and classifier."""
-    fuse: float = 0.0
-    """Bringing all pruned tokens back."""
-    pixels: float = 0.0
-    """What a reducer that reads pixels computes once an image."""
+    fixed: float
+    """Embedding, norm and head: all that is no block of the unpruned model."""
+    extra: float = 0.0
+    """What a pruned model does once besides: bringing tokens back, reading pixels."""
 
     def blocks(self, tokens: Sequence[int]) -> float:
         """Sum over blocks that compute on so many tokens each."""
@@ -118,27 +113,72 @@ def measure_costs(spec: PlanSpec, device: str = "cpu", tell: Callable[[str], Non
     if device == "cpu":
         reuse_freed_memory()
     dtype = weights_dtype(spec.precision)
-    # Three blocks: one that is followed by a reducer, with a fusion before the last.
-    small = ModelSpec(name=spec.model.name, args=spec.model.args | {"depth": 3})
-    prune = spec.prune.model_copy(update={"schedule": {"stages": {"at": {"1": 1}, "align": 1}}})
-    variants: Any = build_variants(small, {"pruned": prune}, spec.image_size, device, dtype)
-    model: DeployedViT = variants["pruned"]
-    backbone = model.model.backbone
-    counts = sample_counts(backbone.num_patches + backbone.prefix, backbone.prefix)
+    models = build_variants(spec.model, _probes(spec), spec.image_size, device, dtype)
+    blocks: Any = models[UNPRUNED].blocks
+    images = random_images(spec.batch_size, spec.image_size, device, dtype, False)
     with torch.inference_mode():
-        images = random_images(spec.batch_size, spec.image_size, device, dtype, False)
-        parts = {
-            name: under("auto", spec.precision, device, part) for name, part in _parts(model, images, counts).items()
-        }
-        runs = []
-        for name, part in parts.items():
+        clocks = []
+        for name, model in models.items():
             tell(f"warm up {name}")
-            runs.append(warm_up(part, 1, device, clock(Run(part, 1), device)))
-        readings = interleave([partial(clock, run, device) for run in runs], spec.rounds, tell)
-    seconds = typical(dict(zip(parts, readings, strict=True)))
-    reduce = {int(name.partition(" ")[2]): seconds.pop(name) for name in list(seconds) if name.startswith("reduce ")}
-    series = block_series(spec.model, counts, spec.batch_size, spec.precision, device, spec.rounds, tell=tell)
-    return Costs(block=monotone(typical(series)), reduce=monotone(reduce), **seconds)
+            forward = under("auto", spec.precision, device, partial(model, images))
+            run = warm_up(forward, 1, device, clock(Run(forward, 1), device))
+            clocks.append(partial(dissect, run, blocks, device))
+        readings = interleave(clocks, spec.rounds, tell)
+    rounds = [_sort(models, parts) for parts in zip(*readings, strict=True)]
+    seconds = typical({key: [one[key] for one in rounds] for key in rounds[0]})
+    curves = {kind: {count: s for (of, count), s in seconds.items() if of == kind} for kind in ("block", "reduce")}
+    fixed, *others = [s for (kind, _), s in seconds.items() if kind == "rest"]
+    return Costs(
+        block=monotone(curves["block"]),
+        reduce=monotone(curves["reduce"] or {max(curves["block"]): 0.0}),
+        fixed=fixed,
+        extra=max(0.0, float(np.mean(others)) - fixed) if others else 0.0,
+    )
+
+
+def _probes(spec: PlanSpec) -> dict[str, PruneSpec]:
+    """Schedules that, together, let a block run on every count of ``sample_counts``: steps down, as far as blocks go.
+
+    None for a model so shallow that no block can be pruned after.
+    """
+    backbone = hosted(spec.model, PruneSpec(), spec.image_size).backbone
+    full = backbone.num_patches + backbone.prefix
+    *counts, _ = sample_counts(full, backbone.prefix)
+    counts.reverse()
+    sites = Schedule.constant(1).sites(backbone.depth, spec.prune.fusion in BEFORE_LAST)
+    if not counts or not sites:
+        return {}
+    number = -(-len(counts) // len(sites))
+    probes = {}
+    for first in range(number):
+        own = counts[first::number]
+        steps = {site: own[i * len(own) // len(sites)] - backbone.prefix for i, site in enumerate(sites)}
+        schedule = Schedule.kept(steps).to_config()
+        probes[f"probe {first + 1} of {number}"] = spec.prune.model_copy(update={"schedule": schedule})
+    return probes
+
+
+def _sort(models: Mapping[str, nn.Module], passes: Sequence[np.ndarray]) -> dict[tuple[str, int], float]:
+    """Parts of one pass of every model, by kind and by token count: means where a round has several.
+
+    Kinds: ``block``; ``reduce``, by the count that the reducer is given; ``rest``, by the number of the model.
+    """
+    found: dict[tuple[str, int], list[float]] = {}
+    for number, (model, parts) in enumerate(zip(models.values(), passes, strict=True)):
+        left = token_trace(model)
+        fused = isinstance(model, DeployedViT) and model.model.fuses_early
+        entering = [*left[:-2], left[0] if fused else left[-2]]
+        rest = parts[0] + parts[-1]
+        for i, count in enumerate(entering):
+            found.setdefault(("block", count), []).append(parts[2 * i + 1])
+            if i == len(entering) - 1:
+                continue
+            if left[i + 1] < count:
+                found.setdefault(("reduce", count), []).append(parts[2 * i + 2])
+            else:
+                rest += parts[2 * i + 2]
+        found["rest", number] = [rest]
+    return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def sample_counts(full: int, prefix: int, points: int = POINTS) -> list[int]:
@@ -176,43 +216,6 @@ def default_cache() -> Path:
     if folder := os.environ.get("CROPR_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cropr"
-
-
-def _parts(model: DeployedViT, images: torch.Tensor, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """Everything but the blocks, by name."""
-    backbone, fusion = model.model.backbone, model.model.fusion
-    reducer: Any = model.model.reducers["1"]
-    full, position = backbone.embed(images)
-    parts: dict[str, Callable[[], Any]] = {
-        "embed": lambda: backbone.embed(images),
-        "head": lambda: backbone.head(backbone.norm(full)),
-    }
-    if reducer.wants_pixels:
-        parts["pixels"] = lambda: patch_variance(images, backbone.grid(images))
-    pixels = patch_variance(images, backbone.grid(images)) if reducer.wants_pixels else None
-    for count in sorted({*counts[-1::-4], counts[0]}):
-        tokens = first_tokens(full, count)
-        parts[f"reduce {count}"] = partial(_reduce, backbone, reducer, tokens, position, pixels, fusion is not None)
-    if fusion is not None:
-        half = full.num_patches // 2
-        rows = torch.arange(full.num_patches, device=images.device).expand(len(images), -1)
-        kept, pruned = full.keep(rows[:, :half]), full.cut(rows[:, half:])
-        parts["fuse"] = partial(fusion, kept, {1: pruned})
-    return parts
-
-
-def first_tokens(full: Tokens, count: int) -> Tokens:
-    """The prefix and the first patches, ``count`` in all."""
-    return Tokens(full.x[:, :count].contiguous(), full.index[:, : count - full.prefix].contiguous(), full.prefix)
-
-
-def _reduce(
-    backbone: Backbone, reducer: Reducer, tokens: Tokens, position: Any, pixels: torch.Tensor | None, fused: bool
-) -> Tokens:
-    """One reducer with what it reads."""
-    attention = backbone.cls_attention(1, tokens, position) if reducer.wants_attention else None
-    keep = min(tokens.num_patches - 1, round(tokens.num_patches * KEPT))
-    return reducer(tokens, keep, Context(attention, pixels), want_pruned=fused).kept
 
 
 def _read(path: Path) -> Costs:

@@ -31,12 +31,14 @@ import numpy as np
 
 from cropr.bench import roofline
 from cropr.bench.costs import Costs, load_costs
+from cropr.bench.device import Unsupported
 from cropr.bench.flops import BlockDims, block_dims, block_macs, macs
 from cropr.bench.models import hosted
-from cropr.bench.throughput import measure
+from cropr.bench.sweep import measure_sweep
+from cropr.lab_specs import SweepSpec
 from cropr.records import provenance
 from cropr.schedule import Schedule, attended, total_pruning_ratio, trace
-from cropr.specs import BenchSpec, ModelSpec, PlanSpec, PruneSpec
+from cropr.specs import ModelSpec, PlanSpec, PruneSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,16 +189,16 @@ def predict(family: str, align: int, layout: Layout, costs: Costs) -> list[Plan]
     """All schedules of a family, the fewest tokens pruned first, with what is predicted of them."""
     patches, depth, prefix = layout.num_patches, layout.depth, layout.prefix
     full = [patches + prefix] * depth
-    base = costs.embed + costs.blocks(full) + costs.head
+    base = costs.fixed + costs.blocks(full)
     plans = []
     for schedule in FAMILIES[family].candidates(layout, align):
         counts = schedule.resolve(patches, depth, layout.fused, prefix)
         entering = attended(counts, patches, layout.fused, prefix)
         tokens = trace(counts, patches, prefix)
         sites = [entering[b] for b in range(depth - 1) if tokens[b + 1] < tokens[b]]
-        seconds = costs.embed + costs.blocks(entering) + costs.head
+        seconds = costs.fixed + costs.blocks(entering)
         if sites:
-            seconds += costs.reducers(sites) + costs.pixels + costs.fuse * layout.fused
+            seconds += costs.reducers(sites) + costs.extra
         plans.append(
             Plan(
                 family=family,
@@ -269,8 +271,8 @@ def run(
     lines = [_line(target, found) for target, found in zip(spec.targets, plans, strict=True)]
     metrics: dict[str, float] = {"targets": len(plans)}
     if spec.verify:
-        for line, found in zip(lines, plans, strict=True):
-            line |= verify(spec, found, device, tell)
+        for line, measured in zip(lines, verify(spec, plans, device, tell), strict=True):
+            line |= measured
         errors = [abs(line["error_percent"]) for line in lines]
         metrics |= {"largest_error_percent": max(errors), "median_error_percent": float(np.median(errors))}
     names = list(FAMILIES) if spec.family == "auto" else [spec.family]
@@ -293,20 +295,46 @@ def run(
 
 
 def verify(
-    spec: PlanSpec, found: Plan, device: str, tell: Callable[[str], None] = lambda what: None
-) -> dict[str, float | str]:
-    """Measure a plan: speed-up with its interval, and by how many percent the prediction is above it."""
-    prune = spec.prune.model_dump() | {"schedule": found.schedule.to_config()}
-    shared = {name: getattr(spec, name) for name in ("model", "image_size", "batch_size", "precision", "rounds")}
-    record = measure(BenchSpec(prune=PruneSpec.model_validate(prune), **shared), device, tell)
-    metrics = record["metrics"]
-    measured = {f"measured_{name}": metrics[name] for name in ("speedup", "speedup_low", "speedup_high")}
-    return measured | {
-        "bound": metrics["bound"],
-        "measured_latency_ms": 1e3 * float(np.median(record["series"]["seconds"])),
-        "error_percent": 100 * (found.speedup / metrics["speedup"] - 1),
-        "bench": record["id"],
+    spec: PlanSpec, plans: Sequence[Plan], device: str, tell: Callable[[str], None] = lambda what: None
+) -> list[dict[str, float | str]]:
+    """Measure plans: speed-up with its interval, and by how many percent the prediction is above it.
+
+    All of them take turns with one unpruned model in one process.
+
+    Raises:
+        Unsupported: the device cannot run one of them.
+    """
+    variants = {
+        f"plan {number}": spec.prune.model_copy(update={"schedule": found.schedule.to_config()})
+        for number, found in enumerate(plans, start=1)
     }
+    asked = SweepSpec(
+        measure="sweep",
+        model=spec.model,
+        image_size=spec.image_size,
+        variants=variants,
+        batch_sizes=[spec.batch_size],
+        precisions=[spec.precision],
+        rounds=spec.rounds,
+    )
+    record = measure_sweep(asked, device, tell)
+    cells = {cell["variant"]: cell for cell in record["cells"]}
+    lines: list[dict[str, float | str]] = []
+    for name, found in zip(variants, plans, strict=True):
+        if "unsupported" in cells[name]:
+            raise Unsupported(cells[name]["unsupported"])
+        metrics = cells[name]["metrics"]
+        measured = {f"measured_{key}": metrics[key] for key in ("speedup", "speedup_low", "speedup_high")}
+        lines.append(
+            measured
+            | {
+                "bound": metrics["bound"],
+                "measured_latency_ms": 1e3 * float(np.median(cells[name]["seconds"])),
+                "error_percent": 100 * (found.speedup / metrics["speedup"] - 1),
+                "bench": record["id"],
+            }
+        )
+    return lines
 
 
 def _line(target: float | None, found: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from cropr.bench.device import synchronize
 
 MIN_SAMPLE_S = 0.1
 """A round repeats what is fast until it lasts about so long, for the sake of the clock."""
+
+
+Reading = TypeVar("Reading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +66,14 @@ def clock(run: Run, device: str = "cpu") -> float:
 
 
 def interleave(
-    clocks: Sequence[Callable[[], float]], rounds: int, tell: Callable[[str], None] = lambda what: None
-) -> list[list[float]]:
+    clocks: Sequence[Callable[[], Reading]], rounds: int, tell: Callable[[str], None] = lambda what: None
+) -> list[list[Reading]]:
     """Read every clock once a round, in turn; every other round runs backwards: A B, B A, A B, ...
 
     Returns:
-        Seconds per clock, in the order of rounds.
+        Readings (seconds, or several parts of a pass) by clock, in the order of rounds.
     """
-    seconds: list[list[float]] = [[] for _ in clocks]
+    seconds: list[list[Reading]] = [[] for _ in clocks]
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds}")
         order = range(len(clocks)) if number % 2 == 0 else reversed(range(len(clocks)))

@@ -3,10 +3,11 @@
   sweep      throughput of a model and its pruned variants by precision, attention kernel and batch size
   blocks     latency of one block by token count: what a count costs that is not aligned
   profile    where the time of a forward pass goes
+  scoring    tokens scored with one vector, against all queries scored and summed
   training   time of a training step, memory of training and of inference
 
-Without --spec, the paper's ViT-L/16 and Cropr at R=8 (training: a ViT-S at R=16). What the device cannot run is in the
-record with the reason. Leave the machine alone while it runs.
+Without --spec, the paper's ViT-L/16 and Cropr at R=8 (training: a ViT-S at R=16; scoring: EVA-02-L at 512 px, R=40).
+What the device cannot run is in the record with the reason. Leave the machine alone while it runs.
 
 examples:
   python -m cropr lab sweep --set precisions='["fp32", "amp_bf16", "bf16"]' --set attentions='["math", "flash"]'
@@ -30,13 +31,14 @@ from rich.table import Table
 
 from cropr.commands.bench import add_device_flags, choose_device, progress
 from cropr.commands.spec_flags import make_spec, read_values
-from cropr.lab_specs import MEASURES, BlocksSpec, LabSpec, ProfileSpec, SweepSpec, TrainingSpec
+from cropr.lab_specs import MEASURES, BlocksSpec, LabSpec, ProfileSpec, ScoringSpec, SweepSpec, TrainingSpec
 from cropr.records import RECORD, write_record
 
 _CODE = {
     "sweep": ("cropr.bench.sweep", "measure_sweep"),
     "blocks": ("cropr.bench.alignment", "measure_blocks"),
     "profile": ("cropr.bench.profiling", "measure_profile"),
+    "scoring": ("cropr.bench.scoring", "measure_scoring"),
     "training": ("cropr.bench.training_step", "measure_training"),
 }
 _AXES = ("variant", "precision", "attention", "batch_size")
@@ -44,6 +46,7 @@ _COLUMNS = {
     "images_per_s": ("images/s", "{:.2f}"),
     "speedup": ("speed-up", "{:.3f}x"),
     "share_of_bound": ("of bound", "{:.3f}"),
+    "over_all_queries": ("over all queries", "{:.3f}x"),
     "gain": ("over first", "{:.2f}x"),
     "mfu": ("MFU", "{:.2f}"),
     "block_s": ("block s", "{:.5f}"),
@@ -137,5 +140,7 @@ def _steps(spec: LabSpec) -> int:
         return 1 + len(spec.batch_sizes) * (cells + spec.rounds)
     if isinstance(spec, BlocksSpec):
         return len(spec.tokens) + spec.rounds
+    if isinstance(spec, ScoringSpec):
+        return 5 + spec.rounds
     assert isinstance(spec, ProfileSpec | TrainingSpec)
     return 2 + len(spec.variants) + (spec.rounds if isinstance(spec, TrainingSpec) else 0)

@@ -1,10 +1,10 @@
 """Find the schedule that reaches a target on this device with the fewest tokens pruned.
 
-Blocks and everything around them are timed once, at several token counts, and kept on disk by device, model, precision,
-batch and threads. From that, latency of every schedule of three families is predicted: constant (R tokens after every
-block), stages (R after a quarter, half and three quarters) and early (once, after an eighth of the blocks). Of the
-first family that reaches the target, the schedule that prunes fewest is taken. --verify measures it. Leave the machine
-alone while it runs, and plan with --align 8 on a GPU.
+The parts of a forward pass are timed once, as they run in it, at several token counts, and kept on disk by device,
+model, precision, batch and threads. From that, latency of every schedule of three families is predicted: constant
+(R tokens after every block), stages (R after a quarter, half and three quarters) and early (once, after an eighth of
+the blocks). Of the first family that reaches the target, the schedule that prunes fewest is taken. --verify measures
+it. Leave the machine alone while it runs, and plan with --align 8 on a GPU.
 
 examples:
   python -m cropr plan --model vit_large_patch16_224 --targets 1.5
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from cropr.commands.bench import add_device_flags, choose_device, progress
 from cropr.commands.pruning_flags import add_model_flags
-from cropr.commands.spec_flags import make_spec, read_spec
+from cropr.commands.spec_flags import given, make_spec, read_spec, require_lone_spec
 from cropr.records import RECORD, write_record
 from cropr.specs import PlanSpec, Precision
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
     from cropr.bench import planner
 
-    steps = 2 * spec.rounds + 25 + spec.verify * len(spec.targets) * (spec.rounds + 4)
+    steps = spec.rounds + 4 + spec.verify * (spec.rounds + 2 + len(spec.targets))
     with progress(steps) as tick:
         record = planner.run(spec, device, args.cache, args.fresh, args.gpus, tick)
     if args.out is not None:
@@ -139,9 +139,7 @@ def _gpus(lines: list[dict[str, Any]]) -> Table:
 
 def _spec(args: argparse.Namespace) -> PlanSpec:
     """The spec that ``--spec`` or the flags describe."""
-    given = [name for name in ("model", "reducer", "fusion", *_SIMPLE) if getattr(args, name) is not None]
-    if args.spec and given:
-        raise ValueError(f"--spec and --{given[0].replace('_', '-')}: the spec says it all")
+    require_lone_spec(args, ("model", "reducer", "fusion", *_SIMPLE))
     verify = {"verify": True} if args.verify else {}
     if args.spec:
         return make_spec(read_spec(args.spec, kind=PlanSpec).model_dump() | verify, kind=PlanSpec)
@@ -150,6 +148,6 @@ def _spec(args: argparse.Namespace) -> PlanSpec:
     values = {
         "model": {"name": args.model},
         "prune": {"reducer": args.reducer or "cropr", "fusion": args.fusion or "llf"},
-        **{name: getattr(args, name) for name in _SIMPLE if name in given},
+        **given(args, *_SIMPLE),
     }
     return make_spec(values | verify, kind=PlanSpec)

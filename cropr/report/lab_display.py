@@ -2,16 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from matplotlib.figure import Figure
+
 from cropr.report import display, lab_figures, lab_tables, lab_text
 from cropr.report.display import say, show_figure, show_rerun, show_table
-from cropr.report.lab_figures import PARTS
 from cropr.report.lab_load import with_cells
 from cropr.report.load import Artefact
+from cropr.report.tables import Table
 
-__all__ = [
-    "begin", "show_alignment", "show_breakeven", "show_memory", "show_precision", "show_profile", "show_rerun",
-    "show_schedules",
-]  # fmt: skip
+__all__ = ["begin", "show_measured", "show_paper", "show_rerun", "show_schedules", "show_scoring"]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a notebook shows first of its artefact."""
+
+    table: Callable[[Artefact], Table]
+    sentences: tuple[Callable[[Artefact], str], ...]
+    figure: Callable[[Artefact], Figure]
+    suffix: str
+    """Of the figure's file."""
+    description: str
+    """Read to those who cannot see the figure."""
+
+
+PAGES = {
+    "precision": Page(
+        lab_tables.precision_table,
+        (lab_text.precision, lab_text.kernels),
+        lab_figures.precision,
+        "throughput",
+        "Images per second by precision and attention kernel, one bar a variant, a panel each model and image size.",
+    ),
+    "alignment": Page(
+        lab_tables.alignment_table,
+        (lab_text.aligned,),
+        lab_figures.alignment_curve,
+        "curve",
+        "How far the latency of one block lies off a smooth curve, by token count, coloured by what divides the count.",
+    ),
+    "breakeven": Page(
+        lab_tables.breakeven_table,
+        (lab_text.breakeven, lab_text.kernels),
+        lab_figures.breakeven,
+        "batches",
+        "Speed-up against the number of images a batch, one line a model, with its interval and its bound.",
+    ),
+    "profile": Page(
+        partial(lab_tables.profile_table, categories=tuple(lab_figures.PARTS)),
+        (lab_text.profile,),
+        lab_figures.profile,
+        "parts",
+        "Stacked bars: milliseconds of a forward pass by part of the model, one bar a variant.",
+    ),
+    "memory": Page(
+        lab_tables.training_table,
+        (lab_text.memory,),
+        lab_figures.memory,
+        "bars",
+        "Bars by variant: time of a training step, memory of training and memory of inference.",
+    ),
+}
+"""By artefact."""
 
 
 def begin(manifest: str, results: str) -> Artefact:
@@ -24,68 +80,26 @@ def begin(manifest: str, results: str) -> Artefact:
     return with_cells(display.begin(manifest, results))
 
 
-def show_precision(artefact: Artefact) -> None:
-    """The grid of precisions, kernels and variants: table, what could not run, figure, sentences."""
-    columns = ("images_per_s", "speedup", "share_of_bound", "gain", "mfu", "working_memory_mb")
-    show_table(lab_tables.sweep_table(artefact, columns), save_as=artefact)
-    say(lab_text.precision(artefact), lab_text.kernels(artefact))
-    show_figure(
-        lab_figures.precision(artefact),
-        artefact,
-        "throughput",
-        "Images per second by precision and attention kernel, one bar a variant, a panel each model and image size.",
-    )
-
-
-def show_alignment(artefact: Artefact) -> None:
-    """Latency over token counts."""
-    show_table(lab_tables.alignment_table(artefact), save_as=artefact)
-    say(lab_text.aligned(artefact))
-    show_figure(
-        lab_figures.alignment_curve(artefact),
-        artefact,
-        "curve",
-        "How far the latency of one block lies off a smooth curve, by token count, coloured by what divides the count.",
-    )
+def show_measured(artefact: Artefact) -> None:
+    """The artefact's table, saved, what it says in sentences, and its figure."""
+    page = PAGES[artefact.manifest.artefact]
+    show_table(page.table(artefact), save_as=artefact)
+    say(*(sentence(artefact) for sentence in page.sentences))
+    show_figure(page.figure(artefact), artefact, page.suffix, page.description)
 
 
 def show_schedules(artefact: Artefact) -> None:
-    """The paper's schedule with and without aligned counts."""
-    show_table(lab_tables.sweep_table(artefact, ("images_per_s", "speedup", "share_of_bound")))
+    """Schedules of one rate whose counts are aligned, or are not."""
+    show_table(lab_tables.schedules_table(artefact))
     say(lab_text.schedules(artefact))
 
 
-def show_breakeven(artefact: Artefact) -> None:
-    """Speed-up by batch size and model."""
-    show_table(lab_tables.breakeven_table(artefact), save_as=artefact)
-    say(lab_text.breakeven(artefact), lab_text.kernels(artefact))
-    show_figure(
-        lab_figures.breakeven(artefact),
-        artefact,
-        "batches",
-        "Speed-up against the number of images a batch, one line a model, with its interval and its bound.",
-    )
+def show_scoring(artefact: Artefact) -> None:
+    """One vector for scoring against all queries."""
+    show_table(lab_tables.scoring_table(artefact))
+    say(lab_text.scoring(artefact))
 
 
-def show_profile(artefact: Artefact) -> None:
-    """Where the time goes."""
-    show_table(lab_tables.profile_table(artefact, tuple(PARTS)), save_as=artefact)
-    say(lab_text.profile(artefact))
-    show_figure(
-        lab_figures.profile(artefact),
-        artefact,
-        "parts",
-        "Stacked bars: milliseconds of a forward pass by part of the model, one bar a variant.",
-    )
-
-
-def show_memory(artefact: Artefact) -> None:
-    """Training step and memory."""
-    show_table(lab_tables.training_table(artefact), save_as=artefact)
-    say(lab_text.memory(artefact))
-    show_figure(
-        lab_figures.memory(artefact),
-        artefact,
-        "bars",
-        "Bars by variant: time of a training step, memory of training and memory of inference.",
-    )
+def show_paper(artefact: Artefact) -> None:
+    """What the paper reports of this beside what was measured here."""
+    show_table(lab_tables.paper_table(artefact))

@@ -23,6 +23,8 @@ UNPRUNED = "unpruned"
 
 LAB_QUANTITIES = {
     "gain": Quantity("Over the first setting, unpruned", "x", digits=2),
+    "over_all_queries": Quantity("Over all queries", "x", digits=3),
+    "kept_in_both": Quantity("Same tokens kept", "%", digits=1),
     "mfu": Quantity("MFU", "%", digits=0),
     "working_memory_mb": Quantity("Memory of a pass", "MB", digits=0),
     "training_memory_mb": Quantity("Memory, training", "MB", digits=0),
@@ -34,8 +36,11 @@ LAB_QUANTITIES = {
 }
 """What only these records hold; the rest is in ``quantities``."""
 
+SCORING = {"one_vector": "one vector", "all_queries": "all queries, then summed"}
+"""What the two pruned models of a measurement of scoring are called."""
+
 _AXES = ("variant", "precision", "attention", "batch_size")
-_PERCENT = ("mfu", "pruning_share", "share_of_bound")
+_PERCENT = ("mfu", "pruning_share", "share_of_bound", "kept_in_both")
 _FORMULA = FORMULA | {"block_gmacs"}
 _SKIPPED = ("block_s", "total_s", "matmul_gflops")
 
@@ -49,7 +54,7 @@ def with_cells(artefact: Artefact) -> Artefact:
     """The artefact with a line for every cell of its records in its frame, which is what its CSV then holds."""
     lines: list[dict[str, Any]] = []
     for row, record in artefact.benches.items():
-        names = variant_names(record["spec"].get("variants", {}))
+        names = variant_names(record["spec"].get("variants", {})) | SCORING
         lines += [_line(row, artefact.rows[row].label, record, cell, names) for cell in record["cells"]]
     empty = pd.DataFrame(columns=["cell", "row", "label", *_AXES, "name", "tokens", "fitted", "why"])
     frame = (pd.DataFrame(lines) if lines else empty).set_index("cell")
@@ -58,7 +63,7 @@ def with_cells(artefact: Artefact) -> Artefact:
 
 
 def measure_of(artefact: Artefact, row: str) -> str:
-    """Kind of measurement behind a row: sweep, blocks, profile or training."""
+    """Kind of measurement behind a row: a key of ``cropr.lab_specs.MEASURES``."""
     return str(artefact.benches[row]["spec"]["measure"])
 
 
@@ -128,4 +133,7 @@ def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
             found[f"{stem}.{ending}"] = value
         else:
             found[f"{name}.{'predicted' if name in _FORMULA else 'measured'}"] = scale * value
+    if "speedup_low" in metrics and "bound" in metrics:
+        for end in ("low", "high"):
+            found[f"share_of_bound.{end}"] = 100 * metrics[f"speedup_{end}"] / metrics["bound"]
     return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from cropr.report.lab_load import UNPRUNED, cells_of, distinct, entry, rows_of
 from cropr.report.load import Artefact
+from cropr.report.quantities import quantity
+from cropr.report.stats import Interval, mean_interval
 from cropr.report.tables import NONE, Table
 
 MEASURED, BOUND = "Measured", "Bound"
@@ -17,14 +20,104 @@ CLASSES = (64, 32, 16, 8)
 """Token counts are sorted by the largest of these that divides them."""
 
 
-def sweep_table(artefact: Artefact, columns: Sequence[str]) -> Table:
+def precision_table(artefact: Artefact) -> Table:
+    """The grid of precisions, kernels and variants."""
+    columns = ("images_per_s", "speedup", "share_of_bound", "gain", "mfu", "working_memory_mb")
+    return sweep_table(artefact, columns)
+
+
+def scoring_table(artefact: Artefact) -> Table:
+    """The unpruned model, and those that score with one vector and with all queries."""
+    columns = ("images_per_s", "speedup", "share_of_bound", "over_all_queries", "kept_in_both")
+    return sweep_table(artefact, columns, measure="scoring")
+
+
+def schedules_table(artefact: Artefact) -> Table:
+    """Sweeps of schedules that differ in their counts alone, and what those that are not aligned cost."""
+    table = sweep_table(artefact, ("images_per_s", "speedup", "share_of_bound"))
+    costs: list[Interval | None] = []
+    for row in rows_of(artefact, "sweep"):
+        found = unaligned_costs(artefact, row)
+        costs += [found.get(variant) for variant in cells_of(artefact, row, measured=False)["variant"]]
+    cells = table.cells.assign(cost=[NONE if cost is None else cost.format(3) for cost in costs])
+    heads = table.heads | {"cost": "Time a multiply-add, over aligned (x)"}
+    measured = [*table.spanners[MEASURED], "cost"]
+    order = [key for key in heads if key not in (*measured, "bound")] + measured + ["bound"] * ("bound" in heads)
+    return replace(
+        table,
+        cells=cells,
+        heads={key: heads[key] for key in order},
+        spanners=table.spanners | {MEASURED: measured},
+        caption=f"{BOOTSTRAP} Over aligned: 95 % Student-t over the same rounds, paired.",
+    )
+
+
+def unaligned_costs(artefact: Artefact, row: str) -> dict[str, Interval]:
+    """Variant -> seconds a multiply-add over those of the variant whose counts are all multiples of 8.
+
+    Paired by round; empty where there is no such variant.
+    """
+    cells = [
+        cell for cell in artefact.benches[row]["cells"] if cell["variant"] != UNPRUNED and "unsupported" not in cell
+    ]
+    base = next((cell for cell in cells if not any(n % 8 for n in cell["tokens"] if n != cell["tokens"][0])), None)
+    if base is None:
+        return {}
+    return {
+        cell["variant"]: mean_interval(
+            [
+                (ours / cell["metrics"]["gmacs"]) / (theirs / base["metrics"]["gmacs"])
+                for ours, theirs in zip(cell["seconds"], base["seconds"], strict=True)
+            ]
+        )
+        for cell in cells
+        if cell is not base
+    }
+
+
+def paper_table(artefact: Artefact) -> Table:
+    """What the paper reports of an artefact's rows beside the same measured here: a line a row and quantity."""
+    published = artefact.published
+    lines = [
+        {
+            "label": artefact.rows[number["row"]].label,
+            "quantity": quantity(number["quantity"]).label,
+            "measured": NONE if (own := _own(artefact, number["row"], number["quantity"])) is None else own.format(2),
+            "published": f"{number['value']:g}",
+            "confidence": number["confidence"],
+        }
+        for _, number in published.iterrows()
+        if number["row"] in artefact.rows
+    ]
+    heads = {"label": "", "quantity": "", "measured": "This device (x)", "published": "The authors' GPU (x)"}
+    heads["confidence"] = "Confidence"
+    spanners = {MEASURED: ["measured"], "Published (paper)": ["published", "confidence"]}
+    return Table(pd.DataFrame(lines, columns=list(heads)), heads, spanners)
+
+
+def _own(artefact: Artefact, row: str, name: str) -> Interval | None:
+    """What was measured here of a published quantity."""
+    if row not in artefact.benches:
+        return None
+    if name == "unaligned_cost":
+        return max(unaligned_costs(artefact, row).values(), key=lambda cost: cost.mean, default=None)
+    assert name == "amp_flash_gain", name
+    frame = cells_of(artefact, row)
+    chosen = frame[
+        (frame["variant"] == UNPRUNED) & frame["precision"].str.startswith("amp_") & (frame["attention"] == "flash")
+    ]
+    return None if chosen.empty else artefact.interval(str(chosen["gain.measured"].idxmax()), "gain")
+
+
+def sweep_table(artefact: Artefact, columns: Sequence[str], measure: str = "sweep") -> Table:
     """Cells of all sweeps, those of a row under its label; what could not run says why.
 
     Args:
         artefact: with cells.
         columns: measured quantities; a column without any number is left out. The bound of the speed-up follows.
+        measure: another kind of measurement with a cell a variant.
     """
-    rows = rows_of(artefact, "sweep")
+    rows = rows_of(artefact, measure)
     frame = pd.concat([cells_of(artefact, row, measured=False) for row in rows]) if rows else artefact.frame.iloc[:0]
     axes = {"name": "", "batch_size": "Batch", "precision": "Precision", "attention": "Attention", "tokens": "Tokens"}
     shown = [axis for axis in axes if axis == "name" or len(distinct(frame, axis)) > 1]

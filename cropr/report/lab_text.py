@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cropr.report.lab_load import UNPRUNED, cells_of, distinct, rows_of
-from cropr.report.lab_tables import alignment, relative, smooth_excess, steps
+from cropr.report.lab_tables import alignment, relative, smooth_excess, steps, unaligned_costs
 from cropr.report.load import Artefact
 from cropr.report.stats import Interval
 
@@ -34,7 +34,7 @@ def precision(artefact: Artefact) -> str:
         same = (frame["precision"] == best["precision"]) & (frame["attention"] == best["attention"])
         tops = frame[same & (frame["variant"] != UNPRUNED) & (frame["batch_size"] == best["batch_size"])]
         parts = [
-            f"{line['name']} {_ratio(line, 'speedup')}, {line['share_of_bound.measured']:.0f} % of its bound"
+            f"{line['name']} {_ratio(line, 'speedup')}, {_interval(line, 'share_of_bound').format(0)} % of its bound"
             for _, line in tops.iterrows()
         ]
         lines.append(f"- {text}." + (f" On top of it: {'; '.join(parts)}." if parts else ""))
@@ -79,16 +79,37 @@ def aligned(artefact: Artefact) -> str:
 
 
 def schedules(artefact: Artefact) -> str:
-    """Share of its bound that each schedule reaches."""
-    parts = [
-        f"{line['name']} ({line['tokens']} tokens) {line['share_of_bound.measured']:.1f} %"
-        for row in rows_of(artefact, "sweep")
-        for _, line in cells_of(artefact, row).iterrows()
-        if line["variant"] != UNPRUNED
-    ]
-    return (
-        f"Of the speed-up that its arithmetic allows, each schedule reaches: {'; '.join(parts)}." if parts else NOTHING
-    )
+    """By row of schedules: what counts that are not aligned cost, decided by intervals."""
+    lines = []
+    for row in rows_of(artefact, "sweep"):
+        frame = cells_of(artefact, row)
+        names = dict(zip(frame["variant"], frame["name"], strict=True))
+        for variant, cost in unaligned_costs(artefact, row).items():
+            verdict = _against_one(cost, "these counts cost more", "these counts cost less")
+            lines.append(
+                f"- **{names[variant]}**: {cost.format(3)} times the time a multiply-add of the schedule whose "
+                f"counts are all multiples of 8; {verdict}."
+            )
+    return "\n".join(lines) or NOTHING
+
+
+def scoring(artefact: Artefact) -> str:
+    """What one vector saves over all queries, decided by the interval."""
+    lines = []
+    for row in rows_of(artefact, "scoring"):
+        lines_of = {str(line["variant"]): line for _, line in cells_of(artefact, row).iterrows()}
+        if not lines_of:
+            continue
+        one, every = lines_of["one_vector"], lines_of["all_queries"]
+        saved = _interval(one, "over_all_queries")
+        lines.append(
+            f"- **{one['label']}**: with one vector the pruned model is {saved.format(3)} times as fast as with all "
+            f"queries, by multiply-adds alone {one['speedup.bound'] / every['speedup.bound']:.3f}; "
+            f"{_against_one(saved, 'one vector is faster', 'one vector is slower')}. Over the unpruned model it is "
+            f"{_ratio(one, 'speedup')} against {_ratio(every, 'speedup')}. Of the tokens kept, "
+            f"{one['kept_in_both.measured']:.1f} % are the same."
+        )
+    return "\n".join(lines) or NOTHING
 
 
 def breakeven(artefact: Artefact) -> str:
@@ -161,13 +182,23 @@ def memory(artefact: Artefact) -> str:
     return "\n".join(lines) or NOTHING
 
 
+def _against_one(interval: Interval, above: str, below: str) -> str:
+    """What an interval says of 1."""
+    if interval.low is None or interval.high is None or interval.low <= 1 <= interval.high:
+        return "the interval includes 1, so nothing is decided"
+    return f"{above}, the interval lies above 1" if interval.low > 1 else f"{below}, the interval lies below 1"
+
+
+def _interval(line: pd.Series, name: str) -> Interval:
+    """A measured quantity of a cell with its bounds."""
+    measured, low, high = (float(line.get(f"{name}.{kind}", np.nan)) for kind in ("measured", "low", "high"))
+    return Interval(measured, None, None, 1) if np.isnan(low + high) else Interval(measured, low, high, 1)
+
+
 def _setting(line: pd.Series) -> str:
     return f"`{line['precision']}` and `{line['attention']}` attention"
 
 
 def _ratio(line: pd.Series, name: str) -> str:
     """``1.72 [1.70, 1.75]x``."""
-    numbers = [float(line.get(f"{name}.{kind}", np.nan)) for kind in ("measured", "low", "high")]
-    if np.isnan(numbers[1] + numbers[2]):
-        return f"{numbers[0]:.2f}x"
-    return f"{Interval(numbers[0], numbers[1], numbers[2], 1).format(2)}x"
+    return f"{_interval(line, name).format(2)}x"

@@ -100,9 +100,13 @@ def plan_sentences(artefact: Artefact) -> str:
     if "largest_error_percent" not in metrics:
         return f"These plans were not measured. {text}"
     within = sum(abs(plan["error_percent"]) <= GOAL for plan in plans)
+    inside = sum(
+        plan["measured_speedup_low"] <= plan["predicted_speedup"] <= plan["measured_speedup_high"] for plan in plans
+    )
     return (
-        f"**{within} of {len(plans)} predictions are within {GOAL:g} % of the measured speed-up**; the largest error "
-        f"is {metrics['largest_error_percent']:.1f} %, the median {metrics['median_error_percent']:.1f} %. {text}"
+        f"**{within} of {len(plans)} predictions are within {GOAL:g} % of the measured speed-up**, {inside} lie in its "
+        f"interval; the largest error is {metrics['largest_error_percent']:.1f} %, the median "
+        f"{metrics['median_error_percent']:.1f} %. {text}"
     )
 
 

@@ -1,0 +1,180 @@
+"""What it saves to score tokens with one vector: the deployed model against one that scores all queries, then sums.
+
+A segmenter has a query for every patch. The authors' released inference path computes the logits of all of them, Q N C
+multiply-adds a module, before it sums over queries; the paper folds the queries into one vector first, N C. Both models
+here share the host and the queries, and take turns with the unpruned model in one process.
+
+B batch, L tokens with prefix, C channels, Q queries.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cropr.bench import flops
+from cropr.bench.attention import under
+from cropr.bench.contest import Case, Outcome, contest
+from cropr.bench.device import Unsupported, arithmetic_dtype, check, largest_batch, weights_dtype
+from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace
+from cropr.bench.timing import against, ratio, speed
+from cropr.lab_specs import ScoringSpec
+from cropr.model import DeployedViT
+from cropr.records import provenance
+from cropr.reducers import Context, ScoreReducer
+from cropr.reducers.select import FoldedCropr
+from cropr.runtime import reuse_freed_memory
+from cropr.scorer import Scorer
+from cropr.tokens import Tokens
+
+ONE, ALL = "one_vector", "all_queries"
+"""The two pruned models."""
+
+
+class AllQueries(ScoreReducer):
+    """Logits of every query on every token, summed: what ``FoldedCropr`` makes unnecessary. Nobody should deploy it."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        logits, _ = self.scorer(tokens.x)
+        return logits.sum(dim=(1, 2), dtype=torch.float32)[:, tokens.prefix :]
+
+
+def measure_scoring(
+    spec: ScoringSpec, device: str = "cpu", tick: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Time the unpruned model and both pruned ones.
+
+    Args:
+        spec: model, schedule, queries, batch, precision.
+        device: torch's name of the device.
+        tick: called with a word on what comes next.
+
+    Returns:
+        The record: ``cells``, one a model: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``, and
+        either ``unsupported`` with the reason, or ``seconds`` (round by round), ``attention_calls`` and ``metrics``:
+        ``speedup`` over the unpruned model beside the ``bound`` of its own arithmetic, and of the one vector
+        ``over_all_queries``, how many times faster it is than all queries, with its interval, and ``kept_in_both``,
+        the share of the kept tokens that both keep.
+
+    Raises:
+        ValueError: an impossible model or schedule, or there is no such device.
+    """
+    started = time.time()
+    tell = tick or (lambda what: None)
+    if device == "cpu":
+        reuse_freed_memory()
+    common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
+    cells: list[dict[str, Any]]
+    try:
+        check(spec.precision, device)
+        tell("build")
+        models = build(spec, device)
+        fitted, outcomes = largest_batch(spec.batch_size, partial(_attempt, spec, models, device, tell))
+        tell("compare what is kept")
+        shared = kept_in_both(spec, models, device)
+    except Unsupported as error:
+        cells = [{"variant": name, **common, "unsupported": str(error)} for name in (UNPRUNED, ONE, ALL)]
+    else:
+        counted = _macs(spec, models)
+        cells = []
+        for name, outcome in outcomes.items():
+            bound = flops.bound(counted[UNPRUNED], counted[name])
+            metrics = {
+                **speed(outcome.seconds, fitted),
+                **against(outcomes[UNPRUNED].seconds, outcome.seconds, bound),
+                "batch_size": fitted,
+                "gmacs": counted[name].total / 1e9,
+            }
+            if name == ONE:
+                metrics |= ratio("over_all_queries", outcomes[ALL].seconds, outcome.seconds)
+                metrics["kept_in_both"] = shared
+            cell = {"variant": name, **common, "tokens": token_trace(models[name]), "metrics": metrics}
+            cells.append(cell | {"seconds": outcome.seconds, "attention_calls": outcome.kernels})
+    return {
+        "kind": "lab",
+        "id": spec.digest(),
+        "spec": spec.model_dump(mode="json"),
+        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
+        "cells": cells,
+        "provenance": provenance(started, device=device, precision=spec.precision),
+    }
+
+
+def build(spec: ScoringSpec, device: str) -> dict[str, nn.Module]:
+    """The unpruned model, and around it the two pruned ones, whose modules have the same random queries."""
+    dtype = weights_dtype(spec.precision)
+    prunes = {ONE: spec.prune, ALL: spec.prune}
+    models = build_variants(spec.model, prunes, spec.image_size, device, dtype)
+    one, every = (cast(DeployedViT, models[name]).model for name in (ONE, ALL))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for block in one.reducers:
+            scorer = Scorer(one.backbone.dim, _queries(spec, models)).requires_grad_(False)
+            one.reducers[block] = FoldedCropr(scorer.fold()).to(device, dtype).eval()
+            every.reducers[block] = AllQueries(scorer).to(device, dtype).eval()
+    return models
+
+
+@torch.inference_mode()
+def kept_in_both(spec: ScoringSpec, models: Mapping[str, nn.Module], device: str) -> float:
+    """Share of the kept tokens that both pruned models keep, over all their modules, for one image of noise.
+
+    It is 1 but for rounding, which decides between tokens of almost equal score. The scores of the first module, on the
+    same tokens, must agree to rounding.
+    """
+    one, every = (cast(DeployedViT, models[name]) for name in (ONE, ALL))
+    dtype = weights_dtype(spec.precision)
+    images = random_images(1, spec.image_size, device, dtype, channels_last=False)
+    tokens, _ = one.model.backbone.embed(images)
+    noise = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    scores = []
+    for model in (one, every):
+        reducer = cast(ScoreReducer, next(iter(model.model.reducers.values())))
+        score = partial(reducer.score, tokens.replace(noise), Context())
+        scores.append(under(spec.attention, spec.precision, device, score)())
+    off = (scores[0] - scores[1]).abs().max() / scores[0].std()
+    assert off < 16 * torch.finfo(arithmetic_dtype(spec.precision)).eps, f"scores differ by {off:.1e} of their spread"
+    kept = [under(spec.attention, spec.precision, device, partial(m.detailed, images))().kept for m in (one, every)]
+    same = sum(len(set(kept[0][block][0].tolist()) & set(index[0].tolist())) for block, index in kept[1].items())
+    return same / sum(index.shape[1] for index in kept[1].values())
+
+
+def _attempt(
+    spec: ScoringSpec, models: Mapping[str, nn.Module], device: str, tell: Callable[[str], None], batch_size: int
+) -> dict[str, Outcome]:
+    """Time all models with batches of this size.
+
+    Raises:
+        Unsupported: the device cannot run one of them.
+    """
+    images = random_images(batch_size, spec.image_size, device, weights_dtype(spec.precision), channels_last=False)
+    cases = [
+        Case(name=name, model=model, images=images, precision=spec.precision, attention=spec.attention)
+        for name, model in models.items()
+    ]
+    outcomes = dict(zip(models, contest(cases, spec.rounds, spec.warmup, device, tell), strict=True))
+    for outcome in outcomes.values():
+        if outcome.unsupported is not None:
+            raise Unsupported(outcome.unsupported)
+    return outcomes
+
+
+def _queries(spec: ScoringSpec, models: Mapping[str, nn.Module]) -> int:
+    return spec.queries or int(cast(DeployedViT, models[ONE]).model.backbone.num_patches)
+
+
+def _macs(spec: ScoringSpec, models: Mapping[str, nn.Module]) -> dict[str, flops.Macs]:
+    """Multiply-adds of an image; ``flops.macs`` prices every scorer as folded."""
+    counted = {name: flops.macs(model) for name, model in models.items()}
+    counted[ALL] = replace(counted[ALL], scoring=counted[ALL].scoring * _queries(spec, models))
+    return counted
