@@ -2,34 +2,18 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import claim, with_paper_schedule, write_results, write_small
+from synthetic import claim, with_paper_schedule
 
 from cropr.report import claims, setting, tables, text
 from cropr.report.load import KINDS, load, make_command, pruned_share, write_tables
 from cropr.report.names import headings, row_names, short_names
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Writes a small manifest and its records; see ``write_small``."""
-    return partial(write_small, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def ci(tmp_path_factory):
-    """All artefacts of the real grid at the smallest scale, with made-up numbers: one seed, and three."""
-    return {
-        seeds: {name: load(path) for name, path in write_results(tmp_path_factory.mktemp("ci"), "ci", seeds).items()}
-        for seeds in (1, 3)
-    }
 
 
 # The frame ----------------------------------------------------------------------------------------------------------
@@ -167,7 +151,7 @@ def test_kinds_stand_under_their_own_spanners(small):
 def test_missing_rows_say_why_and_are_escaped(small):
     html = tables.side_by_side(load(small()), **COLUMNS).html()
     assert "ToMe &lt;new&gt;" in html
-    assert "not yet available: merging is missing" in html
+    assert "not available: merging is missing" in html
     assert "<new>" not in html
 
 
@@ -182,7 +166,7 @@ def test_markdown_has_the_same_cells(small):
     table = tables.side_by_side(load(small()), grouped=True, **COLUMNS)
     lines = table.markdown().splitlines()
     assert lines[0].startswith("|  | Measured (this scale: tiny): Top-1 (%) |")
-    assert any(line.startswith("| ToMe <new> (not yet available: merging is missing) | — |") for line in lines)
+    assert any(line.startswith("| ToMe <new> (not available: merging is missing) | — |") for line in lines)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "Differences are to “None”" in lines[-1]
 
@@ -286,6 +270,20 @@ def test_detection_compares_boxes_and_masks(small):
     heads = tables.methods(artefact).heads
     assert heads["measured.box_ap"] == "Box AP (%)"
     assert heads["measured.mask_ap_difference"] == "Mask AP, difference (points)"
+
+
+def test_unpruned_row_without_a_measurement_has_that_of_the_row_beside_it(small):
+    manifest = small()
+    content = json.loads(manifest.read_text())
+    for row in content["rows"]:
+        if row["row"] == "random":
+            row["bench"] = None
+    manifest.write_text(json.dumps(content))
+    frame = load(manifest).frame
+    assert frame.at["none", "images_per_s.measured"] == 2.0
+    assert frame.at["none", "gmacs.predicted"] == 54.0
+    assert pd.isna(frame.at["none", "speedup.measured"])
+    assert pd.isna(frame.at["random", "images_per_s.measured"])
 
 
 def test_pruned_share_is_counted_from_tokens_unless_the_record_says_it(small):

@@ -1,31 +1,15 @@
 """Claims and sentences of the report, checked on small records."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
-from synthetic import claim, with_paper_schedule, write_results, write_small
+from synthetic import claim, with_paper_schedule
 
 from cropr.report import claims, setting, tables, text
 from cropr.report.load import load
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Writes a small manifest and its records; see ``write_small``."""
-    return partial(write_small, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def ci(tmp_path_factory):
-    """All artefacts of the real grid at the smallest scale, with made-up numbers: one seed, and three."""
-    return {
-        seeds: {name: load(path) for name, path in write_results(tmp_path_factory.mktemp("ci"), "ci", seeds).items()}
-        for seeds in (1, 3)
-    }
 
 
 # Claims -------------------------------------------------------------------------------------------------------------
@@ -60,7 +44,7 @@ def test_claims_about_rows_that_do_not_run(small):
     artefact = load(small())
     missing = claims.judge(claim(right="tome"), artefact)
     assert (missing.verdict.outcome, missing.interval) == ("undecided", None)
-    assert missing.verdict.reason == "ToMe <new> is not yet available"
+    assert missing.verdict.reason == "ToMe <new> is not available: merging is missing"
     assert claims.judge(claim(quantity="top5"), artefact).verdict.reason == "not measured at this scale"
     with pytest.raises(ValueError, match="has no row 'nobody'; it has none, cropr"):
         claims.judge(claim(left="nobody"), artefact)

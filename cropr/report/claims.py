@@ -114,9 +114,8 @@ def judge(claim: Claim, artefact: Artefact) -> Judgement:
             raise ValueError(f"claim {claim.id}: {artefact.manifest.artefact} has no row {row!r}; it has "
                              f"{', '.join(artefact.rows)}")  # fmt: skip
         if not artefact.rows[row].available:
-            return Judgement(
-                claim, name, None, Verdict("undecided", f"{artefact.rows[row].label} is not yet available")
-            )
+            reason = f"{artefact.rows[row].label} is not available: {artefact.rows[row].why}"
+            return Judgement(claim, name, None, Verdict("undecided", reason))
     interval = _difference(claim, name, artefact)
     if interval is None:
         return Judgement(claim, name, None, Verdict("undecided", "not measured at this scale"))

@@ -190,7 +190,7 @@ def side_by_side(
             spanners[titles[kind]].insert(1, "sampling")
             heads = _move(heads, "sampling", after=accuracy)
     available = frame["available"].astype(bool).tolist()
-    notes = ["" if ok else f"not yet available: {why}" for ok, why in zip(available, frame["why"], strict=True)]
+    notes = ["" if ok else f"not available: {why}" for ok, why in zip(available, frame["why"], strict=True)]
     under = headings(artefact)
     groups = [under[row] for row in frame.index] if grouped else None
     # Rows under one heading stand together, headings in the order of their first row.

@@ -79,7 +79,7 @@ def coverage(artefact: Artefact) -> str:
         for row in missing:
             reasons.setdefault(row.why or "no reason given", []).append(names[row.row])
         listed = "; ".join(f"{', '.join(labels)} ({why})" for why, labels in reasons.items())
-        text += f" Not yet available: {listed}."
+        text += f" Not available: {listed}."
     return text
 
 
