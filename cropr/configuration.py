@@ -14,11 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cropr.schedule import Fusion
-from cropr.specs import RecipeSpec, Task
+from cropr.specs import DetModelSpec, RecipeSpec, Task
 
 Pool = Literal["avg", "cls"]
 Need = Literal["train", "bench", "maps", "truth", "lab"]
-Measure = Literal["sweep", "blocks", "profile", "training", "plan"]
+Measure = Literal["sweep", "blocks", "profile", "scoring", "training", "plan"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -59,6 +59,8 @@ class BenchBlock(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     rounds: int = Field(7, ge=3)
     warmup: int = Field(1, ge=1)
+    rows: list[str] | None = None
+    """Rows that are measured, each beside the unpruned model; None: all."""
 
 
 class JobsBlock(Block):
@@ -80,6 +82,8 @@ class TaskConfig(Block):
     recipe: RecipeSpec
     pretrain: PretrainBlock | None = None
     """None: timm's weights of the model's name."""
+    detector: DetModelSpec | None = None
+    """Detection: windows and heads; None: those of the paper's detector. Other tasks have none."""
     bench: BenchBlock = BenchBlock()
 
 
@@ -116,7 +120,7 @@ class RowConfig(Block):
     """A measurement of the laboratory instead of a run; ``settings`` are its specification's."""
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: list[str] | None = None
-    """Scales that have this row; None: all."""
+    """Scales that have this row; None: all. A table of the others says that it is left out."""
     why: str | None = None
     """Why the reducer does not exist here yet; a row that gives no reason must name one that does."""
 

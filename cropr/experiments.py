@@ -27,20 +27,11 @@ from cropr.resolving import Laboratory, Resolver, Row, Scale
 from cropr.specs import BenchSpec, PlanSpec, ScenesSpec, Task, TrainSpec
 
 ORDER = (
-    "imagenet_methods",
-    "ablations",
-    "pruning_maps",
-    "relevance",
-    "ade20k",
-    "reactivation",
-    "coco",
-    "precision",
-    "alignment",
-    "breakeven",
-    "profile",
-    "memory",
-    "plan",
-)
+    "imagenet_methods", "ablations", "pruning_maps", "relevance",
+    "ade20k", "reactivation", "pruning_maps_segmentation",
+    "coco", "pruning_maps_detection",
+    "precision", "alignment", "breakeven", "profile", "memory", "plan",
+)  # fmt: skip
 """Artefacts in the order in which they are made and read; others follow by name."""
 
 
@@ -254,7 +245,7 @@ def load_grid(
     file = folder / "scales" / f"{scale}.yaml"
     source = f"{file} with overrides" if overrides else str(file)
     chosen = check(ScaleConfig, merge(read_yaml(file), overrides or {}), source)
-    own, given = Scale(chosen, source), roots or {}
+    own, given = Scale(scale, chosen, source), roots or {}
     artefacts = _read(folder, chosen)
     needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_lab))
     lacking = tuple(task for task in needed if not _has_images(chosen.tasks[task], given))
@@ -267,6 +258,7 @@ def load_grid(
     lab = Laboratory(scale, chosen.lab)
     resolved = _resolve(folder, artefacts, resolvers, lab)
     lab.verify(source)
+    _verify_measured(chosen, resolved, source)
     return Grid(
         scale=scale,
         config=chosen,
@@ -287,10 +279,21 @@ def _has_images(task: TaskConfig, roots: Mapping[str, Path | None]) -> bool:
     return key is None or roots.get(key, Path()) is not None
 
 
+def _verify_measured(scale: ScaleConfig, artefacts: Mapping[str, Artefact], source: str) -> None:
+    """Refuse ``bench.rows`` that do not exist."""
+    for task, config in scale.tasks.items():
+        tables = [artefact for artefact in artefacts.values() if artefact.task == task and "bench" in artefact.needs]
+        known = {row.row for artefact in tables for row in artefact.rows}
+        if tables and (unknown := sorted(set(config.bench.rows or ()) - known)):
+            raise ValueError(
+                f"{source}: tasks.{task}.bench.rows: no row {unknown[0]!r}; choose among {', '.join(sorted(known))}"
+            )
+
+
 def _paper(folder: Path) -> Scale:
     """The scale whose models are measured at others, too."""
     file = folder / "scales" / "paper.yaml"
-    return Scale(check(ScaleConfig, read_yaml(file), str(file)), str(file))
+    return Scale("paper", check(ScaleConfig, read_yaml(file), str(file)), str(file))
 
 
 def results(scale: str) -> str:

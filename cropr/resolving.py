@@ -14,13 +14,14 @@ from pydantic import ValidationError
 
 from cropr.configuration import ArtefactConfig, ModelBlock, RowConfig, ScaleConfig, TaskConfig, check, merge
 from cropr.lab_specs import MEASURES, LabSpec
-from cropr.schedule import BEFORE_LAST, Schedule
+from cropr.schedule import BEFORE_LAST, Schedule, attended
 from cropr.specs import (
     DATA,
     REDUCERS,
     BenchSpec,
     DataSpec,
     DetDataSpec,
+    DetModelSpec,
     ModelSpec,
     PlanSpec,
     PruneSpec,
@@ -60,8 +61,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A scale and the file that it comes from, for error messages."""
+    """A scale, its name, and the file that it comes from, for error messages."""
 
+    name: str
     config: ScaleConfig
     source: str
 
@@ -80,13 +82,15 @@ class Resolver:
     """Rows of one task to specs. Collects the runs and measurements on the way."""
 
     def __init__(self, task: Task, scale: Scale, measured: Scale, roots: Mapping[str, Path | None]) -> None:
-        self.task = task
+        self.task, self.scale = task, scale.name
         self.config, self.source = scale.task(task)
         self.root = find_root(task, self.config, self.source, roots)
         self.bench_config, self.bench_source = measured.task(task)
         self.settings = self.config.bench
         self.data = self._data(self.config, self.source)
         self.bench_data = self._data(self.bench_config, self.bench_source)
+        self.detector = _detector(task, self.config, self.source)
+        self.bench_detector = _detector(task, self.bench_config, self.bench_source)
         self.pretrain = None
         if self.config.pretrain is not None:
             unpruned = RowConfig(row="pretrain", label="")
@@ -115,13 +119,16 @@ class Resolver:
                     f"or say why it is not there yet (key why)"
                 )
             return Row(listed.row, listed.label, self._columns(where, meant, schedule), meant.why)
+        if meant.scales is not None and self.scale not in meant.scales:
+            columns = self._columns(where, meant, schedule)
+            return Row(listed.row, listed.label, columns, f"left out at the {self.scale} scale")
         prune = self._prune(where, meant, schedule)
         train = self._train(self.config.recipe, meant, prune, self.init)
         run = train.digest()
         self.runs[run] = train
         self.names.setdefault(run, name)
         bench = None
-        if "bench" in needs:
+        if "bench" in needs and listed.row in (self.settings.rows or [listed.row]):
             spec = self._bench(where, meant, prune)
             bench = spec.digest()
             self.benches[bench] = spec
@@ -136,6 +143,7 @@ class Resolver:
             model=ModelSpec(name=model.name, args=model.args | model.pools[row.pool], drop_path=model.drop_path),
             prune=prune,
             data=self.data.model_copy(update={"image_size": size}),
+            detector=self.detector or DetModelSpec(),
             recipe=recipe,
             init=init,
         )
@@ -148,6 +156,7 @@ class Resolver:
         return BenchSpec(
             model=ModelSpec(name=model.name.partition(".")[0], args=model.args | model.pools[row.pool]),
             prune=PruneSpec(reducer=row.reducer, options=options, schedule=schedule.to_config(), fusion=row.fusion),
+            detector=self.bench_detector,
             image_size=self.bench_data.image_size,
             pruned_image_size=self.bench_config.image_sizes[row.image_size] if row.image_size else None,
             batch_size=settings.batch_size,
@@ -198,8 +207,17 @@ class Resolver:
         model = config.model
         if size % model.patch_size:
             raise ValueError(f"{source}: image size {size} is no multiple of model.patch_size = {model.patch_size}")
+        detector = _detector(self.task, config, source)
+        if detector is not None and size % (step := model.patch_size * detector.window):
+            raise ValueError(
+                f"{source}: image size {size} holds no whole windows of {detector.window} x {detector.window} patches: "
+                f"make it a multiple of {step}, or change detector.window"
+            )
+        patches, fused = _patches(model, size), row.fusion in BEFORE_LAST
         try:
-            schedule.resolve(_patches(model, size), model.depth, row.fusion in BEFORE_LAST, model.prefix)
+            counts = schedule.resolve(patches, model.depth, fused, model.prefix)
+            if detector is not None:
+                _verify_windows(attended(counts, patches, fused), detector)
         except ValueError as error:
             raise ValueError(f"{key}: {error} (needed by {where})") from None
         return schedule
@@ -236,6 +254,38 @@ class Resolver:
 
 def _patches(model: ModelBlock, image_size: int) -> int:
     return (image_size // model.patch_size) ** 2
+
+
+def _detector(task: Task, config: TaskConfig, source: str) -> DetModelSpec | None:
+    """Windows and heads of a detector; None for another task.
+
+    Raises:
+        ValueError: another task has such a block, or its blocks are not the encoder's.
+    """
+    if task != "detection":
+        if config.detector is not None:
+            raise ValueError(f"{source}.detector: {task} has no detector; only tasks.detection has this block")
+        return None
+    detector, depth = config.detector or DetModelSpec(), config.model.depth
+    blocks = detector.global_blocks
+    if depth not in blocks or min(blocks) < 1 or max(blocks) > depth:
+        raise ValueError(
+            f"{source}.detector.global_blocks = {list(blocks)}: blocks count from 1 to model.depth = {depth}, and the "
+            "last must be among them"
+        )
+    return detector
+
+
+def _verify_windows(entering: Iterable[int], detector: DetModelSpec) -> None:
+    """Refuse patch counts that windows cannot hold, as the model itself would when it is built.
+
+    Raises:
+        ValueError: count, block, and the multiple that it must be.
+    """
+    size = detector.window**2
+    for block, count in enumerate(entering, start=1):
+        if block not in detector.global_blocks and count % size:
+            raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {size}")
 
 
 FOLDERS: dict[Task, tuple[str, ...]] = {

@@ -42,6 +42,7 @@ _CLOCK = (
     "bench/peak.py",
     "bench/timing.py",
     "bench/throughput.py",
+    "tasks/detection/encoder.py",
     "commands/bench.py",
 )
 _LAB = (*_CLOCK, "commands/lab.py")
@@ -50,10 +51,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "data": ("data/__init__.py", "data/scenes.py", "data/layouts.py", "commands/data.py"),
     "train": (*_RUN, "commands/train.py"),
     "bench": _CLOCK,
-    "maps": (*_RUN, "commands/show.py"),
+    "maps": (*_RUN, "tasks/views/*.py", "commands/show.py"),
     "sweep": (*_LAB, "bench/sweep.py"),
     "blocks": (*_LAB, "bench/alignment.py", "bench/blocks.py"),
     "profile": (*_LAB, "bench/profiling.py"),
+    "scoring": (*_LAB, "bench/scoring.py"),
     "training": (
         *_LAB,
         *_RUN,
@@ -62,7 +64,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "data/imagenet.py",
         "data/scenes.py",
     ),
-    "plan": (*_CLOCK, *(f"bench/{name}.py" for name in ("blocks", "costs", "planner", "roofline")), "commands/plan.py"),
+    "plan": (
+        *_CLOCK,
+        *(f"bench/{name}.py" for name in ("costs", "planner", "roofline", "sweep", "timeline")),
+        "commands/plan.py",
+    ),
     "notebook": ("report/*.py", "!report/page.py", "schedule.py", "data/scenes.py", "../workflow/run_notebook.py"),
     "report": ("report/*.py", "schedule.py", "data/scenes.py"),
 }

@@ -314,6 +314,8 @@ class BenchSpec(Spec):
 
     model: ModelSpec
     prune: PruneSpec
+    detector: DetModelSpec | None = None
+    """The encoder of this detector, with its windows and without pyramid and heads; None: a classifier."""
     image_size: int = 224
     pruned_image_size: int | None = None
     """Image size of the second model where it differs: an unpruned model on a smaller image is a rival, too."""

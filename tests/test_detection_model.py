@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from cropr.specs import DetModelSpec
+from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
 from cropr.tasks.detection.cascade import match
-from cropr.tasks.detection.model import losses
+from cropr.tasks.detection.model import build_detector, losses
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import Anchors
 from cropr.tasks.detection.regions import BoxStage, RegionPooler, ScaleGradient
-from tests.tiny_detector import CLASSES, PRUNED, detector, detector_spec, images, scene
+from cropr.training.checkpoint import load_initial, save_weights
+from tests.tiny_detector import CLASSES, HOSTS, PRUNED, SHAPE, detector, detector_spec, images, scene
 
 DENSE = {"reducer": "none"}
 SCENES = [
@@ -293,3 +296,35 @@ def test_overfits_four_images():
         assert (overlap > 0.6).all()
         assert torch.equal(found.labels[best], target["labels"])
         assert (found.masks[:objects].mean(dim=(1, 2)) > 0.6).all()
+
+
+@pytest.mark.parametrize("host", ["vit", "eva"])
+def test_pretrained_weights_come_without_their_class_token(host, tmp_path):
+    """At the grid that the weights were made for, and at another, to which timm resamples positions."""
+    arguments = {**SHAPE, "num_classes": 0, "img_size": 64, "class_token": True, "global_pool": "avg"}
+    donor = timm.create_model(HOSTS[host], **arguments)
+    file = tmp_path / "weights.safetensors"
+    save_file(donor.state_dict(), file)
+    model = ModelSpec(name=HOSTS[host], args={**SHAPE, "pretrained_cfg_overlay": {"file": str(file)}})
+    for size in (64, 96):
+        built = build_detector(model, PruneSpec(), detector_spec(), CLASSES, size, pretrained=True).backbone.host
+        own, theirs = built.state_dict(), donor.state_dict()
+        assert set(theirs) - set(own) <= {"cls_token", *(name for name in theirs if name.startswith("fc_norm"))}
+        for name in set(own) - {"pos_embed"}:
+            assert torch.equal(own[name], theirs[name]), name
+        assert torch.equal(own["pos_embed"], theirs["pos_embed"][:, 1:]) == (size == 64)
+        assert own["pos_embed"].shape[1] == (size // 8) ** 2
+
+
+def test_a_run_takes_over_the_heads_of_the_run_that_it_starts_from(tmp_path):
+    first = detector(prune=DENSE)
+    save_weights(tmp_path / "weights.safetensors", first)
+    later = detector(prune=PRUNED, spread=False)
+    scorers = [parameter.clone() for parameter in later.reducers.parameters()]
+    load_initial(later, tmp_path / "weights.safetensors")
+    theirs = first.state_dict()
+    for name, tensor in later.state_dict().items():
+        assert name.startswith("reducers.") or torch.equal(tensor, theirs[name]), name
+    assert all(torch.equal(*pair) for pair in zip(scorers, later.reducers.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"other shape .*heads\.stages\.0"):
+        load_initial(detector(box_width=16), tmp_path / "weights.safetensors")

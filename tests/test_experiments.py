@@ -12,8 +12,8 @@ import pytest
 
 from cropr.experiments import Grid, load_grid, shipped
 from cropr.resolving import FOLDERS
-from cropr.schedule import Schedule, attended
-from cropr.specs import REDUCERS
+from cropr.schedule import Schedule, attended, total_pruning_ratio
+from cropr.specs import REDUCERS, DetModelSpec, ModelSpec, PruneSpec
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "config"
@@ -48,7 +48,8 @@ def test_a_row_is_available_exactly_if_its_reducer_exists(grids: dict[str, Grid]
         for row in artefact.rows:
             if row.lab:
                 continue
-            assert row.available == (row.columns["reducer"] in REDUCERS)
+            left_out = str(row.why).startswith("left out at")
+            assert row.available == (row.columns["reducer"] in REDUCERS and not left_out)
             assert row.available == (row.run is not None)
             assert row.available or row.why
 
@@ -64,7 +65,7 @@ def test_a_measurement_of_the_laboratory_has_nothing_else(grids: dict[str, Grid]
 
 
 def test_missing_rows_of_table_1_are_the_competitors_that_do_not_exist_yet(grids: dict[str, Grid]) -> None:
-    table = grids["laptop"].artefacts["imagenet_methods"]
+    table = grids["paper"].artefacts["imagenet_methods"]
     missing = [row.row for row in table.rows if not row.available]
     assert missing == [
         "k_medoids_r8", "ats_r8", "dpc_knn_r8", "evit_r8", "tome_r8_cls", "tome_r8",
@@ -135,7 +136,13 @@ def test_speed_is_measured_on_the_papers_model_and_schedules(grids: dict[str, Gr
             assert grid.benches[row.bench].image_size == 224
     spec = grid.benches[str(table["cropr_r50"].bench)]
     assert spec.prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
-    small = grid.benches[str(table["small_image"].bench)]
+
+
+def test_a_row_of_other_scales_is_left_out_and_says_so(grids: dict[str, Grid]) -> None:
+    row = grids["laptop"].artefacts["imagenet_methods"]["small_image"]
+    assert (row.why, row.run, row.bench) == ("left out at the laptop scale", None, None)
+    paper = grids["paper"]
+    small = paper.benches[str(paper.artefacts["imagenet_methods"]["small_image"].bench)]
     assert (small.pruned_image_size, small.prune.reducer) == (176, "none")
 
 
@@ -235,6 +242,61 @@ def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
         grid.find_row("none")
 
 
+# Detection -----------------------------------------------------------------------------------------------------------
+
+
+def test_papers_detector_is_eva_02s_recipe(grids: dict[str, Grid]) -> None:
+    grid = grids["paper"]
+    table = grid.artefacts["coco"]
+    spec = grid.runs[str(table["cropr"].run)]
+    assert spec.detector == DetModelSpec()
+    assert (spec.data.image_size, spec.data.num_classes, spec.data.scale) == (1536, 80, (0.1, 2.0))
+    recipe = spec.recipe
+    assert (recipe.batch_size, recipe.layer_decay, recipe.ema, recipe.weight_decay) == (64, 0.8, 0.9999, 0.1)
+    assert (recipe.peak_lr, recipe.decay, spec.model.drop_path) == (pytest.approx(4e-5), "constant", 0.3)
+    assert spec.prune.schedule["kept"]["at"] == {"5": 6400, "8": 4096, "11": 2304, "14": 1024, "20": 256}
+
+
+@pytest.mark.parametrize(("scale", "rows"), [("laptop", ["cropr"]), ("paper", ["none", "random", "cropr"])])
+def test_a_detectors_encoder_is_measured(grids: dict[str, Grid], scale: str, rows: list[str]) -> None:
+    grid = grids[scale]
+    table = grid.artefacts["coco"]
+    assert [row.row for row in table.rows if row.bench] == rows
+    spec = grid.benches[str(table["cropr"].bench)]
+    assert (spec.model.name, spec.image_size) == ("eva02_large_patch14_224", 1536)
+    assert spec.detector == DetModelSpec()
+    others = [
+        bench for bench in grid.benches.values() if bench.model.name != spec.model.name or bench.image_size < 1536
+    ]
+    assert all(bench.detector is None for bench in others)
+
+
+def test_laptop_prunes_as_many_patches_as_the_issue_asks(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    spec = grid.runs[str(grid.artefacts["coco"]["cropr"].run)]
+    counts = Schedule.from_config(spec.prune.schedule).resolve(64, 8, fusion=True)
+    assert total_pruning_ratio(counts, 64) == pytest.approx(0.94, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"segmentation": {"detector": {"window": 2}}}, "tasks.segmentation.detector: segmentation has no detector"),
+        ({"detection": {"detector": {"global_blocks": [2]}}}, r"global_blocks = \[2\]: .* model.depth = 4, and"),
+        ({"detection": {"detector": {"window": 4}}}, "image size 48 holds no whole windows of 4 x 4 patches: .* of 32"),
+        (
+            {"detection": {"schedules": {"squares": {"squares": {"at": {2: 3}}}}, "detector": {"global_blocks": [4]}}},
+            "9 patches enter block 3, whose windows need a multiple of 4.*needed by .*coco.yaml: row random",
+        ),
+        ({"detection": {"detector": {"windows": 2}}}, "unknown key tasks.detection.detector.windows"),
+        ({"detection": {"bench": {"rows": ["cropper"]}}}, "tasks.detection.bench.rows: no row 'cropper'; choose among"),
+    ],
+)  # fmt: skip
+def test_a_detector_that_does_not_fit_is_refused(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_grid(CONFIG, "ci", overrides={"tasks": overrides})
+
+
 # Shipped weights -----------------------------------------------------------------------------------------------------
 
 
@@ -271,11 +333,18 @@ def test_a_scale_describes_the_models_that_timm_builds(grids: dict[str, Grid], s
     import timm
     import torch
 
-    for task in grids[scale].config.tasks.values():
-        block, size = task.model, task.data["image_size"]
+    from cropr.tasks.detection.model import build_detector
+
+    for task, config in grids[scale].config.tasks.items():
+        block, size = config.model, config.data["image_size"]
         for pool, arguments in block.pools.items():
             with torch.device("meta"):
-                model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **arguments)
+                if task == "detection":
+                    spec = ModelSpec(name=block.name, args=block.args | arguments)
+                    windows = config.detector or DetModelSpec()
+                    model = build_detector(spec, PruneSpec(), windows, 2, size).backbone.host
+                else:
+                    model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **arguments)
             assert len(model.blocks) == block.depth
             assert model.num_prefix_tokens == block.prefix
             assert model.patch_embed.patch_size == (block.patch_size, block.patch_size)

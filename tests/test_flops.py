@@ -49,8 +49,8 @@ def test_published_counts_of_vit_large(schedule, fusion, gmac):
 
 
 def test_bound_is_the_ratio_of_totals():
-    base = flops.Macs(blocks=(100, 100), patch_embed=10, head=6)
-    pruned = flops.Macs(blocks=(100, 40), patch_embed=10, head=6, scoring=4)
+    base = flops.Macs(blocks=(100, 100), products=40, patch_embed=10, head=6)
+    pruned = flops.Macs(blocks=(100, 40), products=20, patch_embed=10, head=6, scoring=4)
     assert base.total == 216
     assert flops.bound(base, pruned) == pytest.approx(216 / 160)
 

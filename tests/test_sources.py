@@ -43,6 +43,7 @@ def closure(entry: Path) -> set[Path]:
     ("kind", "entry"),
     [("data", "commands/data.py"), ("train", "commands/train.py"), ("bench", "commands/bench.py"),
      ("sweep", "bench/sweep.py"), ("blocks", "bench/alignment.py"), ("profile", "bench/profiling.py"),
+     ("scoring", "bench/scoring.py"),
      ("training", "bench/training_step.py"), ("sweep", "commands/lab.py"), ("plan", "commands/plan.py"),
      ("maps", "commands/show.py"), ("report", "report/page.py")],
 )  # fmt: skip
@@ -64,6 +65,17 @@ def test_every_file_that_a_task_imports_is_digested_with_it(task: Task) -> None:
     for entry in source_files(BY_TASK[task]):
         missing = {file.relative_to(PACKAGE).as_posix() for file in closure(entry) - digested}
         assert not missing - {"reducers/select.py"}, task
+
+
+@pytest.mark.parametrize("task", BY_TASK)
+def test_every_file_that_maps_of_a_task_import_is_digested_with_them(task: Task) -> None:
+    digested = set(source_files((*SOURCES["maps"], *BY_TASK[task], *BY_REDUCER["cropr"])))
+    assert not closure(PACKAGE / f"tasks/views/{task}.py") - digested
+
+
+def test_how_maps_are_made_trains_nothing_again() -> None:
+    trained = {file for task in BY_TASK for file in source_files((*SOURCES["train"], *BY_TASK[task]))}
+    assert not trained & set(source_files(("tasks/views/*.py", "commands/show.py")))
 
 
 def test_a_task_does_not_rerun_another() -> None:

@@ -9,13 +9,20 @@ import torch
 
 from cropr.bench import attention, contest, models, peak, throughput, timing
 from cropr.bench.contest import Case
+from cropr.bench.detection_flops import detector_macs
 from cropr.bench.device import Unsupported, weights_dtype
 from cropr.cli import main
 from cropr.records import read_record
-from cropr.specs import BenchSpec
+from cropr.specs import BenchSpec, PruneSpec
+from cropr.tasks.detection.model import build_detector
 
 TINY = {"name": "vit_tiny_patch16_224", "args": {"depth": 4, "embed_dim": 48, "num_heads": 3}}
 EVA = {"name": "eva02_tiny_patch14_224", "args": {"depth": 3, "embed_dim": 48, "num_heads": 3}}
+DETECTOR = {
+    "model": {"name": "eva02_tiny_patch14_224", "args": {"patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}},
+    "prune": {"reducer": "cropr", "schedule": {"squares": {"at": {1: 6, 2: 4}}}, "fusion": "llf"},
+    "detector": {"window": 2, "global_blocks": (2, 4)},
+}
 PRUNE = {"reducer": "cropr", "schedule": {"constant": {"rate": 3}}, "fusion": "llf"}
 
 
@@ -68,6 +75,31 @@ def test_scores_choose_different_tokens_per_image():
     pair = throughput.build(make(), "cpu")
     kept = pair.pruned.detailed(images(pair, 1)).kept[2]
     assert kept[0].tolist() != kept[1].tolist()
+
+
+def test_a_detectors_encoder_stands_against_itself_without_pruning():
+    """Both are encoders with windows around the same host; without pruning the two are one."""
+    spec = make(**DETECTOR)
+    pair = throughput.build(spec, "cpu")
+    assert pair.base.model.backbone is pair.pruned.model.backbone
+    whole = build_detector(spec.model, PruneSpec(), spec.detector, 3, 64).eval()
+    whole.backbone.load_state_dict(pair.base.model.backbone.state_dict())
+    with torch.inference_mode():
+        mapped = pair.base(images(pair))
+        torch.testing.assert_close(mapped, whole.encode(images(pair)).logits, rtol=0, atol=1e-6)
+        assert mapped.shape == (2, 48, 8, 8)
+        assert pair.pruned(images(pair)).shape == mapped.shape
+
+
+def test_a_detectors_encoder_is_priced_with_its_windows(instant):
+    spec = make(**DETECTOR)
+    metrics = throughput.measure(spec, "cpu")["metrics"]
+    for prefix, prune in (("base_", PruneSpec()), ("", spec.prune)):
+        counted = detector_macs(build_detector(spec.model, prune, spec.detector, 3, 64)).encoder
+        assert metrics[f"{prefix}gmacs"] == pytest.approx(counted.total / 1e9)
+        assert metrics[f"{prefix}gmacs_linear"] == pytest.approx(counted.linear / 1e9)
+    assert metrics["base_tokens"] == 64
+    assert "gmacs_linear" not in throughput.measure(make(), "cpu")["metrics"]
 
 
 def test_second_image_size_makes_a_second_host():
@@ -303,6 +335,7 @@ def test_command_writes_down_why_a_row_cannot_be_measured(monkeypatch, tmp_path)
         (["--model", "m", "--rate", "4", "--schedule", "{}"], "give one of them"),
         (["--model", "m", "--reducer", "none", "--rate", "4"], "--reducer none prunes nothing"),
         (["--model", "m", "--rounds", "2"], "spec.rounds = 2: must be >= 3"),
+        (["--model", "m", "--batch-size", "0"], "spec.batch_size = 0: must be >= 1"),
         (["--model", "m", "--threads", "0"], "--threads 0: must be 1 or more"),
         (["--spec", "missing.json"], "--spec missing.json: no such file"),
         (["--spec", '{"model": {"name": "m"}, "prune": {}, "batch": 2}'], "spec.batch: unknown key; allowed: "),

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cropr.bench.flops import Macs, block_dims, macs
-from cropr.schedule import attended
+from cropr.bench.flops import Macs, macs
 from cropr.tasks.detection.model import Detector
 from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE
 
@@ -26,9 +25,7 @@ class DetectorMacs:
     """Multiply-accumulates for one image of the size that the detector was built for."""
 
     encoder: Macs
-    """All matrix products, those of attention included."""
-    encoder_linear: int
-    """Patch embedding and linear layers of the blocks: the counter behind the published numbers."""
+    """``total`` has all matrix products; ``linear`` is the counter behind the published numbers."""
     neck: int
     proposals: int
     boxes: int
@@ -48,17 +45,12 @@ def detector_macs(model: Detector) -> DetectorMacs:
     Args:
         model: in training form or deployed.
     """
-    encoder, host = macs(model), model.backbone.host
     patches = model.backbone.num_patches
-    patch = host.patch_embed.patch_size[0]
-    tokens = attended(model.counts(patches), patches, model.fuses_early)
-    dims = [block_dims(block) for block in host.blocks]
-    linear = sum(count * (dim.attention_weights + dim.mlp_weights) for count, dim in zip(tokens, dims, strict=True))
+    patch = model.backbone.host.patch_embed.patch_size[0]
     spec = model.heads.spec
     places = [patches * patch * patch // (stride * stride) for stride in model.neck.strides]
     return DetectorMacs(
-        encoder=encoder,
-        encoder_linear=encoder.patch_embed + linear,
+        encoder=macs(model),
         neck=sum(layers_macs(branch, patches) for branch in model.neck.branches),
         proposals=sum(layers_macs(model.rpn.head, level) for level in places),
         boxes=spec.proposals_test[1] * sum(layers_macs(stage, BOX_SIZE**2) for stage in model.heads.stages),

@@ -49,6 +49,8 @@ class Macs:
     """Multiply-accumulates for one image."""
 
     blocks: tuple[int, ...]
+    products: int
+    """Part of the blocks: the two products of attention, which have no weights."""
     patch_embed: int
     head: int
     scoring: int = 0
@@ -61,14 +63,25 @@ class Macs:
         """Sum of the parts."""
         return sum(self.blocks) + self.patch_embed + self.head + self.scoring + self.fusion
 
+    @property
+    def linear(self) -> int:
+        """Patch embedding and linear layers of the blocks alone: what a counter finds that cannot see fused attention.
+        The published numbers of the detector are of this kind."""
+        return sum(self.blocks) - self.products + self.patch_embed
+
 
 def block_macs(tokens: int, dims: BlockDims, keys: int | None = None) -> int:
     """One block on ``tokens`` tokens, prefix included: 4 N C^2 + 2 N^2 C + MLP(N).
 
     ``keys``: how many tokens each attends to, as ``Backbone.keys`` says; all of them unless given.
     """
-    pairs = tokens * (tokens if keys is None else keys)
-    return tokens * (dims.attention_weights + dims.mlp_weights) + 2 * pairs * dims.attention_width
+    linear = tokens * (dims.attention_weights + dims.mlp_weights)
+    return linear + attention_products(tokens, dims, tokens if keys is None else keys)
+
+
+def attention_products(tokens: int, dims: BlockDims, keys: int) -> int:
+    """Of one block: q k^T, and its product with v."""
+    return 2 * tokens * keys * dims.attention_width
 
 
 def blocks_macs(tokens: Sequence[int], dims: BlockDims) -> tuple[int, ...]:
@@ -112,8 +125,10 @@ def macs(model: nn.Module, image_size: int | None = None) -> Macs:
         fusion, predicted = _fusion_macs(pruned, counts, patches)
         at = [block for block in map(int, pruned.reducers) if left[block - 1] < tokens[block - 1]]
         scoring = sum(_scoring_macs(pruned, block, tokens[block - 1]) for block in at)
+    blocks = list(zip(tokens, dims, keys, strict=True))
     return Macs(
-        blocks=tuple(block_macs(*block) for block in zip(tokens, dims, keys, strict=True)),
+        blocks=tuple(block_macs(*block) for block in blocks),
+        products=sum(attention_products(*block) for block in blocks),
         patch_embed=patches * host.patch_embed.proj.weight.numel(),
         head=predicted * _head_macs(host),
         scoring=scoring,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cropr.model import DeployedViT, PrunedViT, build_model
-from cropr.specs import ModelSpec, PruneSpec
+from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000
 """Outputs of the classifier: ImageNet-1k's, as in the paper's tables."""
@@ -33,6 +34,7 @@ def build_variants(
     device: str,
     dtype: torch.dtype,
     channels_last: bool = False,
+    detector: DetModelSpec | None = None,
 ) -> dict[str, nn.Module]:
     """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
 
@@ -43,28 +45,35 @@ def build_variants(
         device: torch's name of the device.
         dtype: of weights and buffers.
         channels_last: memory layout of the patch embedding's weights.
+        detector: whose encoder it is; None for a classifier.
 
     Returns:
-        ``UNPRUNED`` (the timm model) first, then the variants (``DeployedViT``) in the order given.
+        ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
+        windows), then the variants (``DeployedViT``) in the order given.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
     """
-    host = hosted(model, PruneSpec(), image_size).backbone
+    unpruned = hosted(model, PruneSpec(), image_size, detector)
+    host = unpruned.backbone
     random_weights(host, device, dtype)
     if channels_last:
         host.to(memory_format=torch.channels_last)
-    models: dict[str, nn.Module] = {UNPRUNED: host.host.requires_grad_(False).eval()}
+    base: nn.Module = host.host if detector is None else DeployedViT(unpruned)
+    models = {UNPRUNED: base.requires_grad_(False).eval()}
     for name, prune in prunes.items():
-        variant = hosted(model, prune, image_size).deploy()
+        variant = hosted(model, prune, image_size, detector).deploy()
         variant.model.backbone = host
         random_weights(variant, device, dtype)
         models[name] = variant.requires_grad_(False).eval()
     return models
 
 
-def hosted(model: ModelSpec, prune: PruneSpec, image_size: int) -> PrunedViT:
+def hosted(model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None) -> PrunedViT:
     """A model whose parameters have no memory yet; ``random_weights`` gives it.
+
+    Args:
+        detector: makes it the encoder of this detector; None makes a classifier.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
@@ -74,6 +83,8 @@ def hosted(model: ModelSpec, prune: PruneSpec, image_size: int) -> PrunedViT:
         close = ", ".join(timm.list_models(f"{family}*")[:8]) or "none"
         raise ValueError(f"timm has no model {model.name!r}; of this family it has: {close}")
     with parameters_on_meta():
+        if detector is not None:
+            return build_encoder(model, prune, detector, NUM_CLASSES, image_size)
         return build_model(model, prune, NUM_CLASSES, image_size)
 
 

@@ -31,7 +31,7 @@ class Pair:
     """The two models of a measurement, on the device and in the precision that they run in."""
 
     base: nn.Module
-    """The unpruned timm model."""
+    """The unpruned timm model; of a detector, its unpruned encoder."""
     pruned: nn.Module
     """A ``DeployedViT``."""
     sizes: tuple[int, int]
@@ -80,6 +80,8 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Callable[[str], None] | 
         ("base_", ""), (pair.base, pair.pruned), counts, (base, pruned), strict=True
     ):
         metrics[f"{prefix}gmacs"] = count.total / 1e9
+        if spec.detector is not None:  # published counts of detectors are of this kind
+            metrics[f"{prefix}gmacs_linear"] = count.linear / 1e9
         metrics[f"{prefix}weights_mb"] = weights_mb(model)
         metrics[f"{prefix}mfu"] = utilisation(count.total, 1, 1 / metrics[f"{prefix}images_per_s"], peak)
         if outcome.working_memory_mb is not None:
@@ -102,17 +104,17 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Callable[[str], None] | 
 
 
 def build(spec: BenchSpec, device: str) -> Pair:
-    """Both models; at equal image sizes the unpruned one is the very host inside the pruned one.
+    """Both models; at equal image sizes the weights of the unpruned one are the very ones of the pruned one's host.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
     """
     dtype, pruned_size = weights_dtype(spec.precision), spec.pruned_image_size or spec.image_size
-    layout = spec.channels_last
-    models = build_variants(spec.model, {"pruned": spec.prune}, pruned_size, device, dtype, layout)
+    settings = (device, dtype, spec.channels_last, spec.detector)
+    models = build_variants(spec.model, {"pruned": spec.prune}, pruned_size, *settings)
     base = models[UNPRUNED]
     if pruned_size != spec.image_size:
-        base = build_variants(spec.model, {}, spec.image_size, device, dtype, layout)[UNPRUNED]
+        base = build_variants(spec.model, {}, spec.image_size, *settings)[UNPRUNED]
     return Pair(base, models["pruned"], (spec.image_size, pruned_size))
 
 

@@ -281,6 +281,8 @@ def _frame(
             line |= _against(records, runs.get(row.baseline, {}), measures)
         if bench := benches.get(row.row):
             line |= _benched(bench["metrics"])
+        elif row.row == row.baseline and (beside := next(iter(benches.values()), None)):
+            line |= _beside(beside["metrics"])
         for _, number in published[published["row"] == row.row].iterrows():
             line[f"{number['quantity']}.published"] = float(number["value"])
         lines.append(line)
@@ -349,6 +351,12 @@ def _benched(metrics: Mapping[str, float]) -> dict[str, float | None]:
     if metrics.get("weights_mb") and metrics.get("base_weights_mb"):
         line["weights_extra.measured"] = 100 * (metrics["weights_mb"] / metrics["base_weights_mb"] - 1)
     return line
+
+
+def _beside(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The unpruned model as another row's measurement has it, where the scale saves it one of its own."""
+    values = {name: metrics[f"base_{name}"] for name in ("images_per_s", *FORMULA) if f"base_{name}" in metrics}
+    return {f"{name}.{'predicted' if name in FORMULA else 'measured'}": value for name, value in values.items()}
 
 
 def _published_differences(frame: pd.DataFrame, manifest: Manifest, measures: Measures) -> None:

@@ -114,6 +114,8 @@ QUANTITIES = {
     "weights_extra": Quantity("Weights, added when deployed", "%", digits=2, signed=True),
     "kept_on_object": Quantity("Kept patches on the object", "%"),
     "object_kept": Quantity("Object's patches kept", "%"),
+    "amp_flash_gain": Quantity("Gain of mixed precision with flash attention", "x"),
+    "unaligned_cost": Quantity("Cost of a token off an aligned count", "x"),
     "step_ms": Quantity("Training step", "ms", digits=0),
     "train_images_per_s": Quantity("Training", "images/s", digits=0),
     "train_speedup": Quantity("Training step, speed-up", "x", digits=2),

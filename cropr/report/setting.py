@@ -95,9 +95,11 @@ def _bench(record: Record) -> str:
     if record["kind"] == "lab":
         batches = ", ".join(map(str, spec.get("batch_sizes", [spec.get("batch_size")])))
         return f"{_model(spec['model'])} at {spec['image_size']} px, random weights, batches of {batches}"
+    windows = f", windows of {detector['window']} patches a side" if (detector := spec.get("detector")) else ""
     return (
-        f"{_model(spec['model'])} at {spec['image_size']} px, random weights, batches of {spec['batch_size']}, "
-        f"{spec['precision']}, median of {spec['rounds']} rounds, unpruned and pruned interleaved in one process"
+        f"{_model(spec['model'])} at {spec['image_size']} px{windows}, random weights, "
+        f"batches of {spec['batch_size']}, {spec['precision']}, median of {spec['rounds']} rounds, unpruned and pruned "
+        "interleaved in one process"
     )
 
 

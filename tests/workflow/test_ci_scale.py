@@ -14,7 +14,8 @@ from .conftest import Project, copy_repository
 pytestmark = pytest.mark.workflow
 CI = ("--config", "scale=ci")
 LABORATORY = ("precision", "alignment", "breakeven", "profile", "memory", "plan")
-ARTEFACTS = ("imagenet_methods", "ablations", "pruning_maps", "relevance", "ade20k", "reactivation", *LABORATORY)
+MAPS = ("pruning_maps", "pruning_maps_segmentation", "pruning_maps_detection")
+ARTEFACTS = ("imagenet_methods", "ablations", "relevance", "ade20k", "reactivation", "coco", *MAPS, *LABORATORY)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,11 @@ def test_everything_is_made(done: Project) -> None:
             assert (results / file).stat().st_size > 0
         assert list((results / "figures").glob(f"{artefact}*.png"))
     assert (results / "report.html").stat().st_size > 0
-    assert len(records(done, "train")) == 31  # the weights to start from included, of both tasks
-    assert len(records(done, "bench")) == 16
+    assert len(records(done, "train")) == 35  # the weights to start from included, of all tasks
+    assert len(records(done, "bench")) == 19
     assert len(records(done, "lab")) == 6
     assert len(records(done, "plan")) == 1
-    assert len(list((results / "maps").rglob("*.npz"))) == 5
+    assert len(list((results / "maps").rglob("*.npz"))) == 11  # 5, 4 and 2 methods
 
 
 def test_a_second_run_does_nothing(done: Project) -> None:

@@ -50,7 +50,7 @@ def test_lint_is_clean(stubbed: Project) -> None:
 def test_default_target_is_everything_at_laptop_scale(stubbed: Project) -> None:
     jobs = stubbed.planned()
     assert jobs == {
-        "data": 2, "shipped": 2, "train": 29, "bench": 16, "lab": 9, "maps": 5, "manifest": 12, "notebook": 12,
+        "data": 3, "shipped": 3, "train": 32, "bench": 17, "lab": 10, "maps": 11, "manifest": 15, "notebook": 15,
         "report": 1, "reproduce": 1,
     }  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_one_artefact_by_name(stubbed: Project) -> None:
 
 def test_seeds_multiply_training_alone(stubbed: Project) -> None:
     jobs = stubbed.planned("--config", "scale=ci", "seeds=3")
-    assert (jobs["train"], jobs["bench"], jobs["maps"], jobs["pretrain"]) == (87, 16, 5, 2)
+    assert (jobs["train"], jobs["bench"], jobs["maps"], jobs["pretrain"]) == (96, 19, 11, 3)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_first_table_is_made_first(finished: Project) -> None:
     log = next((finished / ".snakemake/log").glob("*.log")).read_text()
     order = re.findall(r"(Training|Measuring throughput of) (\w+)/", log)
     trained = list(dict.fromkeys(artefact for verb, artefact in order if verb == "Training"))
-    assert trained == ["imagenet_methods", "ablations", "ade20k", "reactivation"]
+    assert trained == ["imagenet_methods", "ablations", "ade20k", "reactivation", "coco"]
     measured = [position for position, (verb, artefact) in enumerate(order) if verb != "Training"]
     assert measured[:10] == list(range(10)), "all cores are free at the start only"
 

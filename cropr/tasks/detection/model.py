@@ -15,27 +15,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
-from cropr.backbones import windowed
-from cropr.model import Output, PrunedViT, prune
+from cropr.model import Output
 from cropr.reducers import Reducer
-from cropr.schedule import Schedule
 from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
 from cropr.tasks.base import Losses
 from cropr.tasks.detection.auxiliary import auxiliary_losses, present_classes
 from cropr.tasks.detection.cascade import CascadeHeads, Detections
+from cropr.tasks.detection.encoder import Encoder, build_encoder
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import ProposalNetwork
-from cropr.tokens import Tokens
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target
@@ -56,7 +54,7 @@ class DetectionOutput:
     """Of the encoder; ``logits`` is its map [B, C, rows, columns], ``aux`` and ``kept`` as of any pruned model."""
 
 
-class Detector(PrunedViT):
+class Detector(Encoder):
     """Encoder and heads. Made by ``build_detector``; ``deploy`` gives its inference form.
 
     Args:
@@ -66,22 +64,20 @@ class Detector(PrunedViT):
         heads: what is in them.
         canvas: height and width that images are padded to; larger images to multiples of ``multiple``.
         multiple: pixels; a canvas of so many holds whole windows and whole places of the coarsest level.
-
-    Raises:
-        ValueError: tokens are pruned and not brought back: the pyramid needs all.
     """
+
+    inherits: ClassVar[tuple[str, ...]] = ("neck", "rpn", "heads")
+    """Parts that a run takes over from the run that it starts from, beside the encoder's host."""
 
     def __init__(
         self,
-        encoder: PrunedViT,
+        encoder: Encoder,
         neck: SimpleFeaturePyramid,
         rpn: ProposalNetwork,
         heads: CascadeHeads,
         canvas: Size,
         multiple: Size,
     ) -> None:
-        if encoder.reducers and encoder.fusion is None:
-            raise ValueError("a detector needs the whole map: choose a fusion that brings pruned tokens back, as 'llf'")
         reducers = {int(block): cast(Reducer, reducer) for block, reducer in encoder.reducers.items()}
         super().__init__(encoder.backbone, encoder.schedule, reducers, encoder.fusion)
         self.neck = neck
@@ -143,15 +139,9 @@ class Detector(PrunedViT):
 
     def deploy(self) -> Detector:  # type: ignore[override]
         """The inference form, in evaluation mode: queries folded, training-only weights gone; shares no memory."""
-        reducers = {int(block): cast(Reducer, reducer).deploy() for block, reducer in self.reducers.items()}
-        encoder = PrunedViT(copy.deepcopy(self.backbone), self.schedule, reducers, copy.deepcopy(self.fusion))
+        encoder = Encoder(*self._inference_parts())
         neck, rpn, heads = copy.deepcopy((self.neck, self.rpn, self.heads))
         return Detector(encoder, neck, rpn, heads, self.canvas, self.multiple).requires_grad_(False).eval()
-
-    def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
-        """[B, C, rows, columns]: the tokens in their places."""
-        rows, columns = self.backbone.grid(images)
-        return tokens.raster().patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous()
 
     def _canvas(self, image: Tensor) -> Size:
         height, width = (
@@ -178,11 +168,8 @@ def build_detector(
 ) -> Detector:
     """The detector of a specification.
 
-    The encoder's map goes into the pyramid without a final norm, as in ViTDet and EVA-02. The last block has no drop
-    path where tokens are pruned, as in classification.
-
     Args:
-        model: a timm ViT or EVA-02; it is built without prefix tokens, norm after the last block and classifier.
+        model: a timm ViT or EVA-02; see ``build_encoder``.
         num_classes: without background.
         image_size: pixels that images are padded to, a side or height and width; rounded up to whole windows.
 
@@ -190,28 +177,12 @@ def build_detector(
         TypeError: a host that cannot have windows, by name.
         ValueError: a schedule that leaves no whole windows, a pruned model without fusion, levels that do not fit.
     """
-    arguments: dict[str, Any] = {
-        "num_classes": 0,
-        "class_token": False,
-        "global_pool": "avg",
-        "dynamic_img_size": True,
-        "drop_path_rate": model.drop_path,
-        **model.args,
-    }
     patch = _patch_size(model)
     multiple = patch * math.lcm(detector.window, max(1, round(1 / detector.scales[-1])))
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     canvas = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
-    host: Any = timm.create_model(model.name, pretrained=pretrained, img_size=canvas, **arguments)
-    host.norm, host.fc_norm = nn.Identity(), nn.Identity()
-    schedule = Schedule.from_config(spec.schedule)
-    backbone = windowed(host, detector.window, detector.global_blocks)
-    encoder: PrunedViT = prune(backbone, schedule, spec.reducer, spec.fusion, spec.options, num_outputs=num_classes)
-    if encoder.reducers:
-        for name, _ in list(host.blocks[-1].named_children()):
-            if name.startswith("drop_path"):
-                setattr(host.blocks[-1], name, nn.Identity())
-    neck = SimpleFeaturePyramid(backbone.dim, detector.channels, patch, detector.scales)
+    encoder = build_encoder(model, spec, detector, num_classes, canvas, pretrained)
+    neck = SimpleFeaturePyramid(encoder.backbone.dim, detector.channels, patch, detector.scales)
     rpn = ProposalNetwork(detector, neck.strides)
     heads = CascadeHeads(detector, num_classes, neck.strides[:-1])
     return Detector(encoder, neck, rpn, heads, canvas, (multiple, multiple))
