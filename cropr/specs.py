@@ -260,6 +260,8 @@ class RecipeSpec(Spec):
     """Learning-rate scale of Cropr's queries. They start at unit length, where their attention is almost uniform."""
     weight_decay: float = Field(0.05, ge=0)
     clip_grad: float | None = None
+    grad_checkpointing: bool = False
+    """Compute each block again in the backward pass, not keep its activations: less memory, a third more time."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights over steps, which is then evaluated and kept; None for none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"

@@ -206,6 +206,19 @@ def test_same_seed_same_weights_other_seed_others(images, tmp_path):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_recomputed_activations_change_no_weight(images, tmp_path):
+    spec = tiny.spec(recipe__epochs=1, recipe__warmup_epochs=0, model__drop_path=0.3)
+    checkpointed = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"grad_checkpointing": True})})
+    model = new_model(checkpointed)
+    calls = []
+    model.backbone.host.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    task = Objective(spec.data, spec.prune.aux_weight)
+    fit(model, task, tiny.batches(images, spec, 0), checkpointed.recipe, 0, Settings(out=tmp_path / "a"), WORLD)
+    expected = train(spec, images, tmp_path / "b")
+    assert len(calls) == 2 * len(log_lines(tmp_path / "a"))
+    assert all(torch.equal(weights, expected[name]) for name, weights in model.state_dict().items())
+
+
 def test_it_evaluates_every_so_many_epochs(images, tmp_path):
     spec = tiny.spec(recipe__epochs=5, recipe__batch_size=16)
     model = new_model(spec)

@@ -141,6 +141,8 @@ class _Run:
     ) -> None:
         if recipe.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
+        if recipe.grad_checkpointing:
+            model.backbone.host.set_grad_checkpointing()  # type: ignore[union-attr, operator]
         self.model, self.loader, self.recipe, self.seed = model, loader, recipe, seed
         self.settings, self.world = settings, world
         self.root = settings.out / CHECKPOINTS
