@@ -69,6 +69,11 @@ def test_variants_that_differ_in_alignment_alone_keep_their_own_names():
 
 
 @of("breakeven")
+def test_scope_speaks_of_times_and_not_of_accuracy(artefact):
+    assert setting.scope(artefact).startswith("Times and memory")
+
+
+@of("breakeven")
 def test_what_other_pages_say_of_these_records(artefact):
     assert "64 px, random weights, batches of 1, 8" in setting.setting(artefact)
     lines = inventory([artefact])

@@ -18,6 +18,11 @@ def scope(artefact: Artefact) -> str:
     scale = artefact.manifest.scale
     if scale == "ci":
         return "**The scale `ci` only tests that everything runs. Its accuracies, speeds and verdicts mean nothing.**"
+    if not artefact.runs:
+        return (
+            "Times and memory are those of one machine, of models with random weights: what can be compared with "
+            "another machine is a ratio, not the numbers."
+        )
     if scale == "paper":
         return "This scale trains the paper's model on the paper's images."
     return (
