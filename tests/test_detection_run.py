@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cropr.specs import TrainSpec
+from cropr.tasks.detection import run
 from cropr.tasks.detection.run import Detection
 from cropr.training.distributed import World
 from cropr.training.loop import TrainingInterrupted
@@ -60,3 +61,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path
     assert figures == {name: resumed["metrics"][name] for name in figures}
     assert record["tokens"] == [64, 36, 16, 16, 64]
     assert record["metrics"]["images"] == 24  # 12 have an object
+
+
+def test_a_run_starts_from_a_published_detector(tmp_path, monkeypatch):
+    task = Detection(SPEC, tiny_coco.write_coco(tmp_path / "coco", train=2, val=1))
+    model, taken = task.build(), []
+    monkeypatch.setattr(run, "load_eva02", lambda model, tensors: taken.append(tensors))
+    torch.save({"model": {"backbone.net.pos_embed": torch.zeros(1, 2, 3)}}, tmp_path / "eva02.pth")
+    assert task.load_published(model, tmp_path / "eva02.pth")
+    assert list(taken[0]) == ["backbone.net.pos_embed"]
+    assert not task.load_published(model, tmp_path / "weights.safetensors")

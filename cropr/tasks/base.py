@@ -122,6 +122,14 @@ class TaskRun(BatchTask):
         """The model in training form: has ``token_trace`` and ``deploy()``; names of the parameters that only training
         needs begin with ``reducers.``, those of the encoder with ``backbone.host.``."""
 
+    def load_published(self, model: Any, path: Path) -> bool:
+        """Take initial weights from a file with others' names, if it is one that this task knows. False: it is not.
+
+        Raises:
+            ValueError: a file that does not fit the model, all differences listed.
+        """
+        return False
+
     @abstractmethod
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
         """Training batches of this process."""

@@ -158,7 +158,8 @@ def _initial_model(task: TaskRun, init: Path | None, resuming: bool) -> Any:
     path = _weights_file(init)
     if (path.parent / RECORD).exists() and (found := read_record(path.parent)["id"]) != spec.init:
         raise ValueError(f"{path} was made by run {found}, spec.init asks for {spec.init}")
-    load_initial(model, path, fresh=FINAL_NORMS)
+    if not task.load_published(model, path):
+        load_initial(model, path, fresh=FINAL_NORMS)
     return model
 
 

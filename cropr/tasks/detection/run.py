@@ -13,6 +13,7 @@ from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprin
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.specs import DetDataSpec, TrainSpec
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun
+from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint
 from cropr.tasks.detection.evaluation import evaluate
 from cropr.tasks.detection.model import DetectionOutput, Detector, build_detector, losses
 
@@ -38,6 +39,13 @@ class Detection(TaskRun):
         return build_detector(
             spec.model, spec.prune, spec.detector, self.data.num_classes, self.data.image_size, pretrained
         )
+
+    def load_published(self, model: Detector, path: Path) -> bool:
+        """The published EVA-02 detectors, as their authors saved them (``.pth``)."""
+        if path.suffix != ".pth":
+            return False
+        load_eva02(model, read_checkpoint(path))
+        return True
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
         """See ``TaskRun``."""
