@@ -218,6 +218,7 @@ def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
     assert list(cells) == ["unpruned", scoring.ONE, scoring.ALL]
     one, every = (cells[name]["metrics"] for name in (scoring.ONE, scoring.ALL))
     assert one["kept_in_both"] == 1
+    assert isinstance(record["provenance"]["freed_memory_reused"], bool)
     # 17 and 13 tokens are scored, by one vector or by as many as there are patches.
     assert every["gmacs"] - one["gmacs"] == pytest.approx(((queries or 16) - 1) * (17 + 13) * 48 / 1e9)
     assert cells[scoring.ONE]["tokens"] == cells[scoring.ALL]["tokens"] == [17, 13, 10, 10, 17]
@@ -236,12 +237,16 @@ def test_all_queries_score_as_the_training_form_does():
     torch.testing.assert_close(folded, reducer.score(tokens, Context()), rtol=0, atol=1e-4)
 
 
-def test_scores_that_differ_by_more_than_rounding_are_no_comparison():
+def test_a_wrong_fold_is_found_before_anything_is_timed(monkeypatch):
     asked = spec("scoring")
     found = scoring.build(asked, "cpu")
+    assert scoring.score_difference(asked, found, "cpu") < scoring.ROUNDING
     found[scoring.ONE].model.reducers["1"].scorer.weight += 0.01
+    assert scoring.score_difference(asked, found, "cpu") > 100 * scoring.ROUNDING
+    monkeypatch.setattr(scoring, "build", lambda *_: found)
+    monkeypatch.setattr(scoring, "contest", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="scores differ by"):
-        scoring.kept_in_both(asked, found, "cpu")
+        scoring.measure_scoring(asked)
 
 
 def test_scoring_without_queries_is_refused_and_what_cannot_run_says_why(monkeypatch):

@@ -154,10 +154,46 @@ def test_all_parts_are_measured(instant, reducer):
     fusion = "none" if reducer == "variance" else "llf"
     found = parts.measure_costs(spec(prune={"reducer": reducer, "fusion": fusion}, batch_size=2))
     assert list(found.block) == [8, 16, 17]
-    assert list(found.block.values()) == sorted(found.block.values())
     assert set(found.reduce) == {16, 17}
     assert min(*found.block.values(), *found.reduce.values(), found.fixed) > 0
-    assert found.extra >= 0
+
+
+FIXED, FUSION = 0.75, 0.0625
+BLOCK = {8: 1.0, 16: 4.0, 17: 2.0}
+"""Of one block by its tokens; the last two fall."""
+REDUCE = {16: 0.125, 17: 0.25}
+
+
+@pytest.mark.parametrize(
+    ("reducer", "fusion", "besides", "extra"),
+    [
+        ("cropr", "none", 0.0, 0.0),
+        ("cropr", "llf", 0.0, FUSION),
+        ("attn_topk", "llf", 0.0, FUSION),
+        ("variance", "none", 0.5, 0.5),  # pixels are read before the first block
+        ("cropr", "llf", -0.5, 0.0),  # noise that is larger than what is measured: never below zero
+    ],
+)
+def test_known_times_are_given_back_part_by_part(instant, monkeypatch, reducer, fusion, besides, extra):
+    """Passes run for real and say what their blocks are given; the clock's readings are written by hand."""
+
+    def fake(run, blocks, device):
+        counts = []
+        handles = [b.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1])) for b in blocks]
+        run.forward()
+        for handle in handles:
+            handle.remove()
+        found = [FIXED - 0.25 + (besides if min(counts) < 17 else 0.0)]
+        for count, following in zip(counts, [*counts[1:], counts[-1]], strict=True):
+            found += [BLOCK[count], REDUCE[count] if following < count else FUSION if following > count else 0.0]
+        found[-1] = 0.25  # norm and head
+        return np.array(found)
+
+    monkeypatch.setattr(parts, "dissect", fake)
+    found = parts.measure_costs(spec(prune={"reducer": reducer, "fusion": fusion}, batch_size=2))
+    assert found.block == pytest.approx({8: 1.0, 16: 3.0, 17: 3.0})
+    assert found.reduce == pytest.approx(REDUCE)
+    assert (found.fixed, found.extra) == pytest.approx((FIXED, extra))
 
 
 @pytest.mark.parametrize(("depth", "fusion"), [(12, "llf"), (24, "none"), (4, "llf"), (3, "llf")])

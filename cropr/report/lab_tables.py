@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def schedules_table(artefact: Artefact) -> Table:
     costs: list[Interval | None] = []
     for row in rows_of(artefact, "sweep"):
         found = unaligned_costs(artefact, row)
-        costs += [found.get(variant) for variant in cells_of(artefact, row, measured=False)["variant"]]
+        costs += [found.get(str(cell)) for cell in cells_of(artefact, row, measured=False).index]
     cells = table.cells.assign(cost=[NONE if cost is None else cost.format(3) for cost in costs])
     heads = table.heads | {"cost": "Time a multiply-add, over aligned (x)"}
     measured = [*table.spanners[MEASURED], "cost"]
@@ -53,26 +54,33 @@ def schedules_table(artefact: Artefact) -> Table:
 
 
 def unaligned_costs(artefact: Artefact, row: str) -> dict[str, Interval]:
-    """Variant -> seconds a multiply-add over those of the variant whose counts are all multiples of 8.
+    """Cell -> seconds a multiply-add over those of the variant whose counts are all multiples of 8, in its setting.
 
-    Paired by round; empty where there is no such variant.
+    Paired by round; no cells of a setting (precision, kernel, batch size) where there is no such variant.
     """
-    cells = [
-        cell for cell in artefact.benches[row]["cells"] if cell["variant"] != UNPRUNED and "unsupported" not in cell
-    ]
-    base = next((cell for cell in cells if not any(n % 8 for n in cell["tokens"] if n != cell["tokens"][0])), None)
-    if base is None:
-        return {}
-    return {
-        cell["variant"]: mean_interval(
-            [
-                (ours / cell["metrics"]["gmacs"]) / (theirs / base["metrics"]["gmacs"])
-                for ours, theirs in zip(cell["seconds"], base["seconds"], strict=True)
-            ]
-        )
-        for cell in cells
-        if cell is not base
-    }
+    groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    names = cells_of(artefact, row, measured=False).index
+    for name, cell in zip(names, artefact.benches[row]["cells"], strict=True):
+        if cell["variant"] != UNPRUNED and "unsupported" not in cell:
+            group = tuple(cell[axis] for axis in ("precision", "attention", "batch_size"))
+            groups.setdefault(group, {})[str(name)] = cell
+    costs = {}
+    for cells in groups.values():
+        base = next((cell for cell in cells.values() if _remainders(cell) == {0}), None)
+        for name, cell in cells.items():
+            if base is not None and cell is not base:
+                costs[name] = mean_interval(
+                    [
+                        (ours / cell["metrics"]["gmacs"]) / (theirs / base["metrics"]["gmacs"])
+                        for ours, theirs in zip(cell["seconds"], base["seconds"], strict=True)
+                    ]
+                )
+    return costs
+
+
+def _remainders(cell: Mapping[str, Any]) -> set[int]:
+    """What a cell's pruned token counts leave when divided by 8."""
+    return {count % 8 for count in cell["tokens"] if count != cell["tokens"][0]}
 
 
 def paper_table(artefact: Artefact) -> Table:
@@ -100,7 +108,11 @@ def _own(artefact: Artefact, row: str, name: str) -> Interval | None:
     if row not in artefact.benches:
         return None
     if name == "unaligned_cost":
-        return max(unaligned_costs(artefact, row).values(), key=lambda cost: cost.mean, default=None)
+        # The published cost is that of one token more than a multiple, so the variant is chosen by its counts: the
+        # costlier of several would be biased upwards.
+        costs = unaligned_costs(artefact, row)
+        cells = zip(cells_of(artefact, row, measured=False).index, artefact.benches[row]["cells"], strict=True)
+        return next((costs[str(name)] for name, cell in cells if name in costs and _remainders(cell) == {1}), None)
     assert name == "amp_flash_gain", name
     frame = cells_of(artefact, row)
     chosen = frame[

@@ -83,11 +83,14 @@ def schedules(artefact: Artefact) -> str:
     lines = []
     for row in rows_of(artefact, "sweep"):
         frame = cells_of(artefact, row)
-        names = dict(zip(frame["variant"], frame["name"], strict=True))
-        for variant, cost in unaligned_costs(artefact, row).items():
+        several = any(len(distinct(frame, axis)) > 1 for axis in ("precision", "attention", "batch_size"))
+        costs = unaligned_costs(artefact, row)
+        for cell, line in frame.loc[list(costs)].iterrows():
+            cost = costs[str(cell)]
+            where = f", {_setting(line)}, batches of {line['batch_size']}" if several else ""
             verdict = _against_one(cost, "these counts cost more", "these counts cost less")
             lines.append(
-                f"- **{names[variant]}**: {cost.format(3)} times the time a multiply-add of the schedule whose "
+                f"- **{line['name']}**{where}: {cost.format(3)} times the time a multiply-add of the schedule whose "
                 f"counts are all multiples of 8; {verdict}."
             )
     return "\n".join(lines) or NOTHING
