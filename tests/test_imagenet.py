@@ -229,15 +229,20 @@ def test_each_switch_makes_training_random(root, change):
     assert not equal(batches.epoch(0), plain.epoch(0))
 
 
-def test_the_strongest_posterize_leaves_black():
+@pytest.mark.parametrize("policy", ["rand-m10-n4-p1-inc1", "v0", "augmix-m10"])
+def test_the_strongest_posterize_leaves_black(policy):
     """At magnitude 10, which the recipe's 9 with a deviation of 0.5 reaches, timm keeps no bit of a colour."""
-    image = Image.fromarray(np.full((16, 16, 3), 255, np.uint8))
-    transform = train_transform(spec(PLAIN.model_copy(update={"auto_augment": "rand-m10-n4-p1-inc1"})))
-    outs = []
-    for number in range(60):
-        with seeded(number):
-            outs.append(transform(image))
-    assert any(out.max() == 0 for out in outs)
+    transform = train_transform(spec(PLAIN.model_copy(update={"auto_augment": policy})))
+    operations = [
+        operation
+        for part in transform.transforms
+        for operation in (*getattr(part, "ops", []), *(one for pair in getattr(part, "policy", []) for one in pair))
+        if "posterize" in operation.name.lower()
+    ]
+    assert operations
+    for operation in operations:
+        assert np.asarray(operation.aug_fn(Image.new("RGB", (4, 4), (255, 200, 3)), 0)).max() == 0
+        assert np.asarray(operation.aug_fn(Image.new("RGB", (4, 4), (255, 200, 3)), 1)).max() == 128
 
 
 def test_evaluation_takes_the_centre():

@@ -24,7 +24,9 @@ def numbers(artefact: str) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
 
-@pytest.mark.parametrize("artefact", ["imagenet_methods", "ablations", "precision", "alignment"])
+@pytest.mark.parametrize(
+    "artefact", ["imagenet_methods", "ablations", "ade20k", "reactivation", "coco", "precision", "alignment"]
+)
 def test_every_number_has_a_row_a_source_and_a_confidence(grid: Grid, artefact: str) -> None:
     rows = {row.row for row in grid.artefacts[artefact].rows}
     for number in numbers(artefact):

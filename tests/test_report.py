@@ -284,6 +284,9 @@ def test_unpruned_row_without_a_measurement_has_that_of_the_row_beside_it(small)
     assert frame.at["none", "gmacs.predicted"] == 54.0
     assert pd.isna(frame.at["none", "speedup.measured"])
     assert pd.isna(frame.at["random", "images_per_s.measured"])
+    assert "Speed was measured of" in text.coverage(load(manifest))
+    assert text.coverage(load(manifest)).endswith("and not of Random.")
+    assert "Speed was measured of" not in text.coverage(load(small()))
 
 
 def test_pruned_share_is_counted_from_tokens_unless_the_record_says_it(small):

@@ -34,7 +34,7 @@ def test_survival_counts_object_and_rest(tmp_path):
     # Never pruned: the object's patch in the first image; one of the three others in the second.
     assert table.loc["a"].tolist() == [2, 50.0, "images", 50.0, pytest.approx(100 / 6)]
     sentence = text.maps(table, {"a": "Cropr"})
-    assert "In these 2 images" in sentence
+    assert "In all 2 images" in sentence
     assert (
         "**Cropr**: never pruned: 50 % of the object's patches, 17 % of the others; right: 50 % of the images"
         in sentence

@@ -95,6 +95,7 @@ def test_fewer_images_than_classes_take_evenly_spaced_classes():
 def test_images_that_stand_for_no_class_come_last():
     assert choose([-1, 0, -1, 1], 2) == [1, 3]
     assert choose([-1, 0, -1, 1], 3) == [1, 3, 0]
+    assert choose([0, -1, 0, 0, 1], 4) == [0, 4, 2, 3]
     assert choose([-1, -1], 1) == [0]
 
 

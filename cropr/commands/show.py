@@ -94,7 +94,8 @@ def choose(labels: Sequence[int], count: int) -> list[int]:
     rounds = -(-count // max(len(members), 1))
     chosen = [images[turn * len(images) // rounds] for turn in range(rounds) for images in members]
     # A class with fewer images than rounds is met twice; then the next best are the first of all that are left.
-    return list(dict.fromkeys([*chosen, *range(len(labels))] if len(set(chosen)) < count else chosen))[:count]
+    rest = sorted(range(len(labels)), key=lambda index: labels[index] < 0)
+    return list(dict.fromkeys([*chosen, *rest] if len(set(chosen)) < count else chosen))[:count]
 
 
 def show(view: View, samples: Iterable[Sample], seed: int, device: torch.device) -> Arrays:

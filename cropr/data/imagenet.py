@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def train_transform(spec: DataSpec) -> Transform:
         re_count=1,
     )
     for policy in transform.transforms:
-        for operation in getattr(policy, "ops", []):  # of RandAugment and AugMix
+        # RandAugment and AugMix have a list of operations, AutoAugment has lists of them.
+        for operation in chain(getattr(policy, "ops", []), *getattr(policy, "policy", [])):
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = _posterize
     return transform

@@ -64,6 +64,11 @@ class Row(BaseModel):
         """Name of the method, for its colour; the row's own name where the grid gives none."""
         return str(self.columns.get("reducer", self.row))
 
+    @property
+    def unpruned(self) -> bool:
+        """Whether it prunes nothing: every measurement of speed has that model beside the pruned one."""
+        return self.reducer == "none"
+
 
 class Manifest(BaseModel):
     """What the workflow tells a notebook: the rows of an artefact and where their records lie."""
@@ -281,7 +286,7 @@ def _frame(
             line |= _against(records, runs.get(row.baseline, {}), measures)
         if bench := benches.get(row.row):
             line |= _benched(bench["metrics"])
-        elif row.row == row.baseline and (beside := next(iter(benches.values()), None)):
+        elif row.row == row.baseline and row.unpruned and (beside := next(iter(benches.values()), None)):
             line |= _beside(beside["metrics"])
         for _, number in published[published["row"] == row.row].iterrows():
             line[f"{number['quantity']}.published"] = float(number["value"])

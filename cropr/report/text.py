@@ -80,6 +80,10 @@ def coverage(artefact: Artefact) -> str:
             reasons.setdefault(row.why or "no reason given", []).append(names[row.row])
         listed = "; ".join(f"{', '.join(labels)} ({why})" for why, labels in reasons.items())
         text += f" Not available: {listed}."
+    untimed = [names[row.row] for row in rows if row.available and not row.unpruned and row.row not in artefact.benches]
+    if artefact.benches and untimed:
+        timed = ", ".join(names[row] for row in artefact.benches)
+        text += f" Speed was measured of {timed} beside the unpruned model, and not of {', '.join(untimed)}."
     return text
 
 
@@ -230,7 +234,7 @@ def maps(summary: pd.DataFrame, names: Mapping[str, str]) -> str:
         right = f"right: {line['correct']:.0f} % of the {line['unit']}" if pd.notna(line["correct"]) else ""
         lines.append(f"- **{names[str(row)]}**: {'; '.join(filter(None, (where, right)))}")
     count = int(summary["images"].iloc[0])
-    return f"In these {count} images, too few for a comparison:\n\n" + "\n".join(lines)
+    return f"In all {count} images, too few for a comparison:\n\n" + "\n".join(lines)
 
 
 def verdicts(judgements: Sequence[Judgement]) -> str:

@@ -100,5 +100,8 @@ def _take_weights(host: nn.Module, donor: nn.Module) -> None:
     timm loads positions only into a model with as many prefix tokens as they were made for.
     """
     weights: dict[str, Tensor] = {name: tensor for name, tensor in donor.state_dict().items() if name != "cls_token"}
-    weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    prefix = (
+        weights["pos_embed"].shape[1] - host.get_parameter("pos_embed").shape[1]
+    )  # none where patches alone have any
+    weights["pos_embed"] = weights["pos_embed"][:, prefix:]
     host.load_state_dict(weights)
