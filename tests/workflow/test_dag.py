@@ -165,9 +165,9 @@ def test_editing_the_scorer_reruns_the_rows_that_score(finished: Project) -> Non
         file.write("\n# changed\n")
     output = finished.dry_run(*CI)
     jobs = counts(output)
-    # All Cropr rows (4 of the methods, 9 ablations, 6 of segmentation) and non-salient; not unpruned, random, variance,
-    # attention, small.
-    assert (jobs["train"], jobs["bench"], jobs["maps"]) == (20, 7, 2)
+    # All Cropr rows (4 of the methods, 9 ablations, 6 of segmentation, 1 of detection) and non-salient; not unpruned,
+    # random, variance, attention, small.
+    assert (jobs["train"], jobs["bench"], jobs["maps"]) == (21, 8, 4)
     assert "data" not in jobs
     assert "pretrain" not in jobs
     assert runs["cropr_r8_llf"] in output
@@ -176,7 +176,7 @@ def test_editing_the_scorer_reruns_the_rows_that_score(finished: Project) -> Non
 
 def test_editing_the_training_code_trains_everything_again(finished: Project) -> None:
     jobs = append(finished, "cropr/training/loop.py")
-    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (2, 29, 5)
+    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (3, 32, 11)
     assert "bench" not in jobs
     finished.run(*CI)
     assert finished.planned(*CI) == {}
@@ -184,13 +184,13 @@ def test_editing_the_training_code_trains_everything_again(finished: Project) ->
 
 def test_editing_the_benchmark_trains_nothing(finished: Project) -> None:
     jobs = append(finished, "cropr/bench/throughput.py")
-    assert jobs == {"bench": 16, "lab": 7, "notebook": 9, "report": 1, "reproduce": 1}
+    assert jobs == {"bench": 19, "lab": 8, "notebook": 10, "report": 1, "reproduce": 1}
 
 
 def test_editing_one_task_reruns_no_other(finished: Project) -> None:
     jobs = append(finished, "cropr/tasks/segmentation.py")
-    assert (jobs["pretrain"], jobs["train"]) == (1, 10)
-    assert not {"bench", "maps", "data"} & set(jobs)
+    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (1, 10, 4)
+    assert not {"bench", "data"} & set(jobs)
 
 
 def test_editing_a_measurement_of_the_laboratory_reruns_that_kind(finished: Project) -> None:
@@ -231,8 +231,8 @@ def test_one_ablation_runs_itself_and_its_baseline_and_nothing_else(stubbed: Pro
     assert table is not None, output
     assert table[0].count("[") == 3, "two means and a difference with intervals"
     assert "Aggregator: no MLP" in output
-    # The same files serve the whole grid: of its 29 runs with two seeds, these 4 are there.
-    assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == 58 - 4
+    # The same files serve the whole grid: of its 32 runs with two seeds, these 4 are there.
+    assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == 64 - 4
 
 
 def test_one_ablation_after_the_whole_table_trains_nothing(finished: Project) -> None:
