@@ -43,7 +43,7 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, for readers
 	@test -d results/$(SCALE)/notebooks || { echo 'No results at this scale yet: make reproduce SCALE=$(SCALE)' >&2; exit 2; }
 	mkdir -p docs/rendered
-	cp results/$(SCALE)/notebooks/*.ipynb results/$(SCALE)/tables/*.md results/$(SCALE)/figures/pruning_maps.png docs/rendered/
+	cp results/$(SCALE)/notebooks/*.ipynb results/$(SCALE)/tables/*.md results/$(SCALE)/figures/pruning_maps*.png docs/rendered/
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) -m "not gpu"

@@ -37,7 +37,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=1800,  # the whole ci scale takes six minutes on two idle cores
             check=False,
         )
 
