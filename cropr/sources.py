@@ -45,7 +45,7 @@ _CLOCK = (
     "tasks/detection/encoder.py",
     "commands/bench.py",
 )
-_LAB = (*_CLOCK, "commands/lab.py")
+_LAB = (*_CLOCK, "bench/lab.py", "commands/lab.py")
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "data": ("data/__init__.py", "data/scenes.py", "data/layouts.py", "commands/data.py"),

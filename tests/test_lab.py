@@ -8,7 +8,7 @@ import torch
 from lab_tiny import spec
 
 from cropr.bench import blocks, models, peak, profiling, scoring, sweep, timing, training_step
-from cropr.bench.alignment import measure_blocks
+from cropr.bench.lab import measure
 from cropr.cli import main
 from cropr.lab_specs import MEASURES
 from cropr.records import read_record
@@ -62,7 +62,7 @@ def test_sweep_has_a_cell_for_every_combination(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     told = []
     asked = spec("sweep", precisions=["fp32", "amp_bf16"], attentions=["flash", "cudnn"], batch_sizes=[1, 2])
-    record = sweep.measure_sweep(asked, "cpu", told.append)
+    record = measure(asked, "cpu", told.append)
     json.dumps(record, allow_nan=False)
     cells = record["cells"]
     places = [(c["batch_size"], c["precision"], c["attention"], c["variant"]) for c in cells]
@@ -88,7 +88,7 @@ def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
 
     monkeypatch.setattr(sweep, "contest", instead)
     asked = spec("sweep", precisions=["fp32", "bf16"], batch_sizes=[2], variants={"c": lab_tiny.VARIANTS["cropr"]})
-    cells = sweep.measure_sweep(asked)["cells"]
+    cells = measure(asked)["cells"]
     assert [c["metrics"]["speedup"] for c in cells] == [1, 2, 1, 2]
     assert [c["metrics"]["gain"] for c in cells] == [1, 2, 4, 8]
     assert [c["metrics"]["images_per_s"] for c in cells] == [2 / 8, 2 / 4, 2 / 2, 2 / 1]
@@ -105,7 +105,7 @@ def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
         return attempt(*arguments)
 
     monkeypatch.setattr(sweep, "_attempt", hungry)
-    cells = sweep.measure_sweep(spec("sweep", batch_sizes=[8]))["cells"]
+    cells = measure(spec("sweep", batch_sizes=[8]))["cells"]
     assert [(c["batch_size"], c["metrics"]["batch_size"]) for c in cells] == [(8, 2)] * 3
 
 
@@ -114,7 +114,7 @@ def test_sweep_says_of_every_cell_that_not_one_image_fits(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sweep, "_attempt", starved)
-    record = sweep.measure_sweep(spec("sweep", batch_sizes=[2]))
+    record = measure(spec("sweep", batch_sizes=[2]))
     assert [c["unsupported"] for c in record["cells"]] == ["out of memory with a single image: CUDA out of memory"] * 3
 
 
@@ -149,7 +149,7 @@ def test_latency_is_that_of_one_block(monkeypatch):
 
 
 def test_blocks_record():
-    record = measure_blocks(spec("blocks", tokens=[8, 9, 16, 17], rounds=3))
+    record = measure(spec("blocks", tokens=[8, 9, 16, 17], rounds=3))
     json.dumps(record, allow_nan=False)
     assert [cell["tokens"] for cell in record["cells"]] == [8, 9, 16, 17]
     cost = [cell["metrics"]["block_gmacs"] for cell in record["cells"]]
@@ -159,7 +159,7 @@ def test_blocks_record():
 
 def test_blocks_record_says_what_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    record = measure_blocks(spec("blocks", tokens=[8, 9, 16, 17], precision="bf16"))
+    record = measure(spec("blocks", tokens=[8, 9, 16, 17], precision="bf16"))
     assert [set(cell) & {"unsupported", "metrics"} for cell in record["cells"]] == [{"unsupported"}] * 4
 
 
@@ -182,7 +182,7 @@ def test_parts_of_a_profile_add_up_to_the_whole():
 
 
 def test_profile_record():
-    record = profiling.measure_profile(spec("profile", batch_size=2, passes=3))
+    record = measure(spec("profile", batch_size=2, passes=3))
     json.dumps(record, allow_nan=False)
     parts = {cell["variant"]: cell["seconds"] for cell in record["cells"]}
     assert [parts["unpruned"][name] for name in profiling.PRUNING] == [0, 0, 0, 0]
@@ -212,7 +212,7 @@ def test_profile_of_a_rotary_model_counts_its_rows_as_gathered():
 
 @pytest.mark.parametrize("queries", [None, 5])
 def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
-    record = scoring.measure_scoring(spec("scoring", queries=queries, rounds=3))
+    record = measure(spec("scoring", queries=queries, rounds=3))
     json.dumps(record, allow_nan=False)
     cells = {cell["variant"]: cell for cell in record["cells"]}
     assert list(cells) == ["unpruned", scoring.ONE, scoring.ALL]
@@ -246,19 +246,19 @@ def test_a_wrong_fold_is_found_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(scoring, "build", lambda *_: found)
     monkeypatch.setattr(scoring, "contest", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="scores differ by"):
-        scoring.measure_scoring(asked)
+        measure(asked)
 
 
 def test_scoring_without_queries_is_refused_and_what_cannot_run_says_why(monkeypatch):
     with pytest.raises(ValueError, match="queries are Cropr's"):
         spec("scoring", prune={"reducer": "random", "schedule": lab_tiny.RATE})
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    record = scoring.measure_scoring(spec("scoring", precision="bf16"))
+    record = measure(spec("scoring", precision="bf16"))
     assert all("no fast bfloat16" in cell["unsupported"] for cell in record["cells"])
 
 
 def test_training_record():
-    record = training_step.measure_training(spec("training", batch_size=2))
+    record = measure(spec("training", batch_size=2))
     json.dumps(record, allow_nan=False)
     cells = {cell["variant"]: cell for cell in record["cells"]}
     assert list(cells) == ["unpruned", "cropr", "cropr_llf"]
@@ -284,7 +284,7 @@ def test_a_training_step_changes_the_weights():
 
 def test_training_in_half_precision_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
-    record = training_step.measure_training(spec("training", precision="fp16"))
+    record = measure(spec("training", precision="fp16"))
     assert [cell["unsupported"] for cell in record["cells"]] == [
         "precision fp16: training scales its loss on CUDA only; use fp32 or bf16"
     ] * 3
@@ -292,17 +292,10 @@ def test_training_in_half_precision_is_refused_without_a_gpu(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("measure", sorted(MEASURES))
-def test_records_on_cuda(measure):
-    code = {
-        "sweep": sweep.measure_sweep,
-        "blocks": measure_blocks,
-        "profile": profiling.measure_profile,
-        "scoring": scoring.measure_scoring,
-        "training": training_step.measure_training,
-    }
-    changes = {"tokens": [8, 9, 16, 17]} if measure == "blocks" else {}
-    record = code[measure](spec(measure, **changes), "cuda")
+@pytest.mark.parametrize("kind", sorted(MEASURES))
+def test_records_on_cuda(kind):
+    changes = {"tokens": [8, 9, 16, 17]} if kind == "blocks" else {}
+    record = measure(spec(kind, **changes), "cuda")
     assert record["metrics"]["measured"] == record["metrics"]["cells"] > 0
 
 

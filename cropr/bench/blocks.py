@@ -10,7 +10,7 @@ B batch, P prefix tokens, N patch tokens, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,7 @@ from cropr.backbones import Backbone
 from cropr.bench import models
 from cropr.bench.attention import under
 from cropr.bench.device import check, weights_dtype
-from cropr.bench.timing import Run, clock, interleave, warm_up
-from cropr.runtime import reuse_freed_memory
+from cropr.bench.timing import Run, Tell, clock, interleave, say_nothing, warm_up
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tokens import Tokens
 
@@ -38,7 +37,7 @@ def block_series(
     device: str = "cpu",
     rounds: int = 5,
     attention: str = "auto",
-    tell: Callable[[str], None] = lambda what: None,
+    tell: Tell = say_nothing,
 ) -> dict[int, list[float]]:
     """Seconds of one block by token count, a reading a round; all counts run in turn in every round.
 
@@ -57,8 +56,6 @@ def block_series(
         ValueError: no token besides the prefix.
     """
     check(precision, device)
-    if device == "cpu":
-        reuse_freed_memory()
     counts = sorted(set(tokens))
     backbone = _backbone(model, max(counts), device, weights_dtype(precision))
     if counts[0] <= backbone.prefix:

@@ -7,7 +7,7 @@ memory does a pass take? Those that the device can run then take turns, round by
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cropr.bench.attention import run_forced, under
 from cropr.bench.device import Unsupported, check, first_line, synchronize
 from cropr.bench.memory import working_memory
-from cropr.bench.timing import MIN_SAMPLE_S, Run, clock, interleave, warm_up
+from cropr.bench.timing import MIN_SAMPLE_S, Run, Tell, clock, interleave, say_nothing, warm_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,7 @@ class Outcome:
     """Why the device cannot run it."""
 
 
-def contest(
-    cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Callable[[str], None] = lambda what: None
-) -> list[Outcome]:
+def contest(cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Tell = say_nothing) -> list[Outcome]:
     """Try every case, then time those that run, in turn in every round.
 
     Args:

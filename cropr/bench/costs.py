@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from cropr.bench.attention import under
 from cropr.bench.device import check, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, hosted, random_images, token_trace
 from cropr.bench.timeline import dissect
-from cropr.bench.timing import Run, clock, interleave, warm_up
+from cropr.bench.timing import Run, Tell, clock, interleave, say_nothing, warm_up
 from cropr.model import DeployedViT
 from cropr.records import provenance, read_record, write_record
 from cropr.runtime import reuse_freed_memory
@@ -76,7 +76,7 @@ def load_costs(
     device: str = "cpu",
     cache: Path | None = None,
     fresh: bool = False,
-    tell: Callable[[str], None] = lambda what: None,
+    tell: Tell = say_nothing,
 ) -> Costs:
     """Costs from disk, or measured and written there.
 
@@ -107,7 +107,7 @@ def load_costs(
     return costs
 
 
-def measure_costs(spec: PlanSpec, device: str = "cpu", tell: Callable[[str], None] = lambda what: None) -> Costs:
+def measure_costs(spec: PlanSpec, device: str = "cpu", tell: Tell = say_nothing) -> Costs:
     """Time every part; see ``load_costs``."""
     check(spec.precision, device)
     if device == "cpu":

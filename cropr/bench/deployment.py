@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cropr.bench import flops
-from cropr.bench.timing import Run, clock, interleave, summary, warm_up
+from cropr.bench.timing import Run, Tell, clock, interleave, say_nothing, summary, warm_up
 from cropr.export import (
     TENSORRT_TOPK,
     Agreement,
@@ -44,7 +44,7 @@ def export(
     batch_size: int = 4,
     rounds: int = 5,
     against_unpruned: bool = False,
-    tick: Callable[[str], None] | None = None,
+    tick: Tell | None = None,
 ) -> dict[str, Any]:
     """Write ``model.pt2`` and ``model.onnx``, run the latter beside PyTorch, and time both.
 
@@ -64,7 +64,7 @@ def export(
     Raises:
         ValueError: a reducer that cannot be exported, a missing package, or a file that does not do what PyTorch does.
     """
-    tell = tick or (lambda what: None)
+    tell = tick or say_nothing
     exportable = Exportable(model)
     size = model.model.backbone.host.patch_embed.img_size[0]
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def export(
     return {"metrics": metrics, "operators": graph.operators, "series": seconds}
 
 
-def _time(forwards: dict[str, Callable[[], Any]], rounds: int, tell: Callable[[str], None]) -> dict[str, list[float]]:
+def _time(forwards: dict[str, Callable[[], Any]], rounds: int, tell: Tell) -> dict[str, list[float]]:
     """Seconds a pass by name; all in turn in every round."""
     runs = []
     for name, forward in forwards.items():
@@ -127,7 +127,7 @@ def _call(model: DeployedViT, images: Tensor) -> None:
     model(images)
 
 
-def _unpruned_session(model: DeployedViT, size: int, tell: Callable[[str], None]) -> Any:
+def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
     """The host alone in onnxruntime; its file is gone when this returns."""
     host = model.model.backbone.host
     base = Exportable(DeployedViT(prune(host, Schedule.constant(0), "none")).eval())

@@ -34,7 +34,8 @@ from cropr.bench.costs import Costs, load_costs
 from cropr.bench.device import Unsupported
 from cropr.bench.flops import BlockDims, block_dims, block_macs, macs
 from cropr.bench.models import hosted
-from cropr.bench.sweep import measure_sweep
+from cropr.bench.sweep import sweep_cells
+from cropr.bench.timing import Tell, say_nothing
 from cropr.lab_specs import SweepSpec
 from cropr.records import provenance
 from cropr.schedule import Schedule, attended, total_pruning_ratio, trace
@@ -239,7 +240,7 @@ def run(
     cache: Path | None = None,
     fresh: bool = False,
     sheets: Path | None = None,
-    tick: Callable[[str], None] | None = None,
+    tick: Tell | None = None,
 ) -> dict[str, Any]:
     """Plan every target, measure the plans if the spec says so, and put it all in a record.
 
@@ -262,7 +263,7 @@ def run(
         ValueError: a target out of reach, an impossible model.
     """
     started = time.time()
-    tell = tick or (lambda what: None)
+    tell = tick or say_nothing
     tell("build")
     gpus = roofline.table(sheets) if sheets else []
     layout = layout_of(spec)
@@ -295,7 +296,7 @@ def run(
 
 
 def verify(
-    spec: PlanSpec, plans: Sequence[Plan], device: str, tell: Callable[[str], None] = lambda what: None
+    spec: PlanSpec, plans: Sequence[Plan], device: str, tell: Tell = say_nothing
 ) -> list[dict[str, float | str]]:
     """Measure plans: speed-up with its interval, and by how many percent the prediction is above it.
 
@@ -317,8 +318,7 @@ def verify(
         precisions=[spec.precision],
         rounds=spec.rounds,
     )
-    record = measure_sweep(asked, device, tell)
-    cells = {cell["variant"]: cell for cell in record["cells"]}
+    cells = {cell["variant"]: cell for cell in sweep_cells(asked, device, tell)}
     lines: list[dict[str, float | str]] = []
     for name, found in zip(variants, plans, strict=True):
         if "unsupported" in cells[name]:
@@ -331,7 +331,7 @@ def verify(
                 "bound": metrics["bound"],
                 "measured_latency_ms": 1e3 * float(np.median(cells[name]["seconds"])),
                 "error_percent": 100 * (found.speedup / metrics["speedup"] - 1),
-                "bench": record["id"],
+                "bench": asked.digest(),
             }
         )
     return lines

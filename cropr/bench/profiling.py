@@ -6,7 +6,6 @@ operation without those that it calls, given to the innermost label around it: t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,10 +21,9 @@ from cropr.bench import flops
 from cropr.bench.attention import quiet_profile, run_forced, under
 from cropr.bench.device import Unsupported, check, weights_dtype
 from cropr.bench.models import build_variants, random_images, token_trace
+from cropr.bench.timing import Tell
 from cropr.lab_specs import ProfileSpec
 from cropr.model import DeployedViT
-from cropr.records import provenance
-from cropr.runtime import reuse_freed_memory
 from cropr.scorer import FoldedScorer
 
 CATEGORIES = (
@@ -40,28 +38,14 @@ _LABEL = "part:"
 _COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
 
 
-def measure_profile(
-    spec: ProfileSpec, device: str = "cpu", tick: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    """Profile the unpruned model and every variant.
-
-    Args:
-        spec: model, variants, batch, precision.
-        device: torch's name of the device.
-        tick: called with a word on what comes next.
+def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
+    """Profile the unpruned model and every variant; arguments and errors as of ``cropr.bench.lab.measure``.
 
     Returns:
-        The record: ``cells``, one a variant: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``,
+        One a variant: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``,
         ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``, ``pruning_share``, ``gmacs``),
         or ``unsupported`` with the reason.
-
-    Raises:
-        ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
-    started = time.time()
-    tell = tick or (lambda what: None)
-    if device == "cpu":
-        reuse_freed_memory()
     cells: list[dict[str, Any]] = []
     common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
     try:
@@ -86,15 +70,8 @@ def measure_profile(
                 {"variant": name, **common, "tokens": token_trace(model), "seconds": seconds, "metrics": metrics}
             )
     except Unsupported as error:
-        cells = [{"variant": name, **common, "unsupported": str(error)} for name in ("unpruned", *spec.variants)]
-    return {
-        "kind": "lab",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
-        "cells": cells,
-        "provenance": provenance(started, device=device, precision=spec.precision),
-    }
+        return [{"variant": name, **common, "unsupported": str(error)} for name in ("unpruned", *spec.variants)]
+    return cells
 
 
 def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, device: str) -> dict[str, float]:

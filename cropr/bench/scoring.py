@@ -9,8 +9,7 @@ B batch, L tokens with prefix, C channels, Q queries.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -23,13 +22,11 @@ from cropr.bench.attention import under
 from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, arithmetic_dtype, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace
-from cropr.bench.timing import against, ratio, speed
+from cropr.bench.timing import Tell, against, ratio, speed
 from cropr.lab_specs import ScoringSpec
 from cropr.model import DeployedViT
-from cropr.records import provenance
 from cropr.reducers import Context, ScoreReducer
 from cropr.reducers.select import FoldedCropr
-from cropr.runtime import reuse_freed_memory
 from cropr.scorer import Scorer
 from cropr.tokens import Tokens
 
@@ -52,31 +49,17 @@ class AllQueries(ScoreReducer):
         return logits.sum(dim=(1, 2), dtype=torch.float32)[:, tokens.prefix :]
 
 
-def measure_scoring(
-    spec: ScoringSpec, device: str = "cpu", tick: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    """Time the unpruned model and both pruned ones.
-
-    Args:
-        spec: model, schedule, queries, batch, precision.
-        device: torch's name of the device.
-        tick: called with a word on what comes next.
+def scoring_cells(spec: ScoringSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
+    """Time the unpruned model and both pruned ones; arguments and errors as of ``cropr.bench.lab.measure``.
 
     Returns:
-        The record: ``cells``, one a model: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``, and
+        One a model: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``, and
         either ``unsupported`` with the reason, or ``seconds`` (round by round), ``attention_calls`` and ``metrics``:
         ``speedup`` over the unpruned model beside the ``bound`` of its own arithmetic, and of the one vector
         ``over_all_queries``, how many times faster it is than all queries, with its interval, and ``kept_in_both``,
         the share of the kept tokens that both keep.
-
-    Raises:
-        ValueError: an impossible model or schedule, or there is no such device.
     """
-    started = time.time()
-    tell = tick or (lambda what: None)
-    reused = reuse_freed_memory() if device == "cpu" else False
     common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
-    cells: list[dict[str, Any]]
     try:
         check(spec.precision, device)
         tell("build")
@@ -87,31 +70,23 @@ def measure_scoring(
         tell("compare what is kept")
         shared = kept_in_both(spec, models, device)
     except Unsupported as error:
-        cells = [{"variant": name, **common, "unsupported": str(error)} for name in (UNPRUNED, ONE, ALL)]
-    else:
-        counted = _macs(spec, models)
-        cells = []
-        for name, outcome in outcomes.items():
-            bound = flops.bound(counted[UNPRUNED], counted[name])
-            metrics = {
-                **speed(outcome.seconds, fitted),
-                **against(outcomes[UNPRUNED].seconds, outcome.seconds, bound),
-                "batch_size": fitted,
-                "gmacs": counted[name].total / 1e9,
-            }
-            if name == ONE:
-                metrics |= ratio("over_all_queries", outcomes[ALL].seconds, outcome.seconds)
-                metrics["kept_in_both"] = shared
-            cell = {"variant": name, **common, "tokens": token_trace(models[name]), "metrics": metrics}
-            cells.append(cell | {"seconds": outcome.seconds, "attention_calls": outcome.kernels})
-    return {
-        "kind": "lab",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
-        "cells": cells,
-        "provenance": provenance(started, device=device, precision=spec.precision, freed_memory_reused=reused),
-    }
+        return [{"variant": name, **common, "unsupported": str(error)} for name in (UNPRUNED, ONE, ALL)]
+    counted = _macs(spec, models)
+    cells: list[dict[str, Any]] = []
+    for name, outcome in outcomes.items():
+        bound = flops.bound(counted[UNPRUNED], counted[name])
+        metrics = {
+            **speed(outcome.seconds, fitted),
+            **against(outcomes[UNPRUNED].seconds, outcome.seconds, bound),
+            "batch_size": fitted,
+            "gmacs": counted[name].total / 1e9,
+        }
+        if name == ONE:
+            metrics |= ratio("over_all_queries", outcomes[ALL].seconds, outcome.seconds)
+            metrics["kept_in_both"] = shared
+        cell = {"variant": name, **common, "tokens": token_trace(models[name]), "metrics": metrics}
+        cells.append(cell | {"seconds": outcome.seconds, "attention_calls": outcome.kernels})
+    return cells
 
 
 def build(spec: ScoringSpec, device: str) -> dict[str, nn.Module]:
@@ -162,7 +137,7 @@ def kept_in_both(spec: ScoringSpec, models: Mapping[str, nn.Module], device: str
 
 
 def _attempt(
-    spec: ScoringSpec, models: Mapping[str, nn.Module], device: str, tell: Callable[[str], None], batch_size: int
+    spec: ScoringSpec, models: Mapping[str, nn.Module], device: str, tell: Tell, batch_size: int
 ) -> dict[str, Outcome]:
     """Time all models with batches of this size.
 

@@ -6,8 +6,7 @@ and every cell with the first setting's unpruned model, so that the gain of a pr
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -21,12 +20,8 @@ from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
 from cropr.bench.peak import matmul_peak, utilisation
-from cropr.bench.timing import against, ratio, speed
+from cropr.bench.timing import Tell, against, ratio, speed
 from cropr.lab_specs import SweepSpec
-from cropr.records import provenance
-from cropr.runtime import reuse_freed_memory
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +42,21 @@ class Hosts:
     tokens: dict[str, list[int]]
 
 
-def measure_sweep(spec: SweepSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
-    """Measure all cells of a sweep.
-
-    Args:
-        spec: model, variants, and the axes.
-        device: torch's name of the device.
-        tick: called with a word on what comes next before each warm-up and each round.
+def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
+    """Measure all cells of a sweep; arguments and errors as of ``cropr.bench.lab.measure``.
 
     Returns:
-        The record: ``cells``, one a combination: ``variant``, ``precision``, ``attention``, ``batch_size`` (asked for),
+        One a combination: ``variant``, ``precision``, ``attention``, ``batch_size`` (asked for),
         ``tokens``, and either ``unsupported`` with the reason, or ``metrics`` (as of ``bench``, ``speedup`` being over
         the unpruned model of the same setting, ``gain`` over that of the first setting that runs), ``seconds`` (round
         by round) and ``attention_calls``.
-
-    Raises:
-        ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
-    started = time.time()
-    tell = tick or (lambda what: None)
-    reused = reuse_freed_memory() if device == "cpu" else False
     tell("build")
     hosts = _build(spec, device)
     cells: list[dict[str, Any]] = []
     for batch_size in spec.batch_sizes:
         cells += _batch(spec, hosts, batch_size, device, tell)
-    return {
-        "kind": "lab",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
-        "cells": cells,
-        "provenance": provenance(started, device=device, freed_memory_reused=reused),
-    }
+    return cells
 
 
 def settings(spec: SweepSpec) -> list[Setting]:

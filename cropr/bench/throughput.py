@@ -8,7 +8,6 @@ speed does not depend on them. Time is that of the forward pass alone, without l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
 from cropr.bench.peak import matmul_peak, utilisation
-from cropr.bench.timing import summary
+from cropr.bench.timing import Tell, say_nothing, summary
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
 from cropr.specs import BenchSpec
@@ -38,7 +37,7 @@ class Pair:
     """Pixels a side of the images of either."""
 
 
-def measure(spec: BenchSpec, device: str = "cpu", tick: Callable[[str], None] | None = None) -> dict[str, Any]:
+def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
     """Measure one row of a throughput table.
 
     Args:
@@ -59,7 +58,7 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Callable[[str], None] | 
         ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     started = time.time()
-    tell = tick or (lambda what: None)
+    tell = tick or say_nothing
     check(spec.precision, device)
     # Otherwise large activations are mapped afresh in every pass, and the unpruned model, whose are larger, pays more
     # page faults: that would flatter pruning.
@@ -118,9 +117,7 @@ def build(spec: BenchSpec, device: str) -> Pair:
     return Pair(base, models["pruned"], (spec.image_size, pruned_size))
 
 
-def _attempt(
-    spec: BenchSpec, pair: Pair, device: str, tell: Callable[[str], None], batch_size: int
-) -> tuple[Outcome, Outcome]:
+def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: int) -> tuple[Outcome, Outcome]:
     """Time both with batches of this size.
 
     Raises:

@@ -21,8 +21,14 @@ from cropr.bench.device import synchronize
 MIN_SAMPLE_S = 0.1
 """A round repeats what is fast until it lasts about so long, for the sake of the clock."""
 
-
 Reading = TypeVar("Reading")
+
+Tell = Callable[[str], None]
+"""Is called with a word on what comes next, for a progress bar."""
+
+
+def say_nothing(what: str) -> None:
+    """A ``Tell`` for nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +71,7 @@ def clock(run: Run, device: str = "cpu") -> float:
     return (time.perf_counter() - begin) / run.repeats
 
 
-def interleave(
-    clocks: Sequence[Callable[[], Reading]], rounds: int, tell: Callable[[str], None] = lambda what: None
-) -> list[list[Reading]]:
+def interleave(clocks: Sequence[Callable[[], Reading]], rounds: int, tell: Tell = say_nothing) -> list[list[Reading]]:
     """Read every clock once a round, in turn; every other round runs backwards: A B, B A, A B, ...
 
     Returns:

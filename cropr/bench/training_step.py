@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,11 +12,9 @@ from cropr.bench import flops
 from cropr.bench.device import Unsupported, check, largest_batch
 from cropr.bench.memory import working_memory
 from cropr.bench.models import NUM_CLASSES, UNPRUNED, hosted, random_images, random_weights, weights_mb
-from cropr.bench.timing import Run, against, clock, interleave, speed
+from cropr.bench.timing import Run, Tell, against, clock, interleave, speed
 from cropr.lab_specs import TrainingSpec
 from cropr.model import PrunedViT
-from cropr.records import provenance
-from cropr.runtime import reuse_freed_memory
 from cropr.specs import DataSpec, PruneSpec, RecipeSpec
 from cropr.tasks.base import autocast
 from cropr.tasks.classification import Objective
@@ -26,50 +22,29 @@ from cropr.training.distributed import World
 from cropr.training.loop import Stepper
 from cropr.training.optim import create_optimizer
 
-Tell = Callable[[str], None]
 
-
-def measure_training(spec: TrainingSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
-    """Measure optimizer steps of the unpruned model and of every variant, in turn in every round.
-
-    Args:
-        spec: model, variants, batch, precision.
-        device: torch's name of the device.
-        tick: called with a word on what comes next.
+def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
+    """Measure optimizer steps of the unpruned model and of every variant, in turn in every round; arguments and errors
+    as of ``cropr.bench.lab.measure``.
 
     Returns:
-        The record: ``cells``, one a variant: ``variant``, ``precision``, ``batch_size`` (asked for), ``tokens``, and
+        One a variant: ``variant``, ``precision``, ``batch_size`` (asked for), ``tokens``, and
         either ``unsupported`` with the reason, or ``seconds`` (round by round) and ``metrics``: ``images_per_s`` of
         training, ``speedup`` over the unpruned model with its interval and its ``bound`` (that of the forward pass,
         which leaves out what only training runs), ``state_mb`` (weights and the optimizer's moments),
         ``training_memory_mb`` (state and the peak during a step: activations, gradients) and
         ``inference_memory_mb`` (weights and the peak during a forward pass without gradients). Memory is left out
         where the system keeps no count.
-
-    Raises:
-        ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
-    started = time.time()
-    tell = tick or (lambda what: None)
-    if device == "cpu":
-        reuse_freed_memory()
     prunes = {UNPRUNED: PruneSpec(), **spec.variants}
     try:
         check(spec.precision, device)
         if spec.precision == "fp16" and not device.startswith("cuda"):
             raise Unsupported("precision fp16: training scales its loss on CUDA only; use fp32 or bf16")
         fitted, trainees = largest_batch(spec.batch_size, partial(_attempt, spec, prunes, device, tell))
-        cells = _cells(spec, trainees, fitted)
     except Unsupported as error:
-        cells = [{"variant": name, **_common(spec), "unsupported": str(error)} for name in prunes]
-    return {
-        "kind": "lab",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
-        "cells": cells,
-        "provenance": provenance(started, device=device, precision=spec.precision),
-    }
+        return [{"variant": name, **_common(spec), "unsupported": str(error)} for name in prunes]
+    return _cells(spec, trainees, fitted)
 
 
 class _Trainee:

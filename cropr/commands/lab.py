@@ -20,8 +20,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +32,6 @@ from cropr.commands.spec_flags import make_spec, read_values
 from cropr.lab_specs import MEASURES, BlocksSpec, LabSpec, ProfileSpec, ScoringSpec, SweepSpec, TrainingSpec
 from cropr.records import RECORD, write_record
 
-_CODE = {
-    "sweep": ("cropr.bench.sweep", "measure_sweep"),
-    "blocks": ("cropr.bench.alignment", "measure_blocks"),
-    "profile": ("cropr.bench.profiling", "measure_profile"),
-    "scoring": ("cropr.bench.scoring", "measure_scoring"),
-    "training": ("cropr.bench.training_step", "measure_training"),
-}
 _AXES = ("variant", "precision", "attention", "batch_size")
 _COLUMNS = {
     "images_per_s": ("images/s", "{:.2f}"),
@@ -74,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print a table, write the record if asked to."""
     spec = _spec(args)
     device = choose_device(args)
-    module, name = _CODE[args.measure]
-    measure: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
+    from cropr.bench.lab import measure
+
     with progress(_steps(spec)) as tick:
         record = measure(spec, device, tick)
     if args.out is not None:

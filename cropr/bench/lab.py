@@ -1,0 +1,54 @@
+"""A measurement of the laboratory, of any kind, as a record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from cropr.bench.timing import Tell, say_nothing
+from cropr.lab_specs import LabSpec
+from cropr.records import provenance
+from cropr.runtime import reuse_freed_memory
+
+_CELLS = {
+    "sweep": ("cropr.bench.sweep", "sweep_cells"),
+    "blocks": ("cropr.bench.alignment", "block_cells"),
+    "profile": ("cropr.bench.profiling", "profile_cells"),
+    "scoring": ("cropr.bench.scoring", "scoring_cells"),
+    "training": ("cropr.bench.training_step", "training_cells"),
+}
+"""Where each kind is measured. Imported when it is asked for: a record depends on the files of its own kind."""
+
+
+def measure(spec: LabSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
+    """Measure what ``spec`` describes.
+
+    Args:
+        spec: one of ``cropr.lab_specs.MEASURES``.
+        device: torch's name of the device.
+        tick: called with a word on what comes next.
+
+    Returns:
+        The record. Each of its ``cells`` says in what it differs from the others and either has ``metrics`` and
+        ``seconds``, or the reason why the device could not run it, ``unsupported``; see the function of its kind.
+
+    Raises:
+        ValueError: an impossible model, schedule or reducer, or there is no such device.
+    """
+    started = time.time()
+    module, name = _CELLS[spec.measure]
+    cells_of: Callable[[Any, str, Tell], list[dict[str, Any]]] = getattr(import_module(module), name)
+    reused = reuse_freed_memory() if device == "cpu" else False
+    cells = cells_of(spec, device, tick or say_nothing)
+    return {
+        "kind": "lab",
+        "id": spec.digest(),
+        "spec": spec.model_dump(mode="json"),
+        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
+        "cells": cells,
+        "provenance": provenance(
+            started, device=device, precision=getattr(spec, "precision", None), freed_memory_reused=reused
+        ),
+    }
