@@ -272,6 +272,15 @@ def test_training_record():
     assert cells["cropr"]["tokens"] == [17, 13, 10, 7, 7]
 
 
+def test_memory_of_inference_is_that_of_the_deployed_model(monkeypatch):
+    """The auxiliary heads, half as large as the encoder here, are not part of it."""
+    monkeypatch.setattr(training_step, "working_memory", lambda work, device: (work(), 0.0))
+    cells = {cell["variant"]: cell["metrics"] for cell in measure(spec("training", batch_size=2))["cells"]}
+    assert cells["cropr_llf"]["state_mb"] > 1.2 * cells["unpruned"]["state_mb"]
+    inference = [cells[name]["inference_memory_mb"] for name in ("unpruned", "cropr_llf")]
+    assert inference[1] == pytest.approx(inference[0], rel=0.01)
+
+
 def test_a_training_step_changes_the_weights():
     asked = spec("training", batch_size=2)
     trainee = training_step._Trainee(asked, asked.variants["cropr"], "cpu", batch_size=2)

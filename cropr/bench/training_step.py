@@ -33,7 +33,7 @@ def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str
         training, ``speedup`` over the unpruned model with its interval and its ``bound`` (that of the forward pass,
         which leaves out what only training runs), ``state_mb`` (weights and the optimizer's moments),
         ``training_memory_mb`` (state and the peak during a step: activations, gradients) and
-        ``inference_memory_mb`` (weights and the peak during a forward pass without gradients). Memory is left out
+        ``inference_memory_mb`` (the deployed model's weights and the peak during its forward pass). Memory is left out
         where the system keeps no count.
     """
     prunes = {UNPRUNED: PruneSpec(), **spec.variants}
@@ -70,24 +70,28 @@ class _Trainee:
         self._step(self._images, self._labels)
 
     @torch.inference_mode()
-    def infer(self) -> Tensor:
-        """A forward pass as in evaluation."""
-        with autocast(self._images.device, self._precision):
-            return self.model(self._images).logits
+    def inference_memory(self, device: str) -> float | None:
+        """MB of the deployed model's weights and of its second forward pass."""
+        deployed = self.model.deploy()
+
+        def infer() -> Tensor:
+            with autocast(self._images.device, self._precision):
+                return deployed(self._images)
+
+        infer()
+        _, forward = working_memory(infer, device)
+        return None if forward is None else weights_mb(deployed) + forward
 
     def warm_up(self, device: str) -> None:
         """The first step, which makes the optimizer's state, and a second one whose memory is measured."""
-        self.model.eval()
-        self.infer()
-        _, forward = working_memory(self.infer, device)
+        inference = self.inference_memory(device)
         self.model.train()
         self.step()
         self.optimizer.zero_grad(set_to_none=True)
         _, step = working_memory(self.step, device)
-        weights = weights_mb(self.model)
-        self.memory["state_mb"] = weights + _moments_mb(self.optimizer)
-        if forward is not None and step is not None:
-            self.memory["inference_memory_mb"] = weights + forward
+        self.memory["state_mb"] = weights_mb(self.model) + _moments_mb(self.optimizer)
+        if inference is not None and step is not None:
+            self.memory["inference_memory_mb"] = inference
             self.memory["training_memory_mb"] = self.memory["state_mb"] + step
 
 

@@ -73,13 +73,13 @@ def show_methods(artefact: Artefact) -> None:
 
 
 def show_trade_off(artefact: Artefact) -> None:
-    """Accuracy against speed-up, measured and published."""
+    """Accuracy against speed-up, measured and, where enough of it is, published."""
     label = quantity(artefact.primary).label
     show_figure(
         figures.trade_off(artefact),
         artefact,
         "trade_off",
-        f"Two scatter plots of {label} against speed-up: measured at this scale, and published in the paper.",
+        f"{label} against speed-up: measured at this scale, and published where the paper has several rows.",
     )
 
 

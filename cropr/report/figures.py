@@ -26,6 +26,8 @@ from cropr.report.stats import Interval
 
 OFF_SCALE = {"measured": 10.0, "published": 5.0}
 """Points below the unpruned model at which a panel of the trade-off ends; lower rows are named at its foot."""
+PUBLISHED_ROWS = 3
+"""Rows with a published accuracy and speed-up that make a panel worth looking at."""
 COSTS = {
     "train_speedup": "Training step: speed relative\nto the same row (x)",
     "speedup": "Deployed: speed-up of the\ntimed model (x)",
@@ -35,25 +37,28 @@ _TINTS = ("#3b3b3b", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 
 
 def trade_off(artefact: Artefact) -> Figure:
-    """Accuracy against speed-up, measured (above) and published (below). The panels share no axis.
+    """Accuracy against speed-up, measured and, below it, published. The panels share no axis.
 
     Above: the accuracy (top-1, mIoU, box AP) of this scale's models with the interval over seeds, against the speed-up
-    of the timed model on this device. Below: both as the paper prints them. Filled: with Last Layer Fusion; hollow:
-    without.
+    of the timed model on this device. Below: both as the paper prints them, where it has ``PUBLISHED_ROWS`` or more; a
+    table says one or two better. Filled: with Last Layer Fusion; hollow: without.
     """
     accuracy = quantity(artefact.primary)
+    published = len(_points(artefact, "published")) >= PUBLISHED_ROWS
     with style.style():
-        figure, (above, below) = plt.subplots(2, 1, figsize=(style.WIDTH, 8.2))
+        figure, axes = plt.subplots(1 + published, 1, figsize=(style.WIDTH, 8.2 if published else 4.4), squeeze=False)
+        above, *others = axes[:, 0]
         above.set_title(f"Measured (scale: {artefact.manifest.scale})")
         above.set_xlabel(f"Speed-up of {bench_model(artefact)} on this device (x)")
         above.set_ylabel(f"{accuracy.label} of this scale's model ({accuracy.unit})")
-        below.set_title(f"Published (paper): {artefact.measures.paper}")
-        below.set_xlabel("Speed-up on the paper's GPU (x)")
-        below.set_ylabel(f"{accuracy.label} of the paper's model ({accuracy.unit})")
+        for below in others:
+            below.set_title(f"Published (paper): {artefact.measures.paper}")
+            below.set_xlabel("Speed-up on the paper's GPU (x)")
+            below.set_ylabel(f"{accuracy.label} of the paper's model ({accuracy.unit})")
         if pairs := schedules(artefact):
             text = "Labels name the timed schedule. The trained model has another:\n" + "\n".join(pairs)
             above.text(0.012, 0.03, text, transform=above.transAxes, color=style.MUTED, fontsize=9, va="bottom")
-        panels = ("measured", above), ("published", below)
+        panels = [("measured", above), *(("published", below) for below in others)]
         points = [_scatter(figure, axes, artefact, kind) for kind, axes in panels]
         handles = [
             Line2D([], [], marker="o", ls="", color=style.MUTED, label="with Last Layer Fusion"),
@@ -164,15 +169,7 @@ def tokens(artefact: Artefact) -> Figure:
 def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[Label]:
     """Draw one panel; returns x, y, label and colour of each point."""
     names = short_names(artefact, "speed" if kind == "measured" else "paper")
-    shown = []
-    reference = artefact.baseline
-    for row in artefact.frame.index:
-        accuracy = artefact.number(row, f"{artefact.primary}.{kind}")
-        speed = artefact.number(row, "speedup.measured") if kind == "measured" else _published_speed(artefact, row)
-        if row == reference and np.isnan(speed):
-            speed = 1.0  # by definition
-        if not np.isnan(speed + accuracy):
-            shown.append((row, speed, accuracy))
+    shown, reference = _points(artefact, kind), artefact.baseline
     if not shown:
         _nothing(figure, axes, "nothing measured at this scale" if kind == "measured" else "nothing published")
         return []
@@ -198,6 +195,19 @@ def _scatter(figure: Figure, axes: Axes, artefact: Artefact, kind: str) -> list[
     if any(y < floor for _, _, y in shown):
         axes.set_ylim(floor, max(y for _, _, y in shown) + 0.1 * OFF_SCALE[kind])
     return points
+
+
+def _points(artefact: Artefact, kind: str) -> list[tuple[str, float, float]]:
+    """Row, speed-up and accuracy of the rows that have both, measured or published."""
+    found = []
+    for row in artefact.frame.index:
+        accuracy = artefact.number(row, f"{artefact.primary}.{kind}")
+        speed = artefact.number(row, "speedup.measured") if kind == "measured" else _published_speed(artefact, row)
+        if row == artefact.baseline and np.isnan(speed):
+            speed = 1.0  # by definition
+        if not np.isnan(speed + accuracy):
+            found.append((row, speed, accuracy))
+    return found
 
 
 def _obstacles(axes: Axes, artefact: Artefact, kind: str) -> list[Box]:

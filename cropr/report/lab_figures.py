@@ -60,9 +60,11 @@ def alignment_curve(artefact: Artefact) -> Figure:
         if not rows:
             return _nothing(figure, axes[0, 0])
         tints = dict(zip((*CLASSES, 1), ("#882255", "#d55e00", "#e69f00", "#0072b2", style.MUTED), strict=True))
+        found: set[int] = set()
         for axis, row in zip(axes[:, 0], rows, strict=True):
             frame = cells_of(artefact, row)
             excess = smooth_excess(frame)
+            found |= {alignment(count) for count in excess}
             counts = np.array(list(excess))
             each = 100 * (np.array(list(excess.values())) - 1)
             gaps = np.flatnonzero(np.diff(counts) > 1) + 1  # a line would suggest counts that were not measured
@@ -78,6 +80,7 @@ def alignment_curve(artefact: Artefact) -> Figure:
         handles = [
             Line2D([], [], marker="o", ls="", color=tint, label=f"multiple of {divisor}" if divisor > 1 else "others")
             for divisor, tint in tints.items()
+            if divisor in found
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
