@@ -40,10 +40,8 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
-snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, for readers
-	@test -d results/$(SCALE)/notebooks || { echo 'No results at this scale yet: make reproduce SCALE=$(SCALE)' >&2; exit 2; }
-	mkdir -p docs/rendered
-	cp results/$(SCALE)/notebooks/*.ipynb results/$(SCALE)/tables/*.md results/$(SCALE)/figures/pruning_maps*.png docs/rendered/
+snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, and their figures into the README
+	$(PYTHON) workflow/snapshot.py results/$(SCALE)
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) -m "not gpu"

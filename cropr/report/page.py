@@ -28,6 +28,7 @@ from cropr.report.claims import OUTCOMES, Judgement, judge_all, load_claims
 from cropr.report.load import Artefact, Record, load, make_command
 from cropr.report.names import row_names
 from cropr.report.quantities import TASKS, quantity
+from cropr.report.tables import claims_table
 from cropr.report.template import PAGE
 
 THUMBNAIL = (1000, 1500)
@@ -102,11 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--manifests", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--claims", type=Path, default=Path("config/claims.yaml"), metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--claims-table", type=Path, metavar="FILE", help="the claims with their verdicts, as Markdown")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         artefacts = [load(manifest) for manifest in args.manifests]
-        write_text(args.out, render(artefacts, args.claims, args.out.parent))
+        judgements = judge_all(load_claims(args.claims), by_name(artefacts))
+        write_text(args.out, render(artefacts, judgements, args.out.parent))
+        if args.claims_table:
+            write_text(args.claims_table, claims_table(judgements).markdown())
     except (ValueError, FileNotFoundError) as error:
         _LOG.error("error: %s", error)
         return 2
@@ -114,21 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def render(artefacts: Sequence[Artefact], claims: Path, folder: Path) -> str:
+def render(artefacts: Sequence[Artefact], judgements: Sequence[Judgement], folder: Path) -> str:
     """The page as HTML.
 
     Args:
         artefacts: of one scale, in the order of reading.
-        claims: file of claims.
+        judgements: what they say about the claims.
         folder: where the page will lie; links start there.
-
-    Raises:
-        ValueError: no artefact, artefacts of several scales, or unreadable claims.
     """
-    scales = {artefact.manifest.scale for artefact in artefacts}
-    if len(scales) != 1:
-        raise ValueError(f"a page shows one scale, got {', '.join(sorted(scales)) or 'no manifest'}")
-    judgements = judge_all(load_claims(claims), {artefact.manifest.artefact: artefact for artefact in artefacts})
     first = artefacts[0]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(PAGE).render(
@@ -143,6 +141,18 @@ def render(artefacts: Sequence[Artefact], claims: Path, folder: Path) -> str:
         commands=[(artefact.manifest.title, make_command(artefact.manifest)) for artefact in artefacts],
         everything=make_command(first.manifest, ""),
     )
+
+
+def by_name(artefacts: Sequence[Artefact]) -> dict[str, Artefact]:
+    """The artefacts of one page.
+
+    Raises:
+        ValueError: none, or of several scales.
+    """
+    scales = {artefact.manifest.scale for artefact in artefacts}
+    if len(scales) != 1:
+        raise ValueError(f"a page shows one scale, got {', '.join(sorted(scales)) or 'no manifest'}")
+    return {artefact.manifest.artefact: artefact for artefact in artefacts}
 
 
 def inventory(artefacts: Iterable[Artefact]) -> list[dict[str, str]]:

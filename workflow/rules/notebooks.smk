@@ -60,7 +60,8 @@ rule report:
         manifests=expand(f"{OUT}/manifests/{{artefact}}.json", artefact=GRID.artefacts),
         claims=CLAIMS,
     output:
-        report(REPORT, caption="../report/report.rst", category="Report"),
+        page=report(REPORT, caption="../report/report.rst", category="Report"),
+        claims=f"{OUT}/tables/claims.md",
     log:
         f"{LOGS}/report.log",
     conda:
@@ -68,9 +69,10 @@ rule report:
     params:
         code=code_digest("report"),
     message:
-        "Joining everything in {output} (log: {log})"
+        "Joining everything in {output.page} (log: {log})"
     shell:
-        "python -m cropr.report.page --manifests {input.manifests} --out {output} > {log} 2>&1"
+        "python -m cropr.report.page --manifests {input.manifests} --out {output.page}"
+        " --claims-table {output.claims} > {log} 2>&1"
 
 
 # `snakemake imagenet_methods` makes one table or figure.
