@@ -50,7 +50,7 @@ def test_lint_is_clean(stubbed: Project) -> None:
 def test_default_target_is_everything_at_laptop_scale(stubbed: Project) -> None:
     jobs = stubbed.planned()
     assert jobs == {
-        "data": 3, "shipped": 3, "train": 31, "bench": 16, "lab": 10, "maps": 11, "manifest": 15, "notebook": 15,
+        "data": 3, "shipped": 3, "train": 31, "bench": 14, "lab": 10, "maps": 11, "manifest": 15, "notebook": 15,
         "report": 1, "reproduce": 1,
     }  # fmt: skip
 
