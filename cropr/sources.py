@@ -51,6 +51,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "data": ("data/__init__.py", "data/scenes.py", "data/layouts.py", "commands/data.py"),
     "train": (*_RUN, "commands/train.py"),
     "bench": _CLOCK,
+    "bench_detector": (
+        *_CLOCK,
+        "bench/heads.py",
+        "bench/detection_flops.py",
+        *(f"tasks/detection/{name}.py" for name in ("cascade", "neck", "nms", "proposals", "regions")),
+    ),
     "maps": (*_RUN, "tasks/views/*.py", "commands/show.py"),
     "sweep": (*_LAB, "bench/sweep.py"),
     "blocks": (*_LAB, "bench/alignment.py", "bench/blocks.py"),

@@ -65,22 +65,14 @@ def test_heads_by_hand(dense, cropr):
     places = [16 * grid, 4 * grid, grid, grid // 4, grid // 16]
     neck = grid * 4 * (d * d // 2 + 4 * d // 2 * d // 4) + grid * 4 * d * d // 2
     neck += sum(n * (width * c + 9 * c * c) for n, width in zip(places, (c, d // 2, d, d), strict=False))
-    assert dense.neck == neck
-    assert dense.proposals == sum(places) * (2 * 9 * c * c + c * 15)
-    assert dense.boxes == 1000 * 3 * (49 * 4 * 9 * c * c + 49 * c * 1024 + 1024 * (81 + 4))
-    assert dense.masks == 100 * (196 * 4 * 9 * c * c + 196 * 4 * c * c + 784 * c * 80)
-    assert [round(part / 1e9, 1) for part in (dense.neck, dense.proposals, dense.boxes, dense.masks)] == [
-        191.0,
-        232.5,
-        385.6,
-        53.0,
-    ]
-    assert (cropr.neck, cropr.proposals, cropr.boxes, cropr.masks) == (
-        dense.neck,
-        dense.proposals,
-        dense.boxes,
-        dense.masks,
-    )
+    assert dense.heads.neck == neck
+    assert dense.heads.proposals == sum(places) * (2 * 9 * c * c + c * 15)
+    assert dense.heads.boxes == 1000 * 3 * (49 * 4 * 9 * c * c + 49 * c * 1024 + 1024 * (81 + 4))
+    assert dense.heads.masks == 100 * (196 * 4 * 9 * c * c + 196 * 4 * c * c + 784 * c * 80)
+    parts = dense.heads.neck, dense.heads.proposals, dense.heads.boxes, dense.heads.masks
+    assert [round(part / 1e9, 1) for part in parts] == [191.0, 232.5, 385.6, 53.0]
+    assert cropr.heads == dense.heads
+    assert sum(parts) == dense.heads.total == dense.total - dense.encoder.total
 
 
 def test_windows_of_32_cost_more(unpruned, monkeypatch):

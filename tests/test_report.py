@@ -272,6 +272,22 @@ def test_detection_compares_boxes_and_masks(small):
     assert heads["measured.mask_ap_difference"] == "Mask AP, difference (points)"
 
 
+def test_whole_detectors_stand_beside_their_encoders(small):
+    manifest = small(task="detection")
+    (row,) = [row for row in json.loads(manifest.read_text())["rows"] if row["row"] == "cropr"]
+    bench = manifest.parent / row["bench"]
+    record = json.loads(bench.read_text())
+    whole = {"speedup_whole": 1.4, "speedup_whole_low": 1.3, "speedup_whole_high": 1.5, "bound_whole": 1.6}
+    record["metrics"] |= whole | {"images_per_s_whole": 1.2, "base_images_per_s_whole": 0.9}
+    bench.write_text(json.dumps(record))
+    artefact = load(manifest)
+    assert artefact.interval("cropr", "speedup_whole").high == 1.5
+    assert artefact.number("cropr", "speedup_whole.bound") == 1.6
+    heads = tables.methods(artefact).heads
+    assert heads["measured.images_per_s_whole"] == "Throughput, whole model (images/s)"
+    assert heads["measured.speedup_whole"] == heads["bound.speedup_whole"] == "Speed-up, whole model (x)"
+
+
 def test_unpruned_row_without_a_measurement_has_that_of_the_row_beside_it(small):
     manifest = small()
     content = json.loads(manifest.read_text())

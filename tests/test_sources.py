@@ -12,9 +12,14 @@ from cropr.specs import REDUCERS, PruneSpec, Task
 
 
 def imports_of(file: Path) -> set[Path]:
-    """Files of the package that a file imports, at the top or within functions."""
+    """Files of the package that a file imports when it runs, at the top or within functions."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    never = {id(node) for hint in hints for node in ast.walk(hint)}
+    for node in ast.walk(tree):
+        if id(node) in never:
+            continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cropr":
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
@@ -43,7 +48,7 @@ def closure(entry: Path) -> set[Path]:
     ("kind", "entry"),
     [("data", "commands/data.py"), ("train", "commands/train.py"), ("bench", "commands/bench.py"),
      ("sweep", "bench/sweep.py"), ("blocks", "bench/alignment.py"), ("profile", "bench/profiling.py"),
-     ("scoring", "bench/scoring.py"),
+     ("scoring", "bench/scoring.py"), ("bench_detector", "bench/heads.py"),
      ("training", "bench/training_step.py"), ("sweep", "commands/lab.py"), ("plan", "commands/plan.py"),
      ("maps", "commands/show.py"), ("report", "report/page.py")],
 )  # fmt: skip

@@ -31,7 +31,7 @@ class Case:
     model: nn.Module
     """In eval mode, on the device, in the precision's dtype."""
     images: Tensor
-    """[B, 3, H, W]."""
+    """What it is given: [B, 3, H, W], or of parts of a model, features."""
     precision: str = "fp32"
     attention: str = "auto"
     compile: bool = False

@@ -12,20 +12,22 @@ and detections that an image can have.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cropr.bench.flops import Macs, macs
-from cropr.tasks.detection.model import Detector
 from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE
+
+if TYPE_CHECKING:
+    from cropr.bench.heads import Heads
+    from cropr.tasks.detection.model import Detector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectorMacs:
-    """Multiply-accumulates for one image of the size that the detector was built for."""
+class HeadMacs:
+    """Multiply-accumulates of what follows the encoder, for one image."""
 
-    encoder: Macs
-    """``total`` has all matrix products; ``linear`` is the counter behind the published numbers."""
     neck: int
     proposals: int
     boxes: int
@@ -35,8 +37,22 @@ class DetectorMacs:
 
     @property
     def total(self) -> int:
+        """All of them."""
+        return self.neck + self.proposals + self.boxes + self.masks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorMacs:
+    """Multiply-accumulates for one image of the size that the detector was built for."""
+
+    encoder: Macs
+    """``total`` has all matrix products; ``linear`` is the counter behind the published numbers."""
+    heads: HeadMacs
+
+    @property
+    def total(self) -> int:
         """Encoder and heads, all matrix products."""
-        return self.encoder.total + self.neck + self.proposals + self.boxes + self.masks
+        return self.encoder.total + self.heads.total
 
 
 def detector_macs(model: Detector) -> DetectorMacs:
@@ -45,12 +61,21 @@ def detector_macs(model: Detector) -> DetectorMacs:
     Args:
         model: in training form or deployed.
     """
-    patches = model.backbone.num_patches
     patch = model.backbone.host.patch_embed.patch_size[0]
+    return DetectorMacs(encoder=macs(model), heads=head_macs(model, model.backbone.num_patches, patch))
+
+
+def head_macs(model: Detector | Heads, patches: int, patch: int) -> HeadMacs:
+    """Price what follows the encoder.
+
+    Args:
+        model: has it.
+        patches: places of the encoder's map.
+        patch: pixels a side of each.
+    """
     spec = model.heads.spec
     places = [patches * patch * patch // (stride * stride) for stride in model.neck.strides]
-    return DetectorMacs(
-        encoder=macs(model),
+    return HeadMacs(
         neck=sum(layers_macs(branch, patches) for branch in model.neck.branches),
         proposals=sum(layers_macs(model.rpn.head, level) for level in places),
         boxes=spec.proposals_test[1] * sum(layers_macs(stage, BOX_SIZE**2) for stage in model.heads.stages),

@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from cropr.bench import flops
@@ -19,7 +21,7 @@ from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
 from cropr.bench.peak import matmul_peak, utilisation
-from cropr.bench.timing import Tell, say_nothing, summary
+from cropr.bench.timing import Tell, ratio, say_nothing, speed, summary
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
 from cropr.specs import BenchSpec
@@ -35,6 +37,8 @@ class Pair:
     """A ``DeployedViT``."""
     sizes: tuple[int, int]
     """Pixels a side of the images of either."""
+    heads: Any = None
+    """What follows the encoders of a detector, a ``cropr.bench.heads.Heads``; None for a classifier."""
 
 
 def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
@@ -51,7 +55,8 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         rounds, ``*_iqr`` interquartile ranges, ``speedup_low`` and ``speedup_high`` a 95 % interval; ``mfu`` is model
         FLOP utilisation; ``working_memory_mb`` is what a forward pass takes besides the weights, read in the second
         warm-up pass, where there is one; ``batch_size`` is that of the spec or, where the device lacks the memory for
-        it, the half or less that fitted; ``base_*`` are those of the unpruned model.
+        it, the half or less that fitted; ``base_*`` are those of the unpruned model. Of a detector, all this is of its
+        encoder; ``*_whole`` are with pyramid and heads, whose seconds, ``series.heads_seconds``, are added to either.
 
     Raises:
         Unsupported: the device cannot run this precision or kernel, or has no memory for one image.
@@ -65,7 +70,7 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
     reused = reuse_freed_memory() if device == "cpu" else False
     tell("build")
     pair = build(spec, device)
-    batch_size, (base, pruned) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
+    batch_size, (base, pruned, *heads) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
     tell("matrix product")
     peak = matmul_peak(spec.precision, device)
     counts = flops.macs(pair.base), flops.macs(pair.pruned)
@@ -85,13 +90,18 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         metrics[f"{prefix}mfu"] = utilisation(count.total, 1, 1 / metrics[f"{prefix}images_per_s"], peak)
         if outcome.working_memory_mb is not None:
             metrics[f"{prefix}working_memory_mb"] = outcome.working_memory_mb
+    series = {"base_seconds": base.seconds, "seconds": pruned.seconds}
+    for outcome in heads:
+        series["heads_seconds"] = outcome.seconds
+        totals = [count.total + pair.heads.macs().total for count in counts]
+        metrics |= _whole(series, batch_size) | {"bound_whole": totals[0] / totals[1]}
     return {
         "kind": "bench",
         "id": spec.digest(),
         "spec": spec.model_dump(mode="json"),
         "metrics": metrics,
         "tokens": token_trace(pair.pruned),
-        "series": {"base_seconds": base.seconds, "seconds": pruned.seconds},
+        "series": series,
         "provenance": provenance(
             started,
             device=device,
@@ -114,11 +124,31 @@ def build(spec: BenchSpec, device: str) -> Pair:
     base = models[UNPRUNED]
     if pruned_size != spec.image_size:
         base = build_variants(spec.model, {}, spec.image_size, *settings)[UNPRUNED]
-    return Pair(base, models["pruned"], (spec.image_size, pruned_size))
+    heads = None
+    if spec.detector is not None:
+        encoder: Any = models["pruned"].model
+        patch = encoder.backbone.host.patch_embed.patch_size[0]
+        grid = (spec.image_size // patch,) * 2
+        heads = import_module("cropr.bench.heads").Heads(spec.detector, encoder.backbone.dim, patch, grid)
+        heads.to(device).requires_grad_(False).eval()
+    return Pair(base, models["pruned"], (spec.image_size, pruned_size), heads)
 
 
-def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: int) -> tuple[Outcome, Outcome]:
-    """Time both with batches of this size.
+def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
+    """Speeds of encoder and heads together, of the unpruned model and of the pruned one, and their ratio."""
+    base, pruned = (
+        [encoder + heads for encoder, heads in zip(series[name], series["heads_seconds"], strict=True)]
+        for name in ("base_seconds", "seconds")
+    )
+    return {
+        **ratio("speedup_whole", base, pruned),
+        "images_per_s_whole": speed(pruned, batch_size)["images_per_s"],
+        "base_images_per_s_whole": speed(base, batch_size)["images_per_s"],
+    }
+
+
+def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: int) -> list[Outcome]:
+    """Time both with batches of this size, and the heads of a detector.
 
     Raises:
         Unsupported: the device cannot run either.
@@ -135,7 +165,12 @@ def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: i
         )
         for name, model, size in zip(("base", "pruned"), (pair.base, pair.pruned), pair.sizes, strict=True)
     ]
-    base, pruned = contest(cases, spec.rounds, spec.warmup, device, tell)
-    if reason := base.unsupported or pruned.unsupported:
-        raise Unsupported(reason)
-    return base, pruned
+    if pair.heads is not None:
+        precision = import_module("cropr.bench.heads").MIXED.get(spec.precision, spec.precision)
+        features = torch.randn(batch_size, *pair.heads.shape, generator=torch.Generator().manual_seed(0))
+        cases.append(Case(name="heads", model=pair.heads, images=features.to(device), precision=precision))
+    outcomes = contest(cases, spec.rounds, spec.warmup, device, tell)
+    for outcome in outcomes:
+        if outcome.unsupported is not None:
+            raise Unsupported(outcome.unsupported)
+    return outcomes

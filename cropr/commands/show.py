@@ -157,7 +157,7 @@ def _draw(file: Path, picture: Path, reducer: str) -> None:
     try:
         from cropr.report import maps, style
     except ModuleNotFoundError as error:
-        raise ValueError(f"--picture needs {error.name}: pip install 'cropr[report]'") from None
+        raise ValueError(f"--picture needs {error.name}: pip install '.[report]' in a checkout") from None
     figure = maps.figure({reducer: maps.read_maps(file)}, {reducer: style.name(reducer)}, {reducer: reducer})
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=style.DPI)

@@ -181,7 +181,7 @@ def _sklearn_datasets():  # type: ignore[no-untyped-def]  # a module
     try:
         from sklearn import datasets
     except ModuleNotFoundError:
-        raise ValueError("scenes need scikit-learn's digits and photos: pip install 'cropr[scenes]'") from None
+        raise ValueError("scenes need scikit-learn's digits and photos: pip install scikit-learn") from None
     return datasets
 
 

@@ -353,6 +353,9 @@ def _benched(metrics: Mapping[str, float]) -> dict[str, float | None]:
         "share_of_bound.low": None if low is None else 100 * low / bound,
         "share_of_bound.high": None if high is None else 100 * high / bound,
     }
+    if "bound_whole" in metrics:
+        line |= {f"speedup_whole.{end}": metrics[f"speedup_whole_{end}"] for end in ("low", "high")}
+        line["speedup_whole.bound"] = metrics["bound_whole"]
     if metrics.get("weights_mb") and metrics.get("base_weights_mb"):
         line["weights_extra.measured"] = 100 * (metrics["weights_mb"] / metrics["base_weights_mb"] - 1)
     return line
@@ -360,7 +363,8 @@ def _benched(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 def _beside(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """The unpruned model as another row's measurement has it, where the scale saves it one of its own."""
-    values = {name: metrics[f"base_{name}"] for name in ("images_per_s", *FORMULA) if f"base_{name}" in metrics}
+    names = ("images_per_s", "images_per_s_whole", *FORMULA)
+    values = {name: metrics[f"base_{name}"] for name in names if f"base_{name}" in metrics}
     return {f"{name}.{'predicted' if name in FORMULA else 'measured'}": value for name, value in values.items()}
 
 

@@ -38,6 +38,11 @@ def run_code(kind, spec):
     return code_digest(kind, spec.prune, spec.task)
 
 
+def bench_code(spec):
+    """Digest of the sources behind a row's throughput."""
+    return code_digest("bench_detector" if spec.detector else "bench", spec.prune)
+
+
 def lab_verb(spec):
     """Command of a measurement of the laboratory, up to its specification."""
     if isinstance(spec, PlanSpec):

@@ -124,7 +124,7 @@ rule bench:
         spec=lambda wildcards: json.dumps(
             GRID.benches[wildcards.bench].model_dump(mode="json"), sort_keys=True
         ),
-        code=lambda wildcards: code_digest("bench", GRID.benches[wildcards.bench].prune),
+        code=lambda wildcards: bench_code(GRID.benches[wildcards.bench]),
         row=lambda wildcards, output: GRID.names[wildcards.bench],
     message:
         "Measuring throughput of {params.row} (log: {log})"

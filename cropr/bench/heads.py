@@ -1,0 +1,64 @@
+"""What follows the encoder of a detector: pyramid, proposals, box and mask heads, to be timed beside the encoder.
+
+They take what the encoder gives, the same with and without pruning, so that one measurement serves both: a whole
+model's time is its encoder's and theirs. Only detectors need this module, which ``cropr.bench.throughput`` imports when
+it is asked for one: what it depends on does not concern other measurements.
+
+B batch, C channels of the encoder, M detections of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from cropr.bench.detection_flops import HeadMacs, head_macs
+from cropr.specs import DetModelSpec, Precision
+from cropr.tasks.detection.cascade import CascadeHeads
+from cropr.tasks.detection.neck import SimpleFeaturePyramid
+from cropr.tasks.detection.proposals import ProposalNetwork
+
+NUM_CLASSES = 80
+"""COCO's."""
+
+MIXED: dict[Precision, Precision] = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
+"""Boxes are pixels of a large image and need float32: where the encoder's weights are cast, heads run in autocast."""
+
+
+class Heads(nn.Module):
+    """The encoder's map [B, C, rows, columns] to the scores [M] of all detections.
+
+    Weights are random, as at the start of a training: every box counts as a candidate, whatever its score, so that as
+    many are suppressed and given a mask as an image can have.
+
+    Args:
+        spec: of the detector.
+        dim: C.
+        patch: pixels a side of a place of the map.
+        grid: rows and columns, for ``macs``.
+    """
+
+    def __init__(self, spec: DetModelSpec, dim: int, patch: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        candidates = spec.model_copy(update={"min_score": 0.0})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.neck = SimpleFeaturePyramid(dim, spec.channels, patch, spec.scales)
+            self.rpn = ProposalNetwork(candidates, self.neck.strides)
+            self.heads = CascadeHeads(candidates, NUM_CLASSES, self.neck.strides[:-1])
+        self.patch = patch
+        self.shape = (dim, *grid)
+        """C, rows, columns."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows, columns = features.shape[-2:]
+        sizes = [(rows * self.patch, columns * self.patch)] * len(features)
+        levels = self.neck(features)
+        proposals, _ = self.rpn.propose(ImageList(features, sizes), levels, None)
+        return torch.cat([found.scores for found in self.heads.detect(levels[:-1], proposals, sizes)])
+
+    def macs(self) -> HeadMacs:
+        """Multiply-accumulates for one image."""
+        _, rows, columns = self.shape
+        return head_macs(self, rows * columns, self.patch)
