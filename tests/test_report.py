@@ -272,6 +272,13 @@ def test_detection_compares_boxes_and_masks(small):
     assert heads["measured.mask_ap_difference"] == "Mask AP, difference (points)"
 
 
+def test_further_metrics_are_those_of_rows_that_were_trained(small):
+    table = tables.further(load(small(task="segmentation")))
+    assert list(table.heads) == ["label", "measured.macc"]  # no record has the other
+    assert "—" not in table.cells["measured.macc"].to_list()
+    assert not any(table.grey)
+
+
 def test_whole_detectors_stand_beside_their_encoders(small):
     manifest = small(task="detection")
     (row,) = [row for row in json.loads(manifest.read_text())["rows"] if row["row"] == "cropr"]
@@ -283,7 +290,9 @@ def test_whole_detectors_stand_beside_their_encoders(small):
     artefact = load(manifest)
     assert artefact.interval("cropr", "speedup_whole").high == 1.5
     assert artefact.number("cropr", "speedup_whole.bound") == 1.6
-    heads = tables.methods(artefact).heads
+    table = tables.speeds(artefact)
+    heads = table.heads
+    assert "No pruning" not in table.cells["label"].to_list()
     assert heads["measured.images_per_s_whole"] == "Throughput, whole model (images/s)"
     assert heads["measured.speedup_whole"] == heads["bound.speedup_whole"] == "Speed-up, whole model (x)"
 

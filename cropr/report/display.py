@@ -84,11 +84,18 @@ def show_trade_off(artefact: Artefact) -> None:
 
 
 def show_speed(artefact: Artefact) -> None:
-    """Speed-up of every row beside its bound and the published one."""
+    """Speed-up of every row beside its bound and the published one, and the throughputs behind it."""
     description = (
         f"Measured speed-up of {bench_model(artefact)} by row, with its interval, its bound and the published one."
     )
     show_figure(figures.speed_against_bound(artefact), artefact, "speed", description)
+    if artefact.benches:
+        show_table(tables.speeds(artefact))
+
+
+def show_further(artefact: Artefact) -> None:
+    """Other metrics of the rows that were trained."""
+    show_table(tables.further(artefact))
 
 
 def show_tokens(artefact: Artefact) -> None:

@@ -49,6 +49,8 @@ class Measures:
     """What the published numbers were made with."""
     binomial: bool = False
     """Whether the first is a share of images that are right or wrong, which alone gives it a sampling interval."""
+    further: tuple[str, ...] = ()
+    """Other quantities that readers of such tables expect."""
     median: bool = False
     """Whether the paper publishes the median over seeds, so that ours stands beside it."""
 
@@ -59,9 +61,15 @@ class Measures:
 
 
 TASKS: dict[Task, Measures] = {
-    "classification": Measures(("top1",), "ViT-L/16 on ImageNet-1k", binomial=True),
-    "segmentation": Measures(("miou",), "EVA-02-L on ADE20k", median=True),
-    "detection": Measures(("box_ap", "mask_ap"), "EVA-02-L with Cascade Mask R-CNN on COCO"),
+    "classification": Measures(("top1",), "ViT-L/16 on ImageNet-1k", binomial=True, further=("top5", "loss")),
+    "segmentation": Measures(("miou",), "EVA-02-L on ADE20k", median=True, further=("macc", "aacc")),
+    "detection": Measures(
+        ("box_ap", "mask_ap"),
+        "EVA-02-L with Cascade Mask R-CNN on COCO",
+        further=tuple(
+            f"{kind}_ap{part}" for kind in ("box", "mask") for part in ("50", "75", "_small", "_medium", "_large")
+        ),
+    ),
 }
 
 
@@ -102,9 +110,10 @@ QUANTITIES = {
     "speedup": Quantity("Speed-up", "x", digits=2),
     "speedup_whole": Quantity("Speed-up, whole model", "x", digits=2),
     "share_of_bound": Quantity("Share of the bound", "%", digits=0),
-    "images_per_s": Quantity("Throughput", "images/s", digits=2),
-    "images_per_s_whole": Quantity("Throughput, whole model", "images/s", digits=2),
-    "base_images_per_s": Quantity("Throughput, unpruned", "images/s", digits=2),
+    "images_per_s": Quantity("Throughput", "images/s", digits=3),
+    "images_per_s_whole": Quantity("Throughput, whole model", "images/s", digits=3),
+    "base_images_per_s": Quantity("Unpruned beside it", "images/s", digits=3),
+    "base_images_per_s_whole": Quantity("Unpruned beside it, whole model", "images/s", digits=3),
     "gmacs": Quantity("Multiply-adds", "G", digits=2),
     "gmacs_linear": Quantity("Multiply-adds, linear layers only", "G"),
     "gmacs_change": Quantity("Multiply-adds, change", "%", digits=0, signed=True),

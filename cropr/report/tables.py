@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -29,7 +29,7 @@ NONE = "—"
 GREY = "#6b6b6b"
 _COLOURS = {"holds": "#00694d", "contradicted": "#b3420a", "undecided": GREY}
 _WORDS = {"schedule": "Schedule", "fusion": "Fusion", "pool": "Pool", "reducer": "Method"}
-_PUBLISHED = ("tpr", "speedup", "speedup_whole", "gmacs", "gmacs_linear", "gmacs_change")
+_PUBLISHED = ("tpr", "speedup", "gmacs", "gmacs_linear", "gmacs_change")
 """Beside accuracies, what the paper gives of some artefact."""
 _VALUES = {
     "schedule": {"none": "unpruned"},
@@ -128,19 +128,34 @@ def methods(artefact: Artefact) -> Table:
         artefact,
         texts=("pool",) if len({row.columns.get("pool") for row in artefact.manifest.rows}) > 1 else (),
         grouped=True,
-        measured=(
-            *accuracies,
-            "tpr",
-            "images_per_s",
-            "speedup",
-            "share_of_bound",
-            "images_per_s_whole",
-            "speedup_whole",
-        ),
+        measured=(*accuracies, "tpr", "speedup", "share_of_bound"),
         predicted=("gmacs", "gmacs_linear"),
-        bound=("speedup", "speedup_whole"),
+        bound=("speedup",),
         published=(*(part for name in compared for part in (name, f"{name}_logged")), *_PUBLISHED),
     )
+
+
+def speeds(artefact: Artefact) -> Table:
+    """Images per second of the rows that were timed, and of the unpruned model in the same process.
+
+    Of detectors: of the encoder and of the whole model.
+    """
+    names = ("base_images_per_s", "images_per_s", "speedup", "share_of_bound")
+    whole = ("base_images_per_s_whole", "images_per_s_whole", "speedup_whole")
+    return side_by_side(
+        artefact,
+        rows=[row for row in artefact.frame.index if artefact.interval(row, "speedup") is not None],
+        grouped=True,
+        measured=(*names, *whole),
+        bound=("speedup", "speedup_whole"),
+        published=("images_per_s", "speedup", "speedup_whole"),
+    )
+
+
+def further(artefact: Artefact) -> Table:
+    """What else is usually reported of such models, of the rows that were trained."""
+    rows = [row for row in artefact.frame.index if artefact.interval(row, artefact.primary) is not None]
+    return side_by_side(artefact, rows=rows, grouped=True, measured=artefact.measures.further)
 
 
 def fusions(artefact: Artefact) -> Table:
@@ -158,6 +173,7 @@ def fusions(artefact: Artefact) -> Table:
 def side_by_side(
     artefact: Artefact,
     *,
+    rows: Sequence[str] | None = None,
     texts: Sequence[str] = (),
     grouped: bool = False,
     measured: Sequence[str] = (),
@@ -169,6 +185,7 @@ def side_by_side(
 
     Args:
         artefact: what to show.
+        rows: which of them; None for all.
         texts: text columns after the label.
         grouped: rows of the same schedule and fusion stand under a heading that names them, for accuracy, speed and
             paper apart where they differ.
@@ -176,6 +193,8 @@ def side_by_side(
             and so is a spanner without columns. With a single seed, an accuracy that is a share of images is followed
             by what the sampling of the validation images alone would give.
     """
+    if rows is not None:
+        artefact = replace(artefact, frame=artefact.frame.loc[list(rows)])
     frame = artefact.frame
     titles = {
         "measured": f"Measured (this scale: {artefact.manifest.scale})",
