@@ -40,7 +40,7 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
-snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, and their figures into the README
+snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, their numbers to the README
 	$(PYTHON) workflow/snapshot.py results/$(SCALE)
 
 test: $(READY) ## all tests but those that need a GPU

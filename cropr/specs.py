@@ -317,7 +317,8 @@ class BenchSpec(Spec):
     model: ModelSpec
     prune: PruneSpec
     detector: DetModelSpec | None = None
-    """The encoder of this detector, with its windows and without pyramid and heads; None: a classifier."""
+    """The encoder of this detector, with its windows, is compared; pyramid and heads are timed beside it. None: a
+    classifier."""
     image_size: int = 224
     pruned_image_size: int | None = None
     """Image size of the second model where it differs: an unpruned model on a smaller image is a rival, too."""
@@ -330,6 +331,12 @@ class BenchSpec(Spec):
     """Run both models through ``torch.compile``, in one graph."""
     channels_last: bool = False
     """Memory layout of images and of the patch embedding's weights."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BenchSpec:
+        if self.detector is not None and self.pruned_image_size not in (None, self.image_size):
+            raise ValueError("a detector's encoders are compared on one image size; leave pruned_image_size out")
+        return self
 
 
 class PlanSpec(Spec):

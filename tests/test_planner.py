@@ -267,6 +267,7 @@ def test_plan_is_found_measured_and_recorded(instant, tmp_path, monkeypatch):
     assert main(["plan", "--spec", value, "--verify", *arguments]) == 0
     record = read_record(tmp_path / "out")
     assert record["kind"] == "plan"
+    assert isinstance(record["provenance"]["freed_memory_reused"], bool)  # also where costs are not measured
     assert record["metrics"]["targets"] == 2
     for line in record["series"]["plans"]:
         assert line["predicted_speedup"] >= line["target"]

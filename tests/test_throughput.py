@@ -115,7 +115,7 @@ def test_a_detectors_encoder_is_priced_with_its_windows(instant):
 def test_heads_are_those_of_the_detector():
     """With its weights they find what the detector finds, every box being a candidate."""
     spec = make(**DETECTOR)
-    part = throughput.build(spec, "cpu").heads
+    part = throughput.build(spec, "cpu").rest.model
     candidates = spec.detector.model_copy(update={"min_score": 0.0})
     whole = build_detector(spec.model, spec.prune, candidates, heads.NUM_CLASSES, 64).eval()
     missing = whole.load_state_dict(part.state_dict(), strict=False).missing_keys
@@ -141,7 +141,21 @@ def test_a_whole_detector_takes_its_encoder_and_its_heads(instant):
     )
     assert metrics["bound_whole"] == pytest.approx(dense / pruned)
     assert metrics["images_per_s_whole"] < metrics["images_per_s"]
+    assert record["provenance"]["heads_precision"] == "amp_bf16"
     assert not [name for name in throughput.measure(make(), "cpu")["metrics"] if name.endswith("_whole")]
+
+
+def test_an_encoder_is_measured_where_heads_cannot_run(instant, monkeypatch):
+    def refuse(*arguments):
+        raise NotImplementedError("no roi_align here")
+
+    monkeypatch.setattr(heads.Heads, "forward", refuse)
+    record = throughput.measure(make(**DETECTOR), "cpu")
+    assert record["metrics"]["speedup"] > 0
+    assert "speedup_whole" not in record["metrics"]
+    assert record["provenance"]["heads_unsupported"].endswith("no roi_align here")
+    with pytest.raises(ValueError, match="a detector's encoders are compared on one image size"):
+        make(**DETECTOR, pruned_image_size=32)
 
 
 def test_second_image_size_makes_a_second_host():

@@ -1,8 +1,12 @@
 """What follows the encoder of a detector: pyramid, proposals, box and mask heads, to be timed beside the encoder.
 
 They take what the encoder gives, the same with and without pruning, so that one measurement serves both: a whole
-model's time is its encoder's and theirs. Only detectors need this module, which ``cropr.bench.throughput`` imports when
-it is asked for one: what it depends on does not concern other measurements.
+model's time is its encoder's and theirs. They do the most that heads can have to do (all proposals, every box a
+candidate, as many masks as an image may have), so that the whole model's speed-up comes out low rather than high.
+Masks are not pasted into the image.
+
+Only detectors need this module, which ``cropr.bench.throughput`` imports when it is asked for one: what it depends on
+does not concern other measurements.
 
 B batch, C channels of the encoder, M detections of the batch.
 """
@@ -22,15 +26,18 @@ from cropr.tasks.detection.proposals import ProposalNetwork
 NUM_CLASSES = 80
 """COCO's."""
 
-MIXED: dict[Precision, Precision] = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
-"""Boxes are pixels of a large image and need float32: where the encoder's weights are cast, heads run in autocast."""
+_MIXED: dict[Precision, Precision] = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
+
+
+def head_precision(encoder: Precision) -> Precision:
+    """In which heads run beside such an encoder: boxes need float32, so that weights are not cast for good."""
+    return _MIXED.get(encoder, encoder)
 
 
 class Heads(nn.Module):
     """The encoder's map [B, C, rows, columns] to the scores [M] of all detections.
 
-    Weights are random, as at the start of a training: every box counts as a candidate, whatever its score, so that as
-    many are suppressed and given a mask as an image can have.
+    Weights are random, as at the start of a training. Whatever its score, a box is a candidate.
 
     Args:
         spec: of the detector.

@@ -38,6 +38,7 @@ from cropr.bench.sweep import sweep_cells
 from cropr.bench.timing import Tell, say_nothing
 from cropr.lab_specs import SweepSpec
 from cropr.records import provenance
+from cropr.runtime import reuse_freed_memory
 from cropr.schedule import Schedule, attended, total_pruning_ratio, trace
 from cropr.specs import ModelSpec, PlanSpec, PruneSpec
 
@@ -264,6 +265,7 @@ def run(
     """
     started = time.time()
     tell = tick or say_nothing
+    reused = reuse_freed_memory() if device == "cpu" else False
     tell("build")
     gpus = roofline.table(sheets) if sheets else []
     layout = layout_of(spec)
@@ -291,7 +293,7 @@ def run(
             },
             "gpus": gpus,
         },
-        "provenance": provenance(started, device=device, precision=spec.precision),
+        "provenance": provenance(started, device=device, precision=spec.precision, freed_memory_reused=reused),
     }
 
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,7 +24,18 @@ from cropr.bench.peak import matmul_peak, utilisation
 from cropr.bench.timing import Tell, ratio, say_nothing, speed, summary
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
-from cropr.specs import BenchSpec
+from cropr.specs import BenchSpec, Precision
+
+if TYPE_CHECKING:
+    from cropr.bench.heads import Heads
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What follows the encoder of a detector."""
+
+    model: Heads
+    precision: Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +48,8 @@ class Pair:
     """A ``DeployedViT``."""
     sizes: tuple[int, int]
     """Pixels a side of the images of either."""
-    heads: Any = None
-    """What follows the encoders of a detector, a ``cropr.bench.heads.Heads``; None for a classifier."""
+    rest: Rest | None
+    """What follows the encoders of a detector; None for a classifier."""
 
 
 def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
@@ -57,6 +68,7 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         warm-up pass, where there is one; ``batch_size`` is that of the spec or, where the device lacks the memory for
         it, the half or less that fitted; ``base_*`` are those of the unpruned model. Of a detector, all this is of its
         encoder; ``*_whole`` are with pyramid and heads, whose seconds, ``series.heads_seconds``, are added to either.
+        Where the device cannot run these, ``provenance.heads_unsupported`` says why.
 
     Raises:
         Unsupported: the device cannot run this precision or kernel, or has no memory for one image.
@@ -70,7 +82,7 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
     reused = reuse_freed_memory() if device == "cpu" else False
     tell("build")
     pair = build(spec, device)
-    batch_size, (base, pruned, *heads) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
+    batch_size, (base, pruned, *rest) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
     tell("matrix product")
     peak = matmul_peak(spec.precision, device)
     counts = flops.macs(pair.base), flops.macs(pair.pruned)
@@ -91,10 +103,14 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         if outcome.working_memory_mb is not None:
             metrics[f"{prefix}working_memory_mb"] = outcome.working_memory_mb
     series = {"base_seconds": base.seconds, "seconds": pruned.seconds}
-    for outcome in heads:
-        series["heads_seconds"] = outcome.seconds
-        totals = [count.total + pair.heads.macs().total for count in counts]
-        metrics |= _whole(series, batch_size) | {"bound_whole": totals[0] / totals[1]}
+    origin: dict[str, Any] = {}
+    if pair.rest is not None:
+        (heads,) = rest
+        origin = {"heads_precision": pair.rest.precision, "heads_unsupported": heads.unsupported}
+        if heads.seconds:
+            series["heads_seconds"] = heads.seconds
+            totals = [count.total + pair.rest.model.macs().total for count in counts]
+            metrics |= _whole(series, batch_size) | {"bound_whole": totals[0] / totals[1]}
     return {
         "kind": "bench",
         "id": spec.digest(),
@@ -108,6 +124,7 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
             precision=spec.precision,
             attention={"base": base.kernels, "pruned": pruned.kernels},
             freed_memory_reused=reused,
+            **origin,
         ),
     }
 
@@ -124,14 +141,18 @@ def build(spec: BenchSpec, device: str) -> Pair:
     base = models[UNPRUNED]
     if pruned_size != spec.image_size:
         base = build_variants(spec.model, {}, spec.image_size, *settings)[UNPRUNED]
-    heads = None
-    if spec.detector is not None:
-        encoder: Any = models["pruned"].model
-        patch = encoder.backbone.host.patch_embed.patch_size[0]
-        grid = (spec.image_size // patch,) * 2
-        heads = import_module("cropr.bench.heads").Heads(spec.detector, encoder.backbone.dim, patch, grid)
-        heads.to(device).requires_grad_(False).eval()
-    return Pair(base, models["pruned"], (spec.image_size, pruned_size), heads)
+    return Pair(base, models["pruned"], (spec.image_size, pruned_size), _heads(spec, models["pruned"], device))
+
+
+def _heads(spec: BenchSpec, encoder: Any, device: str) -> Rest | None:
+    """What follows a detector's encoder; imported here, so that other measurements do not depend on it."""
+    if spec.detector is None:
+        return None
+    code = import_module("cropr.bench.heads")
+    backbone = encoder.model.backbone
+    patch = backbone.host.patch_embed.patch_size[0]
+    model: Heads = code.Heads(spec.detector, backbone.dim, patch, (spec.image_size // patch,) * 2)
+    return Rest(model.to(device).requires_grad_(False).eval(), code.head_precision(spec.precision))
 
 
 def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
@@ -151,7 +172,7 @@ def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: i
     """Time both with batches of this size, and the heads of a detector.
 
     Raises:
-        Unsupported: the device cannot run either.
+        Unsupported: the device cannot run either. Heads that it cannot run say so in their outcome.
     """
     dtype = weights_dtype(spec.precision)
     cases = [
@@ -165,12 +186,11 @@ def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: i
         )
         for name, model, size in zip(("base", "pruned"), (pair.base, pair.pruned), pair.sizes, strict=True)
     ]
-    if pair.heads is not None:
-        precision = import_module("cropr.bench.heads").MIXED.get(spec.precision, spec.precision)
-        features = torch.randn(batch_size, *pair.heads.shape, generator=torch.Generator().manual_seed(0))
-        cases.append(Case(name="heads", model=pair.heads, images=features.to(device), precision=precision))
+    if (rest := pair.rest) is not None:
+        features = torch.randn(batch_size, *rest.model.shape, generator=torch.Generator().manual_seed(0))
+        cases.append(Case(name="heads", model=rest.model, images=features.to(device), precision=rest.precision))
     outcomes = contest(cases, spec.rounds, spec.warmup, device, tell)
-    for outcome in outcomes:
+    for outcome in outcomes[:2]:
         if outcome.unsupported is not None:
             raise Unsupported(outcome.unsupported)
     return outcomes

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from cropr.bench.device import Unsupported
     from cropr.bench.throughput import measure
 
-    with progress(spec.rounds + 4) as tick:
+    with progress(spec.rounds + 4 + (spec.detector is not None)) as tick:
         try:
             record = measure(spec, device, tick)
         except Unsupported as error:
@@ -157,6 +157,16 @@ def show(record: dict[str, Any], console: Console) -> None:
             "-" if memory is None else f"{memory:.1f}",
         )
     console.print(table)
+    if "speedup_whole" in metrics:
+        console.print(
+            f"with pyramid and heads: {metrics['base_images_per_s_whole']:.3f} and {metrics['images_per_s_whole']:.3f} "
+            f"images/s, speed-up {metrics['speedup_whole']:.3f}x (95 % {metrics['speedup_whole_low']:.3f} to "
+            f"{metrics['speedup_whole_high']:.3f}), bound {metrics['bound_whole']:.3f}x",
+            soft_wrap=True,
+            highlight=False,
+        )
+    if reason := origin.get("heads_unsupported"):
+        console.print(f"heads not measured: {reason}", soft_wrap=True, highlight=False)
     console.print(
         f"speed-up {metrics['speedup']:.3f}x (95 % {metrics['speedup_low']:.3f} to {metrics['speedup_high']:.3f}), "
         f"bound {metrics['bound']:.3f}x, share of the bound {metrics['share_of_bound']:.3f}\n"
@@ -179,7 +189,8 @@ def _title(spec: dict[str, Any], batch_size: int) -> str:
         batch += f" (out of memory with {spec['batch_size']})"
     extra = [f"{spec['attention']} attention"] if spec["attention"] != "auto" else []
     extra += [name.replace("_", " ") for name in ("compile", "channels_last") if spec[name]]
-    return ", ".join([spec["model"]["name"], f"{spec['image_size']} px", spec["precision"], batch, *extra])
+    name = spec["model"]["name"] + (", encoder of a detector" if spec["detector"] else "")
+    return ", ".join([name, f"{spec['image_size']} px", spec["precision"], batch, *extra])
 
 
 def _spec(args: argparse.Namespace) -> BenchSpec:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from cropr.report.load import Artefact
 from cropr.report.quantities import QUANTITIES, quantity
-from cropr.report.stats import Interval, Verdict, decide, difference_interval, parse_relation
+from cropr.report.stats import MIN_ROUNDS, Interval, Verdict, decide, difference_interval, parse_relation
 
 OUTCOMES = {"holds": "✓ holds", "contradicted": "✗ contradicted", "undecided": "? undecided"}
 """How a verdict is written."""
@@ -119,6 +119,10 @@ def judge(claim: Claim, artefact: Artefact) -> Judgement:
     interval = _difference(claim, name, artefact)
     if interval is None:
         return Judgement(claim, name, None, Verdict("undecided", "not measured at this scale"))
+    rounds = [artefact.rounds(row) for row in (claim.left, claim.right) if row]
+    if quantity(name).timed and min(rounds) < MIN_ROUNDS:
+        verdict = Verdict("undecided", f"{min(rounds)} rounds, a 95 % interval takes {MIN_ROUNDS}")
+        return Judgement(claim, name, interval, verdict)
     return Judgement(claim, name, interval, decide(claim, interval))
 
 

@@ -12,11 +12,11 @@ import pandas as pd
 from cropr.report.lab_load import UNPRUNED, cells_of, distinct, entry, rows_of
 from cropr.report.load import Artefact
 from cropr.report.quantities import quantity
-from cropr.report.stats import Interval, mean_interval
+from cropr.report.stats import ROUNDS, Interval, mean_interval
 from cropr.report.tables import NONE, Table
 
 MEASURED, BOUND = "Measured", "Bound"
-BOOTSTRAP = "Brackets: 95 % bootstrap over the rounds of one process."
+BOOTSTRAP = f"Brackets: {ROUNDS}."
 CLASSES = (64, 32, 16, 8)
 """Token counts are sorted by the largest of these that divides them."""
 

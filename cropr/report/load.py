@@ -125,6 +125,10 @@ class Artefact:
         """A training metric by seed; empty for a row without records or a metric that none of them has."""
         return metric_by_seed(self.runs.get(row, {}), metric)
 
+    def rounds(self, row: str) -> int:
+        """How often a row's speed was read; 0 where it was not."""
+        return len(self.benches.get(row, {}).get("series", {}).get("seconds", ()))
+
     def interval(self, row: str, quantity: str) -> Interval | None:
         """A measured quantity with its bounds, where there are any; None if it was not measured."""
         mean, low, high = (self.number(row, f"{quantity}.{kind}") for kind in ("measured", "low", "high"))

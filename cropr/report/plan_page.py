@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from cropr.report import style
 from cropr.report.load import CONFIDENCE, Artefact, Record, make_command, read_published
-from cropr.report.stats import Interval
+from cropr.report.stats import ROUNDS, Interval
 from cropr.report.tables import NONE, Table
 
 GOAL = 5.0
@@ -85,7 +85,7 @@ def plan_table(artefact: Artefact) -> Table:
         "bound": "Speed-up (x)",
     }
     spanners = {"Predicted (formula)": ["predicted"], "Measured": ["measured", "error"], "Bound": ["bound"]}
-    caption = "Brackets: 95 % bootstrap over the rounds of one process."
+    caption = f"Brackets: {ROUNDS}."
     return Table(cells, heads, spanners, caption=caption, unbroken=("schedule", "tokens"))
 
 

@@ -21,6 +21,8 @@ class Quantity:
     digits: int = 1
     signed: bool = False
     """Written with its sign: a difference."""
+    timed: bool = False
+    """Its interval is over the rounds of one process, not over seeds."""
     exact: bool = False
     """The same for every seed: written without interval, thousands apart."""
 
@@ -107,9 +109,9 @@ QUANTITIES = {
     **{f"{name}_difference": ACCURACIES[name].difference for task in TASKS.values() for name in task.compared},
     "loss": Quantity("Validation loss", digits=3),
     "tpr": Quantity("TPR: patches pruned", "%", digits=0, exact=True),
-    "speedup": Quantity("Speed-up", "x", digits=2),
-    "speedup_whole": Quantity("Speed-up, whole model", "x", digits=2),
-    "share_of_bound": Quantity("Share of the bound", "%", digits=0),
+    "speedup": Quantity("Speed-up", "x", digits=2, timed=True),
+    "speedup_whole": Quantity("Speed-up, whole model", "x", digits=2, timed=True),
+    "share_of_bound": Quantity("Share of the bound", "%", digits=0, timed=True),
     "images_per_s": Quantity("Throughput", "images/s", digits=3),
     "images_per_s_whole": Quantity("Throughput, whole model", "images/s", digits=3),
     "base_images_per_s": Quantity("Unpruned beside it", "images/s", digits=3),

@@ -22,7 +22,7 @@ from cropr.report.claims import OUTCOMES, Judgement
 from cropr.report.load import Artefact, metric_by_seed
 from cropr.report.names import bench_model, headings, schedules
 from cropr.report.quantities import Quantity, quantity
-from cropr.report.stats import wilson
+from cropr.report.stats import ROUNDS, wilson
 
 NONE = "—"
 """A cell without a number."""
@@ -253,7 +253,7 @@ def caption(artefact: Artefact, measured: Sequence[str], grouped: bool = False) 
                 "fall outside."
             )
     if speeds:
-        parts.append("Brackets behind speed-ups: 95 % bootstrap over the rounds of one process.")
+        parts.append(f"Brackets behind speed-ups: {ROUNDS}.")
     if accuracies and speeds and (pairs := schedules(artefact)):
         differ = "the headings name both" if grouped else f"{' or '.join(pairs)}"
         parts.append(f"Accuracy is that of this scale's model, speed that of {bench_model(artefact)}; "

@@ -40,7 +40,7 @@ def test_everything_is_made(done: Project) -> None:
     assert (results / "report.html").stat().st_size > 0
     assert len(records(done, "train")) == 35  # the weights to start from included, of all tasks
     assert len(records(done, "bench")) == 19
-    assert len(records(done, "lab")) == 7  # at this scale the three of breakeven are one
+    assert len(records(done, "lab")) == 8  # at this scale the three of breakeven are one
     assert len(records(done, "plan")) == 1
     assert len(list((results / "maps").rglob("*.npz"))) == 11  # 5, 4 and 2 methods
 
