@@ -40,6 +40,13 @@ def test_claims_about_one_row_and_about_speed(small):
     assert (apart.low, apart.high) == pytest.approx((100 * (1.68 - 1.76) / 1.8, 100 * (1.71 - 1.73) / 1.8))
 
 
+def test_a_few_rounds_decide_nothing(small):
+    artefact = load(small())
+    artefact.benches["cropr"]["series"]["seconds"] = [1.0] * 5
+    verdict = claims.judge(claim(right=None, quantity="share_of_bound", relation=">= 90"), artefact).verdict
+    assert (verdict.outcome, verdict.reason) == ("undecided", "5 rounds, a 95 % interval takes 6")
+
+
 def test_claims_about_rows_that_do_not_run(small):
     artefact = load(small())
     missing = claims.judge(claim(right="tome"), artefact)

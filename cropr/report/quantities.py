@@ -30,6 +30,10 @@ class Quantity:
         """A number's text with the unit behind it: ``85.3 %``, ``1.72x``."""
         return f"{text}x" if self.unit == "x" else f"{text} {self.unit}".rstrip()
 
+    def places(self, value: float) -> int:
+        """Digits behind the point: two more for throughputs so low that nothing would be left of them."""
+        return self.digits + 2 * (self.unit == "images/s" and abs(value) < 0.1)
+
     @property
     def title(self) -> str:
         """``Top-1 (%)``: a column head or an axis label."""
@@ -112,10 +116,10 @@ QUANTITIES = {
     "speedup": Quantity("Speed-up", "x", digits=2, timed=True),
     "speedup_whole": Quantity("Speed-up, whole model", "x", digits=2, timed=True),
     "share_of_bound": Quantity("Share of the bound", "%", digits=0, timed=True),
-    "images_per_s": Quantity("Throughput", "images/s", digits=3),
-    "images_per_s_whole": Quantity("Throughput, whole model", "images/s", digits=3),
-    "base_images_per_s": Quantity("Unpruned beside it", "images/s", digits=3),
-    "base_images_per_s_whole": Quantity("Unpruned beside it, whole model", "images/s", digits=3),
+    "images_per_s": Quantity("Throughput", "images/s", digits=2),
+    "images_per_s_whole": Quantity("Throughput, whole model", "images/s", digits=2),
+    "base_images_per_s": Quantity("Unpruned beside it", "images/s", digits=2),
+    "base_images_per_s_whole": Quantity("Unpruned beside it, whole model", "images/s", digits=2),
     "gmacs": Quantity("Multiply-adds", "G", digits=2),
     "gmacs_linear": Quantity("Multiply-adds, linear layers only", "G"),
     "gmacs_change": Quantity("Multiply-adds, change", "%", digits=0, signed=True),

@@ -298,7 +298,7 @@ def _add(artefact: Artefact, kind: str, name: str, cells: pd.DataFrame, heads: d
         if interval is not None and entry.exact:
             texts.append(f"{interval.mean:,.0f}")
         elif interval is not None:
-            texts.append(interval.format(entry.digits, entry.signed))
+            texts.append(interval.format(entry.places(interval.mean), entry.signed))
         elif kind != "measured" and not np.isnan(value := artefact.number(row, f"{name}.{kind}")):
             digits = _printed(value, entry) if kind == "published" else entry.digits
             texts.append(f"{value:{'+' if entry.signed else ''},.{digits}f}")
