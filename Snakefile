@@ -54,6 +54,8 @@ REPORT = f"{OUT}/report.html"
 CLAIMS = "config/claims.yaml"
 # None is named on a cluster, nor by calls that run nothing.
 CORES = workflow.resource_settings.cores or 8
+# Notebooks and what they draw take seconds and go before any run: whoever waits sees the first pictures early.
+SHORT = 1000
 
 # Jobs find the Python that runs Snakemake first, activated or not; with conda, theirs comes before it.
 os.environ.update(

@@ -164,7 +164,7 @@ class Grid:
         }
 
     def priority(self, key: str) -> int:
-        """Greater for runs and measurements that an earlier artefact waits for."""
+        """Greater for runs that an earlier artefact waits for."""
         return self._priorities.get(key, 0)
 
     def comparable(self) -> list[str]:
@@ -215,8 +215,7 @@ class Grid:
     def _priorities(self) -> dict[str, int]:
         ranks: dict[str, int] = {}
         for rank, artefact in enumerate(reversed(self.artefacts.values()), start=1):
-            ranks[artefact.name] = 10 * rank
-            ranks |= {key: 10 * rank for row in artefact.rows for key in (row.run, row.bench, row.lab) if key}
+            ranks |= {row.run: rank for row in artefact.rows if row.run}
         return ranks
 
 

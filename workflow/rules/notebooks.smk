@@ -6,6 +6,7 @@ rule manifest:
         f"{OUT}/manifests/{{artefact}}.json",
     log:
         f"{LOGS}/manifests/{{artefact}}.log",
+    priority: SHORT
     conda:
         "../../envs/report.yaml"
     params:
@@ -38,7 +39,7 @@ rule notebook:
         text=f"{LOGS}/notebooks/{{artefact}}.log",
         # A failed notebook stays here with its traceback; outputs of a failed job are deleted, logs are not.
         executed=f"{LOGS}/notebooks/{{artefact}}.ipynb",
-    priority: lambda wildcards: GRID.priority(wildcards.artefact)
+    priority: SHORT
     conda:
         "../../envs/report.yaml"
     params:

@@ -107,14 +107,13 @@ rule train:
         " --out $(dirname {output.record}) {params.init} --threads {threads} > {log} 2>&1"
 
 
-# All cores: nothing else may run beside a measurement. It comes before the training runs of its table, which later on
-# would always hold some core; the scheduler weighs one job on all cores against as many as fit, hence the factor.
+# All cores: nothing else may run beside a measurement. Without a priority it comes last, when no run holds a core any more:
+# the machine is quiet then, and accuracies and maps do not wait for it.
 rule bench:
     output:
         f"{OUT}/bench/{{bench}}/record.json",
     log:
         f"{LOGS}/bench/{{bench}}.log",
-    priority: lambda wildcards: (GRID.priority(wildcards.bench) + 5) * CORES
     conda:
         "../../envs/train.yaml"
     threads: CORES
@@ -132,13 +131,12 @@ rule bench:
         "python -m cropr bench --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
 
 
-# Like bench: alone on the machine, and at the start.
+# Like bench: alone on the machine, at the end.
 rule lab:
     output:
         f"{OUT}/lab/{{lab}}/record.json",
     log:
         f"{LOGS}/lab/{{lab}}.log",
-    priority: lambda wildcards: (GRID.priority(wildcards.lab) + 5) * CORES
     conda:
         "../../envs/train.yaml"
     threads: CORES
@@ -166,6 +164,7 @@ rule maps:
         f"{OUT}/maps/{{run}}/seed{{seed}}.npz",
     log:
         f"{LOGS}/maps/{{run}}-seed{{seed}}.log",
+    priority: SHORT
     conda:
         "../../envs/train.yaml"
     params:
