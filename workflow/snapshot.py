@@ -61,7 +61,7 @@ METHODS = {
     ),
 }
 SPEEDS = {"speedup": "", "speedup_whole": ", whole detector"}
-VARIANTS = {"unpruned": "unpruned", "cropr": "pruned by Cropr, too", "cropr_llf": "by Cropr with LLF"}
+VARIANTS = {"unpruned": "unpruned", "cropr": "Cropr", "cropr_llf": "Cropr + LLF"}
 SCALE = "laptop"
 """What the README shows."""
 SPEEDUP = {"measured": "speedup", "low": "speedup_low", "high": "speedup_high"}
@@ -147,7 +147,7 @@ def _methods(name: str, rendered: Path) -> Iterable[list[str]]:
     head = ["pruning", *about.measured.values()]
     head[1] += f" ({seeds} seed{'s' * (seeds != '1')})"
     for key in speeds:
-        head += [f"speed-up, {about.timed}{SPEEDS[key]}", "ratio of multiply-adds"]
+        head += [f"speed-up{SPEEDS[key] or f', {about.timed}'}", "ratio of multiply-adds"]
     yield [*head, f"published {about.published}", *(f"published speed-up{SPEEDS[key]}" for key in speeds)]
     for line in lines:
         cells = [line["label"], *(_interval(line, quantity, 1) for quantity in about.measured)]
@@ -201,16 +201,16 @@ def _laboratory(rendered: Path, records: Path) -> Iterable[list[str]]:
 
     yield ["what", "measured", "notebook or command"]
     fastest = {name: cell("precision", variant=name, precision="bf16", attention="flash") for name in VARIANTS}
-    gains = [f"{_interval(line, 'gain', 1)} {VARIANTS[name]}" for name, line in fastest.items()]
+    gains = [f"{VARIANTS[name]} {_interval(line, 'gain', 1)}" for name, line in fastest.items()]
     what = "bf16 with flash attention, times faster than the unpruned ViT-L/16 in fp32 with math attention"
     yield [what, "; ".join(gains), "`precision`"]
     shares = [
-        f"{_number(cell('profile', row='vit_l_224', variant=name)['pruning_share.measured'], 1)} % {VARIANTS[name]}"
+        f"{VARIANTS[name]} {_number(cell('profile', row='vit_l_224', variant=name)['pruning_share.measured'], 1)} %"
         for name in ("cropr", "cropr_llf")
     ]
     yield ["scoring, selecting, gathering, fusing: share of the pruned pass, ViT-L/16", "; ".join(shares), "`profile`"]
     steps = [
-        f"{_interval(cell('memory', row=row, variant='cropr_llf'), 'speedup', 2)} {name}"
+        f"{name} {_interval(cell('memory', row=row, variant='cropr_llf'), 'speedup', 2)}"
         for row, name in (("laptop_vit", "small ViT, 64 px"), ("vit_s_224", "ViT-S/16, 224 px"))
     ]
     yield ["a training step with Cropr and LLF, times faster than without pruning", "; ".join(steps), "`memory`"]
