@@ -9,8 +9,9 @@ ROW ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-# Tests use one thread each (tests/conftest.py), so two run side by side; a file stays in one process with its fixtures.
-PYTEST := $(RUN) pytest -n 2 --dist loadfile
+# Tests use one thread each (tests/conftest.py), so two run side by side. Among all tests, a file stays in one process with
+# its fixtures, some of which run a whole workflow; fast ones go wherever a process is idle.
+PYTEST := $(RUN) pytest -n 2
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
 # An environment is complete when a stamp exists whose *name* holds the checksum of what it was made from. File times say
@@ -44,10 +45,10 @@ snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, th
 	$(PYTHON) workflow/snapshot.py results/$(SCALE)
 
 test: $(READY) ## all tests but those that need a GPU
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) --dist loadfile -m "not gpu"
 
-fast: $(READY) ## the fast tests
-	$(PYTEST)
+fast: $(READY) ## the fast tests, a minute
+	$(PYTEST) --dist worksteal
 
 lint: $(READY) ## ruff, mypy, snakefmt, snakemake --lint
 	$(RUN) ruff check .

@@ -69,6 +69,7 @@ def compiled_in_one_graph(host: str, backend: str, fusion: str = "llf", reducer:
     torch.testing.assert_close(found, model(images(2)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.model
 def test_vit_compiles_to_one_graph():
     compiled_in_one_graph("vit", "eager")
 

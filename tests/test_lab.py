@@ -58,6 +58,7 @@ def test_refuses_what_makes_no_sense(changes, message):
 # Sweep ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.model
 def test_sweep_has_a_cell_for_every_combination(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     told = []
@@ -96,6 +97,7 @@ def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
     assert cells[2]["metrics"]["weights_mb"] == pytest.approx(cells[0]["metrics"]["weights_mb"] / 2)
 
 
+@pytest.mark.model
 def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
     attempt = sweep._attempt
 
@@ -210,6 +212,7 @@ def test_profile_of_a_rotary_model_counts_its_rows_as_gathered():
 # Training ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("queries", [None, 5])
 def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
     record = measure(spec("scoring", queries=queries, rounds=3))
@@ -257,6 +260,7 @@ def test_scoring_without_queries_is_refused_and_what_cannot_run_says_why(monkeyp
     assert all("no fast bfloat16" in cell["unsupported"] for cell in record["cells"])
 
 
+@pytest.mark.model
 def test_training_record():
     record = measure(spec("training", batch_size=2))
     json.dumps(record, allow_nan=False)
@@ -272,6 +276,7 @@ def test_training_record():
     assert cells["cropr"]["tokens"] == [17, 13, 10, 7, 7]
 
 
+@pytest.mark.model
 def test_memory_of_inference_is_that_of_the_deployed_model(monkeypatch):
     """The auxiliary heads, half as large as the encoder here, are not part of it."""
     monkeypatch.setattr(training_step, "working_memory", lambda work, device: (work(), 0.0))
@@ -311,6 +316,7 @@ def test_records_on_cuda(kind):
 # Command -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.model
 def test_command_writes_a_record_that_it_reads_again(tmp_path, capsys):
     lab = ["lab", "sweep", "--device", "cpu"]
     first, again = tmp_path / "a", tmp_path / "b"

@@ -110,6 +110,7 @@ def test_all_layouts_hold_the_same_images(tmp_path):
     assert images[0] == images[1] == images[2]
 
 
+@pytest.mark.model
 def test_worker_processes_write_the_same_files(tmp_path, monkeypatch):
     """COCO, whose index needs what every process has seen, in the order of the scenes."""
     write(SMALL, tmp_path / "one", "coco", workers=1)

@@ -258,6 +258,7 @@ def test_layout_counts_what_the_model_counts():
     assert place.macs([17, 13, 10, 7, 17]) == counted.total - counted.scoring
 
 
+@pytest.mark.model
 def test_plan_is_found_measured_and_recorded(instant, tmp_path, monkeypatch):
     """End to end on a tiny model; its costs are given, since those of a loaded machine may allow no speed-up at all."""
     given = Costs(block={0: 0.0, 17: 17.0}, reduce={0: 0.0, 17: 0.0}, fixed=0.0)

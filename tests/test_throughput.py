@@ -248,6 +248,7 @@ def test_record(instant):
     assert metrics["mfu"] == pytest.approx(flops / (1e9 * metrics["matmul_gflops"]))
 
 
+@pytest.mark.model
 def test_a_batch_that_did_not_fit_is_in_the_record(instant, monkeypatch, tmp_path, capsys):
     attempt = throughput._attempt
 
@@ -269,6 +270,7 @@ def test_new_settings_leave_the_names_of_old_measurements_alone():
     assert BenchSpec.model_validate(old | {"attention": "math"}).digest() != "69e167ff05"
 
 
+@pytest.mark.model
 def test_unpruned_against_itself_has_bound_one(instant):
     record = throughput.measure(make(prune={"reducer": "none"}))
     assert record["metrics"]["bound"] == 1
@@ -278,6 +280,7 @@ def test_unpruned_against_itself_has_bound_one(instant):
 # Command -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.model
 def test_command_writes_a_record_that_it_reads_again(instant, tmp_path, capsys):
     bench = ["bench", "--device", "cpu"]
     assert main([*bench, "--spec", make().model_dump_json(), "--out", str(tmp_path / "a")]) == 0

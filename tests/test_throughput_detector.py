@@ -55,6 +55,7 @@ def test_a_detectors_encoder_stands_against_itself_without_pruning():
         assert pair.pruned(images(pair)).shape == mapped.shape
 
 
+@pytest.mark.model
 def test_a_detectors_encoder_is_priced_with_its_windows(instant):
     spec = make()
     metrics = throughput.measure(spec, "cpu")["metrics"]
@@ -80,6 +81,7 @@ def test_heads_are_those_of_the_detector():
         torch.testing.assert_close(part(whole.encode(noise).logits), found)
 
 
+@pytest.mark.model
 def test_a_whole_detector_takes_its_encoder_and_its_heads(instant):
     spec = make(precision="bf16")
     record = throughput.measure(spec, "cpu")
@@ -97,6 +99,7 @@ def test_a_whole_detector_takes_its_encoder_and_its_heads(instant):
     assert record["provenance"]["heads_precision"] == "amp_bf16"
 
 
+@pytest.mark.model
 def test_an_encoder_is_measured_where_heads_cannot_run(instant, monkeypatch):
     def refuse(*arguments):
         raise NotImplementedError("no roi_align here")
