@@ -79,7 +79,7 @@ def show_trade_off(artefact: Artefact) -> None:
         figures.trade_off(artefact),
         artefact,
         "trade_off",
-        f"{label} against speed-up: measured at this scale, and published where the paper has several rows.",
+        f"Scatter plot of {label} against speed-up, measured at this scale, and published if in several rows.",
     )
 
 
