@@ -42,7 +42,7 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
 snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, their numbers to the README
-	$(PYTHON) workflow/snapshot.py results/$(SCALE)
+	$(PYTHON) -m workflow.paper.snapshot results/$(SCALE)
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) --dist loadfile -m "not gpu"

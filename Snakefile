@@ -21,9 +21,9 @@ min_version("9.27")
 
 sys.path.insert(0, workflow.basedir)
 
-from cropr.configuration import read_settings, read_yaml
-from cropr.experiments import load_grid, shipped
-from cropr.sources import code_digest
+from workflow.paper.configuration import read_settings, read_yaml
+from workflow.paper.grid import load_grid, shipped
+from workflow.paper.sources import code_digest
 from cropr.specs import PlanSpec, PruneSpec
 
 

@@ -11,26 +11,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cropr.schedule import Schedule
+from cropr.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
     from cropr.bench.planner import Plan, plan
-    from cropr.model import DeployedViT, Output, PrunedViT, prune
-    from cropr.reducers import available as available_reducers
-    from cropr.tokens import Tokens
+    from cropr.pruning.model import DeployedViT, Output, PrunedViT, prune
+    from cropr.pruning.reducers import available as available_reducers
+    from cropr.pruning.tokens import Tokens
 
 __version__ = "0.1.0"
 __all__ = ["DeployedViT", "Output", "Plan", "PrunedViT", "Schedule", "Tokens", "available_reducers", "plan", "prune"]
 
 _LAZY = {
-    "DeployedViT": ("cropr.model", "DeployedViT"),
-    "Output": ("cropr.model", "Output"),
+    "DeployedViT": ("cropr.pruning.model", "DeployedViT"),
+    "Output": ("cropr.pruning.model", "Output"),
     "Plan": ("cropr.bench.planner", "Plan"),
-    "PrunedViT": ("cropr.model", "PrunedViT"),
-    "Tokens": ("cropr.tokens", "Tokens"),
-    "available_reducers": ("cropr.reducers", "available"),
+    "PrunedViT": ("cropr.pruning.model", "PrunedViT"),
+    "Tokens": ("cropr.pruning.tokens", "Tokens"),
+    "available_reducers": ("cropr.pruning.reducers", "available"),
     "plan": ("cropr.bench.planner", "plan"),
-    "prune": ("cropr.model", "prune"),
+    "prune": ("cropr.pruning.model", "prune"),
 }
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cropr.model import DeployedViT
-from cropr.reducers.select import Random
+from cropr.pruning.model import DeployedViT
+from cropr.pruning.reducers.select import Random
 
 TENSORRT_TOPK = 3840
 """Largest k of TensorRT's Top-K, as its users report it (github.com/NVIDIA/TensorRT, issues 4244 and 4390)."""

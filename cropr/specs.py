@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cropr.schedule import Fusion, Schedule
+from cropr.pruning.schedule import Fusion, Schedule
 
 _CROPR = (
     "num_queries",
@@ -33,7 +33,7 @@ REDUCERS: dict[str, tuple[str, ...]] = {
     "variance": (),
     "attn_topk": (),
 }
-"""Reducers by name, each with the options that it takes: the torch-free twin of ``cropr.reducers``, so that a wrong
+"""Reducers by name, each with the options that it takes: the torch-free twin of ``cropr.pruning.reducers``, so that a wrong
 name in a YAML file is found before any job starts. A test holds the two equal."""
 
 

@@ -41,7 +41,7 @@ def ci(tmp_path_factory):
     """All artefacts of the real grid at the smallest scale, with made-up numbers: one seed, and three."""
     from synthetic import write_results
 
-    from cropr.report.load import load
+    from workflow.paper.load import load
 
     return {
         seeds: {name: load(path) for name, path in write_results(tmp_path_factory.mktemp("ci"), "ci", seeds).items()}

@@ -100,7 +100,7 @@ def belongs(module: str, packages: tuple[str, ...]) -> bool:
 def test_reads_imports() -> None:
     source = (
         "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\ndef f():\n    import g\nclass H:\n    import i\n"
-        "from cropr import fusion, nothing\nfrom cropr.reducers.base import Reducer\n"
+        "from cropr import fusion, nothing\nfrom cropr.pruning.reducers.base import Reducer\n"
     )
     assert set(imports(source)) >= {"a.b", "c.d", "g", "i"}
     assert outer(source) == {"a", "c", "g", "i"}

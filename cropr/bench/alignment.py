@@ -10,8 +10,8 @@ from cropr.bench.blocks import block_series
 from cropr.bench.device import Unsupported
 from cropr.bench.flops import block_dims, block_macs
 from cropr.bench.models import hosted
+from cropr.bench.specs import BlocksSpec
 from cropr.bench.timing import Tell, iqr
-from cropr.lab_specs import BlocksSpec
 from cropr.specs import PruneSpec
 
 

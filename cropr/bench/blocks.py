@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cropr.backbones import Backbone
 from cropr.bench import models
 from cropr.bench.attention import under
 from cropr.bench.device import check, weights_dtype
 from cropr.bench.timing import Run, Tell, clock, interleave, say_nothing, warm_up
+from cropr.pruning.backbones import Backbone
+from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec
-from cropr.tokens import Tokens
 
 DEPTH = 4
 """Blocks that run after each other."""
@@ -43,7 +43,7 @@ def block_series(
 
     Args:
         model: its first blocks are built with random weights.
-        tokens: counts with prefix, as ``cropr.schedule.attended`` gives them.
+        tokens: counts with prefix, as ``cropr.pruning.schedule.attended`` gives them.
         batch_size: images.
         precision: see ``cropr.bench.device``.
         device: torch's name of the device.

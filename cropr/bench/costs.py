@@ -33,10 +33,10 @@ from cropr.bench.device import check, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, hosted, random_images, token_trace
 from cropr.bench.timeline import dissect
 from cropr.bench.timing import Run, Tell, clock, interleave, say_nothing, warm_up
-from cropr.model import DeployedViT
+from cropr.pruning.model import DeployedViT
+from cropr.pruning.schedule import BEFORE_LAST, Schedule
 from cropr.records import provenance, read_record, write_record
 from cropr.runtime import reuse_freed_memory
-from cropr.schedule import BEFORE_LAST, Schedule
 from cropr.specs import PlanSpec, PruneSpec
 
 POINTS = 14

@@ -29,8 +29,8 @@ from cropr.export import (
     to_onnx,
     to_program,
 )
-from cropr.model import DeployedViT, prune
-from cropr.schedule import Schedule
+from cropr.pruning.model import DeployedViT, prune
+from cropr.pruning.schedule import Schedule
 
 ONNX, PT2 = "model.onnx", "model.pt2"
 """Names of the files."""

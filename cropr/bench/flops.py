@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from cropr.model import DeployedViT, PrunedViT
-from cropr.schedule import attended, trace
-from cropr.scorer import FoldedScorer, Scorer
+from cropr.pruning.model import DeployedViT, PrunedViT
+from cropr.pruning.schedule import attended, trace
+from cropr.pruning.scorer import FoldedScorer, Scorer
 
 _ATTENTION = {"Attention", "AttentionRope", "EvaAttention"}
 
@@ -85,7 +85,7 @@ def attention_products(tokens: int, dims: BlockDims, keys: int) -> int:
 
 
 def blocks_macs(tokens: Sequence[int], dims: BlockDims) -> tuple[int, ...]:
-    """Equal blocks; ``tokens`` as ``cropr.schedule.attended`` gives them."""
+    """Equal blocks; ``tokens`` as ``cropr.pruning.schedule.attended`` gives them."""
     return tuple(block_macs(count, dims) for count in tokens)
 
 

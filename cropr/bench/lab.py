@@ -7,8 +7,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from cropr.bench.specs import LabSpec
 from cropr.bench.timing import Tell, say_nothing
-from cropr.lab_specs import LabSpec
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
 
@@ -26,7 +26,7 @@ def measure(spec: LabSpec, device: str = "cpu", tick: Tell | None = None) -> dic
     """Measure what ``spec`` describes.
 
     Args:
-        spec: one of ``cropr.lab_specs.MEASURES``.
+        spec: one of ``cropr.bench.specs.MEASURES``.
         device: torch's name of the device.
         tick: called with a word on what comes next.
 

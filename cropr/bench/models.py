@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cropr.model import DeployedViT, PrunedViT, build_model
+from cropr.pruning.model import DeployedViT, PrunedViT, build_model
 from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
 from cropr.tasks.detection.encoder import build_encoder
 

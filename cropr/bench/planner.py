@@ -34,12 +34,12 @@ from cropr.bench.costs import Costs, load_costs
 from cropr.bench.device import Unsupported
 from cropr.bench.flops import BlockDims, block_dims, block_macs, macs
 from cropr.bench.models import hosted
+from cropr.bench.specs import SweepSpec
 from cropr.bench.sweep import sweep_cells
 from cropr.bench.timing import Tell, say_nothing
-from cropr.lab_specs import SweepSpec
+from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio, trace
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
-from cropr.schedule import Schedule, attended, total_pruning_ratio, trace
 from cropr.specs import ModelSpec, PlanSpec, PruneSpec
 
 

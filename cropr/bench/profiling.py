@@ -21,10 +21,10 @@ from cropr.bench import flops
 from cropr.bench.attention import quiet_profile, run_forced, under
 from cropr.bench.device import Unsupported, check, weights_dtype
 from cropr.bench.models import build_variants, random_images, token_trace
+from cropr.bench.specs import ProfileSpec
 from cropr.bench.timing import Tell
-from cropr.lab_specs import ProfileSpec
-from cropr.model import DeployedViT
-from cropr.scorer import FoldedScorer
+from cropr.pruning.model import DeployedViT
+from cropr.pruning.scorer import FoldedScorer
 
 CATEGORIES = (
     "embed", "attention", "mlp", "norm", "residual", "scoring", "selection", "gather", "fusion", "head", "other",

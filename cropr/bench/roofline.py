@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from cropr.backbones import Backbone, EvaBackbone
 from cropr.bench.flops import block_dims, bound, macs
 from cropr.bench.models import hosted
-from cropr.schedule import BEFORE_LAST, Schedule, attended
+from cropr.pruning.backbones import Backbone, EvaBackbone
+from cropr.pruning.schedule import BEFORE_LAST, Schedule, attended
 from cropr.specs import ModelSpec, PruneSpec
 
 EFFICIENCY = 0.5

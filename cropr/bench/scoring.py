@@ -22,13 +22,13 @@ from cropr.bench.attention import under
 from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, arithmetic_dtype, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace
+from cropr.bench.specs import ScoringSpec
 from cropr.bench.timing import Tell, against, ratio, speed
-from cropr.lab_specs import ScoringSpec
-from cropr.model import DeployedViT
-from cropr.reducers import Context, ScoreReducer
-from cropr.reducers.select import FoldedCropr
-from cropr.scorer import Scorer
-from cropr.tokens import Tokens
+from cropr.pruning.model import DeployedViT
+from cropr.pruning.reducers import Context, ScoreReducer
+from cropr.pruning.reducers.select import FoldedCropr
+from cropr.pruning.scorer import Scorer
+from cropr.pruning.tokens import Tokens
 
 ONE, ALL = "one_vector", "all_queries"
 """The two pruned models."""

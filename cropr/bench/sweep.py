@@ -20,8 +20,8 @@ from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
 from cropr.bench.peak import matmul_peak, utilisation
+from cropr.bench.specs import SweepSpec
 from cropr.bench.timing import Tell, against, ratio, speed
-from cropr.lab_specs import SweepSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from cropr.bench import flops
 from cropr.bench.device import Unsupported, check, largest_batch
 from cropr.bench.memory import working_memory
 from cropr.bench.models import NUM_CLASSES, UNPRUNED, hosted, random_images, random_weights, weights_mb
+from cropr.bench.specs import TrainingSpec
 from cropr.bench.timing import Run, Tell, against, clock, interleave, speed
-from cropr.lab_specs import TrainingSpec
-from cropr.model import PrunedViT
+from cropr.pruning.model import PrunedViT
 from cropr.specs import DataSpec, PruneSpec, RecipeSpec
 from cropr.tasks.base import autocast
-from cropr.tasks.classification import Objective
+from cropr.tasks.classification.run import Objective
 from cropr.training.distributed import World
 from cropr.training.loop import Stepper
 from cropr.training.optim import create_optimizer

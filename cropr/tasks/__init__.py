@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from cropr.tasks.base import TaskRun
 
 _CLASSES = {
-    "classification": ("cropr.tasks.classification", "Classification"),
-    "segmentation": ("cropr.tasks.segmentation_run", "Segmentation"),
+    "classification": ("cropr.tasks.classification.run", "Classification"),
+    "segmentation": ("cropr.tasks.segmentation.run", "Segmentation"),
     "detection": ("cropr.tasks.detection.run", "Detection"),
 }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from cropr.schedule import ramp
+from cropr.pruning.schedule import ramp
 from cropr.specs import RecipeSpec
 from cropr.training.optim import total_steps
 

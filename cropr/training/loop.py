@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cropr.fusion import Fusion
+from cropr.pruning.fusion import Fusion
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask, autocast
 from cropr.training.average import Average

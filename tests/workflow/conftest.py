@@ -87,8 +87,8 @@ def copy_repository(path: Path) -> Project:
 def with_stubs(project: Project) -> Project:
     """Replace what the jobs call; the grid, the rules and the sources that are digested stay."""
     shutil.copy2(STUBS / "cropr_main.py", project / "cropr/__main__.py")
-    shutil.copy2(STUBS / "run_notebook.py", project / "workflow/run_notebook.py")
-    shutil.copy2(STUBS / "page.py", project / "cropr/report/page.py")
+    shutil.copy2(STUBS / "run_notebook.py", project / "workflow/paper/run_notebook.py")
+    shutil.copy2(STUBS / "page.py", project / "workflow/paper/page.py")
     return project
 
 

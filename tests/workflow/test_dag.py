@@ -99,7 +99,7 @@ def test_compare_without_a_row_names_the_rows(stubbed: Project) -> None:
 
 def test_shipped_weights_are_taken_only_where_they_fit(stubbed: Project) -> None:
     sys.path.insert(0, str(stubbed.path))
-    from cropr.experiments import load_grid
+    from workflow.paper.grid import load_grid
 
     pretrain = load_grid(stubbed / "config", "laptop").sources["classification"].pretrain
     assert pretrain is not None

@@ -34,4 +34,4 @@ rule compare:
     message:
         "{params.row} beside its baseline"
     shell:
-        "python -m cropr compare --manifest {input.manifest} --row {params.row} 2>&1 | tee {log}"
+        "python -m workflow.paper.compare --manifest {input.manifest} --row {params.row} 2>&1 | tee {log}"

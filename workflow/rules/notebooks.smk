@@ -51,7 +51,7 @@ rule notebook:
     message:
         "Running notebook {wildcards.artefact} (log: {log.text})"
     shell:
-        "python workflow/run_notebook.py {input.notebook} --params {params.values:q} --executed {log.executed}"
+        "python -m workflow.paper.run_notebook {input.notebook} --params {params.values:q} --executed {log.executed}"
         " --notebook {output.notebook} --html {output.page} > {log.text} 2>&1"
 
 
@@ -72,7 +72,7 @@ rule report:
     message:
         "Joining everything in {output.page} (log: {log})"
     shell:
-        "python -m cropr.report.page --manifests {input.manifests} --out {output.page}"
+        "python -m workflow.paper.page --manifests {input.manifests} --out {output.page}"
         " --claims-table {output.claims} > {log} 2>&1"
 
 

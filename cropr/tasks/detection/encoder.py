@@ -11,13 +11,13 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from cropr.backbones import Backbone, windowed
-from cropr.fusion import Fusion
-from cropr.model import DeployedViT, PrunedViT, prune
-from cropr.reducers import Reducer
-from cropr.schedule import Schedule
+from cropr.pruning.backbones import Backbone, windowed
+from cropr.pruning.fusion import Fusion
+from cropr.pruning.model import DeployedViT, PrunedViT, prune
+from cropr.pruning.reducers import Reducer
+from cropr.pruning.schedule import Schedule
+from cropr.pruning.tokens import Tokens
 from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
-from cropr.tokens import Tokens
 
 
 class Encoder(PrunedViT):

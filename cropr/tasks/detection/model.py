@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
-from cropr.model import Output
-from cropr.reducers import Reducer
+from cropr.pruning.model import Output
+from cropr.pruning.reducers import Reducer
 from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
 from cropr.tasks.base import Losses
 from cropr.tasks.detection.auxiliary import auxiliary_losses, present_classes

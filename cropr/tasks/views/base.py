@@ -4,7 +4,7 @@
     load_weights(view.model, weights)
     output, answer = view.answer(view.validation(0), device)
 
-The arrays have the names that ``cropr.report.answers`` reads. H and W are the pixels that the model sees of an image,
+The arrays have the names that ``workflow.paper.answers`` reads. H and W are the pixels that the model sees of an image,
 padding included: a map of pruned patches covers all of it.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cropr.data.scenes import OBJECT
-from cropr.model import Output, PrunedViT
+from cropr.pruning.model import Output, PrunedViT
 from cropr.specs import TrainSpec
 
 Arrays = dict[str, NDArray[Any]]

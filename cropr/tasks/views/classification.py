@@ -12,7 +12,7 @@ from torch import Tensor
 from cropr.data.imagenet import eval_transform, load_splits
 from cropr.data.loading import decode
 from cropr.data.scenes import object_mask
-from cropr.model import Output, build_model
+from cropr.pruning.model import Output, build_model
 from cropr.specs import DataSpec, TrainSpec
 from cropr.tasks.views.base import Arrays, Sample, View
 

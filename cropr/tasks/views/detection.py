@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as v2
 from cropr.data.coco import load_coco, normalise, read_image, read_masks
 from cropr.data.jitter import fit
 from cropr.data.loading import decode
-from cropr.model import Output
+from cropr.pruning.model import Output
 from cropr.specs import DetDataSpec, TrainSpec
 from cropr.tasks.detection.masks import encode_masks
 from cropr.tasks.detection.model import DetectionOutput, build_detector

@@ -20,9 +20,9 @@ from torchvision import tv_tensors
 from cropr.data.ade20k import IGNORE, EvalTransform, Split, decode_map, load_splits, read_pair
 from cropr.data.loading import decode
 from cropr.data.scenes import CLASSES
-from cropr.model import Output
+from cropr.pruning.model import Output
 from cropr.specs import SegDataSpec, TrainSpec
-from cropr.tasks.segmentation import build
+from cropr.tasks.segmentation.model import build
 from cropr.tasks.views.base import Arrays, Sample, View, object_image, rarest
 
 LOOKED_AT = 500

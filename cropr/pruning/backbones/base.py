@@ -1,0 +1,154 @@
+"""What the pruned model asks of a host, and the numbers around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cropr.pruning.tokens import Tokens
+
+
+class Backbone(nn.Module):
+    """Adapter to a timm model: runs the host's own blocks through its documented surface, copies none of its code.
+
+    Args:
+        host: the timm model; kept as it is, its parameters keep their names below ``host``.
+
+    Raises:
+        TypeError: a feature of the host that pruning would silently break, by name.
+    """
+
+    host: Any
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host = host
+        self._verify()
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.host.blocks)
+
+    @property
+    def dim(self) -> int:
+        """C, channels of the tokens."""
+        return self.host.embed_dim
+
+    @property
+    def prefix(self) -> int:
+        """P, prefix tokens: CLS, distillation, registers."""
+        return self.host.num_prefix_tokens
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of an image of the size that the host was built for."""
+        return self.host.patch_embed.num_patches
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patch grid of images [B, 3, H, W]."""
+        rows, columns = self.host.patch_embed.patch_size
+        return images.shape[-2] // rows, images.shape[-1] // columns
+
+    def embed(self, images: Tensor) -> tuple[Tokens, Any]:
+        """Images [B, 3, H, W] to all tokens before block 1, and what ``run`` needs to know of their positions."""
+        raise NotImplementedError
+
+    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
+        """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
+        raise NotImplementedError
+
+    def keys(self, block: int, tokens: int) -> int:
+        """How many tokens each of the ``tokens`` (prefix included) attends to in this block."""
+        return tokens
+
+    def verify_counts(self, entering: Sequence[int]) -> None:
+        """Refuse a schedule that leaves a block with a count that it cannot take.
+
+        Args:
+            entering: patch tokens that enter each block.
+
+        Raises:
+            ValueError: count, block and counts that fit.
+        """
+
+    def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """Attention that the CLS query pays to each patch in this block, averaged over heads, [B, N] float32.
+
+        ``tokens`` are the block's input. Only this row is computed; the block itself stays on fused attention.
+        """
+        raise NotImplementedError
+
+    def cls_attention_macs(self, block: int, tokens: int) -> int:
+        """Multiply-accumulates of ``cls_attention`` for one image of so many tokens, prefix included."""
+        raise NotImplementedError
+
+    def verify_cls_attention(self) -> None:
+        """Refuse hosts whose CLS row cannot be computed.
+
+        Raises:
+            TypeError: what is missing or not supported, by name.
+        """
+        raise NotImplementedError
+
+    def norm(self, tokens: Tokens) -> Tokens:
+        """The host's norm after the last block."""
+        return tokens.replace(self.host.norm(tokens.x))
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """The host's own pooling and classifier: [B, classes]."""
+        return self.host.forward_head(tokens.x)
+
+    def predict(self, tokens: Tokens) -> Tokens:
+        """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""
+        host = self.host
+        return tokens.replace(host.head(host.head_drop(host.fc_norm(tokens.x))))
+
+    def verify_predict(self) -> None:
+        """Refuse hosts without a classifier that suits single tokens.
+
+        Raises:
+            TypeError: what stands against it, by name.
+        """
+        if getattr(self.host, "attn_pool", None) is not None:
+            raise self._refuse("attention pooling, for a prediction per patch,")
+        if getattr(self.host, "head_dist", None) is not None:
+            raise self._refuse("a second head for distillation, for a prediction per patch,")
+        if not isinstance(self.host.head, nn.Linear):
+            raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
+
+    def _call(self, block: int, x: Tensor, **arguments: Any) -> Tensor:
+        """One block, under the host's own activation checkpointing switch."""
+        module = self.host.blocks[block - 1]
+        if self.host.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(module, x, use_reentrant=False, **arguments)
+        return module(x, **arguments)
+
+    def _verify(self) -> None:
+        raise NotImplementedError
+
+    def _refuse(self, what: str) -> TypeError:
+        return TypeError(
+            f"{type(self.host).__name__} with {what} cannot be pruned; see cropr.pruning.backbones for what can"
+        )
+
+    def _verify_common(self, base: type[nn.Module], blocks: tuple[type[nn.Module], ...]) -> None:
+        """Checks that both hosts share: nothing between us and the blocks that we would skip."""
+        if type(self.host).forward_features is not base.forward_features:  # type: ignore[attr-defined]
+            raise self._refuse("a forward_features of its own")
+        for module in self.host.blocks:
+            if type(module) not in blocks:
+                names = [kind.__name__ for kind in blocks]
+                raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
+        drop = getattr(self.host, "patch_drop", None)
+        if drop is not None and not isinstance(drop, nn.Identity):
+            raise self._refuse("patch dropout (patch_drop_rate > 0)")
+
+
+def cls_row(logits: Tensor, scale: float, prefix: int) -> Tensor:
+    """Attention row from raw logits [B, H, L] of the CLS query: softmax, patches only, mean over heads, [B, N]."""
+    return (logits.float() * scale).softmax(dim=-1)[:, :, prefix:].mean(dim=1)

@@ -1,0 +1,179 @@
+"""Hosts whose blocks attend within windows of the image, a few of them globally: the plain ViT of a detector.
+
+Patch tokens run in window-major order: window after window, raster order inside each. Reducers keep the order of what
+they leave, so after pruning a windowed block cuts the survivors into equal chunks of one window's length: neighbours in
+the image as far as survivors are, no mask, no padding, fused attention. Without pruning the chunks are the windows
+themselves. This reading of "windows and pruned tokens" is ours; the paper does not spell its own out. It fits the
+paper's numbers (see ``cropr.bench.detection_flops``).
+
+Rotary positions: EVA-02 has two tables, one with coordinates counted within a window, one for the whole grid. Rotary
+attention sees differences of positions only, so coordinates counted over the whole image at the window's scale give
+the same attention inside a window, and stay meaningful for a chunk that spans several. Both tables are gathered by
+original place.
+
+B batch, N patch tokens, W tokens of a window, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cropr.pruning.backbones.base import Backbone
+from cropr.pruning.backbones.eva import EvaBackbone
+from cropr.pruning.backbones.vit import ViTBackbone
+from cropr.pruning.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Rotary tables [grid, 2 d] for both kinds of block; None without rotary positions."""
+
+    everywhere: Tensor | None
+    within: Tensor | None
+
+
+class WindowedBackbone(Backbone):
+    """Windows around an adapter; see ``windowed``.
+
+    Args:
+        host: a timm model without prefix tokens.
+        window: patches a side.
+        global_blocks: blocks (from 1) that attend over all tokens; the last must be one of them.
+
+    Raises:
+        TypeError: a host with prefix tokens, or rotary positions that have no window form.
+        ValueError: window or blocks out of range.
+    """
+
+    def __init__(self, host: nn.Module, window: int, global_blocks: Iterable[int]) -> None:
+        super().__init__(host)
+        self.window = window
+        self.global_blocks = frozenset(global_blocks)
+        self._verify_windows()
+
+    @property
+    def window_tokens(self) -> int:
+        """W: tokens of a window."""
+        return self.window * self.window
+
+    def keys(self, block: int, tokens: int) -> int:
+        return tokens if block in self.global_blocks else self.window_tokens
+
+    def verify_counts(self, entering: Sequence[int]) -> None:
+        size = self.window_tokens
+        for block, count in enumerate(entering, start=1):
+            if block not in self.global_blocks and count % size:
+                fits = [fit for fit in (count // size * size, -(-count // size) * size) if fit]
+                raise ValueError(
+                    f"{count} patch tokens enter block {block}, which attends in windows of {self.window} x "
+                    f"{self.window} = {size}: keep a multiple of {size}, here {' or '.join(map(str, fits))} "
+                    f"(Schedule.squares, or align={size} for other rules)"
+                )
+
+    def embed(self, images: Tensor) -> tuple[Tokens, Positions]:
+        """Images [B, 3, H, W] to all tokens in window-major order; H and W multiples of patch times window."""
+        self._verify_size(images)
+        rows, columns = self.grid(images)
+        tokens, table = super().embed(images)
+        order = window_order(rows, columns, self.window, images.device)
+        within = None if table is None else self._window_table(rows, columns)
+        return tokens.keep(order.expand(images.shape[0], -1)), Positions(table, within)
+
+    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
+        if block in self.global_blocks:
+            return super().run(block, tokens, position.everywhere, mask)
+        size = self.window_tokens
+        chunks = Tokens(tokens.x.reshape(-1, size, tokens.x.shape[-1]), tokens.index.reshape(-1, size), prefix=0)
+        return tokens.replace(super().run(block, chunks, position.within).x.reshape(tokens.x.shape))
+
+    def _window_table(self, rows: int, columns: int) -> Tensor:
+        """Rotary table of the whole grid with the distance between neighbours that it has inside a window."""
+        rope = self.host.rope
+        reference = rope.ref_feat_shape
+        if reference is not None:
+            # The host squeezes any grid onto ``reference`` positions: a window here, the whole image in its own table.
+            reference = [reference[0] * rows / self.window, reference[1] * columns / self.window]
+        sine, cosine = build_rotary_pos_embed(
+            [rows, columns],
+            bands=rope.bands,
+            in_pixels=False,
+            ref_feat_shape=reference,
+            grid_offset=rope.grid_offset,
+            grid_indexing=rope.grid_indexing,
+            rotate_half=rope.rotate_half,
+        )
+        return torch.cat((sine, cosine), dim=-1)
+
+    def _verify_windows(self) -> None:
+        if self.prefix:
+            raise self._refuse(f"{self.prefix} prefix tokens, which belong to no window (build it class_token=False),")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be 1 or more patches a side, for example 16")
+        if outside := sorted(block for block in self.global_blocks if not 1 <= block <= self.depth):
+            raise ValueError(f"global blocks {outside}: blocks count from 1 to {self.depth}")
+        if self.depth not in self.global_blocks:
+            raise ValueError(
+                f"global blocks {sorted(self.global_blocks)} lack the last one, {self.depth}: tokens that are fused "
+                "back before it come from all over the image; add it"
+            )
+        rope = getattr(self.host, "rope", None)
+        if rope is not None and (
+            type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.grid_type != "index" or rope.aug_active
+        ):
+            raise self._refuse(f"{type(rope).__name__} with these settings, which has no form within windows,")
+
+    def _verify_size(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        rows, columns = (self.window * edge for edge in self.host.patch_embed.patch_size)
+        if height % rows or width % columns:
+            fit = -(-height // rows) * rows, -(-width // columns) * columns
+            raise ValueError(
+                f"images of {height} x {width} px do not hold whole windows of {rows} x {columns} px: "
+                f"pad them to {fit[0]} x {fit[1]}"
+            )
+
+
+class WindowedViT(WindowedBackbone, ViTBackbone):
+    """timm ``VisionTransformer`` with windows."""
+
+
+class WindowedEva(WindowedBackbone, EvaBackbone):
+    """timm ``Eva`` with windows and both of its rotary tables."""
+
+
+_ADAPTERS: dict[type[nn.Module], type[WindowedBackbone]] = {VisionTransformer: WindowedViT, Eva: WindowedEva}
+
+
+def windowed(host: nn.Module, window: int, global_blocks: Iterable[int]) -> WindowedBackbone:
+    """Windows around a timm model; give the result to ``cropr.prune`` in place of the model.
+
+    Args:
+        host: without prefix tokens (``class_token=False``); built with ``dynamic_img_size=True`` it takes images of
+            any size that holds whole windows.
+        window: patches a side. EVA-02's detectors have 16.
+        global_blocks: blocks (from 1) that attend over all tokens. EVA-02-L: 3, 6, ..., 24.
+
+    Raises:
+        TypeError: no adapter for this model or a feature of it, by name.
+        ValueError: window or blocks out of range.
+    """
+    for kind, adapter in _ADAPTERS.items():
+        if isinstance(host, kind):
+            return adapter(host, window, global_blocks)
+    supported = [f"timm {kind.__name__}" for kind in _ADAPTERS]
+    raise TypeError(f"no windowed adapter for {type(host).__name__}; supported: {supported}")
+
+
+def window_order(rows: int, columns: int, window: int, device: torch.device | None = None) -> Tensor:
+    """[rows columns] int64: raster index of each place, window after window, raster order inside each."""
+    raster = torch.arange(rows * columns, device=device)
+    tiles = raster.view(rows // window, window, columns // window, window)
+    return tiles.transpose(1, 2).flatten()

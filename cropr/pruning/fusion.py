@@ -1,0 +1,166 @@
+"""What becomes of pruned tokens: the ways to bring them back, behind one interface.
+
+Pruned tokens are set aside in the state in which they left. A fusion puts them behind the survivors at one of three
+places: before the last block, after it, or after the head. Each class says what it takes from the paper and what is
+our reading: of the alternatives to Last Layer Fusion, the sources at hand give names and results, no definitions.
+
+B batch, P prefix tokens, K survivors, R pruned, N = K + R patch tokens, L = P + N, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cropr.pruning.tokens import Tokens
+
+Place = Literal["before_last_block", "after_last_block", "after_head"]
+
+
+class Fusion(nn.Module):
+    """Base class.
+
+    Args:
+        dim: channels C.
+        num_outputs: outputs of the model's head.
+        sites: blocks that are followed by a reducer.
+    """
+
+    place: ClassVar[Place]
+    """Where it runs. ``after_head``: on predictions per patch, so that it suits dense tasks only."""
+
+    def __init__(self, dim: int, num_outputs: int, sites: Iterable[int]) -> None:
+        super().__init__()
+
+    def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
+        """All patch tokens again, survivors first, then the pruned in the order in which they left.
+
+        Attention does not see the order; ``Tokens.raster`` restores the grid where a task needs it.
+
+        Args:
+            alive: P + K tokens, [B, P + K, C], or their predictions where ``place`` is ``after_head``.
+            pruned: block -> patch tokens [B, R of that block, C] that left after it, in the state of then.
+        """
+        return alive.append(tuple(pruned.values()))
+
+    def mask(self, alive: Tokens, fused: Tokens) -> Tensor | None:
+        """[L, L] bool: which token (row) the last block lets attend to which (column); None for all to all."""
+        return None
+
+    def macs(self, alive: int, pruned: Mapping[int, int]) -> int:
+        """Multiply-accumulates of the fusion itself for one image of P + K ``alive`` and so many pruned tokens."""
+        return 0
+
+
+class LastLayerFusion(Fusion):
+    """Before the last block, which attends over all tokens; no parameters. All of it is the paper's (section 3)."""
+
+    place: ClassVar[Place] = "before_last_block"
+
+
+class LastLayerFusionNoSelf(LastLayerFusion):
+    """LLF without self-attention among the pruned. The paper's: the idea. Our reading: a pruned token attends to
+    prefix, survivors and itself; survivors attend to all, as in LLF.
+
+    Survivors stand first, so one mask [L, L] serves all images and heads. The host's own block computes it, in the
+    fused kernels that take a mask (memory-efficient attention on CUDA, the CPU's); CUDA's flash kernel takes none, and
+    without a mask the queries would have to be split, which the host's blocks cannot do.
+    """
+
+    def mask(self, alive: Tokens, fused: Tokens) -> Tensor | None:
+        survivors, length = alive.x.shape[1], fused.x.shape[1]
+        if survivors == length:
+            return None
+        position = torch.arange(length, device=fused.x.device)
+        return (position < survivors) | (position < survivors)[:, None] | (position == position[:, None])
+
+
+class TokenConcat(Fusion):
+    """After the last block, which does not see the pruned; no parameters. The paper's: the name. Our reading: norm and
+    head of the survivors serve the pruned as they left."""
+
+    place: ClassVar[Place] = "after_last_block"
+
+
+class EarlyExit(Fusion):
+    """The pruned keep the prediction made from their state when pruned. The paper's: logits fused as in DToP. Our
+    reading: LayerNorm and linear a site, trained by the main loss where their tokens are."""
+
+    place: ClassVar[Place] = "after_head"
+
+    def __init__(self, dim: int, num_outputs: int, sites: Iterable[int]) -> None:
+        super().__init__(dim, num_outputs, sites)
+        self.heads = nn.ModuleDict(
+            {str(block): nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_outputs)) for block in sites}
+        )
+        self._macs = dim * num_outputs
+
+    def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
+        return super().forward(
+            alive, {block: tokens.replace(self.heads[str(block)](tokens.x)) for block, tokens in pruned.items()}
+        )
+
+    def macs(self, alive: int, pruned: Mapping[int, int]) -> int:
+        return sum(pruned.values()) * self._macs
+
+
+class CrossAttention(Fusion):
+    """After the last block, whose survivors the pruned attend to. The paper's: learned cross-attention. Our reading:
+    one pre-norm block (cross-attention, MLP of ratio 4) without rotary positions; it starts as ``TokenConcat``, since
+    its two output projections start at zero."""
+
+    place: ClassVar[Place] = "after_last_block"
+
+    def __init__(self, dim: int, num_outputs: int, sites: Iterable[int]) -> None:
+        super().__init__(dim, num_outputs, sites)
+        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.key_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = nn.MultiheadAttention(dim, dim // math.gcd(dim, 64), batch_first=True)
+        out = nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 4 * dim), nn.GELU(), out)
+        for layer in (self.attention.out_proj, out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self._dim = dim
+
+    def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
+        if not pruned:
+            return alive
+        first, *others = pruned.values()
+        left = first.append(others)
+        keys = self.key_norm(alive.x)
+        x = left.x + self.attention(self.query_norm(left.x), keys, keys, need_weights=False)[0]
+        return alive.append([left.replace(x + self.mlp(x))])
+
+    def macs(self, alive: int, pruned: Mapping[int, int]) -> int:
+        queries = sum(pruned.values())
+        weights = self._dim * self._dim
+        # Queries pass two projections and the MLP, keys two; q k^T and its product with v follow.
+        return (10 * queries + 2 * alive) * weights * (queries > 0) + 2 * queries * alive * self._dim
+
+
+FUSIONS: dict[str, type[Fusion] | None] = {
+    "none": None,
+    "concat": TokenConcat,
+    "exit": EarlyExit,
+    "cross": CrossAttention,
+    "llf": LastLayerFusion,
+    "llf_no_self": LastLayerFusionNoSelf,
+}
+"""None prunes for good. The torch-free twin is ``cropr.pruning.schedule.Fusion``."""
+
+
+def create(name: str, dim: int, num_outputs: int, sites: Iterable[int]) -> Fusion | None:
+    """Make a fusion by name; None prunes for good. Arguments as of ``Fusion``.
+
+    Raises:
+        ValueError: unknown name, with the known ones.
+    """
+    if name not in FUSIONS:
+        raise ValueError(f"unknown fusion {name!r}; choose one of {list(FUSIONS)}")
+    kind = FUSIONS[name]
+    return None if kind is None else kind(dim, num_outputs, sites)

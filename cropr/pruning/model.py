@@ -1,0 +1,289 @@
+"""The pruned Vision Transformer: a host's blocks, reducers between them, a fusion before the last.
+
+B batch, P prefix tokens, N patch tokens, K kept, C channels, Q queries. Blocks count from 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar, TypeVar, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cropr.pruning import fusion as fusions
+from cropr.pruning import reducers as registry
+from cropr.pruning.backbones import Backbone, adapt
+from cropr.pruning.fusion import Fusion, Place
+from cropr.pruning.reducers import Context, Reducer, Reduction
+from cropr.pruning.schedule import BEFORE_LAST, Schedule, attended, trace
+from cropr.pruning.tokens import Tokens
+from cropr.specs import ModelSpec, PruneSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a forward pass gives."""
+
+    logits: Tensor
+    """[B, classes]; [B, classes, H, W] of a segmenter."""
+    aux: tuple[Tensor, ...]
+    """Auxiliary predictions [B, Q, outputs], one a Cropr module, in training mode; else empty."""
+    tokens: Tokens
+    """After the last norm. ``tokens.raster()`` sorts them by place."""
+    kept: dict[int, Tensor]
+    """Block -> raster indices [B, K] of the patches alive after its reducer."""
+    grid: tuple[int, int]
+    """Rows and columns of the patch grid."""
+
+    def pruned_after(self, num_patches: int) -> Tensor:
+        """[B, num_patches] int64: block after which each patch was pruned; 0 for never."""
+        first = next(iter(self.kept.values()), self.tokens.index)
+        after = torch.zeros(first.shape[0], num_patches, dtype=torch.int64, device=first.device)
+        alive = torch.ones_like(after, dtype=torch.bool)
+        for block, index in self.kept.items():
+            stays = torch.zeros_like(alive).scatter(1, index, True)
+            after[alive & ~stays] = block
+            alive = stays
+        return after
+
+
+@dataclass(slots=True)
+class _Trail:
+    """What the reducers leave behind on the way through the blocks; all by block."""
+
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    pruned: dict[int, Tokens] = field(default_factory=dict)
+    aux: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, block: int, reduction: Reduction) -> Tokens:
+        """Note what the reducer after ``block`` did; returns the tokens that it kept."""
+        self.kept[block] = reduction.kept.index
+        if reduction.pruned is not None:
+            self.pruned[block] = reduction.pruned
+        if reduction.aux is not None:
+            self.aux[block] = reduction.aux
+        return reduction.kept
+
+
+class PrunedViT(nn.Module):
+    """A host with token pruning. Made by ``prune``; ``deploy`` gives its inference form.
+
+    Args:
+        backbone: adapter around the host.
+        schedule: when how many tokens go.
+        reducers: block -> reducer that follows it.
+        fusion: brings pruned tokens back; None prunes for good.
+
+    Raises:
+        ValueError: a schedule that does not fit, or a fusion that this kind of model has no use for.
+    """
+
+    dense: ClassVar[bool] = False
+    """One prediction a patch instead of one an image."""
+
+    def __init__(
+        self, backbone: Backbone, schedule: Schedule, reducers: Mapping[int, Reducer], fusion: Fusion | None
+    ) -> None:
+        super().__init__()
+        if fusion is not None and fusion.place == "after_head" and not self.dense:
+            raise ValueError(
+                f"{type(fusion).__name__} fuses predictions per patch, and this model makes one an image; "
+                f"choose another fusion, such as 'llf'"
+            )
+        self.backbone = backbone
+        self.schedule = schedule
+        self.reducers = nn.ModuleDict({str(block): reducer for block, reducer in reducers.items()})
+        self.fusion = fusion
+        self._wants_pixels = any(reducer.wants_pixels for reducer in reducers.values())
+        self._share: Fraction | None = None
+        self._counts: dict[int, tuple[int, ...]] = {}
+        self.counts(backbone.num_patches)
+
+    @classmethod
+    def default_options(cls, reducer: str, backbone: Backbone) -> dict[str, Any]:
+        """Options of the reducer that suit this kind of model, where none are given."""
+        return {}
+
+    @property
+    def fuses_early(self) -> bool:
+        """Pruned tokens come back before the last block, which then computes on all."""
+        return self.fusion is not None and self.fusion.place == "before_last_block"
+
+    def counts(self, num_patches: int) -> tuple[int, ...]:
+        """Patch tokens alive after each block, for an image of so many patches."""
+        if num_patches not in self._counts:
+            self._counts[num_patches] = self._resolve(num_patches, Fraction(1))
+        return self._counts[num_patches]
+
+    def ramp(self, share: Fraction) -> None:
+        """Let this share of the schedule be in force in training mode, from now on (see ``schedule.ramp``).
+
+        Evaluation and deployment always prune by the whole schedule. At share 0 nothing is pruned, and what learns to
+        score learns already.
+        """
+        self._share = share if share < 1 else None
+
+    @property
+    def token_trace(self) -> tuple[int, ...]:
+        """Tokens with prefix at the input and after every block: 197, 188, 180, ... Those that a fusion brings back
+        after the last block are not in it."""
+        num_patches = self.backbone.num_patches
+        return trace(self.counts(num_patches), num_patches, self.backbone.prefix)
+
+    def forward(self, images: Tensor) -> Output:
+        """Images [B, 3, H, W], normalised, to an ``Output``."""
+        tokens, position = self.backbone.embed(images)
+        *counts, _ = self._counts_now(tokens.num_patches)
+        grid = self.backbone.grid(images)
+        pixels = patch_variance(images, grid) if self._wants_pixels else None
+        trail = _Trail()
+        for block, count in enumerate(counts, start=1):
+            before, tokens = tokens, self.backbone.run(block, tokens, position)
+            if str(block) not in self.reducers:
+                continue
+            reducer = cast(Reducer, self.reducers[str(block)])
+            if count == tokens.num_patches and not (reducer.learns and self.training):
+                continue
+            attention = self.backbone.cls_attention(block, before, position) if reducer.wants_attention else None
+            reduction = reducer(tokens, count, Context(attention, pixels), want_pruned=self.fusion is not None)
+            tokens = trail.add(block, reduction)
+        fused = self._fuse("before_last_block", tokens, trail.pruned)
+        mask = None if self.fusion is None else self.fusion.mask(tokens, fused)
+        tokens = self.backbone.run(self.backbone.depth, fused, position, mask)
+        tokens = self.backbone.norm(self._fuse("after_last_block", tokens, trail.pruned))
+        logits = self._predict(images, tokens, trail.pruned)
+        return Output(logits, tuple(trail.aux.values()), tokens, trail.kept, grid)
+
+    def _counts_now(self, num_patches: int) -> tuple[int, ...]:
+        """As ``counts``, or in training, the part of the schedule that is in force."""
+        if self._share is None or not self.training:
+            return self.counts(num_patches)
+        return self._resolve(num_patches, self._share)
+
+    def _resolve(self, num_patches: int, share: Fraction) -> tuple[int, ...]:
+        fused, prefix = self.fuses_early, self.backbone.prefix
+        counts = self.schedule.resolve(num_patches, self.backbone.depth, fused, prefix, share)
+        self.backbone.verify_counts(attended(counts, num_patches, fused))
+        return counts
+
+    def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
+        """Logits from tokens after the last norm; ``pruned`` are those set aside, by block."""
+        return self.backbone.head(tokens)
+
+    def _fuse(self, place: Place, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
+        """What the fusion makes of the tokens, if this is its place."""
+        return tokens if self.fusion is None or self.fusion.place != place else self.fusion(tokens, pruned)
+
+    def deploy(self) -> DeployedViT:
+        """The inference form: queries folded to one vector a block, training-only weights gone.
+
+        It shares no memory with this model and is in eval mode; it keeps the same tokens and gives the same logits
+        as this model in eval mode.
+        """
+        return DeployedViT(PrunedViT(*self._inference_parts())).requires_grad_(False).eval()
+
+    def _inference_parts(self) -> tuple[Backbone, Schedule, dict[int, Reducer], Fusion | None]:
+        """Arguments for the constructor that make the inference form."""
+        reducers = {int(block): cast(Reducer, reducer).deploy() for block, reducer in self.reducers.items()}
+        return copy.deepcopy(self.backbone), self.schedule, reducers, copy.deepcopy(self.fusion)
+
+
+class DeployedViT(nn.Module):
+    """Images [B, 3, H, W] to logits, as of ``Output``; compiles to one graph and exports."""
+
+    def __init__(self, model: PrunedViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+    def detailed(self, images: Tensor) -> Output:
+        """The same with tokens and kept indices."""
+        return self.model(images)
+
+
+Model = TypeVar("Model", bound=PrunedViT)
+
+
+def prune(
+    host: nn.Module,
+    schedule: Schedule,
+    reducer: str = "cropr",
+    fusion: str = "none",
+    reducer_options: Mapping[str, Any] | None = None,
+    num_outputs: int | None = None,
+    kind: type[Model] = PrunedViT,  # type: ignore[assignment]
+) -> Model:
+    """Add token pruning to a timm model.
+
+    Args:
+        host: a timm ``VisionTransformer`` or ``Eva``, or an adapter around one (``cropr.pruning.backbones.windowed``)
+            makes; used as it is, not copied.
+        schedule: when how many patch tokens go.
+        reducer: one of ``cropr.available_reducers()``.
+        fusion: one of ``cropr.pruning.fusion.FUSIONS``.
+        reducer_options: keyword arguments of the reducer, over those of ``kind``.
+        num_outputs: outputs of the auxiliary heads; the host's classes unless given.
+        kind: what to make: a model for images, or a task's own, such as ``cropr.tasks.segmentation.model.PrunedSegmenter``.
+
+    Raises:
+        TypeError: a host or block type that has no adapter.
+        ValueError: an impossible schedule, an unknown name or option.
+    """
+    backbone = host if isinstance(host, Backbone) else adapt(host)
+    sites = schedule.sites(backbone.depth, fusion in BEFORE_LAST)
+    outputs: int = num_outputs or getattr(backbone.host, "num_classes", 0) or 0
+    bring_back = fusions.create(fusion, backbone.dim, outputs, sites)
+    if reducer == "none":
+        if sites:
+            raise ValueError(f"reducer 'none' with a schedule that prunes ({schedule}); use rate 0 or name a reducer")
+        return kind(backbone, schedule, {}, bring_back)
+    if not outputs:
+        raise ValueError("the host has no classes (num_classes=0): name num_outputs for the auxiliary heads")
+    options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
+    modules = {block: registry.create(reducer, backbone.dim, outputs, **options) for block in sites}
+    if any(module.wants_attention for module in modules.values()):
+        backbone.verify_cls_attention()
+    return kind(backbone, schedule, modules, bring_back)
+
+
+def build_model(
+    model: ModelSpec,
+    spec: PruneSpec,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    kind: type[Model] = PrunedViT,  # type: ignore[assignment]
+) -> Model:
+    """The model of a training or benchmark spec; ``kind`` as of ``prune``.
+
+    The last block has no drop path where tokens are pruned (paper, section 4.1; the authors' code); in dense models,
+    it never has (the authors' code).
+    """
+    host: Any = timm.create_model(
+        model.name,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        drop_path_rate=model.drop_path,
+        **{"img_size": image_size, **model.args},
+    )
+    schedule = Schedule.from_config(spec.schedule)
+    pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
+    if pruned.reducers or pruned.dense:
+        for name, _ in list(host.blocks[-1].named_children()):
+            if name.startswith("drop_path"):
+                setattr(host.blocks[-1], name, nn.Identity())
+    return pruned
+
+
+def patch_variance(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, h w]: variance of the pixels of every patch, over its area and channels, of images [B, 3, H, W]."""
+    size = (images.shape[-2] // grid[0], images.shape[-1] // grid[1])
+    return F.unfold(images.float(), size, stride=size).var(dim=1)

@@ -1,0 +1,154 @@
+"""Pruners: a score for every patch token, the lowest go.
+
+Sources: paper, section 3 and Table 1; rules of the competitors as they could be established are in docs/reducers.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, ScoreReducer, select
+from cropr.pruning.scorer import Aggregator, AuxiliaryHead, FoldedScorer, Scorer
+from cropr.pruning.tokens import Tokens
+
+
+class Cropr(Reducer):
+    """Scores by cross-attention with learned queries that an auxiliary task trains (paper, section 3).
+
+    Args:
+        dim: channels of the tokens.
+        num_outputs: outputs of the auxiliary head, usually the classes.
+        num_queries: Q.
+        num_heads: heads of the cross-attention.
+        qkv_proj: project queries, keys, values.
+        norm: LayerNorm before keys and values.
+        mlp: the aggregator's MLP.
+        mlp_ratio: its hidden width over ``dim``.
+        selector: ``topk``, or ``sample``: in training, K tokens drawn without replacement in proportion to the
+            aggregator's softmax (Gumbel top-k); evaluation is Top-K for both.
+        stop_gradient: auxiliary losses do not reach the encoder.
+    """
+
+    sign: ClassVar[int] = 1
+    learns: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_outputs: int,
+        *,
+        num_queries: int = 1,
+        num_heads: int = 1,
+        qkv_proj: bool = False,
+        norm: bool = False,
+        mlp: bool = True,
+        mlp_ratio: float = 4.0,
+        selector: Literal["topk", "sample"] = "topk",
+        stop_gradient: bool = True,
+    ) -> None:
+        super().__init__()
+        if selector not in ("topk", "sample"):
+            raise ValueError(f"unknown selector {selector!r}; choose 'topk' or 'sample'")
+        self.selector = selector
+        self.stop_gradient = stop_gradient
+        self.scorer = Scorer(dim, num_queries, num_heads, qkv_proj, norm)
+        self.aggregator = Aggregator(dim, num_heads, qkv_proj, mlp, mlp_ratio)
+        self.head = AuxiliaryHead(dim, num_outputs)
+
+    def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
+        # Selection runs the deployed arithmetic in every mode, in float32 under any autocast, so that training,
+        # evaluation and deployment keep the same tokens. No gradient passes a Top-K.
+        with torch.no_grad():
+            score = self.sign * _score_patches(self.scorer.fold(), tokens)
+        if not self.training:
+            return select(tokens, score, keep, want_pruned)
+        if self.selector == "sample":
+            score = score / math.sqrt(tokens.x.shape[-1]) - torch.empty_like(score).exponential_().log()
+        x = tokens.x.detach() if self.stop_gradient else tokens.x
+        logits, x = self.scorer(x)
+        return replace(select(tokens, score, keep, want_pruned), aux=self.head(self.aggregator(logits, x)))
+
+    @torch.no_grad()
+    def deploy(self) -> Reducer:
+        scorer = self.scorer.fold()
+        return FoldedCropr(FoldedScorer((self.sign * scorer.weight).clone(), scorer.eps))
+
+
+class NonSalient(Cropr):
+    """Cropr with its selector inverted: prunes the tokens of *highest* score. The sanity check of Table 1."""
+
+    sign: ClassVar[int] = -1
+
+
+class FoldedCropr(ScoreReducer):
+    """Cropr at inference: one vector for scoring."""
+
+    def __init__(self, scorer: FoldedScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        return _score_patches(self.scorer, tokens)
+
+    def deploy(self) -> Reducer:
+        return copy.deepcopy(self)
+
+
+def _score_patches(scorer: FoldedScorer, tokens: Tokens) -> Tensor:
+    """[B, N]. The prefix is scored, too, and cut off: leaving it out first would copy all tokens."""
+    return scorer(tokens.x)[:, tokens.prefix :]
+
+
+class _WithoutWeights(ScoreReducer):
+    """Pruners that learn nothing: the inference form is a second instance."""
+
+    def __init__(self, dim: int, num_outputs: int) -> None:
+        super().__init__()
+
+    def deploy(self) -> Reducer:
+        return copy.deepcopy(self)
+
+
+class Random(_WithoutWeights):
+    """Uniform scores, fresh for every image, block and call, from torch's global generator."""
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        return torch.rand(tokens.index.shape, device=tokens.x.device)
+
+
+class Variance(_WithoutWeights):
+    """Variance of the patch's input pixels over its area and channels; static over the blocks.
+
+    Our reading of the paper's "Variance [43]" row: no public code defines it (docs/reducers.md).
+    """
+
+    wants_pixels: ClassVar[bool] = True
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        assert context.pixels is not None
+        return context.pixels.gather(1, tokens.index)
+
+
+class AttentionTopK(_WithoutWeights):
+    """Attention of the CLS query in the block just run, averaged over heads; wants CLS pooling."""
+
+    wants_attention: ClassVar[bool] = True
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        assert context.cls_attention is not None
+        return context.cls_attention.detach()
+
+
+REDUCERS: dict[str, type[nn.Module]] = {
+    "cropr": Cropr,
+    "non_salient": NonSalient,
+    "random": Random,
+    "variance": Variance,
+    "attn_topk": AttentionTopK,
+}

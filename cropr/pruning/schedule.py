@@ -1,0 +1,266 @@
+"""When tokens go: how many patch tokens live after each block.
+
+Pure Python, no torch: Snakemake builds its DAG from this file. Source: paper, section 3 (constant, early), Table 1
+(stages); the squares of the detector are reconstructed (see docs).
+
+A schedule is written once, without a model, and resolved against one::
+
+    Schedule.constant(rate=8).resolve(num_patches=196, depth=24, fusion=True, prefix=1)
+    # (187, 179, ..., 19, 19, 196): after block 1, 2, ..., 22, 23, 24
+
+Blocks count from 1, as in the paper; ``num_patches`` and all counts leave prefix tokens (CLS, registers) out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
+from typing import Any, Literal
+
+Rule = Literal["constant", "stages", "fraction", "kept"]
+
+Fusion = Literal["none", "concat", "exit", "cross", "llf", "llf_no_self"]
+"""What brings pruned tokens back, by name; ``cropr.pruning.fusion`` says what each does, a test holds the two equal."""
+
+BEFORE_LAST: frozenset[str] = frozenset({"llf", "llf_no_self"})
+"""Fusions before the last block, which then computes on all tokens: ``fusion=True`` below. The others follow it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """A pruning schedule. Make one with the constructors below, not directly."""
+
+    rule: Rule
+    """How the numbers are read."""
+    rate: int = 0
+    """Constant rule: patch tokens pruned after every block."""
+    first_extra: int = 0
+    """Constant rule: tokens that the first module prunes on top, so that counts with CLS step evenly."""
+    at: tuple[tuple[int, float], ...] = ()
+    """Other rules: (block, number), sorted by block."""
+    align: int = 1
+    """Round the count, prefix included, up to a multiple of this."""
+
+    def __post_init__(self) -> None:
+        if self.rate < 0 or self.first_extra < 0:
+            raise ValueError(
+                f"rate={self.rate}, first_extra={self.first_extra}: both must be 0 or more; rate 0 prunes nothing"
+            )
+        if self.align < 1:
+            raise ValueError(f"align={self.align} must be 1 (off) or more, for example 8")
+        for block, number in self.at:
+            if block < 1:
+                raise ValueError(f"block {block}: blocks count from 1, the first place to prune is after block 1")
+            if self.rule == "fraction" and not 0 <= number < 1:
+                raise ValueError(f"share {number} after block {block} must be at least 0 and below 1 (0.8 prunes 80 %)")
+            if self.rule == "stages" and number < 0:
+                raise ValueError(f"{number} tokens to prune after block {block}: must be 0 or more")
+            if self.rule == "kept" and number < 1:
+                raise ValueError(f"{number} tokens to keep after block {block}: must be 1 or more")
+
+    # Constructors -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def constant(cls, rate: int, first_extra: int = 1, align: int = 1) -> Schedule:
+        """Prune ``rate`` tokens after every block; the first module ``first_extra`` more (paper, section 4.1).
+
+        Rate 0 is the unpruned model: the extra token is then left in place.
+        """
+        return cls(rule="constant", rate=rate, first_extra=first_extra if rate else 0, align=align)
+
+    @classmethod
+    def stages(cls, pruned: Mapping[int, int], align: int = 1) -> Schedule:
+        """Prune ``pruned[block]`` tokens after these blocks: ``{6: 50, 12: 50, 18: 50}`` (paper, Table 1)."""
+        return cls(rule="stages", at=_sorted(pruned), align=align)
+
+    @classmethod
+    def fraction(cls, share: Mapping[int, float], align: int = 1) -> Schedule:
+        """Prune this share of the tokens then alive: ``{3: 0.8}`` is the paper's early schedule."""
+        return cls(rule="fraction", at=_sorted(share), align=align)
+
+    @classmethod
+    def kept(cls, count: Mapping[int, int], align: int = 1) -> Schedule:
+        """Keep ``count[block]`` tokens after these blocks."""
+        return cls(rule="kept", at=_sorted(count), align=align)
+
+    @classmethod
+    def squares(cls, side: Mapping[int, int]) -> Schedule:
+        """Keep ``side[block] ** 2`` tokens, so that survivors fill whole windows (reference: the detector)."""
+        return cls.kept({block: int(edge) ** 2 for block, edge in side.items()})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """Read ``{"constant": {"rate": 8}}`` or ``{"stages": {"at": {6: 50}}}``, as the YAML files write it.
+
+        Raises:
+            ValueError: unknown rule or argument, with the ones that exist.
+        """
+        rules = {
+            "constant": (cls.constant, {"rate", "first_extra", "align"}),
+            "stages": (cls.stages, {"at", "align"}),
+            "fraction": (cls.fraction, {"at", "align"}),
+            "kept": (cls.kept, {"at", "align"}),
+            "squares": (cls.squares, {"at"}),
+        }
+        if len(config) != 1 or (rule := next(iter(config))) not in rules:
+            raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(rules)}")
+        make, allowed = rules[rule]
+        arguments = dict(config[rule] or {})
+        if unknown := set(arguments) - allowed:
+            raise ValueError(f"schedule {rule}: unknown {sorted(unknown)}; allowed: {sorted(allowed)}")
+        if missing := {"rate" if rule == "constant" else "at"} - set(arguments):
+            raise ValueError(f"schedule {rule}: {sorted(missing)} is missing; allowed: {sorted(allowed)}")
+        if rule == "constant":
+            return cls.constant(**arguments)
+        at = {int(block): number for block, number in arguments.pop("at").items()}
+        return make(at, **arguments)  # type: ignore[operator]
+
+    def to_config(self) -> dict[str, Any]:
+        """The inverse of ``from_config``, with plain JSON types."""
+        values = asdict(self)
+        rule = values.pop("rule")
+        if rule == "constant":
+            values.pop("at")
+            return {rule: values}
+        return {rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
+
+    def describe(self) -> str:
+        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
+
+        Three or more blocks in a row are written as a range, ``R=9 @ 1-6``.
+        """
+        if self.rule == "constant":
+            return f"R={self.rate}" if self.rate else "none"
+        blocks = _ranges([block for block, _ in self.at])
+        numbers = [f"{number:.0%}" if self.rule == "fraction" else f"{number:g}" for _, number in self.at]
+        text = numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)
+        return {"stages": "R=", "fraction": "", "kept": "K="}[self.rule] + f"{text} @ {blocks}"
+
+    # Use --------------------------------------------------------------------------------------------------------
+
+    def resolve(
+        self,
+        num_patches: int,
+        depth: int,
+        fusion: bool = False,
+        prefix: int = 0,
+        share: Fraction = Fraction(1),
+    ) -> tuple[int, ...]:
+        """Patch tokens alive after each block and its reducer.
+
+        Args:
+            num_patches: patch tokens that enter block 1.
+            depth: blocks of the model.
+            fusion: pruned tokens come back before the last block, which then holds all of them; pruning after the
+                last but one block would be undone at once, so it stops one block earlier.
+            prefix: tokens that are never pruned; counted by ``align`` only.
+            share: how much of the schedule is in force (see ``ramp``); numbers to prune are scaled by it and rounded
+                down, and share 0 prunes nothing.
+
+        Returns:
+            ``depth`` counts; the last is ``num_patches`` with fusion.
+
+        Raises:
+            ValueError: nothing would be left, or a block is out of range: value, limit and fix.
+        """
+        last = depth - 2 if fusion else depth - 1
+        wanted = self._wanted(num_patches, max(last, 0), share)
+        counts = []
+        alive = num_patches
+        for block in range(1, depth + 1):
+            if block in wanted:
+                aligned = -(-(wanted[block] + prefix) // self.align) * self.align - prefix
+                alive = min(alive, aligned)
+            counts.append(alive)
+        if fusion:
+            counts[-1] = num_patches
+        return tuple(counts)
+
+    def sites(self, depth: int, fusion: bool = False) -> tuple[int, ...]:
+        """Blocks (from 1) that are followed by a reducer, whatever the image size."""
+        if self.rule == "constant":
+            return tuple(range(1, (depth - 2 if fusion else depth - 1) + 1)) if self.rate else ()
+        return tuple(block for block, _ in self.at)
+
+    def _wanted(self, num_patches: int, last: int, share: Fraction) -> dict[int, int]:
+        """Counts to reach, per block that prunes, before alignment; checked."""
+        if self.rule == "constant":
+            if not self.rate:
+                return {}
+            total = self.rate * last + self.first_extra
+            if total >= num_patches:
+                fix = (num_patches - 1 - self.first_extra) // last if last else 0
+                raise ValueError(
+                    f"rate {self.rate} prunes {total} of {num_patches} patch tokens over {last} blocks; "
+                    f"at least 1 must stay: lower the rate to {fix} or less"
+                )
+            if not (rate := floor(self.rate * share)):
+                return {}
+            return {b: num_patches - self.first_extra - rate * b for b in range(1, last + 1)}
+        wanted = {}
+        alive = num_patches
+        for block, number in self.at:
+            if block > last:
+                raise ValueError(
+                    f"prune after block {block}: the last block to prune after is {last} here "
+                    f"(one block must follow, two with fusion)"
+                )
+            before = alive
+            if self.rule == "stages":
+                alive -= int(number)
+            elif self.rule == "fraction":
+                alive = round(alive * (1 - number))
+            else:
+                alive = int(number)
+            if not 1 <= alive <= before:
+                raise ValueError(
+                    f"{self.rule} {number:g} after block {block} would leave {alive} of {before} patch tokens; "
+                    f"it must leave 1 to {before}"
+                )
+            wanted[block] = alive
+        return {block: num_patches - floor((num_patches - count) * share) for block, count in wanted.items()}
+
+
+def ramp(position: int, length: int) -> Fraction:
+    """Share of the schedule in force at ``position`` (from 0) of a training run of ``length``: the curriculum.
+
+    It rises linearly over the first half and is 1 from there: min(1, position / (length / 2 - 1)), exactly. Counted in
+    epochs and multiplied by R, this is the authors' floor(R e / (E / 2 - 1)); odd lengths are no exception. Runs of
+    less than 3 have no ramp.
+    """
+    return Fraction(1) if length < 3 else min(Fraction(2 * position, length - 2), Fraction(1))
+
+
+def trace(counts: tuple[int, ...], num_patches: int, prefix: int = 0) -> tuple[int, ...]:
+    """Tokens at the input and after every block, prefix included: 197, 188, 180, ... (paper's way to write it)."""
+    return tuple(count + prefix for count in (num_patches, *counts))
+
+
+def attended(counts: tuple[int, ...], num_patches: int, fusion: bool, prefix: int = 0) -> tuple[int, ...]:
+    """Tokens that every block computes on, prefix included; with fusion the last one sees all."""
+    before = [num_patches, *counts[:-1]]
+    if fusion:
+        before[-1] = num_patches
+    return tuple(count + prefix for count in before)
+
+
+def total_pruning_ratio(counts: tuple[int, ...], num_patches: int) -> float:
+    """TPR: patches pruned anywhere over all patches (paper, section 4)."""
+    return 1 - min(counts) / num_patches
+
+
+def _ranges(blocks: list[int]) -> str:
+    """``1-6`` for blocks in a row, ``6,12,18`` for others."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def _sorted(at: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted((int(block), number) for block, number in at.items()))

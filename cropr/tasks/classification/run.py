@@ -1,0 +1,235 @@
+"""Image classification: losses, accuracy, and where the kept tokens lie.
+
+B batch, N patch tokens, K kept, Q queries, M Cropr modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
+from cropr.data.loading import EvalBatches, Share, TrainBatches
+from cropr.data.scenes import object_mask, object_patches
+from cropr.pruning.model import DeployedViT, Output, PrunedViT, build_model
+from cropr.specs import DataSpec, TrainSpec
+from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
+
+_ALONE = EvaluationSettings()
+
+
+class Classification(TaskRun):
+    """Images in class folders, soft targets, mixing."""
+
+    headline: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
+
+    def __init__(self, spec: TrainSpec, root: Path) -> None:
+        super().__init__(spec, root)
+        assert isinstance(spec.data, DataSpec)
+        self.data = spec.data
+        self.splits = load_splits(root, self.data.num_classes)
+        self.objective = Objective(self.data, spec.prune.aux_weight)
+
+    def folder_fingerprint(self) -> str:
+        """See ``TaskRun``."""
+        return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
+
+    def build(self, pretrained: bool = False) -> PrunedViT:
+        """See ``TaskRun``."""
+        return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
+
+    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
+        """See ``TaskRun``.
+
+        Raises:
+            ValueError: an odd share of a batch with mixup or cutmix, which mix pairs.
+        """
+        size, augment = self.spec.recipe.batch_size, self.data.augment
+        batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, **share)
+        if (augment.mixup or augment.cutmix) and size // batches.world % 2:
+            raise ValueError(
+                f"mixup and cutmix mix pairs, but a process has {size // batches.world} images of a batch; "
+                f"make batch_size ({size}) a multiple of {2 * batches.world}"
+            )
+        return batches
+
+    def evaluate(
+        self, model: PrunedViT | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
+    ) -> Evaluation:
+        """See ``TaskRun``; where the truth is known, ``series.relevance`` says where the kept tokens lie."""
+        split = self.splits[1]
+        batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
+        objects = object_map([split.paths[index] for index in batches.indices], self.data, patch_grid(model))
+        return evaluate(model, batches, settings, objects)
+
+    def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W], perhaps mixed in place, and soft targets [B, classes]."""
+        return self.objective.prepare(images, targets)
+
+    def loss(self, output: Output, targets: Tensor) -> Losses:
+        """See ``losses``."""
+        return self.objective.loss(output, targets)
+
+
+def patch_grid(model: PrunedViT | DeployedViT) -> tuple[int, int]:
+    """Rows and columns of the patch grid that a model was built for."""
+    host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
+    rows, columns = host.patch_embed.grid_size
+    return rows, columns
+
+
+def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
+    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1).
+
+    Args:
+        output: of a model in training mode.
+        target: [B, classes], probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
+            [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
+        aux_weight: weight of the sum of the auxiliary losses.
+    """
+    main = F.cross_entropy(output.logits.float(), target)
+    if not output.aux:
+        return Losses(main, main, main.new_empty(0))
+    # One kernel for all modules.
+    log_probability = torch.stack(output.aux).float().log_softmax(dim=-1)  # [M, B, Q, classes]
+    aux = -(log_probability * target[:, None]).sum(dim=-1).mean(dim=(1, 2))
+    return Losses(main + aux_weight * aux.sum(), main, aux)
+
+
+class Objective(BatchTask):
+    """Soft targets, mixing, losses.
+
+    Args:
+        data: gives mixup, cutmix, label smoothing and the number of classes.
+        aux_weight: weight of the sum of the auxiliary losses.
+    """
+
+    def __init__(self, data: DataSpec, aux_weight: float = 1.0) -> None:
+        self._mix = mixup(data)
+        self._classes = data.num_classes
+        self._smoothing = data.augment.smoothing
+        self._aux_weight = aux_weight
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W], perhaps mixed in place, and soft targets [B, classes]; draws from NumPy's generator."""
+        if self._mix is not None:
+            return self._mix(images, labels)
+        return images, soft_target(labels, self._classes, self._smoothing)
+
+    def loss(self, output: Output, target: Tensor) -> Losses:
+        """See ``losses``."""
+        return losses(output, target, self._aux_weight)
+
+
+def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+    """[B, classes]: ``smoothing`` spread over all classes, the rest on the label, as timm's mixup does it."""
+    spread = smoothing / classes
+    target = torch.full((len(labels), classes), spread, device=labels.device)
+    return target.scatter_(1, labels[:, None], 1 - smoothing + spread)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    settings: EvaluationSettings = _ALONE,
+    objects: Tensor | None = None,
+) -> Evaluation:
+    """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
+
+    Args:
+        model: on the device of the settings.
+        batches: images [B, 3, H, W] and labels [B]; with several processes, each has its own part.
+        objects: [images, N] bool, which patches lie on the labelled object, in the order of ``batches``.
+
+    Returns:
+        Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``;
+        series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
+        on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
+        means over images; block 0 is the input.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    device = settings.device
+    training = model.training
+    model.eval()
+    torch.manual_seed(settings.seed)
+    forward = model.detailed if isinstance(model, DeployedViT) else model
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    seen = 0
+    relevance = _Relevance()
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device, settings.precision):
+            output: Output = forward(images)
+        sums += _counts(output.logits.float(), labels)
+        if objects is not None:
+            relevance.add(output, objects[seen : seen + len(labels)].to(device))
+        seen += len(labels)
+    model.train(training)
+    top1, top5, loss, count = settings.total(sums).tolist()
+    if not count:
+        raise ValueError("no image to evaluate: the validation set is empty")
+    metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
+    return Evaluation(metrics, {"relevance": [] if objects is None else relevance.result(settings.total)})
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """[4]: images right at first guess, right within five, sum of losses, images."""
+    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack((ranked[:, 0].sum(), ranked.sum(), loss.double(), loss.new_tensor(len(labels)))).double()
+
+
+def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
+    """[images, h w] bool: which patches lie on the labelled object; None where the truth is not known.
+
+    It is known for sets of scenes that are evaluated as they were drawn, neither resized nor cropped.
+    """
+    size = (data.image_size, data.image_size)
+    if not paths or data.crop_pct != 1 or (first := object_mask(paths[0])) is None or first.shape != size:
+        return None
+    masks = [object_mask(path) for path in paths]
+    return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
+
+
+class _Relevance:
+    """Sums of the two shares over images, per block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, output: Output, on_object: Tensor) -> None:
+        """``on_object``: [B, N] bool."""
+        size = on_object.sum(dim=1)
+        everywhere = torch.arange(on_object.shape[1], device=on_object.device).expand_as(on_object)
+        for block, index in {0: everywhere, **output.kept}.items():
+            hit = on_object.gather(1, index).sum(dim=1).double()
+            shares = torch.stack(
+                (
+                    (hit / index.shape[1]).sum(),
+                    (hit / size.clamp(min=1)).sum(),  # an image without an object patch adds nothing
+                    (size > 0).sum().double(),
+                    torch.tensor(len(index), dtype=torch.float64, device=index.device),
+                )
+            )
+            self.sums[block] = self.sums.get(block, torch.zeros_like(shares)) + shares
+
+    def result(self, total: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
+        rows = []
+        for block, sums in self.sums.items():
+            on_object, alive, with_object, images = total(sums).tolist()
+            rows.append(
+                {
+                    "block": block,
+                    "kept_on_object": 100 * on_object / images,
+                    "object_kept": 100 * alive / max(with_object, 1),
+                }
+            )
+        return rows

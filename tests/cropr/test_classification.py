@@ -1,0 +1,181 @@
+"""Losses, accuracy and relevance against values by hand."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cropr.data import scenes
+from cropr.data.imagenet import EvalImages, load_splits
+from cropr.data.layouts import write
+from cropr.data.loading import EvalBatches
+from cropr.pruning.model import Output, build_model
+from cropr.pruning.tokens import Tokens
+from cropr.specs import DataSpec
+from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.classification.run import Classification, Objective, evaluate, losses, object_map, soft_target
+
+
+def output(logits, aux=(), kept=None, patches=4):
+    batch = len(logits)
+    return Output(logits, tuple(aux), Tokens.full(torch.zeros(batch, patches, 2), 0), kept or {}, (1, patches))
+
+
+class Recorded(nn.Module):
+    """A model that answers from a table: image [1, 1, 1] holds the row."""
+
+    def __init__(self, logits, kept=None):
+        super().__init__()
+        self.logits, self.kept = logits, kept or {}
+
+    def forward(self, images):
+        assert not self.training
+        rows = images.flatten().long()
+        return output(self.logits[rows], kept={block: index[rows] for block, index in self.kept.items()})
+
+
+def rows(count, labels, batch):
+    images = torch.arange(count).view(count, 1, 1, 1)
+    return list(zip(images.split(batch), torch.tensor(labels).split(batch), strict=True))
+
+
+def test_soft_target_by_hand():
+    target = soft_target(torch.tensor([2, 0]), classes=4, smoothing=0.2)
+    expected = torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]])
+    torch.testing.assert_close(target, expected)
+
+
+def test_main_loss_is_cross_entropy_with_smoothing():
+    logits, labels = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0])
+    result = losses(output(logits), soft_target(labels, 4, 0.1))
+    torch.testing.assert_close(result.total, F.cross_entropy(logits, labels, label_smoothing=0.1))
+    assert result.aux.numel() == 0
+
+
+def test_auxiliary_losses_share_the_target_and_sum_up():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, generator=generator)
+    aux = [torch.randn(3, 2, 4, generator=generator) for _ in range(5)]
+    target = soft_target(torch.tensor([1, 2, 3]), 4, 0.1)
+    result = losses(output(logits, aux), target, aux_weight=0.5)
+    each = [torch.stack([F.cross_entropy(a[:, q], target) for q in range(2)]).mean() for a in aux]
+    torch.testing.assert_close(result.aux, torch.stack(each))
+    torch.testing.assert_close(result.total, result.main + 0.5 * sum(each))
+
+
+def test_batches_are_mixed_only_if_asked_for():
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    plain, target = Objective(DataSpec(num_classes=3)).prepare(images.clone(), labels)
+    assert torch.equal(plain, images)
+    assert torch.equal(target, F.one_hot(labels, 3).float())
+    data = DataSpec.model_validate({"num_classes": 3, "augment": {"mixup": 0.8, "smoothing": 0.1}})
+    mixed, target = Objective(data).prepare(images.clone(), labels)
+    assert not torch.equal(mixed, images)
+    torch.testing.assert_close(target.sum(dim=1), torch.ones(4))
+
+
+LOGITS = torch.tensor(
+    [
+        [9.0, 1, 2, 3, 4, 5, 0],  # label 0: first
+        [1, 2, 9, 3, 4, 5, 0],  # label 1: within five
+        [1, 2, 9, 3, 4, 5, 0],  # label 6: last
+    ]
+)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_accuracy_by_hand_whatever_the_batch(batch):
+    model = Recorded(LOGITS).train()
+    result = evaluate(model, rows(3, [0, 1, 6], batch))
+    assert result.metrics["top1"] == pytest.approx(100 / 3)
+    assert result.metrics["top5"] == pytest.approx(200 / 3)
+    assert result.metrics["val_images"] == 3
+    assert result.metrics["loss"] == pytest.approx(F.cross_entropy(LOGITS, torch.tensor([0, 1, 6])).item())
+    assert result.series["relevance"] == []
+    assert model.training
+
+
+def test_top5_of_three_classes_is_all():
+    assert evaluate(Recorded(LOGITS[:, :3]), rows(3, [0, 1, 2], 3)).metrics["top5"] == 100
+
+
+def test_no_image_is_an_error():
+    with pytest.raises(ValueError, match="validation set is empty"):
+        evaluate(Recorded(LOGITS), [])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_relevance_by_hand(batch):
+    objects = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    kept = {2: torch.tensor([[0, 2, 1], [0, 1, 2], [0, 1, 2]]), 3: torch.tensor([[0, 2], [0, 1], [3, 1]])}
+    result = evaluate(Recorded(LOGITS, kept), rows(3, [0, 1, 6], batch), objects=objects)
+    # Shares of the kept: mean over all images. Shares of the object: mean over the two images that show one.
+    assert result.series["relevance"] == [
+        {"block": 0, "kept_on_object": pytest.approx(100 * (2 / 4 + 1 / 4 + 0) / 3), "object_kept": 100},
+        {"block": 2, "kept_on_object": pytest.approx(100 * (2 / 3 + 0 + 0) / 3), "object_kept": 100 * (1 + 0) / 2},
+        {"block": 3, "kept_on_object": pytest.approx(100 * (1 / 2 + 0 + 0) / 3), "object_kept": 100 * (0.5 + 0) / 2},
+    ]
+
+
+def test_mixing_asks_for_pairs_in_every_process(tmp_path):
+    tiny.write_folder(tmp_path)
+    run = Classification(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), tmp_path)
+    assert len(run.batches(seed=0)) == 8
+    with pytest.raises(ValueError, match=r"mix pairs, but a process has 3 images of a batch; .* multiple of 4"):
+        run.batches(seed=0, rank=1, world=2)
+
+
+def test_truth_is_unknown_without_masks_or_after_a_crop(tmp_path):
+    _, val = load_splits(tiny.write_folder(tmp_path))
+    assert object_map(val.paths, tiny.spec().data, (4, 4)) is None
+
+
+def test_truth_of_scenes(tmp_path):
+    spec = tiny.spec(data__scenes={"image_size": 32, "train": 10, "val": 10, "distractors": 2}).data
+    write(spec.scenes, tmp_path)
+    _, val = load_splits(tmp_path)
+    objects = object_map(val.paths, spec, (4, 4))
+    assert objects.shape == (10, 16)
+    assert objects.any(dim=1).all()
+    for path, row in zip(val.paths, objects, strict=True):
+        assert row.tolist() == scenes.object_patches(scenes.object_mask(path), (4, 4)).tolist()
+    assert object_map(val.paths, spec.model_copy(update={"crop_pct": 0.9}), (4, 4)) is None
+    assert object_map(val.paths, spec.model_copy(update={"image_size": 24}), (3, 3)) is None
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    _, val = load_splits(tiny.write_folder(tmp_path_factory.mktemp("images")))
+    return EvalBatches(EvalImages(val, tiny.spec().data), 5)
+
+
+def test_deployed_model_has_the_same_accuracy(batches):
+    torch.manual_seed(0)
+    model = build_model(tiny.spec().model, tiny.spec().prune, tiny.CLASSES, 32)
+    kwargs = {"objects": torch.rand(12, 16) < 0.3}
+    own, deployed = evaluate(model, batches, **kwargs), evaluate(model.deploy(), batches, **kwargs)
+    assert own.metrics == pytest.approx(deployed.metrics)
+    assert own.series["relevance"] == deployed.series["relevance"]
+    assert [row["block"] for row in own.series["relevance"]] == [0, 1, 2]
+
+
+def test_a_random_reducer_is_evaluated_the_same_way_twice(batches):
+    torch.manual_seed(0)
+    model = build_model(tiny.spec().model, tiny.spec(prune__reducer="random").prune, tiny.CLASSES, 32)
+    first = evaluate(model, batches, EvaluationSettings(seed=1)).metrics["loss"]
+    assert evaluate(model, batches, EvaluationSettings(seed=1)).metrics["loss"] == first
+    assert evaluate(model, batches, EvaluationSettings(seed=2)).metrics["loss"] != first
+
+
+def test_mixed_precision_evaluates_to_nearly_the_same(batches):
+    torch.manual_seed(0)
+    model = build_model(tiny.spec().model, tiny.spec(prune__reducer="variance").prune, tiny.CLASSES, 32)
+    full, half = (
+        evaluate(model, batches, EvaluationSettings(precision=precision)).metrics["loss"]
+        for precision in ("fp32", "bf16")
+    )
+    assert full == pytest.approx(half, rel=0.02)
+    assert full != half

@@ -1,0 +1,330 @@
+"""The detector: identity without pruning, batches of mixed sizes, losses, gradients, deployment; its parts by hand."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny_detector import CLASSES, HOSTS, PRUNED, SHAPE, detector, detector_spec, images, scene
+from torch import nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
+
+from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.tasks.detection.cascade import match
+from cropr.tasks.detection.model import build_detector, losses
+from cropr.tasks.detection.neck import SimpleFeaturePyramid
+from cropr.tasks.detection.proposals import Anchors
+from cropr.tasks.detection.regions import BoxStage, RegionPooler, ScaleGradient
+from cropr.training.checkpoint import load_initial, save_weights
+
+DENSE = {"reducer": "none"}
+SCENES = [
+    ([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]),
+    ([(10, 30, 40, 56)], [3]),
+    ([], []),
+]
+
+
+def _batch():
+    pictures, targets = zip(*(scene(boxes, labels) for boxes, labels in SCENES), strict=True)
+    return torch.stack(pictures), list(targets)
+
+
+def _same(a, b, tolerance: float = 1e-4) -> None:
+    assert torch.equal(a.labels, b.labels)
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+# The whole ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["vit", "eva"])
+def test_a_schedule_that_keeps_everything_is_the_dense_detector_exactly(host):
+    dense = detector(host, DENSE).eval()
+    full = detector(host, {**PRUNED, "schedule": {"kept": {"at": {1: 64}}}}).eval()
+    full.load_state_dict(dense.state_dict(), strict=False)
+    for one, other in zip(dense.detect(images([(64, 64)])), full.detect(images([(64, 64)])), strict=True):
+        assert len(one.boxes)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("host", ["vit", "eva"])
+def test_pruning_changes_the_detections_and_the_map_is_in_raster_order(host):
+    model = detector(host).eval()
+    output = model(images([(64, 64)]))
+    assert [index.shape[1] for index in output.encoded.kept.values()] == [36, 16]
+    assert output.encoded.logits.shape == (1, 32, 8, 8)
+    x = output.encoded.tokens.raster().x
+    assert torch.equal(output.encoded.logits[0, :, 3, 5], x[0, 3 * 8 + 5])
+    dense = detector(host, DENSE).eval()
+    dense.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("reducers.")})
+    assert (dense(images([(64, 64)])).encoded.logits - output.encoded.logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("host", ["vit", "eva"])
+def test_detections_do_not_depend_on_the_batch(host):
+    """Smaller, rectangular and larger images together, and each alone."""
+    model = detector(host).eval()
+    sizes = [(64, 64), (40, 64), (33, 21), (90, 64), (64, 100)]
+    together = model.detect(images(sizes))
+    assert sum(len(found.boxes) for found in together) > 10
+    for image, (height, width), found in zip(images(sizes), sizes, together, strict=True):
+        _same(model.detect([image])[0], found)
+        assert (found.boxes <= torch.tensor([width, height, width, height])).all()
+        assert found.masks.shape == (len(found.boxes), 28, 28)
+        assert set(found.labels.tolist()) <= {1, 2, 3}
+
+
+def test_padding_given_as_part_of_the_image_changes_nothing():
+    model = detector().eval()
+    (image,) = images([(40, 50)])
+    padded = torch.nn.functional.pad(image, (0, 14, 0, 24))[None]
+    _same(model.detect([image])[0], model.detect(padded, [(40, 50)])[0], 1e-6)
+
+
+@pytest.mark.parametrize("host", ["vit", "eva"])
+def test_deployed_is_the_trained_model_in_eval_mode(host):
+    model = detector(host).eval()
+    fast = model.deploy()
+    for one, other in zip(model.detect(images([(64, 64)] * 2)), fast.detect(images([(64, 64)] * 2)), strict=True):
+        _same(one, other, 1e-6)
+    assert not any("aggregator" in name for name in fast.state_dict())
+    extra = sum(v.numel() for v in fast.state_dict().values()) - sum(
+        v.numel() for k, v in model.state_dict().items() if not k.startswith("reducers.")
+    )
+    assert extra == 2 * 32
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in fast.parameters()}
+
+
+@pytest.mark.parametrize("stages", [(0.5, 0.6, 0.7), (0.5,)])
+def test_losses_and_gradients(stages):
+    model = detector(stages=stages).train()
+    pictures, targets = _batch()
+    output = model(pictures, targets)
+    names = {f"loss_{what}_{k}" for k in range(1, len(stages) + 1) for what in ("classes", "box")}
+    assert set(output.losses) == names | {"loss_objectness", "loss_rpn_box_reg", "loss_mask"}
+    result = losses(output, targets, CLASSES, aux_weight=2.0)
+    torch.testing.assert_close(result.main, sum(output.losses.values()))
+    torch.testing.assert_close(result.total, result.main + 2 * result.aux.sum())
+    assert result.aux.shape == (2,)
+    result.aux.sum().backward(retain_graph=True)
+    assert all(name.startswith("reducers.") for name, p in model.named_parameters() if p.grad is not None)
+    model.zero_grad()
+    result.main.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("reducers."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("prune", [PRUNED, DENSE])
+def test_images_without_objects_have_finite_losses(prune):
+    model = detector(prune=prune).train()
+    image, target = scene([], [])
+    output = model(image[None], [target])
+    result = losses(output, [target], CLASSES)
+    assert result.total.isfinite()
+    assert output.losses["loss_mask"] == 0
+    assert output.losses["loss_box_3"] == 0
+    assert output.losses["loss_classes_1"] > 0
+    result.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_losses():
+    model = detector().train()
+    pictures, targets = _batch()
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        values.append(torch.stack(tuple(model(pictures, targets).losses.values())))
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[0], values[2])
+
+
+def test_boxes_stay_in_float32_under_autocast():
+    model = detector()
+    pictures, targets = _batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model.train()(pictures, targets)
+        found = model.eval().detect(pictures)
+    assert all(loss.dtype == torch.float32 for loss in output.losses.values())
+    assert all(found.boxes.dtype == torch.float32 for found in found)
+
+
+def test_nothing_above_the_score_is_no_detection():
+    found = detector(min_score=0.999).eval().detect(images([(64, 64), (32, 32)]))
+    assert [value.shape for value in found[1]] == [(0, 4), (0,), (0,), (0, 28, 28)]
+
+
+@pytest.mark.parametrize("nms", ["soft", "plain"])
+def test_no_more_detections_than_the_limit(nms):
+    found = detector(nms=nms, max_detections=3, min_score=0.0).eval().detect(images([(64, 64)]))
+    assert len(found[0].boxes) == 3
+    assert (found[0].scores.diff() <= 0).all()
+
+
+def test_any_image_size_is_rounded_up_to_whole_windows():
+    assert detector(size=(40, 65)).canvas == (48, 80)
+    assert detector(size=56, window=4, global_blocks=(4,), prune=DENSE).canvas == (64, 64)
+
+
+def test_refuses_by_name():
+    with pytest.raises(ValueError, match="brings pruned tokens back"):
+        detector(prune={**PRUNED, "fusion": "none"})
+    with pytest.raises(ValueError, match="keep a multiple of 4, here 36 or 40"):
+        detector(prune={**PRUNED, "schedule": {"kept": {"at": {2: 37}}}})
+    with pytest.raises(ValueError, match="needs targets"):
+        detector().train()(images([(64, 64)]))
+    with pytest.raises(ValueError, match="give one a scale, and one more"):
+        DetModelSpec(anchor_sizes=(8, 16))
+    with pytest.raises(ValueError, match="neighbours of 4, 2, 1"):
+        SimpleFeaturePyramid(16, 8, 16, (4, 1))
+
+
+# The parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_anchors_by_hand():
+    """Unrounded, centred on multiples of the stride; sizes of maps do not shift them, as they would in torchvision."""
+    levels = [torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 1, 1)]
+    boxes = Anchors((10, 40), (8, 20))(ImageList(torch.zeros(2, 3, 17, 23), [(17, 23)] * 2), levels)
+    assert len(boxes) == 2
+    assert boxes[0].shape == ((6 + 1) * 3, 4)
+    sides = boxes[0][:, 2:] - boxes[0][:, :2]
+    torch.testing.assert_close(sides.prod(dim=1), torch.tensor([100.0] * 18 + [1600.0] * 3))
+    torch.testing.assert_close((sides[:, 1] / sides[:, 0])[:3], torch.tensor([0.5, 1.0, 2.0]))
+    centres = (boxes[0][:, 2:] + boxes[0][:, :2]) / 2
+    assert centres[1::3].tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8], [0, 0]]
+
+
+def test_pyramid_strides_and_sizes():
+    neck = SimpleFeaturePyramid(16, 8, 16)
+    assert neck.strides == (4, 8, 16, 32, 64)
+    assert [tuple(level.shape[1:]) for level in neck(torch.zeros(1, 16, 4, 6))] == [
+        (8, 16, 24),
+        (8, 8, 12),
+        (8, 4, 6),
+        (8, 2, 3),
+        (8, 1, 2),
+    ]
+
+
+def test_pooler_reads_coordinates_and_chooses_the_level_by_size():
+    """Maps that hold their own x coordinate in pixels: the pooled mean is the box's centre, whatever the level."""
+    levels = [((torch.arange(128 // s) + 0.5) * s).expand(1, 1, 128 // s, -1).contiguous() for s in (4, 8, 16)]
+    pool = RegionPooler((4, 8, 16), size=32, stride=8)
+    boxes = torch.tensor([[10.0, 10, 24, 24], [30, 40, 62, 72], [20, 20, 100, 84]])
+    pooled = pool(levels, [boxes], 4)
+    torch.testing.assert_close(pooled.mean(dim=(1, 2, 3)), (boxes[:, 0] + boxes[:, 2]) / 2, rtol=0, atol=0.01)
+    assert pool.mapper([boxes]).tolist() == [0, 1, 2]
+    assert pool(levels, [boxes[:0]], 4).shape == (0, 1, 4, 4)
+
+
+def test_stage_by_hand():
+    stage = BoxStage(detector_spec(), CLASSES, 0.5, (10, 10, 5, 5))
+    boxes = torch.tensor([[0.0, 0, 10, 20], [5, 5, 15, 15]])
+    truth = torch.tensor([[1.0, 0, 11, 20], [0, 0, 0, 0]])
+    deltas = torch.tensor([[1.0, 0, 0, 0], [3, 3, 3, 3]])  # 10 * 1 px / 10 px: exact for the first
+    logits = torch.zeros(2, CLASSES + 1)
+    classes, box = stage.loss(logits, deltas, boxes, torch.tensor([2, 0]), truth)
+    torch.testing.assert_close(classes, torch.tensor(4.0).log())
+    assert box == 0
+    _, box = stage.loss(logits, deltas + 1, boxes, torch.tensor([2, 0]), truth)
+    torch.testing.assert_close(box, torch.tensor(4 / 2.0))
+    torch.testing.assert_close(stage.refine(deltas[:1], [boxes[:1]], [(15, 10)])[0], torch.tensor([[1.0, 0, 10, 15]]))
+
+
+def test_match_by_hand():
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "labels": torch.tensor([2, 3])}
+    boxes = torch.tensor([[0.0, 0, 10, 6], [20, 20, 30, 30], [50, 50, 60, 60]])
+    assert match(boxes, target, 0.6).labels.tolist() == [2, 3, 0]
+    assert match(boxes, target, 0.7).labels.tolist() == [0, 3, 0]
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    assert match(boxes, nothing, 0.5).labels.tolist() == [0, 0, 0]
+
+
+def test_gradient_is_scaled_and_the_value_is_not():
+    x = torch.randn(3, requires_grad=True)
+    y = ScaleGradient.apply(x, 0.25)
+    assert torch.equal(x, y)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 0.25))
+
+
+def test_the_spec_of_published_size():
+    """Heads of EVA-02-L's detector: 15.3 M parameters a box head, 7.8 M of the pyramid (reference)."""
+    spec = DetModelSpec()
+    with torch.device("meta"):
+        neck, stage = SimpleFeaturePyramid(1024, 256, 16), BoxStage(spec, 80, 0.5, (10, 10, 5, 5))
+
+    def millions(module: nn.Module) -> float:
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    assert millions(neck) == pytest.approx(7.8, abs=0.05)
+    assert millions(stage) == pytest.approx(15.3, abs=0.05)
+
+
+@pytest.mark.model
+def test_overfits_four_images():
+    model = detector(spread=False).train()
+    pictures, targets = zip(
+        scene([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]),
+        scene([(10, 30, 40, 56)], [3]),
+        scene([(4, 4, 24, 30), (30, 10, 58, 28), (30, 36, 50, 60)], [2, 3, 1]),
+        scene([(20, 20, 52, 44)], [1]),
+        strict=True,
+    )
+    batch = torch.stack(pictures)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(160):
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 10, (160 - step) / 53)
+        optimizer.zero_grad()
+        losses(model(batch, targets), targets, CLASSES).total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    for found, target in zip(model.eval().detect(batch), targets, strict=True):
+        objects = len(target["boxes"])
+        overlap, best = box_iou(target["boxes"], found.boxes[:objects]).max(dim=1)
+        assert (overlap > 0.6).all()
+        assert torch.equal(found.labels[best], target["labels"])
+        assert (found.masks[:objects].mean(dim=(1, 2)) > 0.6).all()
+
+
+@pytest.mark.parametrize("host", ["vit", "eva"])
+def test_pretrained_weights_come_without_their_class_token(host, tmp_path):
+    """At the grid that the weights were made for, and at another, to which timm resamples positions."""
+    arguments = {**SHAPE, "num_classes": 0, "img_size": 64, "class_token": True, "global_pool": "avg"}
+    donor = timm.create_model(HOSTS[host], **arguments)
+    file = tmp_path / "weights.safetensors"
+    save_file(donor.state_dict(), file)
+    model = ModelSpec(name=HOSTS[host], args={**SHAPE, "pretrained_cfg_overlay": {"file": str(file)}})
+    for size in (64, 96):
+        built = build_detector(model, PruneSpec(), detector_spec(), CLASSES, size, pretrained=True).backbone.host
+        own, theirs = built.state_dict(), donor.state_dict()
+        assert set(theirs) - set(own) <= {"cls_token", *(name for name in theirs if name.startswith("fc_norm"))}
+        for name in set(own) - {"pos_embed"}:
+            assert torch.equal(own[name], theirs[name]), name
+        assert torch.equal(own["pos_embed"], theirs["pos_embed"][:, 1:]) == (size == 64)
+        assert own["pos_embed"].shape[1] == (size // 8) ** 2
+
+
+def test_a_run_takes_over_the_heads_of_the_run_that_it_starts_from(tmp_path):
+    first = detector(prune=DENSE)
+    save_weights(tmp_path / "weights.safetensors", first)
+    later = detector(prune=PRUNED, spread=False)
+    scorers = [parameter.clone() for parameter in later.reducers.parameters()]
+    load_initial(later, tmp_path / "weights.safetensors")
+    theirs = first.state_dict()
+    for name, tensor in later.state_dict().items():
+        assert name.startswith("reducers.") or torch.equal(tensor, theirs[name]), name
+    assert all(torch.equal(*pair) for pair in zip(scorers, later.reducers.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"other shape .*heads\.stages\.0"):
+        load_initial(detector(box_width=16), tmp_path / "weights.safetensors")

@@ -1,0 +1,96 @@
+"""``python -m cropr doctor``: complete, honest about what is missing, and silent about the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cropr.cli import main
+from cropr.cli.doctor import collect, find_problems
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration with one data root that exists and one that does not."""
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "config.yaml"
+    file.write_text(f"imagenet: {tmp_path / 'images'}\nfolder: {tmp_path / 'nowhere'}\n")
+    return file
+
+
+def test_json_holds_what_a_bug_report_needs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--config", str(config)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"cropr", "commit", "python", "torch", "torchvision", "timm", "numpy", "snakemake"} <= set(
+        report["software"]
+    )
+    assert report["torch"]["threads"] == 1  # as conftest.py sets it
+    assert "math" in report["torch"]["attention_backends"]
+    assert report["machine"]["cores_usable"] >= 1
+    assert report["machine"]["OMP_NUM_THREADS"] == "1"
+    assert report["folders"]["data_roots"]["imagenet"]["readable"]
+    assert not report["folders"]["data_roots"]["folder"]["readable"]
+
+
+def test_table_shows_every_entry(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    for entries in collect(config, Path("results")).values():
+        for name in entries:
+            assert name in shown or name.replace("_", " ") in shown
+
+
+def test_missing_data_root_is_a_problem(config: Path, tmp_path: Path) -> None:
+    problems = list(find_problems(collect(config, tmp_path)))
+    assert [problem for problem in problems if "folder" in problem and "nowhere" in problem]
+    assert not [problem for problem in problems if "imagenet" in problem]
+
+
+def test_bad_configuration_is_a_problem(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("imagnet: somewhere\n")
+    problems = list(find_problems(collect(file, tmp_path)))
+    assert any("imagnet" in problem and "imagenet" in problem for problem in problems)  # the slip and what is allowed
+
+
+def test_works_without_torch(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
+    assert main(["doctor", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "torch cannot be imported" in shown
+    assert "cores usable" in shown
+
+
+def test_results_folder_that_is_a_file_is_a_problem(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("")
+    report = collect(config, tmp_path / "results")
+    assert not report["folders"]["results_writable"]
+    assert any("cannot be written" in problem for problem in find_problems(report))
+
+
+def test_more_threads_than_cores_is_a_problem(config: Path, tmp_path: Path) -> None:
+    report = collect(config, tmp_path)
+    report["torch"]["threads"] = report["machine"]["cores_usable"] + 1
+    assert any("OMP_NUM_THREADS" in problem for problem in find_problems(report))
+
+
+def test_looks_and_writes_nothing(config: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    report = collect(config, tmp_path / "a/b/results")
+    assert report["folders"]["results_writable"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_tells_nothing_else_of_the_environment(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hush-hush")
+    monkeypatch.setenv("CONDA_PREFIX", "secret-folder")
+    main(["doctor", "--json", "--config", str(config)])
+    shown = capsys.readouterr().out
+    assert "hush-hush" not in shown
+    assert "secret-folder" not in shown
+    assert json.loads(shown)["software"]["conda_environment_active"] is True

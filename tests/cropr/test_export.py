@@ -1,0 +1,188 @@
+"""Deployment: one graph under torch.compile, torch.export and ONNX files that do what the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import cropr
+from cropr.cli import main
+from cropr.export import TENSORRT_TOPK, Exportable, Graph
+from cropr.pruning.model import DeployedViT
+from cropr.pruning.schedule import Schedule
+from cropr.records import read_record
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+HOSTS = {"vit": "vit_tiny_patch16_224", "eva": "eva02_tiny_patch14_224"}
+
+
+def deployed(host: str, reducer: str = "cropr", fusion: str = "llf", rate: int = 3) -> DeployedViT:
+    """A tiny model whose every parameter matters."""
+    torch.manual_seed(0)
+    model = timm.create_model(HOSTS[host], **SMALL)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    return cropr.prune(model, Schedule.constant(rate), reducer, fusion).deploy()
+
+
+def images(batch: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def test_outputs_are_named_after_the_blocks_that_prune():
+    exportable = Exportable(deployed("vit"))
+    assert exportable.names == ["logits", "kept_1", "kept_2"]
+    logits, *kept = exportable(images(2))
+    assert logits.shape == (2, 5)
+    assert [index.shape for index in kept] == [(2, 12), (2, 9)]
+    assert Exportable(deployed("vit", fusion="none")).names == ["logits", "kept_1", "kept_2", "kept_3"]
+
+
+def test_blocks_that_prune_nothing_have_no_output():
+    """Aligned to 8 with the prefix, 17, 13, 10, 7 tokens become 17, 16, 16, 8."""
+    torch.manual_seed(0)
+    host = timm.create_model(HOSTS["vit"], **SMALL)
+    model = cropr.prune(host, Schedule.constant(3, align=8)).deploy()
+    assert Exportable(model).names == ["logits", "kept_1", "kept_3"]
+    assert [index.shape[1] for index in Exportable(model)(images(1))[1:]] == [15, 7]
+
+
+def test_random_numbers_are_refused():
+    with pytest.raises(ValueError, match="reducer 'random' cannot be exported"):
+        Exportable(deployed("vit", reducer="random"))
+
+
+def test_largest_k():
+    assert Graph({}, topk=(9, 8, 8), reducing_scatters=()).largest_k == 9
+    assert Graph({}, topk=(), reducing_scatters=()).largest_k == 0
+
+
+def compiled_in_one_graph(host: str, backend: str, fusion: str = "llf", reducer: str = "cropr") -> None:
+    """``fullgraph`` raises at the first break of the graph; the result must be that of the model."""
+    torch.compiler.reset()
+    model = deployed(host, reducer, fusion)
+    found = torch.compile(model, fullgraph=True, backend=backend)(images(2))
+    torch.testing.assert_close(found, model(images(2)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.model
+def test_vit_compiles_to_one_graph():
+    compiled_in_one_graph("vit", "eager")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("fusion", ["llf", "none"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_host_compiles_to_one_graph(host, fusion, backend):
+    if backend == "inductor" and torch._inductor.config.cpp.cxx[-1] is None:
+        pytest.skip("no C++ compiler")
+    compiled_in_one_graph(host, backend, fusion)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("reducer", ["variance", "attn_topk", "non_salient", "random"])
+def test_every_reducer_compiles_to_one_graph(reducer):
+    model = deployed("vit", reducer)
+    torch.compiler.reset()
+    assert torch.compile(model, fullgraph=True, backend="eager")(images(2)).shape == (2, 5)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("host", "reducer", "fusion"),
+    [("vit", "cropr", "llf"), ("vit", "cropr", "none"), ("eva", "cropr", "llf"), ("vit", "attn_topk", "llf"),
+     ("vit", "variance", "none"), ("eva", "attn_topk", "none")],
+)  # fmt: skip
+def test_onnx_file_does_what_the_model_does(tmp_path, host, reducer, fusion):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from cropr.export import compare, inspect, open_session, to_onnx, to_program
+
+    exportable = Exportable(deployed(host, reducer, fusion))
+    program = to_program(exportable, 32)
+    for batch in (1, 3):
+        for ours, theirs in zip(exportable(images(batch)), program.module()(images(batch)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    path = tmp_path / "model.onnx"
+    to_onnx(program, path, exportable.names)
+
+    graph = inspect(path)
+    sites = 2 if fusion == "llf" else 3
+    assert graph.topk == (4, 3, 3)[:sites]  # k is the number of tokens that go, the first time one more
+    assert graph.largest_k < TENSORRT_TOPK
+    assert graph.reducing_scatters == ()
+    assert graph.operators["TopK"] == sites
+    assert "NonZero" not in graph.operators  # its result would have a shape of its own
+
+    session = open_session(path, threads=1)
+    for batch in (1, 2, 5):
+        agreement = compare(exportable, session, images(batch))
+        assert agreement.holds, agreement
+        assert agreement.images == batch
+
+
+@pytest.mark.model
+def test_reducing_scatters_are_found(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from cropr.export import inspect, to_onnx
+
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            index = x.topk(2, dim=1).indices
+            return x.scatter_reduce(1, index, x[:, :2], "sum")
+
+    path = tmp_path / "adds.onnx"
+    to_onnx(torch.export.export(Adds(), (torch.randn(2, 4),)), path, ["sum"])
+    graph = inspect(path)
+    assert len(graph.reducing_scatters) == 1
+    assert "add" in graph.reducing_scatters[0]
+    assert graph.topk == (2,)
+
+
+@pytest.mark.model
+def test_a_file_of_another_model_does_not_agree(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from cropr.export import compare, open_session, to_onnx, to_program
+
+    exportable = Exportable(deployed("vit"))
+    path = tmp_path / "model.onnx"
+    to_onnx(to_program(exportable, 32), path, exportable.names)
+    with torch.no_grad():
+        exportable.model.model.reducers["2"].scorer.weight.neg_()  # prunes what the file keeps
+    agreement = compare(exportable, open_session(path, threads=1), images(4))
+    assert agreement.same_tokens < 4
+    assert not agreement.holds
+
+
+@pytest.mark.model
+def test_command_exports_and_leaves_a_record(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("cropr.bench.timing.MIN_SAMPLE_S", 0)
+    out = tmp_path / "out"
+    command = ["export", "--model", "test_vit", "--image-size", "64", "--rate", "2", "--out", str(out)]
+    assert main([*command, "--bench", "--rounds", "3", "--batch-size", "2"]) == 0
+    record = read_record(out)
+    metrics = record["metrics"]
+    assert (out / "model.pt2").is_file()
+    assert (metrics["same_tokens"], metrics["images"], metrics["reducing_scatters"]) == (2, 2, 0)
+    assert metrics["largest_k"] == 3
+    assert metrics["onnx_mb"] > 0
+    assert metrics["speedup_low"] <= metrics["speedup"] <= metrics["speedup_high"]
+    assert record["provenance"]["packages"]["onnxruntime"]
+    assert record["tokens"][0] == 17
+
+
+def test_command_refuses_what_it_cannot_export(tmp_path: Path, capsys):
+    assert main(["export", "--out", str(tmp_path)]) == 2
+    assert main(["export", "--run", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
+    assert main(["export", "--run", str(tmp_path), "--model", "vit_tiny_patch16_224", "--out", str(tmp_path)]) == 2
+    assert main(["export", "--model", "vit_tiny_patch16_224", "--rounds", "0", "--out", str(tmp_path)]) == 2

@@ -1,0 +1,295 @@
+"""What becomes of pruned tokens: every fusion keeps them all, and does what its docstring says."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import get_args
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cropr
+from cropr.bench import flops
+from cropr.pruning import fusion as fusions
+from cropr.pruning.schedule import BEFORE_LAST, Fusion, Schedule
+from cropr.pruning.tokens import Tokens
+from cropr.tasks.segmentation.model import PrunedSegmenter
+
+BACK = [name for name in fusions.FUSIONS if name != "none"]
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+NAMES = {"vit": "vit_tiny_patch16_224", "eva": "eva02_tiny_patch14_224"}
+
+
+def host_of(name, std=0.3, **arguments):
+    """A tiny host with every parameter at a value that matters."""
+    torch.manual_seed(0)
+    host = timm.create_model(NAMES[name], **{**SMALL, **arguments})
+    for parameter in host.parameters():
+        nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=std)
+    return host.eval()
+
+
+def segmenter(fusion, name="eva", schedule=None, reducer="cropr", **arguments):
+    schedule = schedule or Schedule.constant(3)
+    model = cropr.prune(host_of(name, **arguments), schedule, reducer, fusion, kind=PrunedSegmenter)
+    randomise(model.fusion)
+    return model.eval()
+
+
+def randomise(fusion):
+    """Away from zero, where the cross-attention starts."""
+    if fusion is not None:
+        for parameter in fusion.parameters():
+            nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+
+
+def images(batch=2, size=32):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def parts(batch=2, dim=32):
+    """Twelve tokens after a prefix of one, four of them alive, eight pruned after two blocks; in no order."""
+    full = Tokens.full(torch.randn(batch, 13, dim), prefix=1)
+    order = torch.stack([torch.randperm(12) for _ in range(batch)])
+    pruned = {1: full.cut(order[:, 4:9]), 2: full.cut(order[:, 9:])}
+    return full, full.keep(order[:, :4]), pruned
+
+
+# The list -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_places_are_those_of_the_torch_free_twin():
+    assert tuple(fusions.FUSIONS) == get_args(Fusion)
+    early = {name for name, kind in fusions.FUSIONS.items() if kind and kind.place == "before_last_block"}
+    assert early == BEFORE_LAST
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"unknown fusion 'concatenate'; choose one of \['none', 'concat'"):
+        fusions.create("concatenate", 8, 2, (1,))
+
+
+@pytest.mark.parametrize(("fusion", "last"), [("llf", 2), ("llf_no_self", 2), ("concat", 3), ("exit", 3), ("none", 3)])
+def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
+    model = segmenter(fusion)
+    assert list(model.reducers) == [str(block) for block in range(1, last + 1)]
+    assert model.token_trace[-1] == (17 if fusion in BEFORE_LAST else 7)
+
+
+# Conservation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_every_place_comes_back_once(name):
+    full, alive, pruned = parts()
+    fusion = fusions.create(name, 32, 32, (1, 2))
+    fused = fusion(alive, pruned)
+    assert torch.equal(fused.index.sort(dim=1).values, full.index)
+    assert torch.equal(fused.x[:, :5], alive.x)  # what is alive stays in front, as it is
+    assert fused.prefix == 1
+
+
+@pytest.mark.parametrize("name", ["concat", "llf", "llf_no_self"])
+def test_without_parameters_the_pruned_come_back_as_they_left(name):
+    full, alive, pruned = parts()
+    fusion = fusions.create(name, 32, 32, (1, 2))
+    assert torch.equal(fusion(alive, pruned).raster().x, full.x)
+    assert list(fusion.parameters()) == []
+
+
+@pytest.mark.parametrize("name", BACK)
+@pytest.mark.parametrize("pruned", [{}, {1: Tokens(torch.zeros(2, 0, 32), torch.zeros(2, 0, dtype=torch.int64), 0)}])
+def test_nothing_pruned_is_nothing_changed(name, pruned):
+    full, _, _ = parts()
+    fusion = fusions.create(name, 32, 32, (1, 2))
+    randomise(fusion)
+    fused = fusion(full, pruned)
+    assert torch.equal(fused.x, full.x)
+    assert fusion.mask(full, fused) is None
+
+
+# The model around them ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", NAMES)
+@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+def test_rate_zero_is_the_host_patch_by_patch(host, fusion):
+    model = segmenter(fusion, host, Schedule.constant(0), global_pool="avg")
+    plain = model.backbone.host
+    tokens = plain.forward_features(images())
+    patches = plain.head(plain.fc_norm(tokens))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    expected = nn.functional.interpolate(patches, (32, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model(images()).logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("host", NAMES)
+@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+def test_deployed_is_the_trained_model_in_eval_mode(host, fusion):
+    model = segmenter(fusion, host)
+    fast = model.deploy()
+    trained, deployed = model(images()), fast.detailed(images())
+    torch.testing.assert_close(fast(images()), trained.logits, rtol=0, atol=1e-6)
+    assert all(torch.equal(trained.kept[block], deployed.kept[block]) for block in trained.kept)
+
+
+@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+def test_a_result_does_not_depend_on_the_batch(fusion):
+    model = segmenter(fusion)
+    together = model(images(4)).logits
+    for b in range(4):
+        torch.testing.assert_close(model(images(4)[b : b + 1]).logits, together[b : b + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", BACK)
+def test_the_main_loss_reaches_blocks_and_fusion_but_no_query(fusion):
+    model = segmenter(fusion).train()
+    model(images()).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.fusion.parameters() if p.ndim > 1)
+    assert all(p.grad is None for p in model.reducers.parameters())
+    assert model.backbone.host.blocks[0].mlp.fc2.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fusion", BACK)
+def test_in_training_at_share_zero_every_parameter_has_a_gradient(fusion):
+    """Processes that train together wait for the gradient of each parameter."""
+    model = segmenter(fusion).train()
+    model.ramp(Fraction(0))
+    output = model(images())
+    (output.logits.sum() + sum(aux.sum() for aux in output.aux)).backward()
+    missing = {name for name, p in model.named_parameters() if p.grad is None}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+def test_every_block_stays_on_fused_attention(fusion, monkeypatch):
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k)
+    )
+    segmenter(fusion)(images())
+    assert len(calls) >= SMALL["depth"]
+    masked = [call for call in calls if call.get("attn_mask") is not None]
+    assert len(masked) == (fusion == "llf_no_self")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+def test_deployed_is_one_graph_and_exports(fusion):
+    torch._dynamo.reset()
+    fast = segmenter(fusion).deploy()
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), fast(images()))
+    program = torch.export.export(fast, (images(3),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    torch.testing.assert_close(program.module()(images(5)), fast(images(5)), rtol=1e-4, atol=1e-4)
+
+
+# Each of them -------------------------------------------------------------------------------------------------------
+
+
+def test_mask_by_hand():
+    """One prefix token, two survivors, two pruned."""
+    full = Tokens.full(torch.zeros(1, 5, 32), prefix=1)
+    alive, pruned = full.keep(torch.tensor([[0, 1]])), {1: full.cut(torch.tensor([[2, 3]]))}
+    fusion = fusions.create("llf_no_self", 32, 5, (1,))
+    assert fusion.mask(alive, fusion(alive, pruned)).int().tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("host", NAMES)
+def test_pruned_tokens_do_not_see_each_other_in_the_last_block(host):
+    """Change one pruned token: with LLF all other tokens change; without self-attention, no other pruned one does."""
+    changed = {}
+    for name in ("llf", "llf_no_self"):
+        model = segmenter(name, host)
+        tokens, position = model.backbone.embed(images(1))
+        alive, pruned = tokens.keep(torch.arange(6)[None]), {1: tokens.cut(torch.arange(6, 16)[None])}
+        other = pruned[1].replace(pruned[1].x + torch.eye(10)[0, :, None] * torch.randn(32))
+        results = []
+        for left in (pruned, {1: other}):
+            fused = model.fusion(alive, left)
+            results.append(model.backbone.run(4, fused, position, model.fusion.mask(alive, fused)).x)
+        changed[name] = (results[0] - results[1]).abs().amax(dim=2)[0] > 1e-6
+    assert changed["llf"].all()
+    assert changed["llf_no_self"].nonzero()[:, 0].tolist() == list(range(8))  # prefix, survivors, the token itself
+
+
+def test_cross_attention_starts_as_token_concat():
+    full, alive, pruned = parts()
+    cross = fusions.create("cross", 32, 5, (1, 2))
+    torch.testing.assert_close(cross(alive, pruned).raster().x, full.x)
+    randomise(cross)
+    assert (cross(alive, pruned).raster().x - full.x).abs().max() > 0.1
+
+
+def test_cross_attention_reads_survivors_and_prefix_only():
+    _, alive, pruned = parts()
+    cross = fusions.create("cross", 32, 5, (1, 2))
+    randomise(cross)
+    before = cross(alive, pruned).x
+    other = {**pruned, 2: pruned[2].replace(pruned[2].x + torch.randn(32))}
+    torch.testing.assert_close(cross(alive, other).x[:, :10], before[:, :10])
+    prefix = alive.replace(torch.cat((alive.x[:, :1] + torch.randn(32), alive.x[:, 1:]), dim=1))
+    assert (cross(prefix, pruned).x - before)[:, 5:].abs().amax(dim=2).min() > 1e-4
+
+
+def test_an_early_exit_is_final():
+    """Logits of a pruned patch are those of its site's head on its state when pruned, whatever happens later."""
+    model = segmenter("exit", schedule=Schedule.stages({2: 7}))
+    output = model(images())
+    tokens, position = model.backbone.embed(images())
+    for block in (1, 2):
+        tokens = model.backbone.run(block, tokens, position)
+    expected = model.fusion.heads["2"](tokens.patches)
+    gone = output.pruned_after(16) == 2
+    assert gone.sum() == 14
+    scores = scores_of(model, images())
+    torch.testing.assert_close(scores[gone], expected[gone], rtol=1e-5, atol=1e-5)
+    assert (scores - expected)[~gone].abs().max() > 0.1
+
+
+def scores_of(model, batch):
+    """[B, N, classes]: predictions before upsampling, in raster order."""
+    seen = []
+    interpolate = nn.functional.interpolate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "interpolate", lambda x, *a, **k: seen.append(x) or interpolate(x, *a, **k))
+        model(batch)
+    return seen[-1].flatten(2).transpose(1, 2)
+
+
+def test_what_predicts_per_patch_is_refused_where_an_image_has_one_label():
+    with pytest.raises(ValueError, match=r"EarlyExit fuses predictions per patch.*such as 'llf'"):
+        cropr.prune(host_of("vit"), Schedule.constant(2), fusion="exit")
+
+
+@pytest.mark.parametrize("fusion", ["concat", "cross", "llf_no_self"])
+def test_images_with_one_label_pool_over_all_tokens(fusion):
+    model = cropr.prune(host_of("eva"), Schedule.constant(3), fusion=fusion).eval()
+    output = model(images())
+    assert output.tokens.num_patches == 16
+    assert output.logits.shape == (2, 5)
+    torch.testing.assert_close(model.deploy()(images()), output.logits, rtol=0, atol=1e-6)
+
+
+# Cost ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+def test_multiply_adds_agree_with_the_counter(fusion):
+    """torch's counter knows no fused attention on the CPU, so attention is written out for it."""
+    model = segmenter(fusion)
+    fast = model.deploy()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        fast(images(1))
+    assert flops.macs(model).total == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    assert flops.macs(fast) == flops.macs(model)

@@ -1,0 +1,179 @@
+"""Parameter groups and learning rates of the authors' recipe, by hand (reference, sections 3.1 and 7f)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cropr.pruning.model import build_model
+from cropr.specs import ModelSpec, PruneSpec, RecipeSpec
+from cropr.training.optim import create_optimizer, create_schedule, layer_scales, parameter_groups
+
+VIT = ModelSpec(
+    name="vit_tiny_patch16_224",
+    args={"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "global_pool": "avg", "reg_tokens": 2},
+)
+CROPR = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 2}}, fusion="llf")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(VIT, CROPR, num_classes=3, image_size=32)
+
+
+def test_layer_scales_of_depth_4(model):
+    scales = layer_scales(model, 0.5)
+    host = "backbone.host."
+    assert scales[host + "patch_embed.proj.weight"] == 0.5**5
+    assert scales[host + "pos_embed"] == scales[host + "cls_token"] == scales[host + "reg_token"] == 0.5**5
+    assert scales[host + "blocks.0.mlp.fc1.weight"] == 0.5**4
+    assert scales[host + "blocks.3.norm1.bias"] == 0.5
+    assert scales[host + "fc_norm.weight"] == scales[host + "head.weight"] == 1
+    assert {scale for name, scale in scales.items() if name.startswith("reducers.")} == {1}
+    assert set(scales) == {name for name, _ in model.named_parameters()}
+
+
+def test_final_norm_of_a_model_that_pools_the_class_token_has_scale_1():
+    host = VIT.model_copy(update={"args": {**VIT.args, "global_pool": "token"}})
+    scales = layer_scales(build_model(host, PruneSpec(), 3, 32), 0.5)
+    assert scales["backbone.host.norm.weight"] == 1
+
+
+def test_layer_scales_of_the_paper_model():
+    with torch.device("meta"):
+        host = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
+        scales = layer_scales(build_model(host, PruneSpec(), 1000, 224), 0.75)
+    assert scales["backbone.host.patch_embed.proj.weight"] == pytest.approx(7.5e-4, rel=0.01)
+    assert scales["backbone.host.blocks.23.attn.qkv.weight"] == 0.75
+    assert len(set(scales.values())) == 26  # stem, 24 blocks, the rest
+
+
+def test_eva_has_the_same_levels():
+    host = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2})
+    scales = layer_scales(build_model(host, PruneSpec(), 3, 32), 0.5)
+    assert scales["backbone.host.pos_embed"] == 0.5**4
+    assert scales["backbone.host.blocks.2.attn.proj.weight"] == 0.5
+    assert scales["backbone.host.fc_norm.weight"] == scales["backbone.host.head.weight"] == 1
+
+
+def test_queries_may_learn_faster_than_the_rest(model):
+    def scales(query_lr: float) -> dict[str, float]:
+        groups = parameter_groups(model, RecipeSpec(query_lr=query_lr))
+        return {name: group["lr_scale"] for group in groups for name in group["names"]}
+
+    plain, fast = scales(1), scales(20)
+    queries = {name for name in plain if name.endswith("queries")}
+    assert queries
+    assert {name for name in plain if fast[name] != plain[name]} == queries
+    assert {fast[name] for name in queries} == {20}
+
+
+def test_what_has_no_weight_decay(model):
+    decay = {
+        name: g["weight_decay"] for g in parameter_groups(model, RecipeSpec(layer_decay=0.75)) for name in g["names"]
+    }
+    host = "backbone.host."
+    for name in ("pos_embed", "cls_token", "reg_token", "blocks.1.attn.qkv.bias", "fc_norm.weight", "head.bias"):
+        assert decay[host + name] == 0, name
+    for name in (host + "head.weight", host + "patch_embed.proj.weight", "reducers.1.scorer.queries"):
+        assert decay[name] == 0.05, name
+    assert set(decay) == {name for name, _ in model.named_parameters()}
+
+
+def test_frozen_parameters_are_left_out(model):
+    frozen = build_model(VIT, CROPR, num_classes=3, image_size=32)
+    frozen.backbone.host.patch_embed.requires_grad_(False)
+    names = {name for group in parameter_groups(frozen, RecipeSpec(layer_decay=1.0)) for name in group["names"]}
+    assert names == {n for n, _ in model.named_parameters() if "patch_embed" not in n}
+
+
+def test_learning_rates_of_the_paper_recipe():
+    recipe = RecipeSpec()
+    assert recipe.peak_lr == 4e-3
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    schedule = create_schedule(optimizer, recipe, steps_per_epoch=1251.5)  # 62,575 steps, 6,257 of them warm-up
+
+    def lr(step):
+        schedule.step_update(step)
+        return optimizer.param_groups[0]["lr"]
+
+    assert lr(0) == pytest.approx(6.4e-7, rel=0.01)
+    assert lr(6257) == pytest.approx(4e-3, rel=1e-6)
+    assert lr(62_574) == pytest.approx(1e-6, rel=1e-3)
+    rates = [lr(step) for step in range(0, 62_575, 25)]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_polynomial_decay_of_the_authors_segmentation():
+    """Batch 8, 64 epochs of 2,527 steps, 2e-5 (1 - t / T) ** 0.9 to 0 without warm-up (reference, section 3.2)."""
+    recipe = RecipeSpec(epochs=64, batch_size=8, base_lr=6.4e-4, decay="poly", min_lr=0, warmup_epochs=0, layer_decay=1)
+    assert recipe.peak_lr == pytest.approx(2e-5)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    schedule = create_schedule(optimizer, recipe, 2527)
+    for step in (0, 1, 80_864, 161_727):
+        schedule.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-5 * (1 - step / 161_728) ** 0.9)
+
+
+def test_constant_learning_rate_after_warm_up():
+    recipe = RecipeSpec(epochs=10, batch_size=64, decay="constant", warmup_epochs=1, min_lr=0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    schedule = create_schedule(optimizer, recipe, 4)
+    rates = []
+    for step in range(40):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"] / recipe.peak_lr)
+    assert rates == pytest.approx([0.25, 0.4375, 0.625, 0.8125] + 36 * [1])
+
+
+def test_without_layer_decay_all_share_one_rate(model):
+    """The authors' segmentation: its decay of 0.9 never reached the optimizer."""
+    assert {group["lr_scale"] for group in parameter_groups(model, RecipeSpec(layer_decay=1))} == {1}
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    recipe = RecipeSpec(epochs=2, warmup_epochs=0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    create_schedule(optimizer, recipe, 5).step_update(0)
+    assert optimizer.param_groups[0]["lr"] == recipe.peak_lr
+
+
+def test_a_run_of_one_step_has_a_learning_rate():
+    recipe = RecipeSpec(epochs=0.2, warmup_epochs=0.19)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=recipe.peak_lr)
+    create_schedule(optimizer, recipe, 6).step_update(0)
+    assert optimizer.param_groups[0]["lr"] == recipe.peak_lr
+
+
+@pytest.mark.parametrize("warmup", [3, 4.5])
+def test_warm_up_that_fills_the_run_is_refused(warmup):
+    recipe = RecipeSpec(epochs=3, warmup_epochs=warmup)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match=rf"warmup_epochs = {warmup}: must be less than recipe.epochs = 3"):
+        create_schedule(optimizer, recipe, 5)
+
+
+def test_lr_scale_takes_effect(model):
+    optimizer = create_optimizer(model, RecipeSpec(layer_decay=0.5))
+    create_schedule(optimizer, RecipeSpec(layer_decay=0.5), 10).step_update(200)
+    rates = sorted({round(g["lr"] / max(h["lr"] for h in optimizer.param_groups), 6) for g in optimizer.param_groups})
+    assert rates == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+
+
+def test_update_of_a_step_is_smaller_deeper_down(model):
+    """AdamW's first step moves every weight by its learning rate."""
+    torch.manual_seed(0)
+    trained = build_model(VIT, CROPR, num_classes=3, image_size=32)
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    recipe = RecipeSpec(layer_decay=0.5, weight_decay=0, warmup_epochs=0)
+    optimizer = create_optimizer(trained, recipe)
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    create_schedule(optimizer, recipe, 10).step_update(0)
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in trained.named_parameters()}
+    scales = layer_scales(trained, 0.5)
+    for name, distance in moved.items():
+        assert distance == pytest.approx(recipe.peak_lr * scales[name], rel=2e-2), name

@@ -1,0 +1,356 @@
+"""Runs from spec to record: killed and resumed, finished already, on two processes, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from cropr import cli
+from cropr.cli.spec_flags import read_spec
+from cropr.records import read_record
+from cropr.tasks.classification.run import run as classification
+from cropr.training import run as runs
+from cropr.training.distributed import World
+from cropr.training.run import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def command(spec, images, out, *more):
+    return ["train", "--spec", spec.model_dump_json(), "--data", str(images), "--out", str(out), *more]
+
+
+def assert_equal_weights(one, other):
+    first, second = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
+    assert set(first) == set(second)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def steps(out):
+    """Steps in the log; a line that is being written is not one yet."""
+    if not (out / "log.jsonl").exists():
+        return []
+    return [
+        json.loads(line)["step"]
+        for line in (out / "log.jsonl").read_text().splitlines(keepends=True)
+        if line[-1] == "\n"
+    ]
+
+
+# Killed -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(images, tmp_path, one_thread):
+    """SIGKILL in the middle of an epoch; drop path, mixup, cutmix and erasing draw random numbers."""
+    spec = tiny.spec(
+        recipe__epochs=8,
+        model__drop_path=0.2,
+        data__augment={"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1"},
+    )
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-m", "cropr", *command(spec, images, out)], env=environment) as process:
+        try:
+            while len(steps(out)) < 9:
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "record.json").exists()
+    before = steps(out)
+    assert before[-1] % 6 != 5  # lines after the last checkpoint, which ends an epoch, are done again
+
+    assert cli.main(command(spec, images, out)) == 0
+    assert cli.main(command(spec, images, tmp_path / "undisturbed")) == 0
+    assert_equal_weights(out, tmp_path / "undisturbed")
+    assert steps(out) == list(range(48))
+    assert not (out / "checkpoint").exists()
+    killed, undisturbed = read_record(out), read_record(tmp_path / "undisturbed")
+    for key in ("top1", "top5", "loss", "images"):
+        assert killed["metrics"][key] == undisturbed["metrics"][key]
+
+
+def test_half_a_checkpoint_and_half_a_line_are_not_resumed_from(images, tmp_path, one_thread, monkeypatch):
+    """What a kill in the middle of a write leaves: an unnamed directory, a cut line."""
+    spec = tiny.spec()
+    train(spec, 0, images, tmp_path / "whole", world=World())
+    out = tmp_path / "cut"
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_weights", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(spec, 0, images, out, world=World())
+    checkpoint = next((out / "checkpoint").glob("step_*"))
+    (out / "checkpoint" / ".tmp_00000099").mkdir()
+    (out / "checkpoint" / ".tmp_00000099" / "model.safetensors").write_bytes(b"half")
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 12, "epo')
+    assert checkpoint.name == "step_00000012"
+    train(spec, 0, images, out, world=World())
+    assert_equal_weights(out, tmp_path / "whole")
+    assert steps(out) == list(range(12))
+
+
+# Finished -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    train(tiny.spec(), 3, images, out, world=World())
+    return out
+
+
+def test_record_of_a_run(finished, images):
+    record = read_record(finished)
+    assert (record["kind"], record["id"], record["seed"]) == ("train", tiny.spec().digest(), 3)
+    metrics = record["metrics"]
+    assert set(metrics) == {
+        "top1", "top5", "loss", "val_images", "images", "train_images_per_s", "step_ms",
+        "parameters", "parameters_training_only",
+    }  # fmt: skip
+    assert (metrics["images"], metrics["val_images"], metrics["top5"]) == (96, 12, 100)
+    weights = load_file(finished / "weights.safetensors")
+    assert metrics["parameters"] == sum(p.numel() for p in weights.values())
+    extra = sum(p.numel() for name, p in weights.items() if name.startswith("reducers."))
+    assert metrics["parameters_training_only"] == extra > 0
+    assert record["tokens"] == [17, 12, 8, 8, 17]
+    assert record["provenance"]["precision"] == "fp32"
+    assert len(record["provenance"]["data_fingerprint"]) == 16
+    assert record["series"] == {"relevance": [], "epochs": []}
+
+
+def test_a_finished_run_is_not_repeated(finished, images, monkeypatch):
+    monkeypatch.setattr(runs, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert train(tiny.spec(), 3, images, finished, world=World()) == read_record(finished)
+
+
+def test_another_run_is_not_written_over_a_finished_one(finished, images, capsys, caplog):
+    other = tiny.spec(recipe__epochs=3)
+    with pytest.raises(ValueError, match=r"spec\.recipe\.epochs was 2, is 3\. Choose another --out"):
+        train(other, 3, images, finished, world=World())
+    with pytest.raises(ValueError, match="seed was 3, is 4"):
+        train(tiny.spec(), 4, images, finished, world=World())
+
+
+def test_initial_weights_must_be_the_run_that_the_spec_names(finished, images, tmp_path):
+    source = read_record(finished)["id"]
+    spec = tiny.spec(init=source, recipe__epochs=1)
+    with pytest.raises(ValueError, match=f"spec.init = {source}: name that run's weights with --init"):
+        train(spec, 0, images, tmp_path, world=World())
+    with pytest.raises(ValueError, match=f"made by run {source}, spec.init asks for 0123456789"):
+        train(tiny.spec(init="0123456789"), 0, images, tmp_path, world=World(), init=finished)
+    with pytest.raises(ValueError, match=r"spec.init = random: takes no weights"):
+        train(tiny.spec(), 0, images, tmp_path, world=World(), init=finished)
+    record = train(spec, 0, images, tmp_path, world=World(), init=finished)
+    assert record["metrics"]["images"] == 48
+
+
+def test_weights_of_timm_that_cannot_be_fetched_end_in_one_message(images, tmp_path, monkeypatch):
+    def fail(*arguments):
+        assert arguments[-1] is True  # pretrained
+        raise OSError("no connection")
+
+    monkeypatch.setattr(classification, "build_model", fail)
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224: no connection; without a network, .* --init"):
+        train(tiny.spec(init="timm"), 0, images, tmp_path, world=World())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_nowhere"])
+def test_a_model_that_cannot_be_pruned_is_named(images, tmp_path, name):
+    with pytest.raises(ValueError, match=f"spec.model.name = {name}: "):
+        train(tiny.spec(model__name=name, model__args={}), 0, images, tmp_path, world=World())
+
+
+def test_scenes_must_be_those_of_the_spec(tmp_path):
+    from cropr.data.layouts import write
+
+    spec = tiny.spec(data__scenes={"image_size": 32, "train": 20, "val": 10, "distractors": 2}, data__num_classes=10)
+    write(spec.data.scenes.model_copy(update={"distractors": 3}), tmp_path / "scenes")
+    with pytest.raises(ValueError, match="distractors is 3 there, 2 in the spec"):
+        train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
+    write(spec.data.scenes, tmp_path / "scenes")
+    record = train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
+    assert [row["block"] for row in record["series"]["relevance"]] == [0, 1, 2]
+
+
+# Two processes ------------------------------------------------------------------------------------------------------
+
+
+RUNS = {
+    "accumulated": {"recipe__accumulate": 3},
+    # The first steps prune nothing, so that the fusion's weights have no gradient.
+    "idle": {"recipe__curriculum": True, "prune__reducer": "variance", "prune__fusion": "cross"},
+}
+
+
+def _train_as(rank, port, images, out):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from cropr.training import checkpoint, run
+    from cropr.training.distributed import start
+
+    fit = run.fit
+
+    def fit_and_save(model, *rest):
+        history = fit(model, *rest)
+        checkpoint.save_weights(out / name / f"rank{rank}" / "weights.safetensors", model)
+        return history
+
+    run.fit = fit_and_save
+    with start("cpu", threads=1) as world:
+        for name, changes in RUNS.items():
+            run.train(tiny.spec(**changes), 0, images, out / name, world=world)
+
+
+@pytest.mark.model
+def test_two_processes_train_as_one(images, tmp_path):
+    """Same batches in halves: equal weights on both, and those of one process but for rounding."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train_as, (port, images, tmp_path / "two"), nprocs=2)
+    for run, changes in RUNS.items():
+        first, second = tmp_path / "one" / run, tmp_path / "two" / run
+        assert_equal_weights(second / "rank0", second / "rank1")
+        train(tiny.spec(**changes), 0, images, first, world=World())
+        one, two = (load_file(path / "weights.safetensors") for path in (first, second))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=name)
+        alone, together = (read_record(path)["metrics"] for path in (first, second))
+        assert together["val_images"] == 12
+        assert together["images"] == alone["images"]
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        assert steps(second) == list(range(12))
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "test_vit", "--image-size", "64", "--rate", "2", "--epochs", "1", "--batch-size", "16"]
+    assert cli.main(["train", "--data", str(images), *flags, "--set", "recipe.layer_decay=0.8"]) == 0
+    (record_file,) = tmp_path.glob("runs/*/seed0/record.json")
+    record = read_record(record_file)
+    assert record_file.parts[-3] == record["id"]
+    spec = record["spec"]
+    assert spec["data"]["num_classes"] == tiny.CLASSES
+    assert spec["data"]["image_size"] == 64
+    assert spec["recipe"]["layer_decay"] == 0.8
+    assert (spec["prune"]["reducer"], spec["prune"]["fusion"]) == ("cropr", "llf")
+    line = capsys.readouterr().out
+    assert f"top-1 {record['metrics']['top1']:.2f} %" in line
+    assert str(record_file.parent.relative_to(tmp_path)) in line
+
+    for more in ([], ["--deployed"]):
+        result = tmp_path / "evaluated.json"
+        arguments = ["--run", str(record_file.parent), "--data", str(images), "--out", str(result), *more]
+        assert cli.main(["evaluate", *arguments]) == 0
+        evaluated = read_record(result)["metrics"]
+        assert evaluated["top1"] == record["metrics"]["top1"]
+        assert evaluated["loss"] == pytest.approx(record["metrics"]["loss"], abs=1e-5)
+        assert "top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name what to evaluate"),
+        (["--run", "absent"], "absent: no such directory"),
+        (["--run", "RUN", "--spec", "x.yaml"], "leave --spec and --weights out"),
+        (["--run", "RUN", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["--spec", "OTHER", "--weights", "RUN/weights.safetensors"], "does not fit the model; missing"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(finished, images, caplog, arguments, message):
+    other = tiny.spec(model__args={**tiny.spec().model.args, "depth": 5}).model_dump_json()
+    arguments = [word.replace("RUN", str(finished)).replace("OTHER", other) for word in arguments]
+    assert cli.main(["evaluate", "--data", str(images), *arguments]) == 2
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.epochs=0", "spec.recipe.epochs = 0: must be > 0"),
+        ("recipe.precision=fp8", "spec.recipe.precision = 'fp8': must be 'fp32', 'bf16' or 'fp16'"),
+        ("recipe.eopchs=3", "spec.recipe.eopchs: unknown key; allowed: epochs, batch_size,"),
+        ("data.scenes.images=3", "spec.data.scenes.images: unknown key; allowed: image_size, train, val"),
+        ("prune.aux_weight=-1", "spec.prune.aux_weight = -1: must be >= 0"),
+        ('prune.schedule={"rate": 8}', "spec.prune.schedule"),
+        ("recipe.batch_size=many", "spec.recipe.batch_size = 'many': must be a valid integer"),
+        ("recipe", "--set recipe: write KEY=VALUE"),
+        ("model.name.size=3", "name has no keys below it"),
+    ],
+)
+def test_bad_values_are_named_with_what_is_allowed(override, message):
+    with pytest.raises(ValueError, match=r"spec|--set") as caught:
+        read_spec(tiny.spec().model_dump_json(exclude_none=True), [override])
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ValueError, match="epochs = 0") as caught:
+        read_spec('{"model": {}, "recipe": {"epochs": 0, "batch_size": 0}}')
+    assert len(str(caught.value).splitlines()) == 3
+    assert "spec.model.name: is required" in str(caught.value)
+
+
+def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
+    (tmp_path / "spec.yaml").write_text("model:\n  name: vit_small_patch16_224\nrecipe: {epochs: 3}\n")
+    assert read_spec(str(tmp_path / "spec.yaml")).recipe.epochs == 3
+    assert read_spec(str(finished / "record.json")) == tiny.spec()
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml: no such file"):
+        read_spec(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit_smal_patch16_224"], "timm has no such model; close to it"),
+        ([], "name a model with --model"),
+        (["--model", "test_vit", "--reducer", "none", "--rate", "4"], "--reducer none prunes nothing"),
+        (["--model", "test_vit", "--rate", "4", "--schedule", "{}"], "give one of them"),
+        (["--model", "test_vit", "--spec", "x.yaml"], "--spec and --model"),
+        (["--model", "test_vit", "--batch-size", "0"], "spec.recipe.batch_size = 0: must be >= 1"),
+        (["--model", "test_vit", "--batch-size", "64"], "fewer than one batch of 64"),
+        (["--model", "test_vit", "--threads", "0"], "--threads 0: must be 1 or more"),
+        (["--model", "test_vit", "--rate", "99"], "lower the rate"),
+        (["--model", "test_vit", "--data", "nowhere"], "nowhere: no such directory"),
+    ],
+)
+def test_flags_that_cannot_work_end_in_one_message(images, tmp_path, caplog, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--data", str(images), *arguments]) == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert message in error
+    assert not (tmp_path / "runs").exists()

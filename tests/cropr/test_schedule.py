@@ -1,0 +1,127 @@
+"""Schedules against traces written out by hand (paper, section 4.1; reference counts of the authors' code)."""
+
+from __future__ import annotations
+
+import pytest
+
+from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio, trace
+
+VIT_L = {"num_patches": 196, "depth": 24, "prefix": 1}
+EVA_L = {"num_patches": 1024, "depth": 24, "prefix": 1}
+
+
+def test_paper_trace_with_fusion():
+    counts = Schedule.constant(8).resolve(**VIT_L, fusion=True)
+    steps = [197, 188, 180, 172, 164, 156, 148, 140, 132, 124, 116, 108, 100, 92, 84, 76, 68, 60, 52, 44, 36, 28, 20]
+    assert trace(counts, 196, prefix=1) == (*steps, 20, 197)
+    assert attended(counts, 196, fusion=True, prefix=1) == (*steps, 197)
+
+
+def test_paper_trace_without_fusion_prunes_after_one_more_block():
+    counts = Schedule.constant(8).resolve(**VIT_L)
+    assert trace(counts, 196, prefix=1)[-3:] == (20, 12, 12)
+    assert attended(counts, 196, fusion=False, prefix=1)[-2:] == (20, 12)
+
+
+def test_stages_trace():
+    counts = Schedule.stages({6: 50, 12: 50, 18: 50}).resolve(**VIT_L)
+    assert trace(counts, 196, prefix=1) == (*[197] * 6, *[147] * 6, *[97] * 6, *[47] * 7)
+
+
+def test_segmentation_trace_is_aligned_as_published():
+    steps = trace(Schedule.constant(40).resolve(**EVA_L, fusion=True), 1024, prefix=1)
+    assert steps[1:23] == tuple(range(984, 143, -40))
+    assert all(count % 8 == 0 for count in steps[1:24])
+    assert steps[-1] == 1025
+
+
+def test_early_schedule_keeps_a_fifth():
+    counts = Schedule.fraction({3: 0.8}).resolve(**EVA_L)
+    assert counts == (1024, 1024, *[205] * 22)
+
+
+def test_squares_fill_the_detector_windows():
+    counts = Schedule.squares({4: 80, 7: 64, 10: 48, 13: 32, 19: 16}).resolve(num_patches=9216, depth=24, fusion=True)
+    assert sorted(set(counts), reverse=True) == [9216, 6400, 4096, 2304, 1024, 256]
+
+
+def test_rate_zero_prunes_nothing_not_even_the_extra_token():
+    schedule = Schedule.constant(0)
+    assert schedule.resolve(**VIT_L) == (196,) * 24
+    assert schedule.sites(24) == ()
+
+
+def test_total_pruning_ratio_of_the_segmentation_schedule():
+    counts = Schedule.constant(40).resolve(**EVA_L, fusion=True)
+    assert total_pruning_ratio(counts, 1024) == pytest.approx(0.86, abs=0.005)
+
+
+@pytest.mark.parametrize("align", [8, 16])
+def test_alignment_rounds_up_and_never_prunes_more(align):
+    plain = Schedule.constant(8).resolve(**VIT_L)
+    aligned = Schedule.constant(8, align=align).resolve(**VIT_L)
+    for before, after in zip(plain, aligned, strict=True):
+        assert after == 196 or (after + 1) % align == 0
+        assert before <= after < before + align
+
+
+@pytest.mark.parametrize(("fusion", "last"), [(True, 22), (False, 23)])
+def test_constant_sites_leave_room_for_the_last_block(fusion, last):
+    assert Schedule.constant(8).sites(24, fusion) == tuple(range(1, last + 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        ({"constant": {"rate": 8}}, Schedule.constant(8)),
+        ({"constant": {"rate": 8, "first_extra": 0, "align": 8}}, Schedule.constant(8, 0, 8)),
+        ({"stages": {"at": {"6": 50, 12: 50}}}, Schedule.stages({6: 50, 12: 50})),
+        ({"fraction": {"at": {3: 0.8}}}, Schedule.fraction({3: 0.8})),
+        ({"kept": {"at": {3: 20}}}, Schedule.kept({3: 20})),
+        ({"squares": {"at": {3: 4}}}, Schedule.kept({3: 16})),
+    ],
+)
+def test_config_round_trip(config, same):
+    schedule = Schedule.from_config(config)
+    assert schedule == same
+    assert Schedule.from_config(schedule.to_config()) == schedule
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Schedule.constant(9).resolve(**VIT_L, fusion=True), "prunes 199 of 196.*lower the rate to 8"),
+        (lambda: Schedule.constant(-1), "rate=-1"),
+        (lambda: Schedule.stages({23: 5}).resolve(**VIT_L, fusion=True), "after block 23.*is 22"),
+        (lambda: Schedule.stages({24: 5}).resolve(**VIT_L), "after block 24.*is 23"),
+        (lambda: Schedule.stages({6: 196}).resolve(**VIT_L), "would leave 0 of 196"),
+        (lambda: Schedule.kept({3: 300}).resolve(**VIT_L), "would leave 300 of 196"),
+        (lambda: Schedule.fraction({3: 1.5}), "share 1.5"),
+        (lambda: Schedule.stages({0: 5}), "count from 1"),
+        (lambda: Schedule.constant(8, align=0), "align=0"),
+        (lambda: Schedule.from_config({"steps": {}}), r"exactly one rule of \['constant'"),
+        (lambda: Schedule.from_config({"constant": {"r": 8}}), r"unknown \['r'\]; allowed: .*'rate'"),
+        (lambda: Schedule.from_config({"constant": {}}), r"\['rate'\] is missing"),
+    ],
+)
+def test_errors_name_value_limit_and_fix(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (Schedule.constant(8), "R=8"),
+        (Schedule.constant(0), "none"),
+        (Schedule.stages({1: 48}), "R=48 @ 1"),
+        (Schedule.stages({6: 50, 12: 50, 18: 50}), "R=50 @ 6,12,18"),
+        (Schedule.stages({6: 50, 12: 40}), "R=50,40 @ 6,12"),
+        (Schedule.stages({1: 10, 2: 9, 3: 9, 6: 9}), "R=10,9,9,9 @ 1-3,6"),
+        (Schedule.stages({1: 15, 2: 15}), "R=15 @ 1,2"),
+        (Schedule.fraction({3: 0.8}), "80% @ 3"),
+        (Schedule.squares({5: 80, 8: 64}), "K=6400,4096 @ 5,8"),
+    ],
+)
+def test_schedules_are_written_as_the_paper_does(schedule, text):
+    assert schedule.describe() == text

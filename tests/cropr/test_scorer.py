@@ -1,0 +1,115 @@
+"""The Cropr module: one vector scores like many queries, and gradients stop where the paper stops them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cropr.pruning.reducers import Context, create
+from cropr.pruning.reducers.select import Cropr
+from cropr.pruning.scorer import Aggregator, FoldedScorer, Scorer
+from cropr.pruning.tokens import Tokens
+
+DIM = 24
+VARIANTS = [
+    {"num_queries": queries, "num_heads": heads, "qkv_proj": proj, "norm": norm}
+    for queries, heads, proj, norm in itertools.product([1, 7], [1, 4], [False, True], [False, True])
+]
+
+
+def _randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Give every parameter a value that matters: norms and biases start as identities otherwise."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.double()
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_folded_scores_rank_as_all_queries_and_heads_do(options):
+    scorer = _randomised(Scorer(DIM, **options))
+    x = torch.randn(2, 30, DIM, dtype=torch.float64)
+    logits, _ = scorer(x)
+    full = logits.sum(dim=(1, 2))
+    folded = scorer.fold()(x).double()
+    difference = full - folded
+    # Biases add the same to every token: a constant, which no ranking sees.
+    assert difference.std(dim=1).max() < 1e-4 * full.std()
+    assert torch.equal(full.argsort(dim=1), folded.argsort(dim=1))
+
+
+def test_folded_score_is_float32_under_autocast():
+    scorer = FoldedScorer(torch.randn(DIM))
+    x = torch.randn(2, 9, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = scorer(x)
+    assert under.dtype == torch.float32
+    assert torch.equal(under, scorer(x))
+
+
+def test_aggregator_is_softmax_attention():
+    x = torch.randn(2, 9, DIM)
+    logits = torch.randn(2, 1, 3, 9)
+    z = Aggregator(DIM, mlp=False)(logits, x)
+    torch.testing.assert_close(z, (logits[:, 0] / DIM**0.5).softmax(-1) @ x)
+
+
+def test_aggregator_heads_attend_to_their_own_channels():
+    aggregator = Aggregator(DIM, num_heads=4, mlp=False)
+    torch.nn.init.eye_(aggregator.out_proj.weight)
+    torch.nn.init.zeros_(aggregator.out_proj.bias)
+    x = torch.randn(1, 9, DIM)
+    logits = torch.zeros(1, 4, 1, 9)
+    logits[0, 2, 0, 5] = 1e4
+    z = aggregator(logits, x)[0, 0]
+    torch.testing.assert_close(z[12:18], x[0, 5, 12:18])
+    torch.testing.assert_close(z[:12], x[0, :, :12].mean(0))
+
+
+def test_queries_start_truncated_at_two_sigma():
+    queries = Scorer(1024, num_queries=64).queries.detach()
+    assert queries.std() == pytest.approx(1024**-0.5 * 0.88, rel=0.02)
+    assert queries.abs().max() <= 2 * 1024**-0.5
+
+
+def _train_step(**options) -> tuple[Tokens, Cropr]:
+    reducer = create("cropr", DIM, 10, **options).train()
+    assert isinstance(reducer, Cropr)
+    x = torch.randn(2, 13, DIM, requires_grad=True)
+    return Tokens.full(x, 1), reducer
+
+
+def test_auxiliary_loss_trains_the_queries_and_not_the_encoder():
+    tokens, reducer = _train_step()
+    reduction = reducer(tokens, 5, Context(), want_pruned=False)
+    reduction.aux.square().sum().backward()
+    assert tokens.x.grad is None
+    assert reducer.scorer.queries.grad.abs().sum() > 0
+
+
+def test_main_loss_trains_the_encoder_and_not_the_queries():
+    tokens, reducer = _train_step()
+    reducer(tokens, 5, Context(), want_pruned=False).kept.x.square().sum().backward()
+    assert tokens.x.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in reducer.parameters())
+
+
+def test_without_stop_gradient_the_auxiliary_loss_reaches_the_encoder():
+    tokens, reducer = _train_step(stop_gradient=False)
+    reducer(tokens, 5, Context(), want_pruned=False).aux.square().sum().backward()
+    assert tokens.x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"num_queries": 0}, "num_queries=0"),
+        ({"num_heads": 5}, "does not divide the width 24"),
+        ({"selector": "best"}, "unknown selector 'best'"),
+        ({"heads": 2}, r"no option \['heads'\]; it has .*'num_heads'"),
+    ],
+)
+def test_errors_name_value_limit_and_fix(options, says):
+    with pytest.raises(ValueError, match=says):
+        create("cropr", DIM, 10, **options)

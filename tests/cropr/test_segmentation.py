@@ -1,0 +1,305 @@
+"""The segmenter: places, losses, published counts, hosts, initial weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from test_fusion import SMALL, host_of, images, scores_of, segmenter
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import nn
+
+import cropr
+from cropr.bench import flops
+from cropr.data.ade20k import IGNORE
+from cropr.data.layouts import write
+from cropr.pruning.model import Output
+from cropr.pruning.schedule import Schedule
+from cropr.pruning.tokens import Tokens
+from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec, SegDataSpec, TrainSpec
+from cropr.tasks import open_task
+from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses, patch_labels, spread
+from cropr.training.checkpoint import load_weights
+from cropr.training.distributed import World
+from cropr.training.run import train
+
+SCENES = ScenesSpec(image_size=32, train=24, val=6, scale=(1.5, 1.5), objects=(1, 2))
+R40 = {"constant": {"rate": 40}}
+EVA_L = ModelSpec(name="eva02_large_patch14_224.mim_m38m", args={"patch_size": 16}, drop_path=0.2)
+
+
+def paper_model(prune):
+    with torch.device("meta"):
+        return build(EVA_L, prune, num_classes=150, image_size=512)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# Published counts (reference, sections 3.2 and 7f) ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eva_large():
+    return paper_model(PruneSpec(reducer="cropr", schedule=R40, fusion="llf"))
+
+
+def test_parameters_of_the_paper_models(eva_large):
+    assert parameters(eva_large) == 515_596_602
+    assert parameters(paper_model(PruneSpec())) == 304_393_302
+
+
+def test_tokens_of_the_paper_model(eva_large):
+    assert eva_large.token_trace == (1025, *range(984, 143, -40), 144, 1025)
+    assert eva_large.reducers["1"].scorer.queries.shape == (1, 1024, 1024)
+    assert eva_large.backbone.host.rope.ref_feat_shape == (16, 16)
+    assert eva_large.backbone.host.patch_embed.grid_size == (32, 32)
+
+
+def test_multiply_adds_of_the_paper_model(eva_large):
+    """361 and 203 G an image are the encoder's; scoring by one vector a module adds next to nothing."""
+    cost, base = flops.macs(eva_large), flops.macs(paper_model(PruneSpec()))
+    assert base.total / 1e9 == pytest.approx(361, rel=0.005)
+    assert (cost.total - base.head) / 1e9 == pytest.approx(203, rel=0.01)
+    assert sum(cost.blocks) / sum(base.blocks) == pytest.approx(0.563, abs=0.003)
+    assert base.head == 1025 * 1024 * 150
+    assert cost.scoring == (1025 + sum(range(984, 143, -40)) - 144) * 1024  # one dot product a token
+
+
+def test_deployed_queries_cost_one_vector_a_module():
+    model = segmenter("llf")
+    assert model.reducers["1"].scorer.queries.shape == (1, 16, 32)
+    extra = sum(tensor.numel() for tensor in model.deploy().state_dict().values())
+    assert extra - sum(tensor.numel() for tensor in model.backbone.host.state_dict().values()) == 2 * 32
+
+
+def test_the_last_block_of_a_segmenter_never_drops_its_path():
+    spec = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3}, drop_path=0.2)
+    host = build(spec, PruneSpec(), 5, 32).backbone.host
+    assert isinstance(host.blocks[-1].drop_path1, nn.Identity)
+    assert host.blocks[-2].drop_path1.drop_prob > 0
+
+
+# Places -------------------------------------------------------------------------------------------------------------
+
+
+class Place(nn.Module):
+    """A classifier that says, in its last class, which number a token carries in its first channel."""
+
+    def forward(self, x):
+        return torch.cat((torch.zeros_like(x[..., :4]), x[..., :1]), dim=-1)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "llf", "llf_no_self", "cross"])
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
+def test_predictions_return_to_their_places(fusion, shape):
+    """Each patch carries its raster number past blocks that leave tokens alone, through pruning and fusion."""
+    host = host_of("vit", img_size=shape, class_token=False, global_pool="avg")
+    model = cropr.prune(host, Schedule.constant(4), "random", fusion, kind=PrunedSegmenter).eval()
+    for block in host.blocks:
+        block.forward = lambda x, **_: x
+    host.pos_drop = nn.Identity()
+    number = torch.arange(model.backbone.num_patches).float()
+    host.norm_pre.forward = lambda x: torch.cat((number[None, :, None].expand(2, -1, 1), x[..., 1:]), dim=-1)
+    model.backbone.predict = lambda tokens: tokens.replace(Place()(tokens.x))
+    output = model(torch.randn(2, 3, *shape))
+    assert output.logits.shape == (2, 5, *shape)
+    assert torch.equal(scores_of(model, torch.randn(2, 3, *shape))[..., 4], number.expand(2, -1))
+    assert not torch.equal(output.tokens.index, output.tokens.index.sort(dim=1).values)
+
+
+def test_empty_places_take_the_nearest_survivor():
+    """Survivors 0 and 5 of a grid of 2 x 4; place 2 is as far from both and takes the first in raster order."""
+    tokens = Tokens(torch.tensor([[[9.0], [5.0], [0.0]]]), torch.tensor([[5, 0]]), prefix=1)
+    by_hand = [[0, 0, 5, 5], [0, 5, 5, 5]]
+    named = {5: 5.0, 0: 0.0}
+    assert spread(tokens, (2, 4))[0, 0].tolist() == [[named[place] for place in row] for row in by_hand]
+
+
+def test_rotary_rows_follow_their_tokens():
+    """A block gives each token the same, whatever the order of the tokens and however many are away."""
+    model = segmenter("llf")
+    tokens, position = model.backbone.embed(images())
+    expected = model.backbone.run(2, tokens, position)
+    order = torch.stack([torch.randperm(16) for _ in range(2)])
+    shuffled = model.backbone.run(2, tokens.keep(order), position)
+    torch.testing.assert_close(shuffled.raster().x, expected.x, rtol=1e-4, atol=1e-5)
+    misplaced = Tokens(tokens.keep(order).x, tokens.index, 1)
+    assert (model.backbone.run(2, misplaced, position).x - shuffled.x).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("reducer", ["cropr", "random", "variance", "attn_topk"])
+def test_every_reducer_serves_a_segmenter(reducer):
+    output = segmenter("llf", reducer=reducer).train()(images())
+    assert output.logits.shape == (2, 5, 32, 32)
+    assert [aux.shape for aux in output.aux] == ([(2, 16, 5)] * 2 if reducer == "cropr" else [])
+
+
+# Sizes --------------------------------------------------------------------------------------------------------------
+
+
+def test_rectangular_images_train_and_deploy():
+    model = segmenter("llf", img_size=(24, 48)).train()
+    batch, target = torch.randn(2, 3, 24, 48), torch.randint(5, (2, 24, 48))
+    output = model(batch)
+    assert output.grid == (3, 6)
+    assert output.logits.shape == (2, 5, 24, 48)
+    assert losses(output, target).aux.shape == (2,)
+    model.eval()
+    torch.testing.assert_close(model.deploy()(batch), model(batch).logits, rtol=0, atol=1e-6)
+
+
+def test_evaluation_takes_other_sizes_than_training_where_the_host_does():
+    model = segmenter("llf", dynamic_img_size=True)
+    wide = torch.randn(2, 3, 40, 64)
+    assert model.deploy()(wide).shape == (2, 5, 40, 64)
+    with pytest.raises(ValueError, match=r"16 queries for a grid of 5 x 8 patches.*ties training to one grid"):
+        losses(model.train()(wide), torch.zeros(2, 40, 64, dtype=torch.int64))
+
+
+def test_another_number_of_queries_is_refused_with_the_one_that_fits():
+    with pytest.raises(ValueError, match=r"1 queries for a grid of 4 x 4 patches.*set num_queries to 16"):
+        cropr.prune(host_of("eva"), Schedule.constant(2), reducer_options={"num_queries": 1}, kind=PrunedSegmenter)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "what"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling"),
+        ("deit_tiny_distilled_patch16_224", {}, "second head for distillation"),
+        ("vit_tiny_patch16_224", {"num_classes": 0}, "no classes"),
+    ],
+)
+def test_hosts_without_a_prediction_per_patch_are_refused(name, arguments, what):
+    host = timm.create_model(name, **{**SMALL, **arguments})
+    with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
+        cropr.prune(host, Schedule.constant(0), num_outputs=5, kind=PrunedSegmenter)
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
+
+
+def made(logits, aux=(), grid=(2, 2)):
+    return Output(logits, tuple(aux), Tokens.full(torch.zeros(len(logits), 4, 2), 0), {}, grid)
+
+
+def test_losses_by_hand():
+    """Two classes; certainty for class 0 costs nothing where it is right and 20 where it is not."""
+    sure = torch.zeros(1, 2, 4, 4)
+    sure[:, 0] = 20
+    target = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    target[0, 0, :3] = torch.tensor([1, IGNORE, 1])  # of 15 labelled pixels, 2 are wrong
+    aux = torch.zeros(1, 4, 2)
+    aux[..., 0] = 20  # patches are labelled by their upper left pixels: 1, 1, 0, 0
+    result = losses(made(sure, [aux, torch.zeros(1, 4, 2)]), target, aux_weight=0.5)
+    assert result.main.item() == pytest.approx(40 / 15)
+    assert result.aux.tolist() == pytest.approx([10, 0.693147], rel=1e-5)
+    assert result.total.item() == pytest.approx(40 / 15 + 0.5 * 10.693147)
+
+
+def test_patch_labels_by_hand():
+    target = torch.arange(16).view(1, 4, 4)
+    target[0, 2, 0] = IGNORE
+    assert patch_labels(target, (2, 2)).tolist() == [[[0, 2], [IGNORE, 10]]]
+    assert patch_labels(torch.arange(12).view(1, 2, 6), (1, 2)).tolist() == [[[0, 3]]]
+
+
+def test_ignored_pixels_and_patches_have_no_gradient():
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    aux = torch.randn(1, 4, 2, requires_grad=True)
+    target = torch.zeros(1, 4, 4, dtype=torch.int64)
+    target[0, :2] = IGNORE
+    losses(made(logits, [aux]), target).total.backward()
+    assert logits.grad[0, :, :2].abs().sum() == 0
+    assert logits.grad[0, :, 2:].abs().min() > 0
+    assert aux.grad[0].abs().sum(dim=1).gt(0).tolist() == [False, False, True, True]
+
+
+def test_a_batch_without_a_label_gives_zero():
+    logits = torch.randn(2, 2, 4, 4, requires_grad=True)
+    aux = torch.randn(2, 4, 2, requires_grad=True)
+    result = losses(made(logits, [aux]), torch.full((2, 4, 4), IGNORE))
+    result.total.backward()
+    assert (result.main.item(), result.aux.tolist()) == (0, [0])
+    assert logits.grad.abs().sum() == aux.grad.abs().sum() == 0
+
+
+def test_gradients_stop_both_ways():
+    target = torch.randint(5, (2, 32, 32))
+    model = segmenter("llf").train()
+    losses(model(images()), target, aux_weight=0).main.backward()
+    assert all(p.grad is None for p in model.reducers.parameters())
+    model.zero_grad()
+    losses(model(images()), target).aux.sum().backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(m.scorer.queries.grad.abs().sum() > 0 for m in model.reducers.values())
+
+
+# Initial weights ----------------------------------------------------------------------------------------------------
+
+
+def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
+    """What brings eva02_large_patch14_224.mim_m38m to patch 16 at 512, in the small: timm's own arguments. The file has
+    a mask token, as weights of masked image modelling have; timm then takes their final norm for ``fc_norm``."""
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    source = timm.create_model("eva02_tiny_patch14_224", img_size=28, patch_size=7, num_classes=0, **small)
+    nn.init.normal_(source.fc_norm.weight)
+    weights = {name.replace("fc_norm", "norm"): value for name, value in source.state_dict().items()}
+    torch.save({**weights, "mask_token": torch.zeros(1, 1, 32)}, tmp_path / "weights.pth")
+    spec = ModelSpec(
+        name="eva02_tiny_patch14_224.mim_in22k",
+        args={**small, "patch_size": 8, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}},
+    )
+    host = build(spec, PruneSpec(), 5, 64, pretrained=True).backbone.host
+    assert host.pos_embed.shape == (1, 65, 32)
+    assert host.patch_embed.proj.weight.shape == (32, 3, 8, 8)
+    for name in ("blocks.1.mlp.fc2.weight", "fc_norm.weight", "cls_token"):
+        assert torch.equal(host.state_dict()[name], source.state_dict()[name])
+    assert torch.equal(host.pos_embed, resample_abs_pos_embed(source.pos_embed, [8, 8]))
+    assert torch.equal(host.patch_embed.proj.weight, resample_patch_embed(source.patch_embed.proj.weight, [8, 8]))
+
+
+# A run --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_scenes_to_record(tmp_path):
+    """With curriculum and polynomial decay; the deployed form scores what the record says, at any batch size."""
+    spec = TrainSpec(
+        task="segmentation",
+        model=ModelSpec(
+            name="eva02_tiny_patch14_224",
+            args={"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+            drop_path=0.1,
+        ),
+        prune=PruneSpec(reducer="cropr", schedule={"constant": {"rate": 3}}, fusion="llf"),
+        data=SegDataSpec(image_size=32, num_classes=11, scenes=SCENES),
+        recipe=RecipeSpec(
+            epochs=4,
+            batch_size=8,
+            base_lr=0.03,
+            decay="poly",
+            min_lr=0,
+            warmup_epochs=0,
+            curriculum=True,
+            precision="fp32",
+        ),
+    )
+    write(SCENES, tmp_path / "data", "ade20k")
+    record = train(spec, 0, tmp_path / "data", tmp_path / "run", world=World())
+    assert record["tokens"] == [17, 13, 10, 10, 17]
+    assert record["metrics"]["val_images"] == 6
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["aux_loss"] < lines[0]["aux_loss"]
+    task = open_task(spec, tmp_path / "data")
+    model = task.build()
+    load_weights(model, tmp_path / "run" / "weights.safetensors")
+    result = task.evaluate(model.deploy(), EvaluationSettings(batch_size=1))
+    for name in ("miou", "macc", "aacc"):
+        assert result.metrics[name] == pytest.approx(record["metrics"][name], abs=0.05)

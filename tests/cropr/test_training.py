@@ -1,0 +1,348 @@
+"""Steps, the loop, checkpoints, initial weights: properties that a wrong trainer breaks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import golden_losses
+import pytest
+import tiny
+import torch
+
+from cropr.data.imagenet import load_splits
+from cropr.pruning.model import build_model
+from cropr.tasks.base import Losses
+from cropr.tasks.classification.run import Objective
+from cropr.training.distributed import World
+from cropr.training.loop import (
+    Settings,
+    Stepper,
+    TrainingDiverged,
+    TrainingInterrupted,
+    clip,
+    fit,
+    seed_step,
+    summarise,
+)
+from cropr.training.optim import create_optimizer
+
+WORLD = World()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return load_splits(tiny.write_folder(tmp_path_factory.mktemp("images")))[0]
+
+
+def new_model(spec, seed=0):
+    torch.manual_seed(seed)
+    return build_model(spec.model, spec.prune, tiny.CLASSES, 32)
+
+
+def new_stepper(spec, task=None):
+    model = new_model(spec).train()
+    task = task or Objective(spec.data, spec.prune.aux_weight)
+    return Stepper(model, task, create_optimizer(model, spec.recipe), spec.recipe, WORLD)
+
+
+def train(spec, images, out, seed=0, task=None, **settings):
+    """A run without its record: the trained weights."""
+    model = new_model(spec)
+    task = task or Objective(spec.data, spec.prune.aux_weight)
+    fit(model, task, tiny.batches(images, spec, seed), spec.recipe, seed, Settings(out=out, **settings), WORLD)
+    return model.state_dict()
+
+
+def log_lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def batch(count=10):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % tiny.CLASSES
+
+
+class Sabotaged(Objective):
+    """Spoils the loss of step ``at``."""
+
+    def __init__(self, data, at, spoil):
+        super().__init__(data)
+        self.left, self.spoil = at, spoil
+
+    def loss(self, output, target):
+        self.left -= 1
+        losses = super().loss(output, target)
+        return self.spoil(losses) if self.left < 0 else losses
+
+
+SPOILS = {
+    "the loss is nan": lambda losses: Losses(losses.total * math.nan, losses.main * math.nan, losses.aux),
+    "the auxiliary loss is inf": lambda losses: Losses(losses.total, losses.main, losses.aux + math.inf),
+    "the gradient norm is nan": lambda losses: Losses(
+        losses.total + (losses.total * 0).sqrt(), losses.main, losses.aux
+    ),
+}
+
+
+# Steps --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 16])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(parts):
+    """Also where the batch does not divide (10 into 4) and where there are fewer images than parts."""
+    whole, split = new_stepper(tiny.spec()), new_stepper(tiny.spec(recipe__accumulate=parts))
+    one, other = whole(*batch()), split(*batch())
+    assert other.loss == pytest.approx(one.loss, abs=1e-5)
+    assert other.aux_loss == pytest.approx(one.aux_loss, abs=1e-5)
+    for (name, mine), theirs in zip(whole.model.named_parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_step_reports_its_losses():
+    spec = tiny.spec()
+    stepper = new_stepper(spec)
+    images, labels = batch()
+    task = Objective(spec.data)
+    with torch.no_grad():
+        expected = task.loss(stepper.model(images), task.prepare(images, labels)[1])
+    result = stepper(images, labels)
+    assert result.loss == pytest.approx(expected.main.item(), abs=1e-6)
+    assert result.aux_loss == pytest.approx(expected.aux.mean().item(), abs=1e-6)
+    assert (result.images, result.stop) == (10, False)
+    assert stepper(images, labels, lambda: True).stop
+
+
+def test_unpruned_model_has_no_auxiliary_loss():
+    unpruned = tiny.spec(prune={"reducer": "none"})
+    assert new_stepper(unpruned)(*batch()).aux_loss is None
+
+
+def test_clip_scales_down_to_the_limit_and_leaves_less_alone():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    for limit, scale in ((None, 1), (10.0, 1), (1.0, 0.2)):
+        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0]), torch.tensor([0.0, 4.0])
+        assert clip(parameters, limit).item() == 5
+        torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 4.0 * scale]), atol=1e-4, rtol=0)
+
+
+def test_auxiliary_losses_do_not_reach_the_encoder_through_clipping():
+    grads = []
+    for weight in (1.0, 1000.0):
+        stepper = new_stepper(tiny.spec(recipe__clip_grad=0.1, prune__aux_weight=weight))
+        stepper(*batch())
+        grads.append({name: p.grad for name, p in stepper.model.named_parameters()})
+    encoder = [name for name in grads[0] if not name.startswith("reducers.")]
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in encoder)
+    norms = [math.hypot(*(g.norm().item() for name, g in grad.items() if name in encoder)) for grad in grads]
+    assert norms[0] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step():
+    plain, scaled = new_stepper(tiny.spec()), new_stepper(tiny.spec())
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plain(*batch())
+    scaled(*batch())
+    for mine, theirs in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+    before = {name: p.clone() for name, p in scaled.model.state_dict().items()}
+    scaled.task = Sabotaged(tiny.spec().data, 0, SPOILS["the gradient norm is nan"])
+    result = scaled(*batch())
+    assert not math.isfinite(result.grad_norm)
+    assert scaled.overflows == 1
+    assert scaled.scaler.get_scale() == 2.0**9
+    assert all(torch.equal(p, before[name]) for name, p in scaled.model.state_dict().items())
+
+
+def test_bf16_trains(images, tmp_path):
+    train(tiny.spec(recipe__precision="bf16"), images, tmp_path)
+    lines = log_lines(tmp_path)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_fp16_on_the_cpu_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match=r"precision = fp16.*fp32 or bf16"):
+        train(tiny.spec(recipe__precision="fp16"), images, tmp_path)
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_process():
+    def draw(*key):
+        seed_step(*key)
+        return torch.rand(3).tolist()
+
+    assert draw(0, 1, 0) == draw(0, 1, 0)
+    assert len({tuple(draw(*key)) for key in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (1, 0, 0))}) == 5
+
+
+# The loop -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_writes_each_step_down(images, tmp_path):
+    spec = tiny.spec(recipe__epochs=4)
+    train(spec, images, tmp_path)
+    lines = log_lines(tmp_path)
+    assert [line["step"] for line in lines] == list(range(24))
+    assert [line["epoch"] for line in lines] == [step // 6 for step in range(24)]
+    assert set(lines[0]) >= {"lr", "loss", "aux_loss", "grad_norm", "images_per_s", "data_ms", "step_ms"}
+    assert max(line["lr"] for line in lines) == pytest.approx(spec.recipe.peak_lr)
+    assert lines[-1]["loss"] < 0.85 * lines[0]["loss"]
+    assert lines[-1]["aux_loss"] < 0.9 * lines[0]["aux_loss"]
+    summary = summarise(tmp_path / "log.jsonl")
+    assert summary["images"] == 24 * 8
+    assert min(line["step_ms"] for line in lines) <= summary["step_ms"] <= max(line["step_ms"] for line in lines)
+    assert summary["train_images_per_s"] == pytest.approx(
+        192_000 / sum(line["data_ms"] + line["step_ms"] for line in lines)
+    )
+
+
+def test_same_seed_same_weights_other_seed_others(images, tmp_path):
+    spec = tiny.spec(recipe__epochs=1, recipe__warmup_epochs=0, model__drop_path=0.3, data__augment={"mixup": 0.8})
+    first, again = (train(spec, images, tmp_path / name) for name in "ab")
+    other = train(spec, images, tmp_path / "c", seed=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_recomputed_activations_change_no_weight(images, tmp_path):
+    spec = tiny.spec(recipe__epochs=1, recipe__warmup_epochs=0, model__drop_path=0.3)
+    checkpointed = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"grad_checkpointing": True})})
+    model = new_model(checkpointed)
+    calls = []
+    model.backbone.host.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    task = Objective(spec.data, spec.prune.aux_weight)
+    fit(model, task, tiny.batches(images, spec, 0), checkpointed.recipe, 0, Settings(out=tmp_path / "a"), WORLD)
+    expected = train(spec, images, tmp_path / "b")
+    assert len(calls) == 2 * len(log_lines(tmp_path / "a"))
+    assert all(torch.equal(weights, expected[name]) for name, weights in model.state_dict().items())
+
+
+def test_it_evaluates_every_so_many_epochs(images, tmp_path):
+    spec = tiny.spec(recipe__epochs=5, recipe__batch_size=16)
+    model = new_model(spec)
+    batches = tiny.batches(images, spec)
+    settings = Settings(out=tmp_path, evaluate_every=2)
+    history = fit(model, Objective(spec.data), batches, spec.recipe, 0, settings, WORLD, lambda: {"top1": 50.0})
+    assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
+
+
+@pytest.mark.parametrize("what", SPOILS)
+def test_what_is_not_finite_stops_the_run(images, tmp_path, what):
+    spec = tiny.spec()
+    with pytest.raises(TrainingDiverged) as caught:
+        train(spec, images, tmp_path, task=Sabotaged(spec.data, 8, SPOILS[what]))
+    message = str(caught.value)
+    assert message.startswith(f"{what} at step 8 (epoch 2), learning rate 0.000")
+    assert f"last checkpoint: {tmp_path / 'checkpoint' / 'step_00000006'}" in message
+    assert "base_lr" in message
+    lines = log_lines(tmp_path)
+    assert len(lines) == 9
+    assert None in lines[-1].values()
+
+
+def test_a_run_that_diverges_at_once_has_no_checkpoint_to_name(images, tmp_path):
+    spec = tiny.spec()
+    with pytest.raises(TrainingDiverged, match=r"at step 0 .*last checkpoint: none yet"):
+        train(spec, images, tmp_path, task=Sabotaged(spec.data, 0, SPOILS["the loss is nan"]))
+
+
+def test_a_run_may_end_within_an_epoch(images, tmp_path):
+    spec = tiny.spec(recipe__epochs=1.5)
+    train(spec, images, tmp_path)
+    lines = log_lines(tmp_path)
+    assert [line["epoch"] for line in lines] == [0] * 6 + [1] * 3
+    assert lines[-1]["lr"] < 0.3 * spec.recipe.peak_lr  # the cosine has come to its end
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step_00000009"]
+
+
+class Signalled(Objective):
+    """Sends this process a signal in step ``at``."""
+
+    def __init__(self, data, at, number):
+        super().__init__(data)
+        self.left, self.number = at, number
+
+    def prepare(self, images, labels):
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        self.left -= 1
+        return super().prepare(images, labels)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_run_and_it_goes_on_as_if_undisturbed(images, tmp_path, number):
+    spec = tiny.spec(model__drop_path=0.2, data__augment={"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5})
+    expected = train(spec, images, tmp_path / "undisturbed")
+    before = signal.getsignal(number)
+    with pytest.raises(TrainingInterrupted, match="step_00000004") as caught:
+        train(spec, images, tmp_path / "run", task=Signalled(spec.data, 3, number))
+    assert caught.value.args[1] == number
+    assert signal.getsignal(number) is before
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [0, 1, 2, 3]
+    resumed = train(spec, images, tmp_path / "run")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == list(range(12))
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(images, tmp_path):
+    """By hand: the recursion over the weights after each step. Training itself does not notice."""
+    spec, plain = tiny.spec(recipe__ema=0.8), tiny.spec()
+    model, weights, expected = new_model(plain), [], []
+
+    class Watching(Objective):
+        def prepare(self, images, labels):
+            weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return super().prepare(images, labels)
+
+    batches = tiny.batches(images, plain)
+    fit(model, Watching(plain.data), batches, plain.recipe, 0, Settings(out=tmp_path / "plain"), WORLD)
+    weights.append(model.state_dict())
+    average = weights[0]
+    for step, after in enumerate(weights[1:], start=1):
+        average = {name: 0.8 * average[name] + 0.2 * after[name] for name in after}
+        if step % 6 == 0:
+            expected.append(average)
+
+    averaged, seen = new_model(spec), []
+    fit(
+        averaged,
+        Objective(spec.data),
+        batches,
+        spec.recipe,
+        0,
+        Settings(out=tmp_path / "averaged", evaluate_every=1),
+        WORLD,
+        lambda: seen.append({name: tensor.clone() for name, tensor in averaged.state_dict().items()}) or {},
+    )
+    for found, wanted in zip((*seen, averaged.state_dict()), (*expected, expected[-1]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "averaged")]
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_has_the_same_average(images, tmp_path):
+    spec = tiny.spec(recipe__ema=0.9)
+    expected = train(spec, images, tmp_path / "undisturbed")
+    with pytest.raises(TrainingInterrupted):
+        train(spec, images, tmp_path / "run", task=Signalled(spec.data, 7, signal.SIGTERM))
+    resumed = train(spec, images, tmp_path / "run")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(images, tmp_path):
+    spec = tiny.spec()
+    with pytest.raises(TrainingInterrupted):
+        train(spec, images, tmp_path, task=Signalled(spec.data, 1, signal.SIGTERM), identity={"spec": "a"})
+    with pytest.raises(ValueError, match="spec was a, is b"):
+        train(spec, images, tmp_path, identity={"spec": "b"})
+    with pytest.raises(ValueError, match="seed was 0, is 7"):
+        train(spec, images, tmp_path, seed=7, identity={"spec": "a"})
+
+
+def test_ten_losses_are_the_ones_on_record(tmp_path):
+    golden = json.loads(golden_losses.GOLDEN.read_text())
+    losses = golden_losses.run(tmp_path)
+    assert losses["loss"] == pytest.approx(golden["loss"], abs=1e-4)
+    assert losses["aux_loss"] == pytest.approx(golden["aux_loss"], abs=1e-4)

@@ -1,0 +1,126 @@
+"""Weights on disk: strict loading, and the ways in which initial weights may differ from the model."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from cropr.pruning.model import build_model
+from cropr.training.checkpoint import load_initial, load_weights, save_weights
+
+
+def new_model(spec, seed=0):
+    torch.manual_seed(seed)
+    return build_model(spec.model, spec.prune, tiny.CLASSES, 32)
+
+
+def test_weights_round_trip_and_a_misfit_lists_all_keys(tmp_path):
+    model = new_model(tiny.spec())
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, model)
+    other = new_model(tiny.spec(), seed=1)
+    load_weights(other, path)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+    tensors = load_file(path)
+    tensors["surplus"] = tensors.pop("backbone.host.fc_norm.weight")
+    tensors["backbone.host.head.weight"] = torch.zeros(5, 16)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_weights(other, path)
+    message = str(caught.value)
+    assert "missing 1: backbone.host.fc_norm.weight" in message
+    assert "unexpected 1: surplus" in message
+    assert "backbone.host.head.weight [5, 16], in the model [3, 16]" in message
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"PK\x03\x04 pickled")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_weights(new_model(tiny.spec()), tmp_path / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_weights(new_model(tiny.spec()), tmp_path / "absent.safetensors")
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """Weights of an unpruned model on a 4 x 4 grid, with 3 classes and average pooling."""
+    model = new_model(tiny.spec(prune={"reducer": "none"}), seed=5)
+    save_weights(tmp_path / "weights.safetensors", model)
+    return tmp_path / "weights.safetensors", model.backbone.host.state_dict()
+
+
+def test_pruned_model_starts_from_unpruned_weights(pretrained):
+    path, source = pretrained
+    model = new_model(tiny.spec())
+    reducers = {name: p.clone() for name, p in model.reducers.state_dict().items()}
+    report = load_initial(model, path)
+    assert set(report.loaded) == set(source)
+    assert report.resampled == report.fresh == report.ignored == ()
+    assert all(torch.equal(p, source[name]) for name, p in model.backbone.host.state_dict().items())
+    assert all(torch.equal(p, reducers[name]) for name, p in model.reducers.state_dict().items())
+
+
+def test_reducers_of_the_file_are_not_loaded(tmp_path):
+    source, model = new_model(tiny.spec(), seed=5), new_model(tiny.spec())
+    save_weights(tmp_path / "weights.safetensors", source)
+    before = model.reducers.state_dict()["1.scorer.queries"].clone()
+    load_initial(model, tmp_path / "weights.safetensors")
+    assert torch.equal(model.reducers.state_dict()["1.scorer.queries"], before)
+
+
+def test_a_file_with_the_names_of_timm_loads_too(pretrained, tmp_path):
+    _, source = pretrained
+    save_file(source, tmp_path / "timm.safetensors")
+    model = new_model(tiny.spec())
+    load_initial(model, tmp_path / "timm.safetensors")
+    assert torch.equal(model.backbone.host.head.weight, source["head.weight"])
+
+
+def test_positions_are_interpolated_to_another_grid(pretrained):
+    path, source = pretrained
+    spec = tiny.spec()
+    model = build_model(spec.model, spec.prune, tiny.CLASSES, 48)
+    report = load_initial(model, path)
+    assert report.resampled == ("pos_embed",)
+    position = model.backbone.host.pos_embed
+    assert position.shape == (1, 37, 16)
+    torch.testing.assert_close(position[:, :1], source["pos_embed"][:, :1])
+    torch.testing.assert_close(position[:, 1:].mean(), source["pos_embed"][:, 1:].mean(), atol=2e-3, rtol=0)
+
+
+def test_classifier_starts_fresh_for_other_classes(pretrained, caplog):
+    path, _ = pretrained
+    torch.manual_seed(0)
+    spec = tiny.spec()
+    model = build_model(spec.model, spec.prune, 7, 32)
+    before = model.backbone.host.head.weight.clone()
+    with caplog.at_level("INFO"):
+        report = load_initial(model, path)
+    assert set(report.fresh) == {"head.weight", "head.bias"}
+    assert torch.equal(model.backbone.host.head.weight, before)
+    assert "start fresh" in caplog.text
+    assert "head.weight" in caplog.text
+
+
+def test_final_norm_may_differ_only_where_that_is_declared(pretrained):
+    path, _ = pretrained
+    spec = tiny.spec(model__args={**tiny.spec().model.args, "global_pool": "token"})
+    model = new_model(spec)
+    with pytest.raises(ValueError, match=r"missing 2: norm\.weight, norm\.bias; unexpected 2: fc_norm"):
+        load_initial(model, path)
+    report = load_initial(model, path, fresh=("norm", "fc_norm"))
+    assert set(report.fresh) == {"norm.weight", "norm.bias"}
+    assert set(report.ignored) == {"fc_norm.weight", "fc_norm.bias"}
+
+
+def test_weights_of_another_depth_or_width_are_refused(pretrained):
+    path, _ = pretrained
+    deeper = tiny.spec(model__args={**tiny.spec().model.args, "depth": 5})
+    with pytest.raises(ValueError, match=r"missing 12: blocks\.4\.norm1\.weight"):
+        load_initial(new_model(deeper), path, fresh=("norm", "fc_norm"))
+    wider = tiny.spec(model__args={**tiny.spec().model.args, "embed_dim": 32})
+    with pytest.raises(ValueError, match=r"other shape .*pos_embed \[1, 17, 16\], in the model \[1, 17, 32\]"):
+        load_initial(new_model(wider), path)

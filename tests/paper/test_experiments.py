@@ -1,0 +1,351 @@
+"""The grid: every row at every scale, and runs that rows share."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio
+from cropr.specs import REDUCERS, DetModelSpec, ModelSpec, PruneSpec
+from workflow.paper.grid import Grid, load_grid, shipped
+from workflow.paper.resolving import FOLDERS
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "config"
+SCALES = ["ci", "laptop", "workstation", "paper"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's images: two classes; and, for the tables of the other tasks, the folders of their layouts."""
+    root = tmp_path_factory.mktemp("images")
+    for folders in FOLDERS.values():
+        for name in folders:
+            (root / name).mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def grids(folder: Path) -> dict[str, Grid]:
+    roots = dict.fromkeys(("imagenet", "ade20k", "coco", "folder"), folder)
+    return {scale: load_grid(CONFIG, scale, roots=roots) for scale in SCALES}
+
+
+# The grid ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_row_is_available_exactly_if_its_reducer_exists(grids: dict[str, Grid], scale: str) -> None:
+    for artefact in grids[scale].artefacts.values():
+        for row in artefact.rows:
+            if row.lab:
+                continue
+            left_out = str(row.why).startswith("left out at")
+            assert row.available == (row.columns["reducer"] in REDUCERS and not left_out)
+            assert row.available == (row.run is not None)
+            assert row.available or row.why
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_measurement_of_the_laboratory_has_nothing_else(grids: dict[str, Grid], scale: str) -> None:
+    grid = grids[scale]
+    rows = [row for artefact in grid.artefacts.values() if artefact.needs == {"lab"} for row in artefact.rows]
+    assert {row.lab for row in rows} == set(grid.labs)
+    assert all(row.run is None and row.bench is None for row in rows)
+    names = {row.row for row in grid.artefacts["precision"].rows}
+    assert ("eva_l_512" in names) == (scale in ("workstation", "paper"))
+
+
+def test_missing_rows_of_table_1_are_the_competitors_that_do_not_exist_yet(grids: dict[str, Grid]) -> None:
+    table = grids["paper"].artefacts["imagenet_methods"]
+    missing = [row.row for row in table.rows if not row.available]
+    assert missing == [
+        "k_medoids_r8", "ats_r8", "dpc_knn_r8", "evit_r8", "tome_r8_cls", "tome_r8",
+        "dynamicvit_r50", "sit_r50", "sinkhorn_r50", "patchmerger_r50",
+    ]  # fmt: skip
+
+
+def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
+    assert ablations["cropr"].run == methods["cropr_r8_llf"].run
+    assert ablations["no_llf"].run == methods["cropr_r8"].run
+    assert ablations["no_mlp"].run != ablations["cropr"].run
+    assert ablations["no_mlp"].bench == methods["cropr_r8_llf"].bench
+    assert ablations["norm"].bench != methods["cropr_r8_llf"].bench
+    runs = {row.run for artefact in grid.artefacts.values() for row in artefact.rows if row.run}
+    assert runs == set(grid.runs)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_spec_keeps_its_digest_on_its_way_to_the_job(grids: dict[str, Grid], scale: str) -> None:
+    grid = grids[scale]
+    pretrain = {digest: source.pretrain for digest, source in grid.pretrains.items()}
+    for digest, spec in (grid.runs | grid.benches | pretrain).items():
+        text = json.dumps(spec.model_dump(mode="json"))
+        assert type(spec).model_validate_json(text).digest() == digest
+
+
+def test_every_ablation_changes_one_thing(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    rows = grid.artefacts["ablations"].rows
+    specs = {row.row: grid.runs[row.run].model_dump() for row in rows if row.run}
+    base = specs.pop("cropr")
+    for row, spec in specs.items():
+        changed = {key for key in spec["prune"] if spec["prune"][key] != base["prune"][key]}
+        assert len(changed) == 1, row
+        assert len(spec["prune"]["options"]) <= 1
+        assert {key for key in spec if spec[key] != base[key]} == {"prune"}
+
+
+def test_paper_scale_is_the_authors_recipe(grids: dict[str, Grid]) -> None:
+    grid = grids["paper"]
+    spec = grid.runs[str(grid.artefacts["imagenet_methods"]["cropr_r8_llf"].run)]
+    assert spec.model.name == "vit_large_patch16_224.mae"
+    assert spec.model.args == {"global_pool": "avg", "pool_include_prefix": True}
+    assert spec.model.drop_path == 0.2
+    assert spec.init == "timm"
+    recipe = spec.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (50, 1024, 5)
+    assert (recipe.peak_lr, recipe.min_lr, recipe.layer_decay, recipe.weight_decay) == (4e-3, 1e-6, 0.75, 0.05)
+    assert recipe.precision == "fp16"
+    assert recipe.clip_grad is None
+    augment = spec.data.augment
+    assert (augment.mixup, augment.cutmix, augment.erasing, augment.smoothing) == (0.8, 1.0, 0.25, 0.1)
+    assert (augment.auto_augment, augment.hflip) == ("rand-m9-mstd0.5-inc1", 0.5)
+    assert augment.scale == (0.08, 1.0)
+    assert spec.prune.schedule == {"constant": {"rate": 8, "first_extra": 1, "align": 1}}
+    assert spec.prune.aux_weight == 1
+
+
+@pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
+def test_speed_is_measured_on_the_papers_model_and_schedules(grids: dict[str, Grid], scale: str) -> None:
+    grid = grids[scale]
+    table = grid.artefacts["imagenet_methods"]
+    for row in table.rows:
+        if row.bench:
+            assert grid.benches[row.bench].model.name == "vit_large_patch16_224"
+            assert grid.benches[row.bench].image_size == 224
+    spec = grid.benches[str(table["cropr_r50"].bench)]
+    assert spec.prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
+
+
+def test_a_row_of_other_scales_is_left_out_and_says_so(grids: dict[str, Grid]) -> None:
+    row = grids["laptop"].artefacts["imagenet_methods"]["small_image"]
+    assert (row.why, row.run, row.bench) == ("left out at the laptop scale", None, None)
+    paper = grids["paper"]
+    small = paper.benches[str(paper.artefacts["imagenet_methods"]["small_image"].bench)]
+    assert (small.pruned_image_size, small.prune.reducer) == (176, "none")
+
+
+def test_ci_measures_its_own_model(grids: dict[str, Grid]) -> None:
+    assert {bench.model.args["depth"] for bench in grids["ci"].benches.values()} == {4}
+
+
+def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    pretrain = grid.sources["classification"].pretrain
+    assert pretrain is not None
+    assert pretrain.prune.reducer == "none"
+    assert pretrain.model.args["global_pool"] == "avg"
+    attention = grid.runs[str(grid.artefacts["imagenet_methods"]["attn_topk_r8_llf"].run)]
+    assert attention.model.args["global_pool"] == "token"
+    assert {spec.init for spec in grid.runs.values() if spec.task == "classification"} == {pretrain.digest()}
+
+
+@pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
+def test_smaller_image_is_the_nearest_to_croprs_multiply_adds(grids: dict[str, Grid], scale: str) -> None:
+    config = grids[scale].config.tasks["classification"]
+    model = config.model
+    width = {"laptop": 96, "workstation": 384, "paper": 1024}[scale]
+
+    def macs(image_size: int, schedule: Schedule, fusion: bool) -> float:
+        patches = (image_size // model.patch_size) ** 2
+        tokens = attended(schedule.resolve(patches, model.depth, fusion, 1), patches, fusion, 1)
+        return sum(12 * n * width**2 + 2 * n**2 * width for n in tokens) + patches * 3 * model.patch_size**2 * width
+
+    image_size = grids[scale].runs[str(grids[scale].artefacts["imagenet_methods"]["none"].run)].data.image_size
+    wanted = macs(image_size, Schedule.from_config(config.schedules["r8"]), True)
+    sizes = range(model.patch_size, image_size, model.patch_size)
+    nearest = min(sizes, key=lambda size: abs(macs(size, Schedule.constant(0), False) - wanted))
+    assert config.image_sizes["small"] == nearest
+
+
+def test_relevance_needs_data_with_known_truth(grids: dict[str, Grid]) -> None:
+    assert "relevance" in grids["laptop"].artefacts
+    assert "relevance" not in grids["paper"].artefacts
+
+
+def test_the_first_table_goes_first(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    assert next(iter(grid.artefacts)) == "imagenet_methods"
+    methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
+    assert grid.priority(str(methods["random_r8_llf"].run)) > grid.priority(str(ablations["no_mlp"].run))
+    assert grid.priority(str(ablations["cropr"].run)) == grid.priority(str(methods["none"].run))
+
+
+def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path) -> None:
+    roots = {"imagenet": folder, "ade20k": None, "coco": None, "folder": None}
+    grid = load_grid(CONFIG, "paper", roots=roots)
+    assert {artefact.task for artefact in grid.artefacts.values()} == {"classification"}
+    assert "segmentation" in grid.lacking
+    assert {spec.task for spec in grid.runs.values()} == {"classification"}
+    grid = load_grid(CONFIG, "paper", roots=roots | {"imagenet": None, "ade20k": folder})
+    assert "ade20k" in grid.artefacts
+    assert "imagenet_methods" not in grid.artefacts
+
+
+def test_class_folders_of_the_user_are_counted(grids: dict[str, Grid]) -> None:
+    assert {spec.data.num_classes for spec in grids["workstation"].runs.values()} == {2}
+
+
+def test_manifest_says_all_that_a_notebook_needs() -> None:
+    grid = load_grid(CONFIG, "laptop", seeds=2)
+    manifest = json.loads(json.dumps(grid.manifest("imagenet_methods")))
+    assert manifest["seeds"] == [0, 1]
+    assert manifest["results"] == "results/laptop"
+    assert manifest["published"].endswith("config/published/imagenet_methods.csv")
+    rows = {row["row"]: row for row in manifest["rows"]}
+    run = rows["cropr_r8_llf"]["run"]
+    assert rows["cropr_r8_llf"]["records"] == [f"results/laptop/runs/{run}/seed{seed}/record.json" for seed in (0, 1)]
+    assert rows["cropr_r8_llf"]["baseline"] == "none"
+    assert rows["cropr_r8_llf"]["maps"] is None
+    assert rows["cropr_r50"]["columns"]["schedule"] == "R=16 @ 2,4,6"
+    assert rows["tome_r8"]["records"] == []
+    assert rows["tome_r8"]["bench"] is None
+    assert grid.manifest("pruning_maps")["rows"][0]["maps"] == f"results/laptop/maps/{run}/seed0.npz"
+    assert len(grid.files("relevance")) == 10
+
+
+def test_manifest_of_a_comparison_holds_training_records_alone(grids: dict[str, Grid]) -> None:
+    manifest = grids["laptop"].manifest("ablations", {"no_mlp", "cropr"})
+    assert [row["row"] for row in manifest["rows"]] == ["cropr", "no_mlp"]
+    assert all(row["bench"] is None and row["records"] for row in manifest["rows"])
+
+
+def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    assert grid.find_row("no_mlp") == ("ablations", "no_mlp")
+    assert grid.find_row("imagenet_methods/random_r8_llf") == ("imagenet_methods", "random_r8_llf")
+    for wrong in ("no_mlpp", "ablations/cropr", "imagenet_methods/tome_r8", "relevance/random"):
+        with pytest.raises(ValueError, match=rf"row = '{wrong}'.*ablations/no_mlp"):
+            grid.find_row(wrong)
+    with pytest.raises(ValueError, match="no such row to compare"):
+        grid.find_row("none")
+
+
+# Detection -----------------------------------------------------------------------------------------------------------
+
+
+def test_papers_detector_is_eva_02s_recipe(grids: dict[str, Grid]) -> None:
+    grid = grids["paper"]
+    table = grid.artefacts["coco"]
+    spec = grid.runs[str(table["cropr"].run)]
+    assert spec.detector == DetModelSpec()
+    assert (spec.data.image_size, spec.data.num_classes, spec.data.scale) == (1536, 80, (0.1, 2.0))
+    recipe = spec.recipe
+    assert (recipe.batch_size, recipe.layer_decay, recipe.ema, recipe.weight_decay) == (64, 0.8, 0.9999, 0.1)
+    assert (recipe.peak_lr, recipe.decay, spec.model.drop_path) == (pytest.approx(4e-5), "constant", 0.3)
+    assert spec.prune.schedule["kept"]["at"] == {"5": 6400, "8": 4096, "11": 2304, "14": 1024, "20": 256}
+
+
+@pytest.mark.parametrize(("scale", "rows"), [("laptop", ["cropr"]), ("paper", ["none", "random", "cropr"])])
+def test_a_detectors_encoder_is_measured(grids: dict[str, Grid], scale: str, rows: list[str]) -> None:
+    grid = grids[scale]
+    table = grid.artefacts["coco"]
+    assert [row.row for row in table.rows if row.bench] == rows
+    spec = grid.benches[str(table["cropr"].bench)]
+    assert (spec.model.name, spec.image_size) == ("eva02_large_patch14_224", 1536)
+    assert spec.detector == DetModelSpec()
+    others = [
+        bench for bench in grid.benches.values() if bench.model.name != spec.model.name or bench.image_size < 1536
+    ]
+    assert all(bench.detector is None for bench in others)
+
+
+def test_laptop_prunes_as_many_patches_as_the_issue_asks(grids: dict[str, Grid]) -> None:
+    grid = grids["laptop"]
+    spec = grid.runs[str(grid.artefacts["coco"]["cropr"].run)]
+    counts = Schedule.from_config(spec.prune.schedule).resolve(64, 8, fusion=True)
+    assert total_pruning_ratio(counts, 64) == pytest.approx(0.94, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"segmentation": {"detector": {"window": 2}}}, "tasks.segmentation.detector: segmentation has no detector"),
+        ({"detection": {"detector": {"global_blocks": [2]}}}, r"global_blocks = \[2\]: .* model.depth = 4, and"),
+        ({"detection": {"detector": {"window": 4}}}, "image size 48 holds no whole windows of 4 x 4 patches: .* of 32"),
+        (
+            {"detection": {"schedules": {"squares": {"squares": {"at": {2: 3}}}}, "detector": {"global_blocks": [4]}}},
+            "9 patches enter block 3, whose windows need a multiple of 4.*needed by .*coco.yaml: row random",
+        ),
+        ({"detection": {"detector": {"windows": 2}}}, "unknown key tasks.detection.detector.windows"),
+        ({"detection": {"bench": {"rows": ["cropper"]}}}, "tasks.detection.bench.rows: no row 'cropper'; choose among"),
+    ],
+)  # fmt: skip
+def test_a_detector_that_does_not_fit_is_refused(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_grid(CONFIG, "ci", overrides={"tasks": overrides})
+
+
+# Shipped weights -----------------------------------------------------------------------------------------------------
+
+
+def weights_file(path: Path, metadata: dict[str, str] | None) -> Path:
+    header = json.dumps({"__metadata__": metadata} if metadata is not None else {}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return path
+
+
+def test_shipped_weights_count_only_if_the_same_run_made_them(tmp_path: Path) -> None:
+    file = weights_file(tmp_path / "a.safetensors", {"spec": "0123456789"})
+    assert shipped(file, "0123456789")
+    assert not shipped(file, "9876543210")
+    assert not shipped(weights_file(tmp_path / "b.safetensors", None), "0123456789")
+    assert not shipped(tmp_path / "missing.safetensors", "0123456789")
+    (tmp_path / "c.safetensors").write_bytes(b"no header at all, but long enough")
+    assert not shipped(tmp_path / "c.safetensors", "0123456789")
+
+
+def test_the_grid_loads_no_torch() -> None:
+    code = (
+        "import sys; from workflow.paper.grid import load_grid; from workflow.paper.sources import code_digest;"
+        "load_grid('config', 'laptop'); sys.exit(bool({'torch', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# What a scale says of its model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_describes_the_models_that_timm_builds(grids: dict[str, Grid], scale: str) -> None:
+    import timm
+    import torch
+
+    from cropr.tasks.detection.model import build_detector
+
+    for task, config in grids[scale].config.tasks.items():
+        block, size = config.model, config.data["image_size"]
+        for pool, arguments in block.pools.items():
+            with torch.device("meta"):
+                if task == "detection":
+                    spec = ModelSpec(name=block.name, args=block.args | arguments)
+                    windows = config.detector or DetModelSpec()
+                    model = build_detector(spec, PruneSpec(), windows, 2, size).backbone.host
+                else:
+                    model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **arguments)
+            assert len(model.blocks) == block.depth
+            assert model.num_prefix_tokens == block.prefix
+            assert model.patch_embed.patch_size == (block.patch_size, block.patch_size)
+            assert model.global_pool == {"avg": "avg", "cls": "token"}[pool]

@@ -1,0 +1,294 @@
+"""The files under ``config/``: what may stand in them, and errors that name file, key, value and what is allowed.
+
+Pure Python, pydantic and yaml, no torch: Snakemake builds its DAG from this (``workflow.paper.grid``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cropr.pruning.schedule import Fusion
+from cropr.specs import DetModelSpec, RecipeSpec, Task
+
+Pool = Literal["avg", "cls"]
+Need = Literal["train", "bench", "maps", "truth", "lab"]
+Measure = Literal["sweep", "blocks", "profile", "scoring", "training", "plan"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Block(BaseModel):
+    """Base of all parts: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelBlock(Block):
+    """The model of a scale. ``patch_size``, ``depth`` and ``prefix`` say what timm builds from name and arguments,
+    so that schedules can be checked without it; a test holds them to it."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    patch_size: int = Field(16, ge=1)
+    depth: int = Field(ge=2)
+    prefix: int = Field(1, ge=0)
+    pools: dict[Pool, dict[str, Any]]
+    """Pooling -> arguments for timm."""
+
+
+class PretrainBlock(Block):
+    """How the weights are made from which every run starts."""
+
+    recipe: RecipeSpec
+    shipped: str | None = None
+    """Weights file in the repository that saves making them, used where it was made by this very specification."""
+
+
+class BenchBlock(Block):
+    """How throughput is measured."""
+
+    model: Literal["paper", "own"] = "paper"
+    """``paper``: the paper's model and schedules, whatever the scale trains."""
+    batch_size: int = Field(4, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    rounds: int = Field(7, ge=3)
+    warmup: int = Field(1, ge=1)
+    rows: list[str] | None = Field(None, min_length=1)
+    """Rows that are measured, each beside the unpruned model; None: all."""
+
+
+class JobsBlock(Block):
+    """What a training run takes of the machine."""
+
+    threads: int = Field(1, ge=1)
+    gpus: int = Field(0, ge=0)
+
+
+class TaskConfig(Block):
+    """A task at a scale: what the symbolic names of its rows mean."""
+
+    model: ModelBlock
+    schedules: dict[str, dict[str, Any]]
+    image_sizes: dict[str, int] = Field(default_factory=dict)
+    data: dict[str, Any]
+    """What ``specs.DATA`` has for the task, and perhaps ``root``: the key of config.yaml that names the user's folder.
+    Without it, ``scenes`` are generated. Where ``num_classes`` is null, class folders are counted."""
+    recipe: RecipeSpec
+    pretrain: PretrainBlock | None = None
+    """None: timm's weights of the model's name."""
+    detector: DetModelSpec | None = None
+    """Detection: windows and heads; None: those of the paper's detector. Other tasks have none."""
+    bench: BenchBlock = BenchBlock()
+
+
+class ScaleConfig(Block):
+    """``config/scales/<scale>.yaml``."""
+
+    title: str
+    seeds: int | list[int] = 1
+    tasks: dict[Task, TaskConfig] = Field(min_length=1)
+    """Artefacts of other tasks are left out at this scale."""
+    jobs: JobsBlock = JobsBlock()
+    lab: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of measurements of the laboratory."""
+    maps: int = Field(8, ge=1)
+    """Validation images for which pruning maps are saved."""
+
+
+class RowConfig(Block):
+    """One row of a table, without any scale."""
+
+    row: str = Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")
+    label: str
+    use: str | None = None
+    """``artefact/row``: the same run as that row; it then says nothing else."""
+    reducer: str = "none"
+    options: dict[str, Any] = Field(default_factory=dict)
+    schedule: str = "none"
+    fusion: Fusion = "none"
+    pool: Pool = "avg"
+    aux_weight: float = Field(1.0, ge=0)
+    image_size: str | None = None
+    """Key of the scale's ``image_sizes``; None: the image size of its data."""
+    measure: Measure | None = None
+    """A measurement of the laboratory instead of a run; ``settings`` are its specification's."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    scales: list[str] | None = None
+    """Scales that have this row; None: all. A table of the others says that it is left out."""
+    why: str | None = None
+    """Why the reducer does not exist here yet; a row that gives no reason must name one that does."""
+
+
+class ArtefactConfig(Block):
+    """``config/experiments/<artefact>.yaml``: one table or figure."""
+
+    title: str
+    task: Task = "classification"
+    baseline: str | None = None
+    """Row that the others are compared with."""
+    needs: list[Need] = ["train"]
+    """What it reads; ``truth`` leaves it out where the data do not say which patches matter. ``lab`` stands alone."""
+    rows: list[RowConfig] = Field(min_length=1)
+
+    @property
+    def is_lab(self) -> bool:
+        """Its rows are measurements of the laboratory, which need neither images nor training."""
+        return "lab" in self.needs
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ArtefactConfig:
+        if self.is_lab and len(self.needs) > 1:
+            raise ValueError("needs: lab stands alone; put rows that are trained into an artefact of their own")
+        wrong = [row.row for row in self.rows if (row.measure is not None) != self.is_lab]
+        if wrong:
+            raise ValueError(f"row {wrong[0]!r}: rows have `measure` exactly where the artefact needs [lab]")
+        return self
+
+    @field_validator("rows")
+    @classmethod
+    def _unique(cls, rows: list[RowConfig]) -> list[RowConfig]:
+        names = [row.row for row in rows]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"row {twice[0]!r} is given twice; names are unique")
+        return rows
+
+
+class Settings(Block):
+    """``config/config.yaml`` with what ``--config`` and ``--configfile`` put over it."""
+
+    scale: str = "laptop"
+    seeds: int | list[int] | str | None = None
+    """A number n for seeds 0 to n-1, or a list; None: as many as the scale says."""
+    imagenet: Path | None = None
+    ade20k: Path | None = None
+    coco: Path | None = None
+    folder: Path | None = None
+    pretrain: Literal["shipped", "make"] = "shipped"
+    row: str | None = None
+    """Row that the target ``compare`` trains and shows beside its baseline."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the scale's file, key by key."""
+
+    @property
+    def roots(self) -> dict[str, Path | None]:
+        """Folders of the user's, by the key that names them."""
+        return {"imagenet": self.imagenet, "ade20k": self.ade20k, "coco": self.coco, "folder": self.folder}
+
+
+def read_settings(values: Mapping[str, Any], name: str = "config/config.yaml") -> Settings:
+    """Check the workflow's configuration.
+
+    Raises:
+        ValueError: unknown key or bad value: key, value and what is allowed.
+    """
+    return check(Settings, values, name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        FileNotFoundError: no such file; with those that exist beside it.
+        ValueError: not YAML, or no mapping.
+    """
+    if not path.is_file():
+        beside = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+        raise FileNotFoundError(f"{path}: no such file; there are: {beside}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold keys with values, holds {type(values).__name__}")
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, mappings key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged
+
+
+def check(model: type[Model], values: Mapping[str, Any], name: str) -> Model:
+    """``model`` filled with ``values``; ``name`` is the file that they come from.
+
+    Raises:
+        ValueError: one message, a line a problem: file, key, value, what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(name, model, values, error))) from None
+
+
+def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> tuple[int, ...]:
+    """``3`` -> (0, 1, 2); a list, or text such as ``0,2,5``, as it stands.
+
+    Raises:
+        ValueError: anything else, and an empty or repeated list.
+    """
+    try:
+        if isinstance(seeds, str):
+            parts = [part for part in re.split(r"[,\s\[\]]+", seeds) if part]
+            seeds = [int(part) for part in parts] if len(parts) > 1 or "[" in seeds else int(seeds)
+        parsed = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    except (TypeError, ValueError):
+        parsed = ()
+    if not parsed or len(set(parsed)) < len(parsed) or min(parsed) < 0:
+        raise ValueError(f"{name} = {seeds!r}: give a number of seeds (3 means 0, 1, 2) or a list such as 0,2,5")
+    return parsed
+
+
+def _explain(name: str, model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> Iterable[str]:
+    """A line for every problem that pydantic found."""
+    for problem in error.errors():
+        path = list(problem["loc"])
+        key = ".".join(map(str, path)) or "it"
+        if row := _row_name(values, path):
+            key += f" (row {row})"
+        if problem["type"] == "extra_forbidden":
+            yield f"{name}: unknown key {key} = {problem['input']!r}; allowed: {', '.join(_keys(model, path[:-1]))}"
+        elif problem["type"] == "missing":
+            yield f"{name}: {key} is missing"
+        else:
+            yield f"{name}: {key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _row_name(values: Any, path: list[Any]) -> str | None:
+    """Name of the row that a path runs through: ``rows.3`` tells a reader little."""
+    if len(path) > 1 and path[0] == "rows" and isinstance(path[1], int):
+        row = values["rows"][path[1]]
+        return row.get("row") if isinstance(row, Mapping) else None
+    return None
+
+
+def _keys(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
+    """Keys allowed below ``path`` of a model. Numbers, and keys of a mapping of models, lead no deeper."""
+    parts = iter(path)
+    for part in parts:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        kinds = _models(annotation)
+        if not kinds:
+            return []
+        model = kinds[0]
+        if get_origin(annotation) is dict:
+            next(parts, None)
+    return sorted(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Models within an annotation such as ``list[Row]`` or ``Block | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
