@@ -24,7 +24,9 @@ sys.path.insert(0, workflow.basedir)
 from workflow.paper.configuration import read_settings, read_yaml
 from workflow.paper.grid import load_grid, shipped
 from workflow.paper.sources import code_digest
-from cropr.specs import PlanSpec, PruneSpec
+from cropr.bench.specs import PlanSpec
+from cropr.pruning.methods import REDUCERS
+from cropr.tasks import TASKS
 
 
 configfile: "config/config.yaml"

@@ -16,11 +16,10 @@ from cropr.pruning.schedule import Schedule
 if TYPE_CHECKING:
     from cropr.bench.planner import Plan, plan
     from cropr.pruning.model import DeployedViT, Output, PrunedViT, prune
-    from cropr.pruning.reducers import available as available_reducers
     from cropr.pruning.tokens import Tokens
 
 __version__ = "0.1.0"
-__all__ = ["DeployedViT", "Output", "Plan", "PrunedViT", "Schedule", "Tokens", "available_reducers", "plan", "prune"]
+__all__ = ["DeployedViT", "Output", "Plan", "PrunedViT", "Schedule", "Tokens", "plan", "prune"]
 
 _LAZY = {
     "DeployedViT": ("cropr.pruning.model", "DeployedViT"),
@@ -28,7 +27,6 @@ _LAZY = {
     "Plan": ("cropr.bench.planner", "Plan"),
     "PrunedViT": ("cropr.pruning.model", "PrunedViT"),
     "Tokens": ("cropr.pruning.tokens", "Tokens"),
-    "available_reducers": ("cropr.pruning.reducers", "available"),
     "plan": ("cropr.bench.planner", "plan"),
     "prune": ("cropr.pruning.model", "prune"),
 }

@@ -7,37 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cropr.pruning.schedule import Fusion, Schedule
-
-_CROPR = (
-    "num_queries",
-    "num_heads",
-    "qkv_proj",
-    "norm",
-    "mlp",
-    "mlp_ratio",
-    "selector",
-    "stop_gradient",
-)
-
-REDUCERS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "cropr": _CROPR,
-    "non_salient": _CROPR,
-    "random": (),
-    "variance": (),
-    "attn_topk": (),
-}
-"""Reducers by name, each with the options that it takes: the torch-free twin of ``cropr.pruning.reducers``, so that a wrong
-name in a YAML file is found before any job starts. A test holds the two equal."""
-
-
-Task = Literal["classification", "segmentation", "detection"]
+from cropr.pruning.methods import FUSIONS, REDUCERS, choose
+from cropr.pruning.schedule import Schedule
 
 
 def _increasing(value: tuple[float, float]) -> tuple[float, float]:
@@ -74,52 +50,6 @@ class ModelSpec(Spec):
     """Stochastic depth, rising linearly over the blocks. The last block of a pruned model has none."""
 
 
-class DetModelSpec(Spec):
-    """Windows of the encoder, pyramid and heads of a detector; defaults are those of EVA-02-L at 1536 px."""
-
-    window: int = Field(16, ge=1)
-    """Patches a side of the windows that blocks attend in."""
-    global_blocks: tuple[int, ...] = (3, 6, 9, 12, 15, 18, 21, 24)
-    """Blocks (from 1) that attend over all tokens; the last must be one."""
-    scales: tuple[float, ...] = (4, 2, 1, 0.5)
-    """Levels of the pyramid against the encoder's map; proposals have one more, the coarsest halved."""
-    channels: int = Field(256, ge=8)
-    """Of the pyramid and of the convolutions in the heads."""
-    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Square root of the area of the anchors of each level, in pixels."""
-    rpn_samples: int = Field(256, ge=2)
-    """Anchors an image that proposals are trained on, half of them on objects at most."""
-    proposals_train: tuple[int, int] = (2000, 1000)
-    """Proposals of a level before suppression, and of an image after it."""
-    proposals_test: tuple[int, int] = (1000, 1000)
-    canonical_size: int = Field(224, ge=1)
-    """A region of this many pixels a side is pooled from the level of stride ``canonical_stride``."""
-    canonical_stride: int = Field(16, ge=1)
-    stages: tuple[float, ...] = Field((0.5, 0.6, 0.7), min_length=1)
-    """Overlap from which a region counts as an object, a stage each. ``(0.5,)`` is Mask R-CNN, the lighter choice."""
-    rois: int = Field(512, ge=4)
-    """Regions an image that the heads are trained on, a quarter of them on objects at most."""
-    box_convs: int = Field(4, ge=0)
-    box_width: int = Field(1024, ge=1)
-    """Of the linear layer after the convolutions."""
-    mask_convs: int = Field(4, ge=0)
-    nms: Literal["soft", "plain"] = "soft"
-    nms_threshold: float = Field(0.6, gt=0, le=1)
-    """Overlap from which scores are lowered (soft, linearly) or boxes dropped (plain)."""
-    min_score: float = Field(0.001, ge=0, lt=1)
-    max_detections: int = Field(100, ge=1)
-    maskness: bool = False
-    """Mask AP ranks by score times the mask's mean probability inside it, as EVA-02's published mask AP does."""
-
-    @model_validator(mode="after")
-    def _levels(self) -> DetModelSpec:
-        if len(self.anchor_sizes) != len(self.scales) + 1:
-            raise ValueError(
-                f"{len(self.anchor_sizes)} anchor_sizes for {len(self.scales)} scales: give one a scale, and one more"
-            )
-        return self
-
-
 class PruneSpec(Spec):
     """What is pruned, when, and how it comes back."""
 
@@ -128,7 +58,7 @@ class PruneSpec(Spec):
     """Keyword arguments of the reducer."""
     schedule: dict[str, Any] = Field(default_factory=lambda: {"constant": {"rate": 0}}, validate_default=True)
     """As ``Schedule.from_config`` reads it."""
-    fusion: Fusion = "none"
+    fusion: str = "none"
     aux_weight: float = Field(1.0, ge=0)
     """Weight of the sum of the auxiliary losses."""
 
@@ -139,9 +69,8 @@ class PruneSpec(Spec):
 
     @model_validator(mode="after")
     def _known(self) -> PruneSpec:
-        if self.reducer not in REDUCERS:
-            raise ValueError(f"unknown reducer {self.reducer!r}; choose one of {', '.join(REDUCERS)}")
-        allowed = REDUCERS[self.reducer]
+        allowed = choose(REDUCERS, "reducer", self.reducer).options
+        choose(FUSIONS, "fusion", self.fusion)
         if unknown := sorted(set(self.options) - set(allowed)):
             raise ValueError(
                 f"reducer {self.reducer!r} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}"
@@ -165,72 +94,13 @@ class ScenesSpec(Spec):
     seed: int = 0
 
 
-class AugmentSpec(Spec):
-    """Training transforms; the names are timm's."""
+class ImagesSpec(Spec):
+    """What the data specs of all tasks share."""
 
-    hflip: float = 0.5
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    auto_augment: str | None = None
-    color_jitter: float | None = None
-    erasing: float = Field(0.0, ge=0, le=1)
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    smoothing: float = Field(0.0, ge=0, lt=1)
-
-
-class DataSpec(Spec):
-    """What the images are and how they are fed."""
-
-    image_size: int = Field(224, ge=8)
-    num_classes: int = Field(1000, ge=2)
-    augment: AugmentSpec = AugmentSpec()
-    crop_pct: float = Field(0.875, gt=0, le=1)
-    """Evaluation: shorter side resized to ``image_size / crop_pct``, then centre crop."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    scenes: ScenesSpec | None = None
-    """Which generated set this is; None for a folder of the user's."""
-
-
-class SegDataSpec(Spec):
-    """Images of semantic segmentation, in the layout of ADE20k; defaults are the authors' (reference, section 3.2)."""
-
-    image_size: int = Field(512, ge=8)
-    """Side of the square training crops, and of the windows of evaluation."""
-    num_classes: int = Field(150, ge=2, le=254)
-    """Classes to tell apart. In a file they are 1, 2, ...; 0 is not labelled, and ignored."""
-    resize: Range = (0.5, 2.0)
-    """Training: range of the shorter side, in units of ``image_size``; the longer side is at most four times it."""
-    cat_max_ratio: float = Field(0.75, gt=0, le=1)
-    """Training: largest share of one class in a crop. Ten crops are tried, the last is taken in any case."""
-    hflip: float = Field(0.5, ge=0, le=1)
-    photometric: bool = True
-    """Training: random brightness, contrast, saturation and hue."""
-    evaluation: Literal["single", "slide"] = "single"
-    """``single``: the authors' way, the whole image shrunk into one window; ``slide``: windows over the image as it is,
-    their logits averaged where they overlap."""
-    stride: int | None = Field(None, ge=1)
-    """Distance of windows that slide, in pixels; None: ``image_size``, as the authors have it (no overlap)."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    scenes: ScenesSpec | None = None
-    """Which generated set this is; None for a folder of the user's."""
-
-
-class DetDataSpec(Spec):
-    """Images of object detection, in the layout of COCO 2017; defaults are those of the paper's EVA-02 detector."""
-
-    image_size: int = Field(1536, ge=32)
-    """Side of the square into which images are padded. Evaluation resizes the longer side to it."""
-    num_classes: int = Field(80, ge=1)
-    """Categories of the annotation files; the background is not one of them."""
-    scale: Range = (0.1, 2.0)
-    """Large-scale jitter: training images are resized to this range times the size that fits into the square."""
-    hflip: float = Field(0.5, ge=0, le=1)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_size: int
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     scenes: ScenesSpec | None = None
     """Which generated set this is; None for a folder of the user's."""
 
@@ -273,102 +143,81 @@ class RecipeSpec(Spec):
         return self.base_lr * self.batch_size / 256
 
 
-DATA: dict[Task, type[DataSpec] | type[SegDataSpec] | type[DetDataSpec]] = {
-    "classification": DataSpec,
-    "segmentation": SegDataSpec,
-    "detection": DetDataSpec,
-}
-"""What describes the data of a task."""
+RELATIONS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
+Model = TypeVar("Model", bound=BaseModel)
 
 
-class TrainSpec(Spec):
-    """One training run, without its seed."""
+class Refused(ValueError):
+    """Values that a model of pydantic refuses. ``problems`` are lines that begin with the key."""
 
-    task: Task = "classification"
-    model: ModelSpec
-    prune: PruneSpec = PruneSpec()
-    data: DataSpec | SegDataSpec | DetDataSpec = Field(DataSpec(), validate_default=True)
-    """The task's own, as ``DATA`` has it."""
-    detector: DetModelSpec = DetModelSpec()
-    """Detection: what stands around the encoder."""
-    recipe: RecipeSpec = RecipeSpec()
-    init: Literal["random", "timm"] | str = "random"
-    """Weights to start from: ``random``, ``timm`` (the pretrained tag of the model's name), or the digest of the
-    training run that made them."""
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _of_the_task(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = DATA.get(info.data.get("task"))  # type: ignore[arg-type]  # an unknown task is refused by its own field
-        if kind is None or isinstance(value, kind):
-            return value
-        return kind.model_validate({} if value == DataSpec() else value)
+    def __init__(self, where: str, problems: list[str]) -> None:
+        super().__init__("\n".join(f"{where}: {problem}" for problem in problems))
+        self.problems = problems
 
 
-Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
-"""Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
-Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
-"""Attention kernel that is forced; ``auto`` leaves the choice to torch."""
+def check(model: type[Model], values: Any, where: str) -> Model:
+    """Validate values.
+
+    Args:
+        model: of pydantic.
+        values: keys and values.
+        where: they stand, such as a file's name; begins every line of an error.
+
+    Raises:
+        Refused: a line for every problem: where, key, value, and what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise Refused(where, list(_problems(error, model, values))) from None
 
 
-class BenchSpec(Spec):
-    """One throughput measurement: unpruned and pruned model, interleaved in one process."""
-
-    model: ModelSpec
-    prune: PruneSpec
-    detector: DetModelSpec | None = None
-    """The encoder of this detector, with its windows, is compared; pyramid and heads are timed beside it. None: a
-    classifier."""
-    image_size: int = 224
-    pruned_image_size: int | None = None
-    """Image size of the second model where it differs: an unpruned model on a smaller image is a rival, too."""
-    batch_size: int = Field(4, ge=1)
-    precision: Precision = "fp32"
-    rounds: int = Field(7, ge=3)
-    warmup: int = Field(1, ge=1)
-    attention: Attention = "auto"
-    compile: bool = False
-    """Run both models through ``torch.compile``, in one graph."""
-    channels_last: bool = False
-    """Memory layout of images and of the patch embedding's weights."""
-
-    @model_validator(mode="after")
-    def _one_size(self) -> BenchSpec:
-        if self.detector is not None and self.pruned_image_size not in (None, self.image_size):
-            raise ValueError("a detector's encoders are compared on one image size; leave pruned_image_size out")
-        return self
+def _problems(error: ValidationError, model: type[BaseModel], values: Any) -> Iterator[str]:
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"])) or "it"
+        if row := _row_name(values, item["loc"]):
+            key += f" (row {row})"
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, Refused):
+            yield from (f"{key}.{problem}" for problem in inner.problems)
+        elif item["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; allowed: {', '.join(_siblings(model, item['loc'][:-1]))}"
+        elif item["type"] == "missing":
+            yield f"{key} is missing"
+        elif item["type"] in RELATIONS:
+            limit = next(iter(item["ctx"].values()))
+            yield f"{key} = {item['input']!r}: must be {RELATIONS[item['type']]} {limit:g}"
+        else:
+            message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            yield f"{key} = {item['input']!r}: {message}"
 
 
-class PlanSpec(Spec):
-    """Which schedules reach these targets on one device? See ``cropr.bench.planner``."""
+def _row_name(values: Any, location: tuple[Any, ...]) -> str | None:
+    """Name of the table row that a location runs through: ``rows.3`` tells a reader little."""
+    if len(location) > 1 and location[0] == "rows" and isinstance(location[1], int):
+        row = values["rows"][location[1]]
+        return row.get("row") if isinstance(row, Mapping) else None
+    return None
 
-    model: ModelSpec
-    prune: PruneSpec
-    """Reducer and fusion. The schedule is what is looked for: it stays at rate 0."""
-    image_size: int = Field(224, ge=8)
-    batch_size: int = Field(4, ge=1)
-    precision: Precision = "fp32"
-    family: Literal["auto", "constant", "stages", "early"] = "auto"
-    """Shape of the schedule; auto takes the first of the others that reaches the target."""
-    align: int = Field(1, ge=1)
-    """Token counts, prefix included, are rounded up to a multiple of this."""
-    quantity: Literal["speedup", "latency_ms", "flops"] = "speedup"
-    """What a target is: speed-up at least, milliseconds a batch or share of the unpruned FLOPs at most."""
-    targets: tuple[float, ...] = Field((1.5,), min_length=1)
-    rounds: int = Field(7, ge=3)
-    """Readings of every clock."""
-    verify: bool = False
-    """Also measure the planned schedules."""
 
-    @model_validator(mode="after")
-    def _plannable(self) -> PlanSpec:
-        if self.prune.schedule != PruneSpec().schedule:
-            raise ValueError("prune.schedule is what the plan looks for; leave it out")
-        if self.prune.reducer == "none" or self.prune.fusion not in ("none", "llf"):
-            raise ValueError(
-                f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
-                "that prunes, and fusion 'llf' or 'none'"
-            )
-        if bad := [target for target in self.targets if not 0 < target < float("inf")]:
-            raise ValueError(f"target {bad[0]:g} must be a positive number")
-        return self
+def _siblings(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
+    """Keys that are allowed at a location. Numbers, and keys of a mapping of models, lead no deeper."""
+    parts = iter(location)
+    for part in parts:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        kinds = _models(annotation)
+        if not kinds:
+            return []
+        model = kinds[0]
+        if get_origin(annotation) is dict:
+            next(parts, None)
+    return sorted(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Models within an annotation such as ``list[Row]`` or ``Block | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]

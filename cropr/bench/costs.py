@@ -31,13 +31,15 @@ from torch import nn
 from cropr.bench.attention import under
 from cropr.bench.device import check, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, hosted, random_images, token_trace
+from cropr.bench.specs import PlanSpec
 from cropr.bench.timeline import dissect
 from cropr.bench.timing import Run, Tell, clock, interleave, say_nothing, warm_up
+from cropr.pruning.methods import before_last_block
 from cropr.pruning.model import DeployedViT
-from cropr.pruning.schedule import BEFORE_LAST, Schedule
+from cropr.pruning.schedule import Schedule
 from cropr.records import provenance, read_record, write_record
 from cropr.runtime import reuse_freed_memory
-from cropr.specs import PlanSpec, PruneSpec
+from cropr.specs import PruneSpec
 
 POINTS = 14
 """Token counts at which blocks are timed, about."""
@@ -145,7 +147,7 @@ def _probes(spec: PlanSpec) -> dict[str, PruneSpec]:
     full = backbone.num_patches + backbone.prefix
     *counts, _ = sample_counts(full, backbone.prefix)
     counts.reverse()
-    sites = Schedule.constant(1).sites(backbone.depth, spec.prune.fusion in BEFORE_LAST)
+    sites = Schedule.constant(1).sites(backbone.depth, before_last_block(spec.prune.fusion))
     if not counts or not sites:
         return {}
     number = -(-len(counts) // len(sites))

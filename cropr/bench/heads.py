@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from cropr.bench.detection_flops import HeadMacs, head_macs
-from cropr.specs import DetModelSpec, Precision
+from cropr.bench.specs import Precision
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import CascadeHeads
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import ProposalNetwork

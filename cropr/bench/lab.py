@@ -12,15 +12,6 @@ from cropr.bench.timing import Tell, say_nothing
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
 
-_CELLS = {
-    "sweep": ("cropr.bench.sweep", "sweep_cells"),
-    "blocks": ("cropr.bench.alignment", "block_cells"),
-    "profile": ("cropr.bench.profiling", "profile_cells"),
-    "scoring": ("cropr.bench.scoring", "scoring_cells"),
-    "training": ("cropr.bench.training_step", "training_cells"),
-}
-"""Where each kind is measured. Imported when it is asked for: a record depends on the files of its own kind."""
-
 
 def measure(spec: LabSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
     """Measure what ``spec`` describes.
@@ -38,7 +29,7 @@ def measure(spec: LabSpec, device: str = "cpu", tick: Tell | None = None) -> dic
         ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     started = time.time()
-    module, name = _CELLS[spec.measure]
+    module, _, name = spec.cells.partition(":")
     cells_of: Callable[[Any, str, Tell], list[dict[str, Any]]] = getattr(import_module(module), name)
     reused = reuse_freed_memory() if device == "cpu" else False
     cells = cells_of(spec, device, tick or say_nothing)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cropr.pruning.model import DeployedViT, PrunedViT, build_model
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000

@@ -34,13 +34,13 @@ from cropr.bench.costs import Costs, load_costs
 from cropr.bench.device import Unsupported
 from cropr.bench.flops import BlockDims, block_dims, block_macs, macs
 from cropr.bench.models import hosted
-from cropr.bench.specs import SweepSpec
+from cropr.bench.specs import PlanSpec, SweepSpec
 from cropr.bench.sweep import sweep_cells
 from cropr.bench.timing import Tell, say_nothing
 from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio, trace
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
-from cropr.specs import ModelSpec, PlanSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

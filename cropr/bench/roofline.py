@@ -22,7 +22,8 @@ from torch import nn
 from cropr.bench.flops import block_dims, bound, macs
 from cropr.bench.models import hosted
 from cropr.pruning.backbones import Backbone, EvaBackbone
-from cropr.pruning.schedule import BEFORE_LAST, Schedule, attended
+from cropr.pruning.methods import before_last_block
+from cropr.pruning.schedule import Schedule, attended
 from cropr.specs import ModelSpec, PruneSpec
 
 EFFICIENCY = 0.5
@@ -164,7 +165,7 @@ def works(backbone: Backbone, schedule: Schedule, fusion: str, batch_size: int, 
         size: bytes of a number.
     """
     patches, prefix, dim = backbone.num_patches, backbone.prefix, backbone.dim
-    fused = fusion in BEFORE_LAST
+    fused = before_last_block(fusion)
     counts = schedule.resolve(patches, backbone.depth, fused, prefix)
     entering = attended(counts, patches, fused, prefix)
     rows, columns = backbone.host.patch_embed.patch_size

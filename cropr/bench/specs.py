@@ -5,11 +5,12 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from cropr.specs import Attention, ModelSpec, Precision, PruneSpec, Spec
+from cropr.specs import ModelSpec, PruneSpec, Spec
+from cropr.tasks.detection import DetModelSpec
 
 _LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
 
@@ -23,9 +24,82 @@ def _cropr(rate: int) -> dict[str, PruneSpec]:
     }
 
 
+Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
+"""Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
+
+
+Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
+"""Attention kernel that is forced; ``auto`` leaves the choice to torch."""
+
+
+class BenchSpec(Spec):
+    """One throughput measurement: unpruned and pruned model, interleaved in one process."""
+
+    model: ModelSpec
+    prune: PruneSpec
+    detector: DetModelSpec | None = None
+    """The encoder of this detector, with its windows, is compared; pyramid and heads are timed beside it. None: a
+    classifier."""
+    image_size: int = 224
+    pruned_image_size: int | None = None
+    """Image size of the second model where it differs: an unpruned model on a smaller image is a rival, too."""
+    batch_size: int = Field(4, ge=1)
+    precision: Precision = "fp32"
+    rounds: int = Field(7, ge=3)
+    warmup: int = Field(1, ge=1)
+    attention: Attention = "auto"
+    compile: bool = False
+    """Run both models through ``torch.compile``, in one graph."""
+    channels_last: bool = False
+    """Memory layout of images and of the patch embedding's weights."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BenchSpec:
+        if self.detector is not None and self.pruned_image_size not in (None, self.image_size):
+            raise ValueError("a detector's encoders are compared on one image size; leave pruned_image_size out")
+        return self
+
+
+class PlanSpec(Spec):
+    """Which schedules reach these targets on one device? See ``cropr.bench.planner``."""
+
+    model: ModelSpec
+    prune: PruneSpec
+    """Reducer and fusion. The schedule is what is looked for: it stays at rate 0."""
+    image_size: int = Field(224, ge=8)
+    batch_size: int = Field(4, ge=1)
+    precision: Precision = "fp32"
+    family: Literal["auto", "constant", "stages", "early"] = "auto"
+    """Shape of the schedule; auto takes the first of the others that reaches the target."""
+    align: int = Field(1, ge=1)
+    """Token counts, prefix included, are rounded up to a multiple of this."""
+    quantity: Literal["speedup", "latency_ms", "flops"] = "speedup"
+    """What a target is: speed-up at least, milliseconds a batch or share of the unpruned FLOPs at most."""
+    targets: tuple[float, ...] = Field((1.5,), min_length=1)
+    rounds: int = Field(7, ge=3)
+    """Readings of every clock."""
+    verify: bool = False
+    """Also measure the planned schedules."""
+
+    @model_validator(mode="after")
+    def _plannable(self) -> PlanSpec:
+        if self.prune.schedule != PruneSpec().schedule:
+            raise ValueError("prune.schedule is what the plan looks for; leave it out")
+        if self.prune.reducer == "none" or self.prune.fusion not in ("none", "llf"):
+            raise ValueError(
+                f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
+                "that prunes, and fusion 'llf' or 'none'"
+            )
+        if bad := [target for target in self.targets if not 0 < target < float("inf")]:
+            raise ValueError(f"target {bad[0]:g} must be a positive number")
+        return self
+
+
 class LabSpec(Spec):
     """What all measurements share. ``measure`` has no default, so that it enters the digest."""
 
+    cells: ClassVar[str]
+    """``module:function`` that measures."""
     measure: str
     model: ModelSpec = _LARGE
     image_size: int = Field(224, ge=16)
@@ -51,6 +125,7 @@ class SweepSpec(VariantsSpec):
     For one batch size everything takes turns in one process, so that any two of its cells can be compared.
     """
 
+    cells: ClassVar[str] = "cropr.bench.sweep:sweep_cells"
     measure: Literal["sweep"]
     batch_sizes: list[int] = Field([4], min_length=1)
     precisions: list[Precision] = Field(["fp32"], min_length=1)
@@ -73,6 +148,7 @@ def around(multiples: tuple[int, ...], reach: int) -> list[int]:
 class BlocksSpec(LabSpec):
     """Latency of one block over token counts."""
 
+    cells: ClassVar[str] = "cropr.bench.alignment:block_cells"
     measure: Literal["blocks"]
     tokens: list[int] = Field(around((64, 128, 192), 8), min_length=4)
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
@@ -90,6 +166,7 @@ class BlocksSpec(LabSpec):
 class ProfileSpec(VariantsSpec):
     """Where the time of a forward pass goes."""
 
+    cells: ClassVar[str] = "cropr.bench.profiling:profile_cells"
     measure: Literal["profile"]
     batch_size: int = Field(4, ge=1)
     precision: Precision = "fp32"
@@ -103,6 +180,7 @@ class ScoringSpec(LabSpec):
     The paper's segmenter unless told otherwise: EVA-02-L at 512 px, R=40, Last Layer Fusion.
     """
 
+    cells: ClassVar[str] = "cropr.bench.scoring:scoring_cells"
     measure: Literal["scoring"]
     model: ModelSpec = ModelSpec(name="eva02_large_patch14_224", args={"patch_size": 16})
     image_size: int = Field(512, ge=16)
@@ -130,6 +208,7 @@ class TrainingSpec(VariantsSpec):
     AdamW's moments. It prunes 16 tokens a block: at 8, its 12 blocks would keep more than half.
     """
 
+    cells: ClassVar[str] = "cropr.bench.training_step:training_cells"
     measure: Literal["training"]
     model: ModelSpec = ModelSpec(name="vit_small_patch16_224", args={"global_pool": "avg"})
     variants: dict[str, PruneSpec] = Field(_cropr(16), min_length=1)

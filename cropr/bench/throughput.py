@@ -21,10 +21,10 @@ from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
 from cropr.bench.peak import matmul_peak, utilisation
+from cropr.bench.specs import BenchSpec, Precision
 from cropr.bench.timing import Tell, ratio, say_nothing, speed, summary
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
-from cropr.specs import BenchSpec, Precision
 
 if TYPE_CHECKING:
     from cropr.bench.heads import Heads

@@ -15,8 +15,9 @@ from cropr.bench.models import NUM_CLASSES, UNPRUNED, hosted, random_images, ran
 from cropr.bench.specs import TrainingSpec
 from cropr.bench.timing import Run, Tell, against, clock, interleave, speed
 from cropr.pruning.model import PrunedViT
-from cropr.specs import DataSpec, PruneSpec, RecipeSpec
+from cropr.specs import PruneSpec, RecipeSpec
 from cropr.tasks.base import autocast
+from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import Objective
 from cropr.training.distributed import World
 from cropr.training.loop import Stepper

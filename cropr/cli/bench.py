@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cropr.bench.specs import Attention, BenchSpec, Precision
 from cropr.cli.pruning_flags import add_model_flags, add_schedule_flags, pruning
 from cropr.cli.spec_flags import given, make_spec, read_spec, require_lone_spec
 from cropr.records import RECORD, provenance, write_record
-from cropr.specs import Attention, BenchSpec, Precision
 
 _LOG = logging.getLogger(__name__)
 _SIMPLE = (

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cropr.cli.spec_flags import make_spec, read_spec
 from cropr.records import provenance, read_record, write_record
-from cropr.specs import TrainSpec
+from cropr.training.specs import TrainSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

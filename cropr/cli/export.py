@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from cropr.bench.specs import BenchSpec
 from cropr.cli.bench import progress
 from cropr.cli.pruning_flags import add_model_flags, add_schedule_flags, pruning
 from cropr.cli.spec_flags import make_spec
 from cropr.records import RECORD, package_versions, provenance, read_record, write_record
-from cropr.specs import BenchSpec, TrainSpec
+from cropr.training.specs import TrainSpec
 
 if TYPE_CHECKING:
     from cropr.pruning.model import DeployedViT, PrunedViT

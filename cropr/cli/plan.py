@@ -24,11 +24,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cropr.bench.specs import PlanSpec, Precision
 from cropr.cli.bench import add_device_flags, choose_device, progress
 from cropr.cli.pruning_flags import add_model_flags
 from cropr.cli.spec_flags import given, make_spec, read_spec, require_lone_spec
 from cropr.records import RECORD, write_record
-from cropr.specs import PlanSpec, Precision
 
 _SIMPLE = ("image_size", "batch_size", "precision", "family", "align", "quantity", "targets", "rounds")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cropr.specs import REDUCERS
+from cropr.pruning.methods import REDUCERS
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from cropr.cli.spec_flags import make_spec
 from cropr.records import read_record
-from cropr.specs import TrainSpec
+from cropr.training.specs import TrainSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--run {args.run_dir}: holds a record of kind {record['kind']}, not of a training run")
     spec: TrainSpec = make_spec(record["spec"])
 
-    from cropr.tasks.views import open_view
+    from cropr.tasks import open_view
     from cropr.training.checkpoint import WEIGHTS, load_weights
     from cropr.training.distributed import start
 

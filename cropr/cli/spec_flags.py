@@ -8,13 +8,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, TypeVar
 
 from cropr.cli.pruning_flags import pruning
-from cropr.pruning.schedule import Fusion
-from cropr.specs import REDUCERS, Spec, TrainSpec
+from cropr.pruning.methods import FUSIONS, REDUCERS
+from cropr.specs import Spec, check
+from cropr.training.specs import TrainSpec
 
 Kind = TypeVar("Kind", bound=Spec)
 
@@ -35,8 +34,6 @@ FLAGS = (
 )
 """What ``add_flags`` adds: each stands for a part of a spec."""
 
-RELATIONS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that make up a spec without a file."""
@@ -45,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--reducer", choices=sorted(REDUCERS), help="what chooses the tokens (default cropr)")
     model.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
     model.add_argument("--schedule", metavar="JSON", help='another schedule, such as \'{"stages": {"at": {"6": 50}}}\'')
-    model.add_argument("--fusion", choices=get_args(Fusion), help="how pruned tokens come back (default llf)")
+    model.add_argument("--fusion", choices=FUSIONS, help="how pruned tokens come back (default llf)")
     model.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth (default 0.1)")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, metavar="N", help="default 20")
@@ -109,29 +106,7 @@ def make_spec(
             if not isinstance(place, dict):
                 raise ValueError(f"--set {override}: {parent} has no keys below it")
         place[last] = _literal(value)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(explain(error, kind, "spec")) from None
-
-
-def explain(error: ValidationError, model: type[BaseModel], name: str) -> str:
-    """Pydantic's findings, a line each: ``spec.recipe.epochs = 0: must be >= 1``."""
-    lines = []
-    for item in error.errors():
-        key = ".".join([name, *map(str, item["loc"])])
-        message, context = item["msg"], item.get("ctx", {})
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key; allowed: {', '.join(_siblings(model, item['loc']))}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: is required")
-        elif item["type"] in RELATIONS:
-            limit = next(iter(context.values()))
-            lines.append(f"{key} = {item['input']!r}: must be {RELATIONS[item['type']]} {limit:g}")
-        else:
-            message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-            lines.append(f"{key} = {item['input']!r}: {message}")
-    return "\n".join(lines)
+    return check(kind, values, "spec")
 
 
 def spec_from_flags(args: argparse.Namespace, classes: int, images: int, on_gpu: bool) -> TrainSpec:
@@ -249,14 +224,3 @@ def _literal(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _siblings(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Keys that are allowed beside the last part of a location."""
-    for part in location[:-1]:
-        if part not in model.model_fields:
-            continue  # the key of a mapping, or the number of an item
-        kind = model.model_fields[part].annotation
-        options = [kind, *get_args(kind)]
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(model.model_fields)

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cropr.cli.spec_flags import FLAGS, add_flags, read_spec, require_lone_spec, spec_from_flags
-from cropr.specs import TrainSpec
+from cropr.training.specs import TrainSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     require_lone_spec(args, FLAGS, "; change single keys with --set")
     spec = read_spec(args.spec, args.set) if args.spec else None
 
-    from cropr.tasks import task_class
+    from cropr.tasks import TASKS
     from cropr.training.distributed import start
     from cropr.training.loop import TrainingInterrupted
     from cropr.training.run import train
@@ -82,7 +82,11 @@ def run(args: argparse.Namespace) -> None:
             _LOG.error("%s; the same command goes on from there", message)
             raise SystemExit(128 + (number or 15)) from None
         if world.leads:
-            Console().print(_summary(record, out, task_class(spec).headline), soft_wrap=True, highlight=False)
+            Console().print(
+                _summary(record, out, TASKS[spec.task].load(TASKS[spec.task].run).headline),
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:

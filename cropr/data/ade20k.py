@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cropr.data.loading import ImageError, Samples, decode, some, standardise, unreadable
 from cropr.data.scenes import INCOMPLETE
-from cropr.specs import SegDataSpec
+from cropr.tasks.segmentation import SegDataSpec
 
 FOLDER = "ADEChallengeData2016"
 SPLITS = ("training", "validation")

@@ -42,7 +42,7 @@ from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentatio
 from cropr.data.jitter import fit, jitter
 from cropr.data.loading import ImageError, Samples, decode, some, standardise
 from cropr.data.scenes import INCOMPLETE
-from cropr.specs import DetDataSpec
+from cropr.tasks.detection import DetDataSpec
 
 SPLITS = ("train", "val")
 

@@ -25,7 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from cropr.data.loading import Samples, decode, some
 from cropr.data.scenes import INCOMPLETE
-from cropr.specs import DataSpec
+from cropr.tasks.classification import DataSpec
 
 SPLITS = ("train", "val")
 Transform = Callable[[Image.Image], Tensor]

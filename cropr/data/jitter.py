@@ -14,7 +14,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from cropr.specs import DetDataSpec
+from cropr.tasks.detection import DetDataSpec
 
 
 class View(NamedTuple):

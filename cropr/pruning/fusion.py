@@ -16,9 +16,24 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cropr.pruning.methods import FUSIONS, choose
 from cropr.pruning.tokens import Tokens
 
 Place = Literal["before_last_block", "after_last_block", "after_head"]
+
+METHODS = {
+    "none": {"class": None, "label": "No reactivation"},
+    "concat": {"class": "TokenConcat", "label": "Token concatenation", "place": "after_last_block"},
+    "exit": {"class": "EarlyExit", "label": "Early exit", "place": "after_head"},
+    "cross": {"class": "CrossAttention", "label": "Cross-attention", "place": "after_last_block"},
+    "llf": {"class": "LastLayerFusion", "label": "Last Layer Fusion", "place": "before_last_block"},
+    "llf_no_self": {
+        "class": "LastLayerFusionNoSelf",
+        "label": "Last Layer Fusion, pruned apart",
+        "place": "before_last_block",
+    },
+}
+"""Read by ``cropr.pruning.methods``: a literal, since reading it must not import torch. ``none`` prunes for good."""
 
 
 class Fusion(nn.Module):
@@ -143,24 +158,11 @@ class CrossAttention(Fusion):
         return (10 * queries + 2 * alive) * weights * (queries > 0) + 2 * queries * alive * self._dim
 
 
-FUSIONS: dict[str, type[Fusion] | None] = {
-    "none": None,
-    "concat": TokenConcat,
-    "exit": EarlyExit,
-    "cross": CrossAttention,
-    "llf": LastLayerFusion,
-    "llf_no_self": LastLayerFusionNoSelf,
-}
-"""None prunes for good. The torch-free twin is ``cropr.pruning.schedule.Fusion``."""
-
-
 def create(name: str, dim: int, num_outputs: int, sites: Iterable[int]) -> Fusion | None:
     """Make a fusion by name; None prunes for good. Arguments as of ``Fusion``.
 
     Raises:
         ValueError: unknown name, with the known ones.
     """
-    if name not in FUSIONS:
-        raise ValueError(f"unknown fusion {name!r}; choose one of {list(FUSIONS)}")
-    kind = FUSIONS[name]
-    return None if kind is None else kind(dim, num_outputs, sites)
+    method = choose(FUSIONS, "fusion", name)
+    return None if method.path is None else method.load()(dim, num_outputs, sites)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropr.pruning import fusion as fusions
-from cropr.pruning import reducers as registry
 from cropr.pruning.backbones import Backbone, adapt
 from cropr.pruning.fusion import Fusion, Place
-from cropr.pruning.reducers import Context, Reducer, Reduction
-from cropr.pruning.schedule import BEFORE_LAST, Schedule, attended, trace
+from cropr.pruning.methods import FUSIONS, before_last_block, choose
+from cropr.pruning.reducers import Context, Reducer, Reduction, create
+from cropr.pruning.schedule import Schedule, attended, trace
 from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec
 
@@ -227,18 +227,19 @@ def prune(
         host: a timm ``VisionTransformer`` or ``Eva``, or an adapter around one (``cropr.pruning.backbones.windowed``)
             makes; used as it is, not copied.
         schedule: when how many patch tokens go.
-        reducer: one of ``cropr.available_reducers()``.
-        fusion: one of ``cropr.pruning.fusion.FUSIONS``.
+        reducer: a name of ``cropr.pruning.methods.REDUCERS``.
+        fusion: a name of ``cropr.pruning.methods.FUSIONS``.
         reducer_options: keyword arguments of the reducer, over those of ``kind``.
         num_outputs: outputs of the auxiliary heads; the host's classes unless given.
-        kind: what to make: a model for images, or a task's own, such as ``cropr.tasks.segmentation.model.PrunedSegmenter``.
+        kind: what to make: a model for images, or a task's own, such as a segmenter.
 
     Raises:
         TypeError: a host or block type that has no adapter.
         ValueError: an impossible schedule, an unknown name or option.
     """
     backbone = host if isinstance(host, Backbone) else adapt(host)
-    sites = schedule.sites(backbone.depth, fusion in BEFORE_LAST)
+    choose(FUSIONS, "fusion", fusion)
+    sites = schedule.sites(backbone.depth, before_last_block(fusion))
     outputs: int = num_outputs or getattr(backbone.host, "num_classes", 0) or 0
     bring_back = fusions.create(fusion, backbone.dim, outputs, sites)
     if reducer == "none":
@@ -248,7 +249,7 @@ def prune(
     if not outputs:
         raise ValueError("the host has no classes (num_classes=0): name num_outputs for the auxiliary heads")
     options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
-    modules = {block: registry.create(reducer, backbone.dim, outputs, **options) for block in sites}
+    modules = {block: create(reducer, backbone.dim, outputs, **options) for block in sites}
     if any(module.wants_attention for module in modules.values()):
         backbone.verify_cls_attention()
     return kind(backbone, schedule, modules, bring_back)

@@ -21,12 +21,6 @@ from typing import Any, Literal
 
 Rule = Literal["constant", "stages", "fraction", "kept"]
 
-Fusion = Literal["none", "concat", "exit", "cross", "llf", "llf_no_self"]
-"""What brings pruned tokens back, by name; ``cropr.pruning.fusion`` says what each does, a test holds the two equal."""
-
-BEFORE_LAST: frozenset[str] = frozenset({"llf", "llf_no_self"})
-"""Fusions before the last block, which then computes on all tokens: ``fusion=True`` below. The others follow it."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:

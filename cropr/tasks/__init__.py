@@ -1,4 +1,4 @@
-"""Tasks by name. Each is imported when it is opened: detection brings more than classification needs."""
+"""Tasks by name. A task is a package here; its ``__init__`` holds its entry, ``TASK``, and imports no torch."""
 
 from __future__ import annotations
 
@@ -6,29 +6,46 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cropr.specs import TrainSpec
+from cropr.tasks.table import Task
 
 if TYPE_CHECKING:
     from cropr.tasks.base import TaskRun
+    from cropr.tasks.views.base import View
+    from cropr.training.specs import TrainSpec
 
-_CLASSES = {
-    "classification": ("cropr.tasks.classification.run", "Classification"),
-    "segmentation": ("cropr.tasks.segmentation.run", "Segmentation"),
-    "detection": ("cropr.tasks.detection.run", "Detection"),
+__all__ = ["TASKS", "Task", "open_task", "open_view"]
+
+_PACKAGES = sorted(file.parent.name for file in Path(__file__).parent.glob("*/__init__.py"))
+
+TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK
+    for module in (import_module(f"{__name__}.{name}") for name in _PACKAGES)
+    if hasattr(module, "TASK")
 }
+"""Every task by name."""
 
 
 def open_task(spec: TrainSpec, root: Path) -> TaskRun:
-    """The task of a specification, with its images.
+    """The run of a specification, with its images. Imports torch.
 
     Raises:
         ValueError, FileNotFoundError: images that are not there, or others than the spec asks for.
     """
-    return task_class(spec)(spec, root)
+    task = TASKS[spec.task]
+    work: TaskRun = task.load(task.run)(spec, root)
+    return work
 
 
-def task_class(spec: TrainSpec) -> type[TaskRun]:
-    """Class of a specification's task."""
-    module, name = _CLASSES[spec.task]
-    found: type[TaskRun] = getattr(import_module(module), name)
-    return found
+def open_view(spec: TrainSpec, root: Path | None = None) -> View:
+    """What draws pruning maps of a specification, its model without trained weights yet. Imports torch.
+
+    Args:
+        spec: of the run.
+        root: the images, in the layout of the task; None where only a user's own pictures are looked at.
+
+    Raises:
+        ValueError, FileNotFoundError: images that are not there, or others than the spec asks for.
+    """
+    task = TASKS[spec.task]
+    view: View = task.load(task.view)(spec, root)
+    return view

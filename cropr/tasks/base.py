@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cropr.data.loading import Share, TrainBatches
 from cropr.records import RECORD, read_record
-from cropr.specs import ScenesSpec, TrainSpec
+from cropr.specs import ScenesSpec
+from cropr.training.specs import TrainSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from torch import nn
 
 from cropr.data.loading import Share
 from cropr.records import RECORD, provenance, read_record, write_record
-from cropr.specs import TrainSpec
 from cropr.tasks import open_task
 from cropr.tasks.base import EvaluationSettings, TaskRun, leaves
 from cropr.training.checkpoint import WEIGHTS, latest_checkpoint, load_initial, save_weights
 from cropr.training.distributed import World
 from cropr.training.loop import CHECKPOINTS, LOG, Settings, fit, summarise
+from cropr.training.specs import TrainSpec
 
 FINAL_NORMS = ("norm", "fc_norm")
 """timm's two places for the last norm: with average pooling ``fc_norm``, else ``norm``. A host whose pooling differs

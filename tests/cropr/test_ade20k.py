@@ -26,7 +26,8 @@ from cropr.data.check import check
 from cropr.data.layouts import write
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches, seeded
 from cropr.data.scenes import INCOMPLETE, compose
-from cropr.specs import ScenesSpec, SegDataSpec
+from cropr.specs import ScenesSpec
+from cropr.tasks.segmentation import SegDataSpec
 
 NEUTRAL = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 PLAIN = SegDataSpec(image_size=16, num_classes=5, resize=(1, 1), cat_max_ratio=1, hflip=0, photometric=False, **NEUTRAL)

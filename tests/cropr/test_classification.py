@@ -14,8 +14,8 @@ from cropr.data.layouts import write
 from cropr.data.loading import EvalBatches
 from cropr.pruning.model import Output, build_model
 from cropr.pruning.tokens import Tokens
-from cropr.specs import DataSpec
 from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import Classification, Objective, evaluate, losses, object_map, soft_target
 
 

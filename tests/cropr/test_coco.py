@@ -26,7 +26,7 @@ from cropr.data.coco import (
 )
 from cropr.data.jitter import fit, jitter, view_window
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches
-from cropr.specs import DetDataSpec
+from cropr.tasks.detection import DetDataSpec
 
 SPEC = DetDataSpec(image_size=64, num_classes=3, scale=(0.5, 2.0))
 

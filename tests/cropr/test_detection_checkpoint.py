@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint, resize_positions
 from cropr.tasks.detection.model import Detector, build_detector
 

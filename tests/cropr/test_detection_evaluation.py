@@ -17,8 +17,8 @@ from cropr import cli
 from cropr.data.coco import EvalImages, collate, load_coco, read_masks
 from cropr.data.loading import EvalBatches
 from cropr.records import read_record
-from cropr.specs import DetDataSpec
 from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.detection import DetDataSpec
 from cropr.tasks.detection.cascade import Detections
 from cropr.tasks.detection.evaluation import (
     FIGURES,

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cropr.bench.detection_flops import DetectorMacs, detector_macs
 from cropr.bench.flops import BlockDims, block_macs, macs
 from cropr.pruning.schedule import Schedule
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.model import Detector, build_detector
 
 SQUARES = {"squares": {"at": {5: 80, 8: 64, 11: 48, 14: 32, 20: 16}}}

@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import match
 from cropr.tasks.detection.model import build_detector, losses
 from cropr.tasks.detection.neck import SimpleFeaturePyramid

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import get_args
 
 import pytest
 import timm
@@ -15,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cropr
 from cropr.bench import flops
 from cropr.pruning import fusion as fusions
-from cropr.pruning.schedule import BEFORE_LAST, Fusion, Schedule
+from cropr.pruning.methods import before_last_block
+from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
 from cropr.tasks.segmentation.model import PrunedSegmenter
 
@@ -62,10 +62,9 @@ def parts(batch=2, dim=32):
 # The list -----------------------------------------------------------------------------------------------------------
 
 
-def test_names_and_places_are_those_of_the_torch_free_twin():
-    assert tuple(fusions.FUSIONS) == get_args(Fusion)
-    early = {name for name, kind in fusions.FUSIONS.items() if kind and kind.place == "before_last_block"}
-    assert early == BEFORE_LAST
+def test_entries_name_the_place_of_their_class():
+    for method in fusions.FUSIONS.values():
+        assert method.place == (method.load().place if method.path else None)
 
 
 def test_unknown_names_are_refused():
@@ -77,7 +76,7 @@ def test_unknown_names_are_refused():
 def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
     model = segmenter(fusion)
     assert list(model.reducers) == [str(block) for block in range(1, last + 1)]
-    assert model.token_trace[-1] == (17 if fusion in BEFORE_LAST else 7)
+    assert model.token_trace[-1] == (17 if before_last_block(fusion) else 7)
 
 
 # Conservation -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from cropr.data.imagenet import (
 )
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches, decode, seeded
 from cropr.data.scenes import INCOMPLETE
-from cropr.specs import AugmentSpec, DataSpec
+from cropr.tasks.classification import AugmentSpec, DataSpec
 
 PLAIN = AugmentSpec(hflip=0, scale=(1, 1), ratio=(1, 1))
 RICH = AugmentSpec(auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5)

@@ -15,10 +15,11 @@ from cropr.bench.costs import Costs, load_costs, monotone, sample_counts, typica
 from cropr.bench.flops import BlockDims, macs
 from cropr.bench.models import build_variants, hosted
 from cropr.bench.planner import FAMILIES, Layout, layout_of, predict, search
+from cropr.bench.specs import PlanSpec
 from cropr.cli import main
 from cropr.pruning.schedule import Schedule, attended
 from cropr.records import read_record
-from cropr.specs import ModelSpec, PlanSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
 
 TINY = {"name": "vit_tiny_patch16_224", "args": {"depth": 5, "embed_dim": 48, "num_heads": 3}}
 LINEAR = Costs(block={0: 0.0, 1000: 1000.0}, reduce={0: 0.0, 1000: 0.0}, fixed=0.0)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from cropr.data.ade20k import IGNORE
-from cropr.specs import SegDataSpec
+from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.segmentation.inference import predict, predict_single, predict_sliding
 from cropr.tasks.segmentation.metrics import confusion, scores
 

@@ -14,10 +14,13 @@ from cropr.data.ade20k import IGNORE
 from cropr.data.layouts import write
 from cropr.data.scenes import OBJECT, compose
 from cropr.records import write_record
-from cropr.specs import AugmentSpec, DataSpec, ModelSpec, PruneSpec, ScenesSpec, SegDataSpec, TrainSpec
+from cropr.specs import ModelSpec, PruneSpec, ScenesSpec
+from cropr.tasks.classification import AugmentSpec, DataSpec
+from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.views import detection, open_view
 from cropr.tasks.views.base import rarest
 from cropr.training.checkpoint import WEIGHTS, load_weights, save_weights
+from cropr.training.specs import TrainSpec
 from workflow.paper.maps import read_maps
 
 SCENES = ScenesSpec(image_size=32, train=10, val=30, scale=(2.0, 2.0), distractors=1)

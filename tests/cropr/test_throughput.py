@@ -10,9 +10,9 @@ import torch
 from cropr.bench import attention, contest, models, peak, throughput, timing
 from cropr.bench.contest import Case
 from cropr.bench.device import Unsupported, weights_dtype
+from cropr.bench.specs import BenchSpec
 from cropr.cli import main
 from cropr.records import read_record
-from cropr.specs import BenchSpec
 
 TINY = {"name": "vit_tiny_patch16_224", "args": {"depth": 4, "embed_dim": 48, "num_heads": 3}}
 EVA = {"name": "eva02_tiny_patch14_224", "args": {"depth": 3, "embed_dim": 48, "num_heads": 3}}

@@ -5,7 +5,8 @@ import torch
 
 from cropr.bench import heads, models, peak, throughput, timing
 from cropr.bench.detection_flops import detector_macs
-from cropr.specs import BenchSpec, PruneSpec
+from cropr.bench.specs import BenchSpec
+from cropr.specs import PruneSpec
 from cropr.tasks.detection.model import Detector, build_detector
 
 DETECTOR = {

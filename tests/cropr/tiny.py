@@ -10,7 +10,7 @@ from PIL import Image
 
 from cropr.data.imagenet import Split, TrainImages
 from cropr.data.loading import TrainBatches
-from cropr.specs import TrainSpec
+from cropr.training.specs import TrainSpec
 
 CLASSES = 3
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.model import Detector, build_detector
 
 SIZE = 64

@@ -16,7 +16,8 @@ import numpy as np
 from cropr.data.scenes import CLASSES, Scene, compose, object_patches
 from cropr.pruning.schedule import Schedule, trace
 from cropr.records import write_record
-from cropr.specs import PruneSpec, ScenesSpec, TrainSpec
+from cropr.specs import PruneSpec, ScenesSpec
+from cropr.training.specs import TrainSpec
 from workflow.paper import claims
 from workflow.paper.grid import Grid, load_grid
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio
-from cropr.specs import REDUCERS, DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 from workflow.paper.grid import Grid, load_grid, shipped
 from workflow.paper.resolving import FOLDERS
 

@@ -10,8 +10,8 @@ import pytest
 
 from cropr.bench.planner import FAMILIES
 from cropr.bench.roofline import PAPER
+from cropr.bench.specs import PlanSpec
 from cropr.records import write_record
-from cropr.specs import PlanSpec
 from workflow.paper import plan_page
 from workflow.paper.load import Artefact, load, write_tables
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cropr.pruning.schedule import Fusion
-from cropr.specs import DetModelSpec, RecipeSpec, Task
+from cropr.specs import RecipeSpec, check
+from cropr.tasks.detection import DetModelSpec
 
 Pool = Literal["avg", "cls"]
 Need = Literal["train", "bench", "maps", "truth", "lab"]
@@ -77,8 +77,8 @@ class TaskConfig(Block):
     schedules: dict[str, dict[str, Any]]
     image_sizes: dict[str, int] = Field(default_factory=dict)
     data: dict[str, Any]
-    """What ``specs.DATA`` has for the task, and perhaps ``root``: the key of config.yaml that names the user's folder.
-    Without it, ``scenes`` are generated. Where ``num_classes`` is null, class folders are counted."""
+    """Of the class that the task names (``cropr.tasks``), and perhaps ``root``: the key of config.yaml that names the
+    user's folder. Without it, ``scenes`` are generated. Where ``num_classes`` is null, class folders are counted."""
     recipe: RecipeSpec
     pretrain: PretrainBlock | None = None
     """None: timm's weights of the model's name."""
@@ -92,7 +92,7 @@ class ScaleConfig(Block):
 
     title: str
     seeds: int | list[int] = 1
-    tasks: dict[Task, TaskConfig] = Field(min_length=1)
+    tasks: dict[str, TaskConfig] = Field(min_length=1)
     """Artefacts of other tasks are left out at this scale."""
     jobs: JobsBlock = JobsBlock()
     lab: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -111,7 +111,7 @@ class RowConfig(Block):
     reducer: str = "none"
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: str = "none"
-    fusion: Fusion = "none"
+    fusion: str = "none"
     pool: Pool = "avg"
     aux_weight: float = Field(1.0, ge=0)
     image_size: str | None = None
@@ -129,7 +129,7 @@ class ArtefactConfig(Block):
     """``config/experiments/<artefact>.yaml``: one table or figure."""
 
     title: str
-    task: Task = "classification"
+    task: str = "classification"
     baseline: str | None = None
     """Row that the others are compared with."""
     needs: list[Need] = ["train"]
@@ -218,18 +218,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def check(model: type[Model], values: Mapping[str, Any], name: str) -> Model:
-    """``model`` filled with ``values``; ``name`` is the file that they come from.
-
-    Raises:
-        ValueError: one message, a line a problem: file, key, value, what is allowed.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(name, model, values, error))) from None
-
-
 def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> tuple[int, ...]:
     """``3`` -> (0, 1, 2); a list, or text such as ``0,2,5``, as it stands.
 
@@ -246,49 +234,3 @@ def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> 
     if not parsed or len(set(parsed)) < len(parsed) or min(parsed) < 0:
         raise ValueError(f"{name} = {seeds!r}: give a number of seeds (3 means 0, 1, 2) or a list such as 0,2,5")
     return parsed
-
-
-def _explain(name: str, model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> Iterable[str]:
-    """A line for every problem that pydantic found."""
-    for problem in error.errors():
-        path = list(problem["loc"])
-        key = ".".join(map(str, path)) or "it"
-        if row := _row_name(values, path):
-            key += f" (row {row})"
-        if problem["type"] == "extra_forbidden":
-            yield f"{name}: unknown key {key} = {problem['input']!r}; allowed: {', '.join(_keys(model, path[:-1]))}"
-        elif problem["type"] == "missing":
-            yield f"{name}: {key} is missing"
-        else:
-            yield f"{name}: {key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-def _row_name(values: Any, path: list[Any]) -> str | None:
-    """Name of the row that a path runs through: ``rows.3`` tells a reader little."""
-    if len(path) > 1 and path[0] == "rows" and isinstance(path[1], int):
-        row = values["rows"][path[1]]
-        return row.get("row") if isinstance(row, Mapping) else None
-    return None
-
-
-def _keys(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
-    """Keys allowed below ``path`` of a model. Numbers, and keys of a mapping of models, lead no deeper."""
-    parts = iter(path)
-    for part in parts:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        kinds = _models(annotation)
-        if not kinds:
-            return []
-        model = kinds[0]
-        if get_origin(annotation) is dict:
-            next(parts, None)
-    return sorted(model.model_fields)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Models within an annotation such as ``list[Row]`` or ``Block | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]

@@ -21,8 +21,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cropr.bench.specs import LabSpec
-from cropr.specs import BenchSpec, PlanSpec, ScenesSpec, Task, TrainSpec
+from cropr.bench.specs import BenchSpec, LabSpec, PlanSpec
+from cropr.specs import ScenesSpec
+from cropr.tasks import TASKS
+from cropr.training.specs import TrainSpec
 from workflow.paper.configuration import (
     ArtefactConfig,
     RowConfig,
@@ -50,7 +52,7 @@ class Artefact:
 
     name: str
     title: str
-    task: Task
+    task: str
     baseline: str | None
     needs: frozenset[str]
     published: str | None
@@ -62,10 +64,6 @@ class Artefact:
             if candidate.row == row:
                 return candidate
         raise KeyError(row)
-
-
-LAYOUTS: dict[Task, str] = {"classification": "imagenet", "segmentation": "ade20k", "detection": "coco"}
-"""Layout in which a task's images lie, generated or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +94,11 @@ class Grid:
     benches: dict[str, BenchSpec]
     labs: dict[str, LabSpec | PlanSpec]
     """Measurements of the laboratory by id."""
-    sources: dict[Task, Source]
+    sources: dict[str, Source]
     """Tasks that some artefact needs."""
     names: dict[str, str] = field(default_factory=dict)
     """Run or measurement -> ``artefact/row`` that asks for it first."""
-    lacking: tuple[Task, ...] = ()
+    lacking: tuple[str, ...] = ()
     """Tasks whose artefacts are left out because no folder with their images is given."""
 
     # Files ------------------------------------------------------------------------------------------------------
@@ -310,7 +308,7 @@ def results(scale: str) -> str:
 
 
 def _source(scale: str, resolver: Resolver) -> Source:
-    layout, pretrain = LAYOUTS[resolver.task], resolver.config.pretrain
+    layout, pretrain = TASKS[resolver.task].layout, resolver.config.pretrain
     return Source(
         folder=str(resolver.root or f"{results(scale)}/data/{layout}"),
         layout=layout,
@@ -349,7 +347,7 @@ def _read(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
 def _resolve(
     folder: Path,
     configs: Mapping[str, ArtefactConfig],
-    resolvers: Mapping[Task, Resolver],
+    resolvers: Mapping[str, Resolver],
     lab: Laboratory,
 ) -> dict[str, Artefact]:
     """The artefacts with their rows resolved; without those that need a truth that the data do not hold, and those

@@ -21,7 +21,6 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cropr.records import read_record, write_text
-from cropr.specs import Task
 from workflow.paper.quantities import FORMULA, QUANTITIES, TASKS, Measures
 from workflow.paper.stats import Interval, difference_interval, mean_interval
 
@@ -77,7 +76,7 @@ class Manifest(BaseModel):
 
     artefact: str
     title: str
-    task: Task = "classification"
+    task: str = "classification"
     scale: str
     seeds: list[int]
     results: Path

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cropr.specs import Task
-
 
 @dataclass(frozen=True)
 class Quantity:
@@ -66,7 +64,7 @@ class Measures:
         return self.compared[0]
 
 
-TASKS: dict[Task, Measures] = {
+TASKS: dict[str, Measures] = {
     "classification": Measures(("top1",), "ViT-L/16 on ImageNet-1k", binomial=True, further=("top5", "loss")),
     "segmentation": Measures(("miou",), "EVA-02-L on ADE20k", median=True, further=("macc", "aacc")),
     "detection": Measures(

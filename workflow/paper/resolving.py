@@ -12,30 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cropr.bench.specs import MEASURES, LabSpec
-from cropr.pruning.schedule import BEFORE_LAST, Schedule, attended
-from cropr.specs import (
-    DATA,
-    REDUCERS,
-    BenchSpec,
-    DataSpec,
-    DetDataSpec,
-    DetModelSpec,
-    ModelSpec,
-    PlanSpec,
-    PruneSpec,
-    RecipeSpec,
-    SegDataSpec,
-    Task,
-    TrainSpec,
-)
+from cropr.bench.specs import MEASURES, BenchSpec, LabSpec, PlanSpec
+from cropr.pruning.methods import REDUCERS, before_last_block
+from cropr.pruning.schedule import Schedule, attended
+from cropr.specs import ImagesSpec, ModelSpec, PruneSpec, RecipeSpec
+from cropr.tasks import TASKS
+from cropr.tasks.detection import DetModelSpec
+from cropr.training.specs import TrainSpec
 from workflow.paper.configuration import ArtefactConfig, ModelBlock, RowConfig, ScaleConfig, TaskConfig, check, merge
-
-TRAINING_ONLY = frozenset(
-    {"num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"},
-)
-"""Options that deployment folds into one vector or drops: models that differ in these alone run equally fast, so they
-share a measurement. (The norm stays: it scales every token.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +51,7 @@ class Scale:
     config: ScaleConfig
     source: str
 
-    def task(self, task: Task) -> tuple[TaskConfig, str]:
+    def task(self, task: str) -> tuple[TaskConfig, str]:
         """What the scale says of a task, and where.
 
         Raises:
@@ -81,7 +65,7 @@ class Scale:
 class Resolver:
     """Rows of one task to specs. Collects the runs and measurements on the way."""
 
-    def __init__(self, task: Task, scale: Scale, measured: Scale, roots: Mapping[str, Path | None]) -> None:
+    def __init__(self, task: str, scale: Scale, measured: Scale, roots: Mapping[str, Path | None]) -> None:
         self.task, self.scale = task, scale.name
         self.config, self.source = scale.task(task)
         self.root = find_root(task, self.config, self.source, roots)
@@ -143,7 +127,7 @@ class Resolver:
             model=ModelSpec(name=model.name, args=model.args | model.pools[row.pool], drop_path=model.drop_path),
             prune=prune,
             data=self.data.model_copy(update={"image_size": size}),
-            detector=self.detector or DetModelSpec(),
+            detector=self.detector,
             recipe=recipe,
             init=init,
         )
@@ -152,7 +136,9 @@ class Resolver:
         """The measurement of a row: its inference form, on the model of the bench, without trained weights."""
         schedule = self._schedule(where, row, self.bench_config, self.bench_data.image_size, self.bench_source)
         model, settings = self.bench_config.model, self.settings
-        options = {name: value for name, value in prune.options.items() if name not in TRAINING_ONLY}
+        options = {
+            name: value for name, value in prune.options.items() if name not in REDUCERS[row.reducer].training_only
+        }
         return BenchSpec(
             model=ModelSpec(name=model.name.partition(".")[0], args=model.args | model.pools[row.pool]),
             prune=PruneSpec(reducer=row.reducer, options=options, schedule=schedule.to_config(), fusion=row.fusion),
@@ -213,7 +199,7 @@ class Resolver:
                 f"{source}: image size {size} holds no whole windows of {detector.window} x {detector.window} patches: "
                 f"make it a multiple of {step}, or change detector.window"
             )
-        patches, fused = _patches(model, size), row.fusion in BEFORE_LAST
+        patches, fused = _patches(model, size), before_last_block(row.fusion)
         try:
             counts = schedule.resolve(patches, model.depth, fused, model.prefix)
             if detector is not None:
@@ -241,7 +227,7 @@ class Resolver:
         schedule = self._schedule(where, row, self.bench_config, self.bench_data.image_size, self.bench_source)
         return {"paper_schedule": schedule.describe()}
 
-    def _data(self, config: TaskConfig, source: str) -> DataSpec | SegDataSpec | DetDataSpec:
+    def _data(self, config: TaskConfig, source: str) -> ImagesSpec:
         values = {key: value for key, value in config.data.items() if key != "root"}
         if "num_classes" in values and values["num_classes"] is None:
             if self.root is None or self.task != "classification":
@@ -249,14 +235,14 @@ class Resolver:
             classes = values["num_classes"] = sum(entry.is_dir() for entry in (self.root / "train").iterdir())
             if classes < 2:
                 raise ValueError(f"{self.root / 'train'} has {classes} class folders; it needs two or more")
-        return check(DATA[self.task], values, f"{source}.data")
+        return check(TASKS[self.task].data, values, f"{source}.data")
 
 
 def _patches(model: ModelBlock, image_size: int) -> int:
     return (image_size // model.patch_size) ** 2
 
 
-def _detector(task: Task, config: TaskConfig, source: str) -> DetModelSpec | None:
+def _detector(task: str, config: TaskConfig, source: str) -> DetModelSpec | None:
     """Windows and heads of a detector; None for another task.
 
     Raises:
@@ -288,15 +274,7 @@ def _verify_windows(entering: Iterable[int], detector: DetModelSpec) -> None:
             raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {size}")
 
 
-FOLDERS: dict[Task, tuple[str, ...]] = {
-    "classification": ("train", "val"),
-    "segmentation": ("images/training", "images/validation", "annotations/training", "annotations/validation"),
-    "detection": ("train2017", "val2017", "annotations"),
-}
-"""Folders that a task's images lie in, under their root."""
-
-
-def find_root(task: Task, config: TaskConfig, source: str, roots: Mapping[str, Path | None]) -> Path | None:
+def find_root(task: str, config: TaskConfig, source: str, roots: Mapping[str, Path | None]) -> Path | None:
     """The user's folder of a task, checked as far as a listing goes; None where images are generated.
 
     Raises:
@@ -311,10 +289,10 @@ def find_root(task: Task, config: TaskConfig, source: str, roots: Mapping[str, P
     if key not in roots:
         raise ValueError(f"{source}.data.root = {key!r}: choose one of {', '.join(roots)}")
     root = roots[key]
-    needed = f"a folder with {', '.join(FOLDERS[task])}"
+    needed = f"a folder with {', '.join(TASKS[task].folders)}"
     if root is None:
         raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
-    for name in FOLDERS[task]:
+    for name in TASKS[task].folders:
         if not (root / name).is_dir():
             raise FileNotFoundError(
                 f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"

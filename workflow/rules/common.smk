@@ -33,14 +33,20 @@ def train_inputs(wildcards):
     return inputs
 
 
-def run_code(kind, spec):
-    """Digest of the sources behind a job of a training run."""
-    return code_digest(kind, spec.prune, spec.task)
+def run_code(verb, spec):
+    """Digest of the sources behind a job that trains or shows a model."""
+    task = TASKS[spec.task]
+    found = task.view if verb == "show" else task.run
+    reducer = REDUCERS[spec.prune.reducer].module
+    return code_digest(f"cropr.cli.{verb}", found.partition(":")[0], reducer)
 
 
 def bench_code(spec):
     """Digest of the sources behind a row's throughput."""
-    return code_digest("bench_detector" if spec.detector else "bench", spec.prune)
+    heads = "cropr.bench.heads" if spec.detector else None
+    return code_digest(
+        "cropr.cli.bench", heads, REDUCERS[spec.prune.reducer].module
+    )
 
 
 def lab_verb(spec):
@@ -52,9 +58,10 @@ def lab_verb(spec):
 
 def lab_code(spec):
     """Digest of the sources behind such a measurement."""
+    reducer = REDUCERS["cropr"].module
     if isinstance(spec, PlanSpec):
-        return code_digest("plan", spec.prune)
-    return code_digest(spec.measure, PruneSpec(reducer="cropr"))
+        return code_digest("cropr.cli.plan", reducer)
+    return code_digest("cropr.cli.lab", spec.cells.partition(":")[0], reducer)
 
 
 def notebook_inputs(wildcards):

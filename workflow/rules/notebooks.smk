@@ -46,7 +46,7 @@ rule notebook:
         values=lambda wildcards, input: json.dumps(
             {"manifest": input.manifest, "results": OUT}
         ),
-        code=code_digest("notebook"),
+        code=code_digest("workflow.paper.run_notebook", "workflow.paper.display", "workflow.paper.lab_display"),
         claims=lambda wildcards: claims_about(wildcards.artefact),
     message:
         "Running notebook {wildcards.artefact} (log: {log.text})"
@@ -68,7 +68,7 @@ rule report:
     conda:
         "../../envs/report.yaml"
     params:
-        code=code_digest("report"),
+        code=code_digest("workflow.paper.page"),
     message:
         "Joining everything in {output.page} (log: {log})"
     shell:

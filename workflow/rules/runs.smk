@@ -22,7 +22,7 @@ rule data:
         spec=lambda wildcards: json.dumps(
             GRID.generated[wildcards.layout].model_dump(mode="json"), sort_keys=True
         ),
-        code=code_digest("data"),
+        code=code_digest("cropr.cli.data"),
     message:
         "Generating images, layout {wildcards.layout} (log: {log})"
     shell:
@@ -169,7 +169,7 @@ rule maps:
         "../../envs/train.yaml"
     params:
         images=GRID.config.maps,
-        code=lambda wildcards: run_code("maps", GRID.runs[wildcards.run]),
+        code=lambda wildcards: run_code("show", GRID.runs[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
         row=lambda wildcards, output: GRID.names[wildcards.run],
     message:

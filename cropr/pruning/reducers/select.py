@@ -11,11 +11,35 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, ScoreReducer, select
 from cropr.pruning.scorer import Aggregator, AuxiliaryHead, FoldedScorer, Scorer
 from cropr.pruning.tokens import Tokens
+
+METHODS = {
+    "cropr": {
+        "class": "Cropr",
+        "label": "Cropr",
+        "colour": "#d55e00",
+        "marker": "o",
+        "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
+        # All but the norm, which scales every token.
+        "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
+    },
+    "non_salient": {
+        "class": "NonSalient",
+        "label": "Non-salient",
+        "colour": "#56b4e9",
+        "marker": "o",
+        "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
+        "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
+    },
+    "random": {"class": "Random", "label": "Random", "colour": "#0072b2", "marker": "o"},
+    "variance": {"class": "Variance", "label": "Variance", "colour": "#009e73", "marker": "o"},
+    "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "marker": "o"},
+}
+"""Read by ``cropr.pruning.methods``: a literal, since reading it must not import torch."""
 
 
 class Cropr(Reducer):
@@ -143,12 +167,3 @@ class AttentionTopK(_WithoutWeights):
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         assert context.cls_attention is not None
         return context.cls_attention.detach()
-
-
-REDUCERS: dict[str, type[nn.Module]] = {
-    "cropr": Cropr,
-    "non_salient": NonSalient,
-    "random": Random,
-    "variance": Variance,
-    "attn_topk": AttentionTopK,
-}

@@ -17,8 +17,9 @@ from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.pruning.model import DeployedViT, Output, PrunedViT, build_model
-from cropr.specs import DataSpec, TrainSpec
 from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
+from cropr.tasks.classification import DataSpec
+from cropr.training.specs import TrainSpec
 
 _ALONE = EvaluationSettings()
 

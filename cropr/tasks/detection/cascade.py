@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import box_iou
 
-from cropr.specs import DetModelSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.nms import Picks, nms, soft_nms
 from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE, BoxStage, MaskHead, RegionPooler, ScaleGradient
 

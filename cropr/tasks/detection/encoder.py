@@ -17,7 +17,8 @@ from cropr.pruning.model import DeployedViT, PrunedViT, prune
 from cropr.pruning.reducers import Reducer
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.detection import DetModelSpec
 
 
 class Encoder(PrunedViT):

@@ -27,8 +27,9 @@ from torchvision.models.detection.image_list import ImageList
 
 from cropr.pruning.model import Output
 from cropr.pruning.reducers import Reducer
-from cropr.specs import DetModelSpec, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.base import Losses
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.auxiliary import auxiliary_losses, present_classes
 from cropr.tasks.detection.cascade import CascadeHeads, Detections
 from cropr.tasks.detection.encoder import Encoder, build_encoder

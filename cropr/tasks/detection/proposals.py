@@ -17,7 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from cropr.specs import DetModelSpec
+from cropr.tasks.detection import DetModelSpec
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target

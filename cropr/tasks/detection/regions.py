@@ -20,7 +20,7 @@ from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from cropr.specs import DetModelSpec
+from cropr.tasks.detection import DetModelSpec
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target

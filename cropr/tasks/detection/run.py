@@ -11,11 +11,12 @@ from torch import Tensor
 
 from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprint, load_coco
 from cropr.data.loading import EvalBatches, Share, TrainBatches
-from cropr.specs import DetDataSpec, TrainSpec
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun
+from cropr.tasks.detection import DetDataSpec, DetModelSpec
 from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint
 from cropr.tasks.detection.evaluation import evaluate
 from cropr.tasks.detection.model import DetectionOutput, Detector, build_detector, losses
+from cropr.training.specs import TrainSpec
 
 
 class Detection(TaskRun):
@@ -26,7 +27,8 @@ class Detection(TaskRun):
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         super().__init__(spec, root)
         assert isinstance(spec.data, DetDataSpec)
-        self.data = spec.data
+        assert isinstance(spec.detector, DetModelSpec)
+        self.data, self.detector = spec.data, spec.detector
         self.splits = load_coco(root, self.data.num_classes)
 
     def folder_fingerprint(self) -> str:
@@ -37,7 +39,7 @@ class Detection(TaskRun):
         """See ``TaskRun``."""
         spec = self.spec
         return build_detector(
-            spec.model, spec.prune, spec.detector, self.data.num_classes, self.data.image_size, pretrained
+            spec.model, spec.prune, self.detector, self.data.num_classes, self.data.image_size, pretrained
         )
 
     def load_published(self, model: Detector, path: Path) -> bool:
@@ -56,7 +58,7 @@ class Detection(TaskRun):
         """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
         images = EvalImages(self.splits[1], self.data)
         batches = EvalBatches(images, settings.batch_size, collate=collate, **share)
-        return evaluate(model, batches, self.splits[1].annotations, settings, self.spec.detector.maskness)
+        return evaluate(model, batches, self.splits[1].annotations, settings, self.detector.maskness)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
         """See ``BatchTask``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cropr.specs import SegDataSpec
+from cropr.tasks.segmentation import SegDataSpec
 
 Forward = Callable[[Tensor], Tensor]
 

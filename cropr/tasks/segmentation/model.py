@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from cropr.data.ade20k import IGNORE
 from cropr.pruning.backbones import Backbone
 from cropr.pruning.fusion import Fusion
+from cropr.pruning.methods import REDUCERS
 from cropr.pruning.model import DeployedViT, Output, PrunedViT, build_model
 from cropr.pruning.reducers import Reducer
 from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens, take
-from cropr.specs import REDUCERS, ModelSpec, PruneSpec
+from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.base import Losses
 
 
@@ -53,7 +54,7 @@ class PrunedSegmenter(PrunedViT):
     @classmethod
     def default_options(cls, reducer: str, backbone: Backbone) -> dict[str, Any]:
         """One query per patch."""
-        return {"num_queries": backbone.num_patches} if "num_queries" in REDUCERS[reducer] else {}
+        return {"num_queries": backbone.num_patches} if "num_queries" in REDUCERS[reducer].options else {}
 
     def deploy(self) -> DeployedViT:
         return DeployedViT(PrunedSegmenter(*self._inference_parts())).requires_grad_(False).eval()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cropr.data.scenes import OBJECT
 from cropr.pruning.model import Output, PrunedViT
-from cropr.specs import TrainSpec
+from cropr.training.specs import TrainSpec
 
 Arrays = dict[str, NDArray[Any]]
 

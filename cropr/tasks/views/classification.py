@@ -13,8 +13,9 @@ from cropr.data.imagenet import eval_transform, load_splits
 from cropr.data.loading import decode
 from cropr.data.scenes import object_mask
 from cropr.pruning.model import Output, build_model
-from cropr.specs import DataSpec, TrainSpec
+from cropr.tasks.classification import DataSpec
 from cropr.tasks.views.base import Arrays, Sample, View
+from cropr.training.specs import TrainSpec
 
 
 class ClassificationView(View):

@@ -22,10 +22,11 @@ from cropr.data.coco import load_coco, normalise, read_image, read_masks
 from cropr.data.jitter import fit
 from cropr.data.loading import decode
 from cropr.pruning.model import Output
-from cropr.specs import DetDataSpec, TrainSpec
+from cropr.tasks.detection import DetDataSpec, DetModelSpec
 from cropr.tasks.detection.masks import encode_masks
 from cropr.tasks.detection.model import DetectionOutput, build_detector
 from cropr.tasks.views.base import Arrays, Sample, View, object_image, rarest
+from cropr.training.specs import TrainSpec
 
 SAVED_SCORE = 0.3
 """Objects found with less confidence are left out: a mask of the paper's size has two million pixels."""
@@ -40,6 +41,7 @@ class DetectionView(View):
     def __init__(self, spec: TrainSpec, root: Path | None) -> None:
         super().__init__(spec, root)
         assert isinstance(spec.data, DetDataSpec)
+        assert isinstance(spec.detector, DetModelSpec)
         data = self.data = spec.data
         self.split = load_coco(root, data.num_classes)[1] if root else None
         numbers = tuple(f"class_{number}" for number in range(1, data.num_classes + 1))

@@ -21,9 +21,10 @@ from cropr.data.ade20k import IGNORE, EvalTransform, Split, decode_map, load_spl
 from cropr.data.loading import decode
 from cropr.data.scenes import CLASSES
 from cropr.pruning.model import Output
-from cropr.specs import SegDataSpec, TrainSpec
+from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.segmentation.model import build
 from cropr.tasks.views.base import Arrays, Sample, View, object_image, rarest
+from cropr.training.specs import TrainSpec
 
 LOOKED_AT = 500
 """Annotations that are read to choose images by, at most, evenly spaced: a second for photos."""

@@ -1,0 +1,94 @@
+"""Every reducer and fusion by name, without torch: what specs, command line, labels, figures and digests know of them.
+
+The entry of a method stands in the file of its class, as a literal named ``METHODS``. It is read from the source text,
+as setuptools reads a version, because importing the file would import torch. To add a reducer, add a file to
+``reducers/`` with its class and its entry.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What is known of a reducer or a fusion before its class is imported."""
+
+    name: str
+    """As in specs, configuration and command line."""
+    path: str | None
+    """``module:Class``; None where nothing is done."""
+    label: str
+    """For readers: tables and legends."""
+    options: tuple[str, ...] = ()
+    """Keyword arguments that a spec may set."""
+    training_only: tuple[str, ...] = ()
+    """Options that deployment folds into one vector or drops: they do not change the speed of a deployed model."""
+    colour: str = "#5f5f5f"
+    """In every figure, as hexadecimal RGB."""
+    marker: str = "X"
+    """In every figure, as matplotlib names it."""
+    place: Literal["before_last_block", "after_last_block", "after_head"] | None = None
+    """Fusions: where pruned tokens come back."""
+
+    @property
+    def module(self) -> str | None:
+        """Dotted name of the file that holds the class."""
+        return self.path.partition(":")[0] if self.path else None
+
+    def load(self) -> Any:
+        """The class. Imports torch."""
+        assert self.path is not None, f"{self.name} has no class"
+        module, _, name = self.path.partition(":")
+        return getattr(import_module(module), name)
+
+
+def _entries(file: Path) -> Iterator[Method]:
+    """Methods that a source file declares in ``METHODS``."""
+    module = ".".join(["cropr", "pruning", *file.relative_to(_HERE).with_suffix("").parts])
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHODS":
+            for name, entry in ast.literal_eval(node.value).items():
+                kind = entry.pop("class")
+                yield Method(name=name, path=f"{module}:{kind}" if kind else None, **entry)
+
+
+def _table(files: list[Path]) -> dict[str, Method]:
+    return {method.name: method for file in files for method in _entries(file)}
+
+
+REDUCERS: dict[str, Method] = {
+    "none": Method(name="none", path=None, label="No pruning", colour="#3b3b3b", marker="s"),
+    **_table(sorted((_HERE / "reducers").glob("*.py"))),
+}
+"""Reducers by name; ``none`` is the unpruned model."""
+
+FUSIONS: dict[str, Method] = _table([_HERE / "fusion.py"])
+"""Fusions by name; ``none`` prunes for good."""
+
+
+def choose(table: dict[str, Method], kind: str, name: str) -> Method:
+    """The entry of a name.
+
+    Args:
+        table: ``REDUCERS`` or ``FUSIONS``.
+        kind: ``reducer`` or ``fusion``, for the error.
+
+    Raises:
+        ValueError: unknown name, with the known ones.
+    """
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(table)}")
+    return table[name]
+
+
+def before_last_block(fusion: str) -> bool:
+    """Whether a fusion brings pruned tokens back before the last block, which then computes on all tokens."""
+    return FUSIONS[fusion].place == "before_last_block"

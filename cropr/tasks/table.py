@@ -1,0 +1,37 @@
+"""What is known of a task before its code is imported; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from cropr.specs import ImagesSpec, Spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Entry of a task. Each package in ``cropr.tasks`` holds one, named ``TASK``."""
+
+    name: str
+    """As in specs and configuration."""
+    run: str
+    """``module:Class`` of its ``TaskRun``."""
+    view: str
+    """``module:Class`` of its ``View``, for pruning maps."""
+    data: type[ImagesSpec]
+    """Describes its images."""
+    detector: type[Spec] | None = None
+    """Describes what stands around the encoder; None where nothing does."""
+    layout: str
+    """Name of the public layout that its images lie in."""
+    folders: tuple[str, ...]
+    """Folders of that layout, under the root."""
+    metrics: Mapping[str, str]
+    """Metric -> label, in percent; rows are ranked by the first."""
+
+    def load(self, path: str) -> Any:
+        """The class behind ``run`` or ``view``. Imports torch."""
+        module, _, name = path.partition(":")
+        return getattr(import_module(module), name)
