@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cropr.specs import ImagesSpec, Range, Spec
+from cropr.specs import ImagesSpec, Range
 from cropr.tasks.table import Task
 
 
