@@ -167,8 +167,8 @@ class Answers:
 
 
 def panels(arrays: Mapping[str, Any]) -> Image.Image:
-    """One picture of the arrays that ``python -m cropr show`` writes: a row for each image, with its map, prediction and
-    truth (or names of classes below), and the colours of the blocks at the end."""
+    """One picture of the arrays that ``python -m cropr show`` writes: a row for each image, with its map, prediction
+    and truth (or names of classes below), and the colours of the blocks at the end."""
     font: Any = ImageFont.load_default(size=_TEXT - 3)
     titles = {"images": "image", "map": "pruning map", "prediction": "prediction", "truth": "truth"}
     texts = {
@@ -201,6 +201,7 @@ def _draw_key(pen: ImageDraw.ImageDraw, depth: int, width: int, top: int, font: 
     left = 2 * _GAP + round(font.getlength(text))
     side = min(24, (width - left - _GAP) // max(depth - 1, 1))
     pen.text((_GAP, top), text, "black", font)
+    pen.text((_GAP, top + _TEXT), "plain: never", "black", font)
     for block in range(1, depth):
         x = left + (block - 1) * side
         pen.rectangle((x, top, x + side - 1, top + _TEXT), block_colour(block, depth))

@@ -83,13 +83,14 @@ def run(args: argparse.Namespace) -> None:
         result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings, **share)
         if not world.leads:
             return
+        metrics, tokens = {**result.metrics, "deployed": int(args.deployed)}, list(model.token_trace)
         record = {
             "kind": "evaluate",
             "id": spec.digest(),
             "spec": spec.model_dump(mode="json"),
             "seed": seed,
-            "metrics": {**result.metrics, "deployed": int(args.deployed)},
-            "tokens": list(model.token_trace),
+            "metrics": metrics,
+            "tokens": tokens,
             "series": result.series,
             "provenance": provenance(
                 started, device=str(world.device), precision=precision, data_fingerprint=task.fingerprint
@@ -97,8 +98,8 @@ def run(args: argparse.Namespace) -> None:
         }
     if args.out:
         write_record(args.out, record)
-    show_metrics(str(weights), record["metrics"], task.headline)
-    say(f"tokens: {', '.join(map(str, record['tokens']))}")
+    show_metrics(str(weights), metrics, task.headline)
+    say(f"tokens: {', '.join(map(str, tokens))}")
     if relevance := result.series.get("relevance"):
         rows = [{name.replace("_", " "): f"{value:.4g}" for name, value in row.items()} for row in relevance]
         show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", rows)
@@ -117,11 +118,10 @@ def _score(args: argparse.Namespace, started: float) -> None:
     if args.out:
         files = {"predictions": str(args.predictions), "annotations": str(args.annotations)}
         write_record(args.out, {"kind": "score", "files": files, "metrics": metrics, "provenance": provenance(started)})
+    kinds = [kind for kind in ("box", "mask") if any(name.startswith(kind) for name in metrics)]
     rows = []
     for figure in FIGURES:
-        values = {
-            kind: metrics.get(f"{kind}_{figure}") for kind in ("box", "mask") if f"{kind}_{FIGURES[0]}" in metrics
-        }
+        values = {kind: metrics.get(f"{kind}_{figure}") for kind in kinds}
         texts = {kind: "no such object" if value is None else f"{value:.2f}" for kind, value in values.items()}
         rows.append({"quantity, %": figure, **texts})
     show_table(str(args.predictions), rows)
