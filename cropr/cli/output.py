@@ -19,7 +19,8 @@ def say(text: str) -> None:
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """A table of rows, column -> text; the columns are those of the first row."""
-    table = Table(*rows[0], title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    say(title)
+    table = Table(*rows[0], box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)

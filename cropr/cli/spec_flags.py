@@ -99,13 +99,13 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
     """The model and how it is pruned, for every verb that builds one; returns their group, for more of them."""
     group = parser.add_argument_group("model and pruning")
     group.add_argument("--model", metavar="NAME", help="timm model, such as vit_large_patch16_224")
-    group.add_argument("--reducer", choices=REDUCERS, help="how tokens are chosen (default cropr)")
+    group.add_argument("--reducer", choices=list(REDUCERS), help="how tokens are chosen (default cropr)")
     if schedule:
         group.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
         group.add_argument(
             "--schedule", metavar="JSON", help='another schedule, such as \'{"stages": {"at": {"6": 50}}}\''
         )
-    group.add_argument("--fusion", choices=FUSIONS, help="how pruned tokens come back (default llf)")
+    group.add_argument("--fusion", choices=list(FUSIONS), help="how pruned tokens come back (default llf)")
     return group
 
 
