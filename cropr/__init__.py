@@ -2,8 +2,10 @@
 
     model = cropr.prune(vit, schedule=cropr.Schedule.constant(rate=8), reducer="cropr", fusion="llf")
     fast = model.deploy()
+    maps = cropr.show.show(fast, images)
 
-Imports are lazy: ``import cropr`` does not load torch, so that the workflow starts in a second.
+``import cropr`` does not load torch; the names below load it at first use. Reducers and fusions are listed in
+``cropr.pruning.methods``.
 """
 
 from __future__ import annotations
@@ -14,29 +16,21 @@ from typing import TYPE_CHECKING, Any
 from cropr.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
-    from cropr.bench.planner import Plan, plan
+    from cropr import show
     from cropr.pruning.model import DeployedViT, Output, PrunedViT, prune
     from cropr.pruning.tokens import Tokens
 
 __version__ = "0.1.0"
-__all__ = ["DeployedViT", "Output", "Plan", "PrunedViT", "Schedule", "Tokens", "plan", "prune"]
-
-_LAZY = {
-    "DeployedViT": ("cropr.pruning.model", "DeployedViT"),
-    "Output": ("cropr.pruning.model", "Output"),
-    "Plan": ("cropr.bench.planner", "Plan"),
-    "PrunedViT": ("cropr.pruning.model", "PrunedViT"),
-    "Tokens": ("cropr.pruning.tokens", "Tokens"),
-    "plan": ("cropr.bench.planner", "plan"),
-    "prune": ("cropr.pruning.model", "prune"),
-}
+__all__ = ["DeployedViT", "Output", "PrunedViT", "Schedule", "Tokens", "prune", "show"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module 'cropr' has no attribute {name!r}; it has {sorted(__all__)}")
-    module, attribute = _LAZY[name]
-    return getattr(import_module(module), attribute)
+    if name == "show":
+        return import_module("cropr.show")
+    module = "cropr.pruning.tokens" if name == "Tokens" else "cropr.pruning.model"
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

@@ -84,7 +84,9 @@ class ScenesSpec(Spec):
     image_size: int = Field(64, ge=16)
     """Pixels a side."""
     train: int = Field(20_000, ge=1)
+    """Training images."""
     val: int = Field(2_000, ge=1)
+    """Validation images."""
     scale: tuple[float, float] = (3.0, 3.0)
     """Size of the labelled digit, in units of its 8 px original: drawn between these two."""
     distractors: int = Field(8, ge=0)
@@ -92,6 +94,7 @@ class ScenesSpec(Spec):
     objects: tuple[int, int] = (1, 1)
     """Whole digits in an image, at least and at most. They do not overlap."""
     seed: int = 0
+    """Of the generator."""
 
 
 class ImagesSpec(Spec):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cropr.pruning.model import DeployedViT, PrunedViT, build_model
+from cropr.build import build_model
+from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.encoder import build_encoder

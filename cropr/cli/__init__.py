@@ -12,16 +12,16 @@ VERBS = {
     "train": "train or fine-tune a model, pruned or not, and evaluate it",
     "evaluate": "evaluate trained weights",
     "bench": "measure throughput of a pruned model against the unpruned one",
-    "lab": "measure precisions, attention kernels, token counts, where time goes, training",
-    "plan": "find the schedule that reaches a speed-up, a latency or a share of the FLOPs",
+    "microbench": "measure precisions, attention kernels, token counts, where time goes, training",
+    "plan": "find the schedule that reaches a speed-up",
     "export": "write a deployed model as torch.export and ONNX, and check the file",
-    "show": "save the pruning maps of a trained model on validation images",
+    "show": "draw the pruning maps of a trained model on images",
     "doctor": "print versions, device, threads and data roots, for a bug report",
 }
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser; only the named verb's module is imported, since most of them load torch."""
+    """The parser. It has the flags of the named verb only: importing the modules of all takes longer."""
     parser = argparse.ArgumentParser(
         prog="cropr",
         description="Token Cropr: train, prune, measure. Each verb has its own --help with examples.",
@@ -40,7 +40,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, or 2 for an error of the user's, in one message."""
+    """Run one verb. Returns the exit status: 0, or 2 for a wrong command, file or value, in one message."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     verb = next((word for word in argv if word in VERBS), None)

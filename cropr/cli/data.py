@@ -12,14 +12,14 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cropr.cli.spec_flags import add_fields, given, make_spec, read_values
 from cropr.specs import ScenesSpec
+from cropr.tasks import TASKS
 
 CONSOLE = Console(stderr=True)
 
@@ -30,18 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scenes = verbs.add_parser("scenes", help="write the embedded data set")
     scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; an earlier set is replaced")
     _add_layout(scenes)
-    scenes.add_argument("--spec", metavar="JSON", help="a ScenesSpec, or a file that holds one")
-    scenes.add_argument("--train", type=int, metavar="N", help="training images")
-    scenes.add_argument("--val", type=int, metavar="N", help="validation images")
-    scenes.add_argument("--image-size", type=int, metavar="PX", help="side of the square images")
-    scenes.add_argument(
-        "--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="size of digits, in units of 8 px"
-    )
-    scenes.add_argument("--distractors", type=int, metavar="N", help="fragments of other digits in an image")
-    scenes.add_argument(
-        "--objects", type=int, nargs=2, metavar=("LOW", "HIGH"), help="digits in an image (default 1 1)"
-    )
-    scenes.add_argument("--seed", type=int, metavar="N", help="of the generator (default 0)")
+    scenes.add_argument("--spec", metavar="JSON", help="a ScenesSpec, or a file that holds one; flags go over it")
+    add_fields(scenes, ScenesSpec)
     scenes.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     check = verbs.add_parser("check", help="read every image of a folder and list those that cannot be used")
     check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*, or --layout's")
@@ -50,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layout", choices=("imagenet", "ade20k", "coco"), default="imagenet", help="folders of (default imagenet)"
-    )
+    layouts = [task.layout for task in TASKS.values()]
+    parser.add_argument("--layout", choices=layouts, default="imagenet", help="folders of (default imagenet)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,28 +54,11 @@ def _progress() -> Progress:
     return Progress(*columns, console=CONSOLE)
 
 
-def _scenes_spec(args: argparse.Namespace) -> ScenesSpec:
-    """``--spec`` first, single options over it."""
-    values = {}
-    if args.spec:
-        text = args.spec if args.spec.lstrip().startswith("{") else Path(args.spec).read_text(encoding="utf-8")
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"--spec is not JSON: {error}") from None
-    names = ("train", "val", "image_size", "scale", "distractors", "objects", "seed")
-    values |= {name: value for name in names if (value := getattr(args, name)) is not None}
-    try:
-        return ScenesSpec(**values)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"scenes: {'; '.join(problems)}; keys are {', '.join(ScenesSpec.model_fields)}") from None
-
-
 def _scenes(args: argparse.Namespace) -> None:
     from cropr.data.layouts import write
 
-    spec = _scenes_spec(args)
+    values = read_values(args.spec) if args.spec else {}
+    spec = make_spec({**values, **given(args, ScenesSpec.model_fields)}, kind=ScenesSpec)
     with _progress() as bar:
         task = bar.add_task("scenes", total=spec.train + spec.val)
         write(spec, args.out, args.layout, args.workers, lambda done: bar.advance(task, done))

@@ -14,11 +14,9 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from cropr.cli.spec_flags import make_spec, read_spec
-from cropr.records import provenance, read_record, write_record
+from cropr.cli.output import say, show_metrics, show_table
+from cropr.cli.spec_flags import add_machine_flags, read_spec, trained_run
+from cropr.records import provenance, write_record
 from cropr.training.specs import TrainSpec
 
 
@@ -42,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record there")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default 64")
     parser.add_argument("--seed", type=int, metavar="N", help="of random reducers (default: the run's)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
+    add_machine_flags(parser)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default 0)")
 
 
@@ -86,13 +83,14 @@ def run(args: argparse.Namespace) -> None:
         result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings, **share)
         if not world.leads:
             return
+        metrics, tokens = {**result.metrics, "deployed": int(args.deployed)}, list(model.token_trace)
         record = {
             "kind": "evaluate",
             "id": spec.digest(),
             "spec": spec.model_dump(mode="json"),
             "seed": seed,
-            "metrics": {**result.metrics, "deployed": int(args.deployed)},
-            "tokens": list(model.token_trace),
+            "metrics": metrics,
+            "tokens": tokens,
             "series": result.series,
             "provenance": provenance(
                 started, device=str(world.device), precision=precision, data_fingerprint=task.fingerprint
@@ -100,7 +98,11 @@ def run(args: argparse.Namespace) -> None:
         }
     if args.out:
         write_record(args.out, record)
-    _show(record, weights, task.headline)
+    show_metrics(str(weights), metrics, task.headline)
+    say(f"tokens: {', '.join(map(str, tokens))}")
+    if relevance := result.series.get("relevance"):
+        rows = [{name.replace("_", " "): f"{value:.4g}" for name, value in row.items()} for row in relevance]
+        show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", rows)
 
 
 def _score(args: argparse.Namespace, started: float) -> None:
@@ -117,11 +119,12 @@ def _score(args: argparse.Namespace, started: float) -> None:
         files = {"predictions": str(args.predictions), "annotations": str(args.annotations)}
         write_record(args.out, {"kind": "score", "files": files, "metrics": metrics, "provenance": provenance(started)})
     kinds = [kind for kind in ("box", "mask") if any(name.startswith(kind) for name in metrics)]
-    table = Table("quantity, %", *kinds, title=str(args.predictions))
+    rows = []
     for figure in FIGURES:
-        values = (metrics.get(f"{kind}_{figure}") for kind in kinds)
-        table.add_row(figure, *("no such object" if value is None else f"{value:.2f}" for value in values))
-    Console().print(table)
+        values = {kind: metrics.get(f"{kind}_{figure}") for kind in kinds}
+        texts = {kind: "no such object" if value is None else f"{value:.2f}" for kind, value in values.items()}
+        rows.append({"quantity, %": figure, **texts})
+    show_table(str(args.predictions), rows)
 
 
 def _what(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
@@ -129,35 +132,11 @@ def _what(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     if args.run_dir and (args.spec or args.weights):
         raise ValueError("--run says which spec and weights; leave --spec and --weights out")
     if args.run_dir:
-        from cropr.training.checkpoint import WEIGHTS
-
-        record = read_record(args.run_dir) if args.run_dir.is_dir() else None
-        if record is None:
-            raise FileNotFoundError(f"--run {args.run_dir}: no such directory")
-        if record["kind"] != "train":
-            raise ValueError(f"--run {args.run_dir}: holds a record of kind {record['kind']}, not of a training run")
-        seed = record["seed"] if args.seed is None else args.seed
-        return make_spec(record["spec"]), args.run_dir / WEIGHTS, seed
+        spec, weights, seed = trained_run(args.run_dir)
+        return spec, weights, seed if args.seed is None else args.seed
     if not (args.spec and args.weights):
         raise ValueError(
             "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
             "or --predictions FILE with --annotations FILE"
         )
     return read_spec(args.spec), args.weights, args.seed or 0
-
-
-def _show(record: dict, weights: Path, headline: dict[str, str]) -> None:
-    console = Console()
-    console.print(str(weights), soft_wrap=True, highlight=False)
-    table = Table("quantity", "value")
-    for name, value in record["metrics"].items():
-        table.add_row(*((headline[name], f"{value:.2f} %") if name in headline else (name, f"{value:.6g}")))
-    table.add_row("tokens", ", ".join(map(str, record["tokens"])))
-    console.print(table)
-    if relevance := record["series"].get("relevance"):
-        blocks = Table(
-            "block", "kept patches on the object", "object's patches kept", title="where the kept tokens lie"
-        )
-        for row in relevance:
-            blocks.add_row(str(row["block"]), f"{row['kept_on_object']:.1f} %", f"{row['object_kept']:.1f} %")
-        console.print(blocks)

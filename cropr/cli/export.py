@@ -1,13 +1,14 @@
 """Export a deployed model as torch.export (.pt2) and ONNX, run the ONNX file, and compare it with PyTorch.
 
-The files have a dynamic batch and a fixed image size; inputs are normalised images, outputs the logits and the indices
-of the kept patches, a block each. The ONNX file is run in onnxruntime: it must keep the same tokens and give logits
-within 1e-4. Reducers that draw random numbers are refused. Needs: pip install onnx onnxscript onnxruntime
+The files have a dynamic batch and a fixed image size; inputs are normalised images, outputs the logits and, for each
+block that prunes, the indices of the kept patches. The ONNX file is run in onnxruntime: it must keep the same tokens
+and give logits within 1e-4. Reducers that draw random numbers are refused.
+Needs: pip install onnx onnxscript onnxruntime
 
 examples:
   python -m cropr export --run results/laptop/runs/3f2a91c07d/seed0 --out exported
   python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported            random weights
-  python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported --bench    onnxruntime's speed-up, too
+  python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported --bench    also speed-up in onnxruntime
 """
 
 from __future__ import annotations
@@ -16,30 +17,37 @@ import argparse
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from cropr.bench.specs import BenchSpec
-from cropr.cli.bench import progress
-from cropr.cli.pruning_flags import add_model_flags, add_schedule_flags, pruning
-from cropr.cli.spec_flags import make_spec
-from cropr.records import RECORD, package_versions, provenance, read_record, write_record
-from cropr.training.specs import TrainSpec
+from cropr.cli.bench import TEXTS
+from cropr.cli.output import origin, progress, say, show_metrics
+from cropr.cli.spec_flags import (
+    PRUNING,
+    add_fields,
+    add_pruning_flags,
+    given,
+    make_spec,
+    pruning,
+    require_known,
+    require_model,
+    trained_run,
+)
+from cropr.records import RECORD, package_versions, provenance, write_record
+from cropr.specs import Spec
 
 if TYPE_CHECKING:
-    from cropr.pruning.model import DeployedViT, PrunedViT
+    from cropr.pruning.model import DeployedViT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="directory of a finished training run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model.onnx, model.pt2 and record.json")
-    add_schedule_flags(add_model_flags(parser))
-    how = parser.add_argument_group("check and clock")
+    add_fields(add_pruning_flags(parser), BenchSpec, ["image_size"], texts=TEXTS)
+    how = parser.add_argument_group("check and measurement")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images of both (default 4)")
-    how.add_argument("--rounds", type=int, default=5, metavar="N", help="readings of every clock (default 5)")
+    how.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default 5)")
     how.add_argument("--bench", action="store_true", help="also time the unpruned model in onnxruntime")
     how.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
 
@@ -60,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     spec, model = _trained(args) if args.run_dir else _random(args)
-    with progress(args.rounds + 8) as tick:
+    with progress() as tick:
         found = export(model, args.out, args.batch_size, args.rounds, args.bench, tick)
     packages = {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
     record = {
@@ -72,70 +80,35 @@ def run(args: argparse.Namespace) -> None:
         "provenance": provenance(started, precision="fp32", packages=package_versions() | packages),
     }
     write_record(args.out / RECORD, record)
-    show(record, args.out, Console())
+    show_metrics(f"{args.out}: model.onnx, model.pt2", record["metrics"])
+    say(f"tokens: {record['tokens'][0]} to {min(record['tokens'])}; {origin(record)}")
 
 
-def show(record: dict[str, Any], folder: Path, console: Console) -> None:
-    """Print a record."""
-    metrics = record["metrics"]
-    table = Table("file", "MB", title=str(folder), title_justify="left")
-    table.add_row("model.onnx", f"{metrics['onnx_mb']:.1f}")
-    table.add_row("model.pt2", f"{metrics['pt2_mb']:.1f}")
-    console.print(table)
-    tokens = record["tokens"]
-    console.print(
-        f"agreement: same tokens for {metrics['same_tokens']} of {metrics['images']} images, "
-        f"logits within {metrics['logits_difference']:.1e}\n"
-        f"graph: {tokens[0]} to {min(tokens)} tokens, {metrics['topk']} Top-K of k up to {metrics['largest_k']}, "
-        f"{metrics['reducing_scatters']} scatters with a reduction\n"
-        f"latency of {metrics['images']} images: onnxruntime {metrics['onnx_ms']:.1f} ms, "
-        f"PyTorch {metrics['torch_ms']:.1f} ms",
-        soft_wrap=True,
-        highlight=False,
-    )
-    if "speedup" in metrics:
-        console.print(
-            f"speed-up in onnxruntime {metrics['speedup']:.3f}x (95 % {metrics['speedup_low']:.3f} to "
-            f"{metrics['speedup_high']:.3f}), bound {metrics['bound']:.3f}x, "
-            f"share of the bound {metrics['share_of_bound']:.3f}",
-            soft_wrap=True,
-            highlight=False,
-        )
-
-
-def _trained(args: argparse.Namespace) -> tuple[TrainSpec, DeployedViT]:
+def _trained(args: argparse.Namespace) -> tuple[Spec, DeployedViT]:
     """The model of a training run."""
-    given = [name for name in ("model", "reducer", "rate", "schedule", "fusion", "image_size") if getattr(args, name)]
-    if given:
-        raise ValueError(f"--run and --{given[0].replace('_', '-')}: the run says what the model is")
-    if not args.run_dir.is_dir():
-        raise FileNotFoundError(f"--run {args.run_dir}: no such directory")
-    record = read_record(args.run_dir)
-    if record["kind"] != "train":
-        raise ValueError(f"--run {args.run_dir}: holds a record of kind {record['kind']}, not of a training run")
-    spec: TrainSpec = make_spec(record["spec"])
+    if found := given(args, (*PRUNING, "image_size")):
+        raise ValueError(f"--run and --{next(iter(found)).replace('_', '-')}: the run says what the model is")
+    spec, weights, _ = trained_run(args.run_dir)
     if spec.task != "classification":
-        raise ValueError(f"--run {args.run_dir}: a run of {spec.task}; exported are image classifiers")
+        raise ValueError(f"--run {args.run_dir}: a run of {spec.task}; only image classifiers can be exported")
 
-    from cropr.pruning.model import build_model
-    from cropr.training.checkpoint import WEIGHTS, load_weights
+    from cropr.build import build_model
+    from cropr.pruning.model import PrunedViT
+    from cropr.training.checkpoint import load_weights
 
     model: PrunedViT = build_model(spec.model, spec.prune, spec.data.num_classes, spec.data.image_size)
-    load_weights(model, args.run_dir / WEIGHTS)
+    load_weights(model, weights)
     return spec, model.deploy()
 
 
-def _random(args: argparse.Namespace) -> tuple[BenchSpec, DeployedViT]:
+def _random(args: argparse.Namespace) -> tuple[Spec, DeployedViT]:
     """A model with random weights, by name."""
-    if not args.model:
-        raise ValueError("name what to export: --run DIR, or --model NAME for random weights")
-    size = {"image_size": args.image_size} if args.image_size is not None else {}
-    spec: BenchSpec = make_spec({"model": {"name": args.model}, "prune": pruning(args), **size}, kind=BenchSpec)
+    require_known(require_model(args, "a training run with --run"))
+    values = {"model": {"name": args.model}, "prune": pruning(args), **given(args, ["image_size"])}
+    spec = make_spec(values, kind=BenchSpec)
 
-    import torch
+    from cropr.build import build_model
+    from cropr.pruning.model import PrunedViT
 
-    from cropr.bench.models import hosted, random_weights
-
-    model: DeployedViT = hosted(spec.model, spec.prune, spec.image_size).deploy()
-    random_weights(model, "cpu", torch.float32)
-    return spec, model
+    model: PrunedViT = build_model(spec.model, spec.prune, 1000, spec.image_size)
+    return spec, model.deploy()

@@ -1,57 +1,212 @@
-"""How verbs read a specification: a file, JSON on the command line, or flags; and errors that a user can act on."""
+"""Flags of the verbs, and the specifications that they make up: from a file, from JSON, or from flags.
+
+``add_fields`` makes flags of the fields of a specification: name, type, choices, default and help come from the field.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
-import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from cropr.cli.pruning_flags import pruning
 from cropr.pruning.methods import FUSIONS, REDUCERS
 from cropr.specs import Spec, check
 from cropr.training.specs import TrainSpec
 
 Kind = TypeVar("Kind", bound=Spec)
+PRUNING = ("model", "reducer", "rate", "schedule", "fusion")
+"""Names of the flags that ``add_pruning_flags`` adds."""
 
-FLAGS = (
-    "model",
-    "reducer",
-    "rate",
-    "schedule",
-    "fusion",
-    "drop_path",
-    "epochs",
-    "batch_size",
-    "accumulate",
-    "lr",
-    "image_size",
-    "precision",
-    "pretrained",
-)
-"""What ``add_flags`` adds: each stands for a part of a spec."""
+# Flags --------------------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that make up a spec without a file."""
-    model = parser.add_argument_group("model and pruning")
-    model.add_argument("--model", metavar="NAME", help="timm model, such as vit_small_patch16_224")
-    model.add_argument("--reducer", choices=sorted(REDUCERS), help="what chooses the tokens (default cropr)")
-    model.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
-    model.add_argument("--schedule", metavar="JSON", help='another schedule, such as \'{"stages": {"at": {"6": 50}}}\'')
-    model.add_argument("--fusion", choices=FUSIONS, help="how pruned tokens come back (default llf)")
-    model.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth (default 0.1)")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=float, metavar="N", help="default 20")
-    recipe.add_argument("--batch-size", type=int, metavar="N", help="images per step over all devices (default 64)")
-    recipe.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step, to save memory")
-    recipe.add_argument("--lr", type=float, metavar="LR", help="peak learning rate (default 1e-3 per 256 images)")
-    recipe.add_argument("--image-size", type=int, metavar="PX", help="default: the model's own")
-    recipe.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default bf16 on a GPU, else fp32")
-    recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
+def add_fields(
+    group: argparse._ActionsContainer,
+    spec: type[Spec],
+    names: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """A flag for each field that holds a number, a word, a switch, or several numbers or words.
+
+    Args:
+        spec: its fields. The docstring below a field is the help of its flag.
+        names: these fields only; all by default.
+        defaults: field -> default for the help, where a verb has its own.
+        texts: field -> help, for fields without a docstring.
+    """
+    for name, field in spec.model_fields.items():
+        options = _options(field.annotation)
+        if options is None or (names is not None and name not in names):
+            continue
+        text = _docstrings(spec).get(name) or (texts or {}).get(name) or name.replace("_", " ")
+        default = (defaults or {}).get(name, None if field.is_required() else field.default)
+        if isinstance(default, tuple | list):
+            default = " ".join(map(str, default))
+        if default is not None and "action" not in options:
+            text += f" (default {default})"
+        group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+
+
+def _options(annotation: Any) -> dict[str, Any] | None:
+    """Arguments of ``add_argument`` for values of a type; None for types that a flag cannot hold."""
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+        return {"type": _number, "metavar": "X"} if set(kinds) == {int, float} else _options(kinds[0])
+    if get_origin(annotation) in (tuple, list):
+        inner, *others = get_args(annotation)
+        options = _options(inner)
+        several = get_origin(annotation) is list or others == [Ellipsis]
+        return options and {**options, "nargs": "+" if several else 1 + len(others)}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    if annotation is bool:
+        return {"action": "store_true"}
+    letters = {int: "N", float: "X", str: "TEXT"}
+    return {"type": annotation, "metavar": letters[annotation]} if annotation in letters else None
+
+
+@cache
+def _docstrings(spec: type[Spec]) -> dict[str, str]:
+    """Field -> docstring below it, as the help of a flag."""
+    found = {}
+    for kind in reversed([kind for kind in spec.__mro__ if issubclass(kind, Spec)]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                words = " ".join(str(text.value.value).replace("``", "").split()).removesuffix(".")
+                found[ast.unparse(field.target)] = words[0].lower() + words[1:]
+    return found
+
+
+def _number(text: str) -> int | float:
+    """Whole numbers as int: digests of specifications tell 3 from 3.0."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) -> argparse._ArgumentGroup:
+    """The model and how it is pruned, for every verb that builds one; returns their group, for more of them."""
+    group = parser.add_argument_group("model and pruning")
+    group.add_argument("--model", metavar="NAME", help="timm model, such as vit_large_patch16_224")
+    group.add_argument("--reducer", choices=list(REDUCERS), help="how tokens are chosen (default cropr)")
+    if schedule:
+        group.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
+        group.add_argument(
+            "--schedule", metavar="JSON", help='another schedule, such as \'{"stages": {"at": {"6": 50}}}\''
+        )
+    group.add_argument("--fusion", choices=list(FUSIONS), help="how pruned tokens come back (default llf)")
+    return group
+
+
+def add_machine_flags(parser: argparse._ActionsContainer) -> None:
+    """``--device`` and ``--threads``."""
+    parser.add_argument("--device", help="cpu, cuda; to measure also cuda:1, mps (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
+
+
+def choose_device(args: argparse.Namespace) -> str:
+    """Set the number of threads that the flags name, and return the name of the device.
+
+    Raises:
+        ValueError: less than one thread.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: must be 1 or more")
+
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Flags that the user gave, of those named, with their values."""
+    values = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def spec_from_flags(args: argparse.Namespace, kind: type[Kind], together: Collection[str] = ()) -> Kind:
+    """The specification of a measurement that ``--spec`` or the flags describe; ``together``: flags that go with both.
+
+    Raises:
+        ValueError: flags that do not go together, or a value that is not allowed.
+    """
+    values = given(args, kind.model_fields)
+    if args.spec:
+        require_lone_spec(args, ({*PRUNING, *values} - {*together}))
+        return make_spec({**read_values(args.spec), **given(args, together)}, kind=kind)
+    return make_spec({**values, "model": {"name": require_model(args)}, "prune": pruning(args)}, kind=kind)
+
+
+def require_lone_spec(args: argparse.Namespace, names: Iterable[str], fix: str = "") -> None:
+    """Refuse ``--spec`` together with flags that stand for parts of a specification.
+
+    Raises:
+        ValueError: they are given together; ``fix`` ends the message.
+    """
+    if args.spec and (found := given(args, names)):
+        flags = ", ".join("--" + name.replace("_", "-") for name in found)
+        raise ValueError(f"--spec and {flags}: the spec says it all{fix}")
+
+
+def pruning(args: argparse.Namespace) -> dict[str, Any]:
+    """Reducer, schedule and fusion of a ``PruneSpec``, of the flags of ``add_pruning_flags``.
+
+    Raises:
+        ValueError: flags that do not go together, or a schedule that is neither JSON nor YAML.
+    """
+    reducer = args.reducer or "cropr"
+    pruned = reducer != "none"
+    values = {"reducer": reducer, "fusion": args.fusion or ("llf" if pruned else "none")}
+    if not hasattr(args, "schedule"):
+        return values
+    if args.schedule and args.rate is not None:
+        raise ValueError(f"--rate {args.rate} and --schedule {args.schedule}: give one of them")
+    if not pruned and (args.rate or args.schedule):
+        raise ValueError("--reducer none prunes nothing; leave --rate and --schedule out")
+    rate = 8 if args.rate is None else args.rate
+    schedule = parse(args.schedule, "--schedule") if args.schedule else {"constant": {"rate": rate * pruned}}
+    return {**values, "schedule": schedule}
+
+
+def require_model(args: argparse.Namespace, instead: str = "a spec with --spec") -> str:
+    """The name that ``--model`` gave.
+
+    Raises:
+        ValueError: it is missing; ``instead`` says what else there is.
+    """
+    if not args.model:
+        raise ValueError(f"name a model with --model (for example vit_large_patch16_224) or {instead}")
+    return str(args.model)
+
+
+def require_known(name: str) -> str:
+    """The name of a model, if timm has it.
+
+    Raises:
+        ValueError: it does not; with models of similar names.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:8]
+        raise ValueError(f"--model {name}: timm has no such model; close to it: {', '.join(close) or 'none'}")
+    return name
+
+
+# Specifications -----------------------------------------------------------------------------------------------------
 
 
 def read_spec(
@@ -105,100 +260,29 @@ def make_spec(
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--set {override}: {parent} has no keys below it")
-        place[last] = _literal(value)
+        try:
+            place[last] = json.loads(value)
+        except ValueError:
+            place[last] = value
     return check(kind, values, "spec")
 
 
-def spec_from_flags(args: argparse.Namespace, classes: int, images: int, on_gpu: bool) -> TrainSpec:
-    """The spec that the flags describe: a recipe to fine-tune a model on a folder of images.
-
-    Args:
-        args: with the flags of ``add_flags``, ``init`` and ``set``.
-        classes: class folders of the data.
-        images: training images; the default batch is not larger.
-        on_gpu: decides the default precision.
+def trained_run(folder: Path) -> tuple[TrainSpec, Path, int]:
+    """Specification, weights and seed of a finished training run.
 
     Raises:
-        ValueError: flags that do not go together, or a value that is not allowed.
+        FileNotFoundError: no such directory, or no record in it.
+        ValueError: a record of something else.
     """
-    if not args.model:
-        raise ValueError("name a model with --model (for example vit_small_patch16_224) or a spec with --spec")
-    if args.pretrained and args.init:
-        raise ValueError(f"--pretrained and --init {args.init}: give one of them")
-    batch = args.batch_size if args.batch_size is not None else min(64, images)
-    recipe = {
-        "epochs": 20,
-        "batch_size": batch,
-        "warmup_epochs": 1 if args.epochs is None or args.epochs > 1 else 0,
-        "precision": "bf16" if on_gpu else "fp32",
-        "clip_grad": 1.0,
-        **given(args, "accumulate", "precision"),
-        **({} if args.epochs is None else {"epochs": int(args.epochs) if args.epochs.is_integer() else args.epochs}),
-        **({} if args.lr is None or batch < 1 else {"base_lr": args.lr * 256 / batch}),
-    }
-    values = {
-        "model": {"name": args.model, "drop_path": 0.1, **given(args, "drop_path")},
-        "prune": pruning(args),
-        "data": {
-            **_input_of(args.model),
-            **given(args, "image_size"),
-            "num_classes": classes,
-            "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "smoothing": 0.1},
-        },
-        "recipe": recipe,
-        "init": "timm" if args.pretrained else initial_id(args.init) if args.init else "random",
-    }
-    return make_spec(values, args.set)
-
-
-def initial_id(path: Path) -> str:
-    """What names initial weights in a spec: the id of the run that made them, else a digest of the file."""
-    from cropr.records import RECORD, read_record
+    from cropr.records import read_record
     from cropr.training.checkpoint import WEIGHTS
 
-    path = path / WEIGHTS if path.is_dir() else path
-    if (path.parent / RECORD).exists():
-        return str(read_record(path.parent)["id"])
-    if not path.is_file():
-        raise FileNotFoundError(f"--init {path}: no such file")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
-
-
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Flags that the user gave, of those named, with their values."""
-    values = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None and value is not False}
-
-
-def require_lone_spec(args: argparse.Namespace, flags: Iterable[str], instead: str = "") -> None:
-    """``--spec`` comes without the flags that stand for parts of a spec; ``instead`` says what else there is.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if args.spec and (found := given(args, *flags)):
-        names = ", ".join("--" + name.replace("_", "-") for name in found)
-        raise ValueError(f"--spec and {names}: the spec says it all{instead}")
-
-
-def _input_of(model: str) -> dict[str, Any]:
-    """Image size, normalisation and evaluation crop that a timm model was made for."""
-    import timm
-
-    if not timm.is_model(model):
-        close = timm.list_models(f"*{model.split('.')[0].split('_patch')[0]}*")[:8]
-        raise ValueError(f"--model {model}: timm has no such model; close to it: {', '.join(close) or 'none'}")
-    if (config := timm.get_pretrained_cfg(model)) is None:
-        return {}
-    usual = config.interpolation in ("bicubic", "bilinear")
-    return {
-        "image_size": config.input_size[-1],
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "crop_pct": config.crop_pct,
-        "interpolation": config.interpolation if usual else "bicubic",
-    }
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--run {folder}: no such directory")
+    record = read_record(folder)
+    if record["kind"] != "train":
+        raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
+    return make_spec(record["spec"]), folder / WEIGHTS, record["seed"]
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
@@ -216,11 +300,3 @@ def parse(text: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys and values, found {type(values).__name__}")
     return values
-
-
-def _literal(text: str) -> Any:
-    """A JSON value, or the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -1,7 +1,7 @@
 """Train or fine-tune a model, pruned or not, and evaluate it.
 
 The images lie in class folders: DATA/train/<class>/* and DATA/val/<class>/*. The run ends with record.json,
-weights.safetensors and log.jsonl (a line a step) in its directory. A run that was cut off goes on from its last
+weights.safetensors and log.jsonl (a line a step) in its directory. An interrupted run continues from its last
 checkpoint when the same command is given again; a finished one is not repeated.
 
 examples:
@@ -16,15 +16,32 @@ examples:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from cropr.cli.spec_flags import FLAGS, add_flags, read_spec, require_lone_spec, spec_from_flags
+from cropr.cli.output import say
+from cropr.cli.spec_flags import (
+    PRUNING,
+    add_fields,
+    add_machine_flags,
+    add_pruning_flags,
+    given,
+    make_spec,
+    pruning,
+    read_spec,
+    require_known,
+    require_lone_spec,
+    require_model,
+)
+from cropr.specs import ModelSpec, RecipeSpec
 from cropr.training.specs import TrainSpec
 
 _LOG = logging.getLogger(__name__)
+_RECIPE = ("epochs", "batch_size", "accumulate", "precision")
+_FLAGS = (*PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
+"""Flags that stand for parts of a spec."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key of the spec")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
-    add_flags(parser)
+    add_fields(add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
+    recipe = parser.add_argument_group("recipe")
+    add_fields(recipe, RecipeSpec, _RECIPE, {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"})
+    recipe.add_argument("--lr", type=float, metavar="LR", help="peak learning rate (default 1e-3 per 256 images)")
+    recipe.add_argument("--image-size", type=int, metavar="PX", help="default: the model's own")
+    recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
     machine = parser.add_argument_group("machine (none of these changes the result on a CPU)")
-    machine.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    machine.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
+    add_machine_flags(machine)
     machine.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default 0)")
     machine.add_argument(
         "--checkpoint-minutes", type=float, default=10, metavar="M", help="default 10, and every epoch"
@@ -52,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
-    require_lone_spec(args, FLAGS, "; change single keys with --set")
+    require_lone_spec(args, _FLAGS, "; change single keys with --set")
     spec = read_spec(args.spec, args.set) if args.spec else None
 
     from cropr.tasks import TASKS
@@ -79,24 +100,76 @@ def run(args: argparse.Namespace) -> None:
             )
         except TrainingInterrupted as stop:
             message, number = stop.args
-            _LOG.error("%s; the same command goes on from there", message)
+            _LOG.error("%s; the same command continues from there", message)
             raise SystemExit(128 + (number or 15)) from None
         if world.leads:
-            Console().print(
-                _summary(record, out, TASKS[spec.task].load(TASKS[spec.task].run).headline),
-                soft_wrap=True,
-                highlight=False,
-            )
+            metrics, headline = record["metrics"], TASKS[spec.task].load(TASKS[spec.task].run).headline
+            figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in headline.items())
+            speed = f"{metrics['train_images_per_s']:.3g} training images/s"
+            say(f"{figures} of {metrics['val_images']} images, {speed}: {out}")
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
+    """The spec that the flags describe: a recipe to fine-tune a model on a folder of images.
+
+    Raises:
+        ValueError: flags that do not go together, or a value that is not allowed.
+    """
     from cropr.data.imagenet import load_splits
 
     split, _ = load_splits(args.data)
-    return spec_from_flags(args, len(split.classes), len(split), on_gpu)
+    name = require_known(require_model(args))
+    if args.pretrained and args.init:
+        raise ValueError(f"--pretrained and --init {args.init}: give one of them")
+    batch = args.batch_size if args.batch_size is not None else min(64, len(split))
+    values = {
+        "model": {"name": name, "drop_path": 0.1, **given(args, ["drop_path"])},
+        "prune": pruning(args),
+        "data": {
+            **_input_of(name),
+            **given(args, ["image_size"]),
+            "num_classes": len(split.classes),
+            "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "smoothing": 0.1},
+        },
+        "recipe": {
+            "epochs": 20,
+            "warmup_epochs": 1 if args.epochs is None or args.epochs > 1 else 0,
+            "precision": "bf16" if on_gpu else "fp32",
+            "clip_grad": 1.0,
+            **({} if args.lr is None or batch < 1 else {"base_lr": args.lr * 256 / batch}),
+            **given(args, _RECIPE),
+            "batch_size": batch,
+        },
+        "init": "timm" if args.pretrained else _initial_id(args.init) if args.init else "random",
+    }
+    return make_spec(values, args.set)
 
 
-def _summary(record: dict, out: Path, headline: dict[str, str]) -> str:
-    metrics = record["metrics"]
-    figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in headline.items())
-    return f"{figures} of {metrics['val_images']} images, {metrics['train_images_per_s']:.3g} training images/s: {out}"
+def _initial_id(path: Path) -> str:
+    """What names initial weights in a spec: the id of the run that made them, else a digest of the file."""
+    from cropr.records import RECORD, read_record
+    from cropr.training.checkpoint import WEIGHTS
+
+    path = path / WEIGHTS if path.is_dir() else path
+    if (path.parent / RECORD).exists():
+        return str(read_record(path.parent)["id"])
+    if not path.is_file():
+        raise FileNotFoundError(f"--init {path}: no such file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
+def _input_of(model: str) -> dict[str, Any]:
+    """Image size, normalisation and evaluation crop that a timm model was made for."""
+    import timm
+
+    if (config := timm.get_pretrained_cfg(model)) is None:
+        return {}
+    usual = config.interpolation in ("bicubic", "bilinear")
+    return {
+        "image_size": config.input_size[-1],
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "crop_pct": config.crop_pct,
+        "interpolation": config.interpolation if usual else "bicubic",
+    }

@@ -1,8 +1,8 @@
-"""What becomes of pruned tokens: the ways to bring them back, behind one interface.
+"""Fusions: ways to bring pruned tokens back, behind one interface.
 
 Pruned tokens are set aside in the state in which they left. A fusion puts them behind the survivors at one of three
-places: before the last block, after it, or after the head. Each class says what it takes from the paper and what is
-our reading: of the alternatives to Last Layer Fusion, the sources at hand give names and results, no definitions.
+places: before the last block, after it, or after the head. The paper defines Last Layer Fusion; of the alternatives it
+gives names and results only. Each class says what is from the paper and what is our reading.
 
 B batch, P prefix tokens, K survivors, R pruned, N = K + R patch tokens, L = P + N, C channels.
 """
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cropr.pruning.methods import FUSIONS, choose
+from cropr.pruning.methods import FUSIONS, Place, choose
 from cropr.pruning.tokens import Tokens
-
-Place = Literal["before_last_block", "after_last_block", "after_head"]
 
 METHODS = {
     "none": {"class": None, "label": "No reactivation"},
@@ -33,7 +31,7 @@ METHODS = {
         "place": "before_last_block",
     },
 }
-"""Read by ``cropr.pruning.methods``: a literal, since reading it must not import torch. ``none`` prunes for good."""
+"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
 
 
 class Fusion(nn.Module):
@@ -78,7 +76,7 @@ class LastLayerFusion(Fusion):
 
 
 class LastLayerFusionNoSelf(LastLayerFusion):
-    """LLF without self-attention among the pruned. The paper's: the idea. Our reading: a pruned token attends to
+    """LLF without self-attention among the pruned. From the paper: the idea. Our reading: a pruned token attends to
     prefix, survivors and itself; survivors attend to all, as in LLF.
 
     Survivors stand first, so one mask [L, L] serves all images and heads. The host's own block computes it, in the
@@ -95,14 +93,14 @@ class LastLayerFusionNoSelf(LastLayerFusion):
 
 
 class TokenConcat(Fusion):
-    """After the last block, which does not see the pruned; no parameters. The paper's: the name. Our reading: norm and
-    head of the survivors serve the pruned as they left."""
+    """After the last block, which does not see the pruned; no parameters. From the paper: the name. Our reading: the
+    last norm and the head are applied to pruned tokens in the state in which they left."""
 
     place: ClassVar[Place] = "after_last_block"
 
 
 class EarlyExit(Fusion):
-    """The pruned keep the prediction made from their state when pruned. The paper's: logits fused as in DToP. Our
+    """The pruned keep the prediction made from their state when pruned. From the paper: logits fused as in DToP. Our
     reading: LayerNorm and linear a site, trained by the main loss where their tokens are."""
 
     place: ClassVar[Place] = "after_head"
@@ -124,7 +122,7 @@ class EarlyExit(Fusion):
 
 
 class CrossAttention(Fusion):
-    """After the last block, whose survivors the pruned attend to. The paper's: learned cross-attention. Our reading:
+    """After the last block, whose survivors the pruned attend to. From the paper: learned cross-attention. Our reading:
     one pre-norm block (cross-attention, MLP of ratio 4) without rotary positions; it starts as ``TokenConcat``, since
     its two output projections start at zero."""
 

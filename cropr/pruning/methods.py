@@ -14,12 +14,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+Place = Literal["before_last_block", "after_last_block", "after_head"]
+"""Where a fusion brings pruned tokens back."""
+
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """What is known of a reducer or a fusion before its class is imported."""
+    """What is known about a reducer or a fusion without importing its class."""
 
     name: str
     """As in specs, configuration and command line."""
@@ -35,8 +38,8 @@ class Method:
     """In every figure, as hexadecimal RGB."""
     marker: str = "X"
     """In every figure, as matplotlib names it."""
-    place: Literal["before_last_block", "after_last_block", "after_head"] | None = None
-    """Fusions: where pruned tokens come back."""
+    place: Place | None = None
+    """Of a fusion; None for reducers and for ``none``."""
 
     @property
     def module(self) -> str | None:

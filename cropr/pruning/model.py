@@ -11,24 +11,22 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, TypeVar, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropr.pruning import fusion as fusions
 from cropr.pruning.backbones import Backbone, adapt
-from cropr.pruning.fusion import Fusion, Place
-from cropr.pruning.methods import FUSIONS, before_last_block, choose
+from cropr.pruning.fusion import Fusion
+from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
 from cropr.pruning.reducers import Context, Reducer, Reduction, create
 from cropr.pruning.schedule import Schedule, attended, trace
 from cropr.pruning.tokens import Tokens
-from cropr.specs import ModelSpec, PruneSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
     logits: Tensor
     """[B, classes]; [B, classes, H, W] of a segmenter."""
@@ -55,7 +53,7 @@ class Output:
 
 @dataclass(slots=True)
 class _Trail:
-    """What the reducers leave behind on the way through the blocks; all by block."""
+    """What the reducers return on the way through the blocks; all by block."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
     pruned: dict[int, Tokens] = field(default_factory=dict)
@@ -76,12 +74,12 @@ class PrunedViT(nn.Module):
 
     Args:
         backbone: adapter around the host.
-        schedule: when how many tokens go.
+        schedule: how many tokens are pruned after each block.
         reducers: block -> reducer that follows it.
         fusion: brings pruned tokens back; None prunes for good.
 
     Raises:
-        ValueError: a schedule that does not fit, or a fusion that this kind of model has no use for.
+        ValueError: a schedule that does not fit, or a fusion that does not suit this kind of model.
     """
 
     dense: ClassVar[bool] = False
@@ -224,9 +222,9 @@ def prune(
     """Add token pruning to a timm model.
 
     Args:
-        host: a timm ``VisionTransformer`` or ``Eva``, or an adapter around one (``cropr.pruning.backbones.windowed``)
-            makes; used as it is, not copied.
-        schedule: when how many patch tokens go.
+        host: a timm ``VisionTransformer`` or ``Eva``, or an adapter around one, as ``cropr.pruning.backbones.windowed``
+            makes; it is used as it is, not copied.
+        schedule: how many patch tokens are pruned after each block.
         reducer: a name of ``cropr.pruning.methods.REDUCERS``.
         fusion: a name of ``cropr.pruning.methods.FUSIONS``.
         reducer_options: keyword arguments of the reducer, over those of ``kind``.
@@ -253,35 +251,6 @@ def prune(
     if any(module.wants_attention for module in modules.values()):
         backbone.verify_cls_attention()
     return kind(backbone, schedule, modules, bring_back)
-
-
-def build_model(
-    model: ModelSpec,
-    spec: PruneSpec,
-    num_classes: int,
-    image_size: int,
-    pretrained: bool = False,
-    kind: type[Model] = PrunedViT,  # type: ignore[assignment]
-) -> Model:
-    """The model of a training or benchmark spec; ``kind`` as of ``prune``.
-
-    The last block has no drop path where tokens are pruned (paper, section 4.1; the authors' code); in dense models,
-    it never has (the authors' code).
-    """
-    host: Any = timm.create_model(
-        model.name,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        drop_path_rate=model.drop_path,
-        **{"img_size": image_size, **model.args},
-    )
-    schedule = Schedule.from_config(spec.schedule)
-    pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
-    if pruned.reducers or pruned.dense:
-        for name, _ in list(host.blocks[-1].named_children()):
-            if name.startswith("drop_path"):
-                setattr(host.blocks[-1], name, nn.Identity())
-    return pruned
 
 
 def patch_variance(images: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,10 +10,9 @@ from cropr.tasks.table import Task
 
 if TYPE_CHECKING:
     from cropr.tasks.base import TaskRun
-    from cropr.tasks.views.base import View
     from cropr.training.specs import TrainSpec
 
-__all__ = ["TASKS", "Task", "open_task", "open_view"]
+__all__ = ["TASKS", "Task", "open_task"]
 
 _PACKAGES = sorted(file.parent.name for file in Path(__file__).parent.glob("*/__init__.py"))
 
@@ -34,18 +33,3 @@ def open_task(spec: TrainSpec, root: Path) -> TaskRun:
     task = TASKS[spec.task]
     work: TaskRun = task.load(task.run)(spec, root)
     return work
-
-
-def open_view(spec: TrainSpec, root: Path | None = None) -> View:
-    """What draws pruning maps of a specification, its model without trained weights yet. Imports torch.
-
-    Args:
-        spec: of the run.
-        root: the images, in the layout of the task; None where only a user's own pictures are looked at.
-
-    Raises:
-        ValueError, FileNotFoundError: images that are not there, or others than the spec asks for.
-    """
-    task = TASKS[spec.task]
-    view: View = task.load(task.view)(spec, root)
-    return view

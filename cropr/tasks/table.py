@@ -18,8 +18,8 @@ class Task:
     """As in specs and configuration."""
     run: str
     """``module:Class`` of its ``TaskRun``."""
-    view: str
-    """``module:Class`` of its ``View``, for pruning maps."""
+    show: str
+    """``module:Class`` of its ``cropr.show.Answers``, for pruning maps."""
     data: type[ImagesSpec]
     """Describes its images."""
     detector: type[Spec] | None = None
@@ -32,6 +32,6 @@ class Task:
     """Metric -> label, in percent; rows are ranked by the first."""
 
     def load(self, path: str) -> Any:
-        """The class behind ``run`` or ``view``. Imports torch."""
+        """The class behind ``run`` or ``show``. Imports torch."""
         module, _, name = path.partition(":")
         return getattr(import_module(module), name)

@@ -12,8 +12,8 @@ from pathlib import Path
 import tiny
 import torch
 
+from cropr.build import build_model
 from cropr.data.imagenet import load_splits
-from cropr.pruning.model import build_model
 from cropr.tasks.classification.run import Objective
 from cropr.training.loop import Settings, fit
 

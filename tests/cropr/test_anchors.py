@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cropr.pruning.model import PrunedViT, build_model
+from cropr.build import build_model
+from cropr.pruning.model import PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
 
 MAE_L = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg", "pool_include_prefix": True})

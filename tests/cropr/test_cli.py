@@ -1,4 +1,4 @@
-"""The command line: every verb explains itself, examples work as printed, and mistakes end in one message."""
+"""The command line: every verb explains itself, its examples parse, and errors are one message with status 2."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import pytest
 from PIL import Image
+from pydantic import Field
 
+from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
 from cropr.cli import VERBS, build_parser, main
+from cropr.cli.spec_flags import add_fields, given, make_spec
+from cropr.records import provenance, read_record
+from cropr.specs import ScenesSpec, Spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +123,20 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["evaluate", "--run", "nowhere", "--data", "images"], "nowhere"),
         (["bench", "--model", "vit_nonsense"], "vit_nonsense"),
         (["bench", "--model", "vit_tiny_patch16_224", "--rate", "900"], "900"),
-        (["compare", "--manifest", "nowhere.json", "--row", "any"], "nowhere.json"),
+        (["bench", "--model", "vit_tiny_patch16_224", "--spec", "{}"], "--spec and --model: the spec says it all"),
+        (["bench", "--model", "m", "--rounds", "2"], "rounds = 2: must be >= 3"),
+        (["bench", "--model", "m", "--rate", "4", "--schedule", "{}"], "give one of them"),
+        (["bench", "--spec", "missing.json"], "--spec missing.json: no such file"),
+        (["plan"], "name a model with --model"),
+        (["plan", "--model", "m", "--reducer", "none"], "reducer"),
+        (["microbench", "profile", "--spec", '{"measure": "sweep"}'], "is of a measurement of kind sweep"),
+        (["microbench", "sweep", "--set", "variants.cropr.reducers=x"], "variants.cropr.reducers: unknown key"),
+        (["microbench", "training", "--threads", "0"], "--threads 0: must be 1 or more"),
+        (["export", "--out", "x"], "name a model with --model"),
+        (["export", "--run", "nowhere", "--out", "x"], "nowhere: no such directory"),
+        (["export", "--run", "nowhere", "--model", "m", "--out", "x"], "--run and --model"),
+        (["export", "--model", "vit_nonsense", "--out", "x"], "vit_nonsense"),
+        (["export", "--model", "m", "--rounds", "0", "--out", "x"], "--rounds 0: must be 1 or more"),
         (["show", "--run", "nowhere", "--data", "images", "--out", "maps"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -134,7 +154,7 @@ def test_user_error_is_one_message_and_status_2(
 
 def test_status_and_message_reach_the_shell(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "cropr", "compare", "--manifest", "nowhere.json", "--row", "any"],
+        [sys.executable, "-m", "cropr", "data", "check", "nowhere"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
@@ -147,3 +167,131 @@ def test_status_and_message_reach_the_shell(tmp_path: Path) -> None:
     assert "nowhere" in message
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+# Flags from fields --------------------------------------------------------------------------------------------------
+
+
+class Sample(Spec):
+    """Every kind of field."""
+
+    count: int = 4
+    """Of what ``it`` counts, 100 % of them."""
+    share: float | None = None
+    epochs: int | float = 2
+    kind: Literal["a", "b"] = "a"
+    fast: bool = False
+    span: tuple[float, float] = (1.0, 2.0)
+    targets: tuple[float, ...] = (1.5,)
+    names: list[Literal["x", "y"]] = Field(["x"])
+    other: ScenesSpec = ScenesSpec()
+    values: dict[str, int] = Field({})
+
+
+def parser_of(**arguments: object) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Sample, **arguments)  # type: ignore[arg-type]
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ([], {}),
+        (
+            ["--count", "3", "--share", "0.5", "--kind", "b", "--fast"],
+            {"count": 3, "share": 0.5, "kind": "b", "fast": 1},
+        ),
+        (["--epochs", "3"], {"epochs": 3}),
+        (["--epochs", "0.5"], {"epochs": 0.5}),
+        (["--span", "1", "3", "--targets", "2", "3"], {"span": [1, 3], "targets": [2, 3]}),
+        (["--names", "y", "x"], {"names": ["y", "x"]}),
+    ],
+)
+def test_flags_give_the_values_of_their_fields(words: list[str], values: dict[str, object]) -> None:
+    found = given(parser_of().parse_args(words), Sample.model_fields)
+    assert found == values
+    assert make_spec(found, kind=Sample) == Sample.model_validate(values)
+    assert isinstance(found.get("epochs", 3), float) == (words == ["--epochs", "0.5"])
+
+
+def test_help_of_a_flag_is_the_docstring_of_its_field() -> None:
+    shown = " ".join(parser_of(defaults={"epochs": "as needed"}, texts={"share": "a part"}).format_help().split())
+    assert "--count N of what it counts, 100 % of them (default 4)" in shown
+    assert "--share X a part" in shown
+    assert "(default as needed)" in shown
+    assert "--other" not in shown
+
+
+# Verbs that measure, with stand-ins for what they call ---------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Replaces ``measure`` of a module; returns what it was called with, and where the verb writes its record."""
+    monkeypatch.chdir(tmp_path)
+
+    def replace(module: str, **result: object) -> dict[str, object]:
+        seen: dict[str, object] = {}
+
+        def measure(spec: Spec, device: str, tick) -> dict[str, object]:  # type: ignore[no-untyped-def]
+            tick("build")
+            seen.update(spec=spec, device=device)
+            told = provenance(0.0, attention={})
+            return {"id": spec.digest(), "spec": spec.model_dump(mode="json"), "provenance": told, **result}
+
+        fake = ModuleType(module)
+        fake.measure = measure  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module, fake)
+        return seen
+
+    return replace
+
+
+def test_bench_prints_both_models_and_reads_its_record_again(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"images_per_s": 2.5, "base_images_per_s": 1.25, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1}
+    seen = stand_in(
+        "cropr.bench.throughput", kind="bench", tokens=[17, 10], metrics={**pair, "batch_size": 2, "mac_ratio": 1.8}
+    )
+    flags = ["--model", "m", "--rate", "3", "--fusion", "none", "--batch-size", "8", "--compile", "--device", "cpu"]
+    assert main(["bench", *flags, "--out", "a"]) == 0
+    first = seen["spec"]
+    assert isinstance(first, BenchSpec)
+    assert (first.batch_size, first.compile, first.prune.schedule["constant"]["rate"]) == (8, True, 3)
+    assert main(["bench", "--spec", "a/record.json", "--out", "b", "--device", "cpu"]) == 0
+    assert read_record("a")["id"] == read_record("b")["id"] == first.digest()
+    shown = capsys.readouterr().out
+    for text in ("1.25", "2.5", "2 [1.9, 2.1]", "17 to 10", "batch 2 (out of memory with 8)"):
+        assert text in shown
+
+
+def test_plan_prints_every_target_and_why_one_is_not_reached(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"speedup": 1.52, "speedup_low": 1.5, "speedup_high": 1.54}
+    reached = {"schedule": "R=9", "predicted": 1.6, "metrics": measured, "reached": True, "reason": None}
+    missed = {"schedule": None, "predicted": None, "metrics": {}, "reached": False, "reason": "too few tokens"}
+    cells = [{"target": 1.5, "rounds": 7, **reached}, {"target": 9.0, "rounds": 7, **missed}]
+    seen = stand_in("cropr.bench.plan", kind="plan", cells=cells)
+    assert main(["plan", "--model", "m", "--targets", "1.5", "9", "--verify", "--out", "a", "--device", "cpu"]) == 0
+    assert isinstance(seen["spec"], PlanSpec)
+    assert (seen["spec"].targets, seen["spec"].verify) == ((1.5, 9.0), True)
+    shown = capsys.readouterr().out
+    for text in ("R=9", "1.52", "too few tokens"):
+        assert text in shown
+    assert main(["plan", "--spec", "a/record.json", "--verify", "--device", "cpu"]) == 0
+    assert main(["plan", "--spec", "a/record.json", "--targets", "2"]) == 2
+
+
+@pytest.mark.parametrize("kind", MEASURES)
+def test_microbench_prints_cells_and_reasons(kind: str, stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [
+        {"variant": "cropr", "tokens": [17, 7], "metrics": {"speedup": 1.5}},
+        {"variant": "other", "unsupported": "no such kernel"},
+    ]
+    seen = stand_in("cropr.bench.microbench", kind="microbench", cells=cells)
+    assert main(["microbench", kind, "--set", "image_size=32", "--out", "a", "--device", "cpu"]) == 0
+    assert seen["spec"].image_size == 32  # type: ignore[attr-defined]
+    shown = capsys.readouterr().out
+    for text in ("17 to 7", "1.5", "not measured: no such kernel"):
+        assert text in shown
+    assert main(["microbench", kind, "--spec", "a/record.json", "--set", "image_size=64", "--device", "cpu"]) == 0
+    assert seen["spec"].image_size == 64  # type: ignore[attr-defined]

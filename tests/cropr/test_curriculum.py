@@ -15,8 +15,9 @@ import torch
 from test_fusion import images, segmenter
 
 import cropr
+from cropr.build import build_model
 from cropr.data.imagenet import load_splits
-from cropr.pruning.model import PrunedViT, build_model
+from cropr.pruning.model import PrunedViT
 from cropr.pruning.schedule import Schedule, ramp
 from cropr.specs import RecipeSpec
 from cropr.tasks.classification.run import Objective

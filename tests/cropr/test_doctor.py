@@ -1,4 +1,4 @@
-"""``python -m cropr doctor``: complete, honest about what is missing, and silent about the rest."""
+"""``python -m cropr doctor``: what a bug report needs, the problems, and nothing else of the environment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_json_holds_what_a_bug_report_needs(config: Path, capsys: pytest.Capture
         report["software"]
     )
     assert report["torch"]["threads"] == 1  # as conftest.py sets it
-    assert "math" in report["torch"]["attention_backends"]
+    assert {"os", "cuda_compiled_version", "is_cuda_available"} <= set(report["torch"])
     assert report["machine"]["cores_usable"] >= 1
     assert report["machine"]["OMP_NUM_THREADS"] == "1"
     assert report["folders"]["data_roots"]["imagenet"]["readable"]
@@ -40,20 +40,14 @@ def test_table_shows_every_entry(config: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for entries in collect(config, Path("results")).values():
         for name in entries:
-            assert name in shown or name.replace("_", " ") in shown
+            assert name in shown
 
 
 def test_missing_data_root_is_a_problem(config: Path, tmp_path: Path) -> None:
+    assert any("nowhere.yaml" in problem for problem in find_problems(collect(tmp_path / "nowhere.yaml", tmp_path)))
     problems = list(find_problems(collect(config, tmp_path)))
     assert [problem for problem in problems if "folder" in problem and "nowhere" in problem]
     assert not [problem for problem in problems if "imagenet" in problem]
-
-
-def test_bad_configuration_is_a_problem(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("imagnet: somewhere\n")
-    problems = list(find_problems(collect(file, tmp_path)))
-    assert any("imagnet" in problem and "imagenet" in problem for problem in problems)  # the slip and what is allowed
 
 
 def test_works_without_torch(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +55,7 @@ def test_works_without_torch(config: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert main(["doctor", "--config", str(config)]) == 0
     shown = capsys.readouterr().out
     assert "torch cannot be imported" in shown
-    assert "cores usable" in shown
+    assert "cores_usable" in shown
 
 
 def test_results_folder_that_is_a_file_is_a_problem(config: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cropr.pruning.model import build_model
+from cropr.build import build_model
 from cropr.specs import ModelSpec, PruneSpec, RecipeSpec
 from cropr.training.optim import create_optimizer, create_schedule, layer_scales, parameter_groups
 

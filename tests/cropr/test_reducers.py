@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
+from cropr.pruning.methods import REDUCERS
 from cropr.pruning.model import patch_variance
-from cropr.pruning.reducers import Context, available, create
+from cropr.pruning.reducers import Context, create
 from cropr.pruning.reducers.base import select
 from cropr.pruning.tokens import Tokens
 from cropr.specs import PruneSpec
 
 DIM, PATCHES = 8, 20
-PRUNERS = [name for name in available() if name != "none"]
+PRUNERS = [name for name in REDUCERS if name != "none"]
 DETERMINISTIC = [name for name in PRUNERS if name != "random"]
 
 
@@ -170,11 +173,17 @@ def test_variance_of_a_patch_is_that_of_its_pixels():
     torch.testing.assert_close(patch_variance(images, (2, 2))[0, 2], expected)
 
 
-def test_the_specs_know_the_registered_reducers():
-    for name in available():
-        assert PruneSpec(reducer=name).reducer == name
+@pytest.mark.parametrize("name", PRUNERS)
+def test_an_entry_lists_the_options_of_its_class(name):
+    """Options are the keyword-only parameters of the class, and no option is unknown to a specification."""
+    method = REDUCERS[name]
+    parameters = inspect.signature(method.load().__init__).parameters.values()
+    assert method.options == tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    assert set(method.training_only) <= set(method.options)
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert PruneSpec(reducer=name, options=defaults).options == defaults
 
 
 def test_unknown_reducer_lists_the_known():
-    with pytest.raises(ValueError, match=r"unknown reducer 'evit'; choose one of \['none', 'cropr'"):
+    with pytest.raises(ValueError, match="unknown reducer 'evit'.*" + ".*".join(REDUCERS)):
         create("evit", DIM, 4)

@@ -231,7 +231,7 @@ def test_command_writes_a_set(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("{", "--spec is not JSON"), ('{"distractor": 1}', "distractor = 1: Extra inputs"), ('{"val": 0}', "val = 0: ")],
+    [("{", "--spec is neither JSON"), ('{"distractor": 1}', "distractor: unknown key"), ('{"val": 0}', "val = 0: ")],
 )
 def test_command_names_what_is_wrong_with_a_spec(tmp_path, caplog, spec, message):
     assert main(["data", "scenes", "--out", str(tmp_path / "set"), "--spec", spec]) == 2

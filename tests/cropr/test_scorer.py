@@ -107,7 +107,7 @@ def test_without_stop_gradient_the_auxiliary_loss_reaches_the_encoder():
         ({"num_queries": 0}, "num_queries=0"),
         ({"num_heads": 5}, "does not divide the width 24"),
         ({"selector": "best"}, "unknown selector 'best'"),
-        ({"heads": 2}, r"no option \['heads'\]; it has .*'num_heads'"),
+        ({"heads": 2}, "no option heads; it has .*num_heads"),
     ],
 )
 def test_errors_name_value_limit_and_fix(options, says):

@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from cropr.pruning.model import build_model
+from cropr.build import build_model
 from cropr.training.checkpoint import load_initial, load_weights, save_weights
 
 

@@ -18,7 +18,7 @@ NEUTRAL = frozenset(
     {
         "cropr",
         "cropr.cli",
-        "cropr.cli.pruning_flags",
+        "cropr.cli.output",
         "cropr.cli.spec_flags",
         "cropr.bench.specs",
         "cropr.pruning.methods",

@@ -36,7 +36,7 @@ def train_inputs(wildcards):
 def run_code(verb, spec):
     """Digest of the sources behind a job that trains or shows a model."""
     task = TASKS[spec.task]
-    found = task.view if verb == "show" else task.run
+    found = task.show if verb == "show" else task.run
     reducer = REDUCERS[spec.prune.reducer].module
     return code_digest(f"cropr.cli.{verb}", found.partition(":")[0], reducer)
 

@@ -13,7 +13,7 @@ from cropr.pruning.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a reducer may look at besides the tokens; filled only where it says that it wants it."""
+    """What a reducer may read besides the tokens. A field is None unless the reducer wants it."""
 
     cls_attention: Tensor | None = None
     """[B, N]: attention of the CLS query to each patch alive in the block just run, averaged over heads."""
@@ -23,11 +23,11 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """What a reducer made of its tokens."""
+    """Result of a reducer."""
 
     kept: Tokens
     pruned: Tokens | None
-    """Tokens set aside, without prefix; None when nobody asked for them."""
+    """Pruned tokens, without prefix; None unless they were asked for."""
     aux: Tensor | None = None
     """[B, Q, outputs]: auxiliary prediction, in training only."""
 
@@ -48,7 +48,7 @@ class Reducer(nn.Module):
         Args:
             tokens: the output of the block; N patch tokens.
             keep: K, with 1 <= K < N; K = N for one that learns, in training.
-            context: what it asked for.
+            context: the fields that it wants.
             want_pruned: whether a fusion will use the pruned tokens.
         """
         raise NotImplementedError

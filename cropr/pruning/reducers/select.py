@@ -1,4 +1,4 @@
-"""Pruners: a score for every patch token, the lowest go.
+"""Pruners: every patch token gets a score, and the tokens of lowest score are pruned.
 
 Sources: paper, section 3 and Table 1; rules of the competitors as they could be established are in docs/reducers.md.
 """
@@ -39,7 +39,7 @@ METHODS = {
     "variance": {"class": "Variance", "label": "Variance", "colour": "#009e73", "marker": "o"},
     "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "marker": "o"},
 }
-"""Read by ``cropr.pruning.methods``: a literal, since reading it must not import torch."""
+"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
 
 
 class Cropr(Reducer):

@@ -40,7 +40,7 @@ class DataSpec(ImagesSpec):
 TASK = Task(
     name="classification",
     run="cropr.tasks.classification.run:Classification",
-    view="cropr.tasks.views.classification:ClassificationView",
+    show="cropr.tasks.classification.show:ClassAnswers",
     data=DataSpec,
     layout="imagenet",
     folders=("train", "val"),

@@ -73,7 +73,7 @@ class DetModelSpec(Spec):
 TASK = Task(
     name="detection",
     run="cropr.tasks.detection.run:Detection",
-    view="cropr.tasks.views.detection:DetectionView",
+    show="cropr.tasks.detection.show:ObjectAnswers",
     data=DetDataSpec,
     detector=DetModelSpec,
     layout="coco",

@@ -36,7 +36,7 @@ class SegDataSpec(ImagesSpec):
 TASK = Task(
     name="segmentation",
     run="cropr.tasks.segmentation.run:Segmentation",
-    view="cropr.tasks.views.segmentation:SegmentationView",
+    show="cropr.tasks.segmentation.show:MapAnswers",
     data=SegDataSpec,
     layout="ade20k",
     folders=("images/training", "images/validation", "annotations/training", "annotations/validation"),

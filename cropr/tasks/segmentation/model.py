@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cropr.build import build_model
 from cropr.data.ade20k import IGNORE
 from cropr.pruning.backbones import Backbone
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.methods import REDUCERS
-from cropr.pruning.model import DeployedViT, Output, PrunedViT, build_model
+from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.pruning.reducers import Reducer
 from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule

@@ -1,0 +1,64 @@
+"""Microbenchmarks: one measurement a call, with a record that holds the result of every combination.
+
+  sweep      throughput of a model and its pruned variants by precision, attention kernel and batch size
+  blocks     latency of one block by token count: the cost of counts that are not aligned
+  profile    where the time of a forward pass goes
+  scoring    tokens scored with one vector, against all queries scored and summed
+  training   time of a training step, memory of training and of inference
+
+Without --spec, the paper's ViT-L/16 and Cropr at R=8 (training: a ViT-S at R=16; scoring: EVA-02-L at 512 px, R=40).
+For what the device cannot run, the record holds the reason. Run nothing else on the machine meanwhile.
+
+examples:
+  python -m cropr microbench sweep --set precisions='["fp32", "amp_bf16", "bf16"]' --set attentions='["math", "flash"]'
+  python -m cropr microbench sweep --set model.name=vit_base_patch16_224 --set batch_sizes='[1, 8, 32, 128]'
+  python -m cropr microbench blocks --set tokens='[191, 192, 193, 197]' --set precision=bf16 --device cuda
+  python -m cropr microbench profile --set image_size=448 --out profile
+  python -m cropr microbench training --spec results/laptop/microbench/0f2a91c07d/record.json --out again
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cropr.bench.specs import MEASURES
+from cropr.cli.output import origin, progress, say, show_cells
+from cropr.cli.spec_flags import add_machine_flags, choose_device, make_spec, read_values
+from cropr.records import RECORD, write_record
+
+_KEYS = (
+    "variant", "precision", "attention", "batch_size", "tokens", "images_per_s", "speedup", "speedup_over_mac_ratio",
+    "over_all_queries", "gain", "mfu", "block_s", "total_s", "pruning_share", "step_ms", "training_memory_mb",
+    "inference_memory_mb",
+)  # fmt: skip
+"""What the terminal shows of a cell. The record has more."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("measure", choices=sorted(MEASURES), help="what to measure")
+    parser.add_argument("--spec", metavar="FILE", help="its specification as JSON or YAML file, or as JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of it, such as batch_size=8"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
+    add_machine_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print a table, write the record if asked to."""
+    values = read_values(args.spec) if args.spec else {}
+    if values.setdefault("measure", args.measure) != args.measure:
+        raise ValueError(f"microbench {args.measure}: --spec is of a measurement of kind {values['measure']}")
+    spec = make_spec(values, args.set, MEASURES[args.measure])
+    device = choose_device(args)
+
+    from cropr.bench.microbench import measure
+
+    with progress() as tick:
+        record = measure(spec, device, tick)
+    if args.out is not None:
+        write_record(args.out / RECORD, record)
+    show_cells(f"{spec.measure}: {spec.model.name}, {spec.image_size} px", record["cells"], _KEYS)
+    say(origin(record))

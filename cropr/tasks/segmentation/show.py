@@ -1,0 +1,78 @@
+"""Label maps of single images, for pruning maps (``cropr.show``). S side of the model's window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import tv_tensors
+from torchvision.utils import draw_segmentation_masks
+
+from cropr.data.ade20k import IGNORE, EvalTransform, decode_map, load_splits, read_pair
+from cropr.data.loading import decode
+from cropr.pruning.model import Output
+from cropr.show import Answers, Shown, class_colour, rarest, to_pixels
+from cropr.tasks.segmentation import SegDataSpec
+from cropr.tasks.segmentation.model import build
+from cropr.training.specs import TrainSpec
+
+SAMPLE = 500
+"""Annotations that are read to choose images by, evenly spaced: more would take too long for photos."""
+
+
+class MapAnswers(Answers):
+    """A class a pixel. An image is shrunk into one window even where the run's windows slide: a pruning map belongs to
+    one forward pass. Arguments and errors are those of ``cropr.tasks.classification.show.ClassAnswers``."""
+
+    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
+        assert isinstance(spec.data, SegDataSpec)
+        self.data = spec.data
+        self.split = load_splits(root)[1] if root else None
+        self.labels = self._rarest()
+        self.transform = EvalTransform(self.data.model_copy(update={"evaluation": "single"}))
+        self.model = build(spec.model, spec.prune, self.data.num_classes, self.data.image_size).eval()
+
+    def show(self, item: int | str, device: torch.device) -> Shown:
+        """See ``Answers``."""
+        if self.split and isinstance(item, int):
+            picture, labels = read_pair(self.split, item, self.data.num_classes)
+        else:
+            picture, labels = decode(str(item)), None
+        missing = np.zeros((picture.height, picture.width), np.uint8)
+        image, known = self.transform(
+            tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(missing if labels is None else labels))
+        )
+        height, width = image.shape[-2:]
+        padded = F.pad(image, (0, self.data.image_size - width, 0, self.data.image_size - height))
+        output: Output = self.model(padded[None].to(device))
+        pixels = to_pixels(padded, self.data.mean, self.data.std)
+        found = output.logits[0, :, :height, :width].argmax(dim=0).cpu()
+        true = F.interpolate(known[None, None], (height, width), mode="nearest-exact")[0, 0]
+        return Shown(
+            image=pixels,
+            output=output,
+            truth=None if labels is None else self._drawn(pixels, true),
+            prediction=self._drawn(pixels, found),
+        )
+
+    def _drawn(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Labels [h, w] over the image in the window [3, S, S]; what has no label stays plain."""
+        missing = (0, pixels.shape[-1] - labels.shape[1], 0, pixels.shape[-2] - labels.shape[0])
+        labels = F.pad(labels.byte(), missing, value=IGNORE)
+        present = [label for label in labels.unique().tolist() if label != IGNORE]
+        if not present:
+            return pixels
+        masks = torch.stack([labels == label for label in present])
+        return draw_segmentation_masks(pixels, masks, alpha=0.7, colors=[class_colour(label) for label in present])
+
+    def _rarest(self) -> list[int]:
+        """The rarest class of each image; -1 for images that are not in the sample."""
+        present: list[list[int]] = [[] for _ in range(len(self.split) if self.split else 0)]
+        for index in range(0, len(present), -(-len(present) // SAMPLE) or 1):
+            assert self.split is not None
+            found = np.unique(decode_map(self.split.annotations[index], self.data.num_classes)).tolist()
+            present[index] = [label for label in found if label != IGNORE]
+        return rarest(present)
