@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cropr.specs import RecipeSpec
 
@@ -144,20 +143,17 @@ class ArtefactConfig(Block):
         return "microbench" in self.needs
 
     @model_validator(mode="after")
-    def _one_kind(self) -> ArtefactConfig:
+    def _consistent(self) -> ArtefactConfig:
+        names = [row.row for row in self.rows]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"row {twice[0]!r} is given twice; names must be unique")
+        if self.baseline not in (None, *names):
+            raise ValueError(f"baseline = {self.baseline!r} is no row; choose one of {', '.join(names)}")
         if self.is_microbench and len(self.needs) > 1:
             raise ValueError("needs: microbench is used alone; put rows that are trained into another artefact")
         if wrong := [row.row for row in self.rows if (row.measure is not None) != self.is_microbench]:
             raise ValueError(f"row {wrong[0]!r}: give `measure` if, and only if, the artefact needs [microbench]")
         return self
-
-    @field_validator("rows")
-    @classmethod
-    def _unique(cls, rows: list[RowConfig]) -> list[RowConfig]:
-        names = [row.row for row in rows]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"row {twice[0]!r} is given twice; names must be unique")
-        return rows
 
 
 class Settings(Block):
@@ -218,8 +214,7 @@ def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> 
     """
     try:
         if isinstance(seeds, str):
-            parts = [part for part in re.split(r"[,\s\[\]]+", seeds) if part]
-            seeds = [int(part) for part in parts] if len(parts) > 1 or "[" in seeds else int(seeds)
+            seeds = [int(part) for part in seeds.strip("[]").split(",")] if set(seeds) & set("[,") else int(seeds)
         parsed = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     except (TypeError, ValueError):
         parsed = ()

@@ -13,7 +13,6 @@ its DAG from this.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -103,25 +102,18 @@ class Grid:
         found = [file for row in rows for file in (*row.records, row.bench, row.maps) if file]
         return list(dict.fromkeys(found))
 
-    def manifest(self, artefact: str, rows: Iterable[str] | None = None) -> dict[str, Any]:
-        """All that a notebook is told: the artefact, and its rows with the paths of their records.
-
-        Args:
-            artefact: its name.
-            rows: if given, only these, and only their training records.
-        """
-        chosen = self.artefacts[artefact]
-        config = chosen.config
-        listed = [asdict(row) for row in chosen.rows if rows is None or row.row in rows]
+    def manifest(self, artefact: str) -> dict[str, Any]:
+        """All that a notebook is told: the artefact, and its rows with the paths of their records."""
+        config = self.artefacts[artefact].config
         return {
             "artefact": artefact,
             **config.model_dump(include={"title", "question", "section", "order", "task", "baseline", "paper_model"}),
             "scale": self.scale,
             "seeds": list(self.seeds),
             "results": self.results,
-            "published": chosen.published,
+            "published": self.artefacts[artefact].published,
             "metrics": {} if config.is_microbench else dict(TASKS[config.task].metrics),
-            "rows": listed if rows is None else [row | {"bench": None, "maps": None} for row in listed],
+            "rows": [asdict(row) for row in self.artefacts[artefact].rows],
         }
 
     def priority(self, run: str) -> int:
@@ -243,8 +235,6 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
         return tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in here)
     if "truth" in artefact.needs and resolver.tasks[artefact.task].data.scenes is None:
         return ()
-    if artefact.baseline is not None and artefact.baseline not in (names := [row.row for row in artefact.rows]):
-        raise ValueError(f"{file}: baseline = {artefact.baseline!r} is no row; choose one of {', '.join(names)}")
     rows = []
     for row in artefact.rows:
         where = f"{file}: row {row.row}"
@@ -298,14 +288,9 @@ def _source(task: str, resolver: Resolver) -> Source:
 def shipped(path: str | Path, digest: str) -> bool:
     """Whether the weights file exists and was made by the run of this digest, as its safetensors header says."""
     path = Path(path)
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            return bool(json.loads(file.read(size))["__metadata__"]["spec"] == digest)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8 or (size := struct.unpack("<Q", head)[0]) > path.stat().st_size:
-            return False
-        try:
-            metadata = json.loads(file.read(size)).get("__metadata__", {})
-        except (ValueError, AttributeError):
-            return False
-    return bool(metadata.get("spec") == digest)

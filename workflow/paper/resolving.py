@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
 from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
 from cropr.pruning.schedule import Schedule, attended
@@ -269,17 +267,8 @@ class Resolver:
 
 
 def _prune(where: str, row: RowConfig, schedule: Schedule) -> PruneSpec:
-    try:
-        return PruneSpec(
-            reducer=row.reducer,
-            options=row.options,
-            schedule=schedule.to_config(),
-            fusion=row.fusion,
-            aux_weight=row.aux_weight,
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: options = {row.options}: {problem}") from None
+    values = row.model_dump(include={"reducer", "options", "fusion", "aux_weight"})
+    return check(PruneSpec, values | {"schedule": schedule.to_config()}, where)
 
 
 def find_root(task: str, scale: Scale, roots: Mapping[str, Path | None]) -> Path | None:

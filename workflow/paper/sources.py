@@ -1,7 +1,6 @@
-"""Which source files a result depends on, and their digest: a job runs again when what its own files do changes.
+"""The source files that a job depends on, and their digest: a job runs again if its own code changes.
 
-Snakemake does not see what a command imports, so rules put ``code_digest(...)`` in their ``params``. The files are
-found by walking the imports from the module that a job runs.
+Snakemake does not see what a command imports, so rules put ``code_digest(...)`` in their ``params``.
 """
 
 from __future__ import annotations
@@ -14,35 +13,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+_GRID_SIDE = ("configuration", "grid", "resolving", "sources")
+_NO_NOTEBOOK = ("__init__", "compare", "page", "snapshot", *_GRID_SIDE)
 NEUTRAL = frozenset(
     {
         "cropr",
+        "cropr.bench.specs",
         "cropr.cli",
         "cropr.cli.pruning_flags",
         "cropr.cli.spec_flags",
-        "cropr.bench.specs",
         "cropr.pruning.methods",
         "cropr.records",
         "cropr.specs",
         "cropr.tasks",
-        "cropr.tasks.table",
         "cropr.tasks.classification",
         "cropr.tasks.detection",
         "cropr.tasks.segmentation",
+        "cropr.tasks.table",
         "cropr.training.specs",
         "workflow",
         "workflow.paper",
-        "workflow.paper.configuration",
-        "workflow.paper.grid",
-        "workflow.paper.resolving",
-        "workflow.paper.sources",
+        *(f"workflow.paper.{name}" for name in _GRID_SIDE),
     }
 )
-"""Modules whose decisions reach a job as text: its specification and its command line. They are left out."""
+"""Modules whose decisions reach a job as text, in its specification and its command line. A digest leaves them out."""
+
+NOTEBOOK_MODULES = tuple(
+    f"workflow.paper.{file.stem}"
+    for file in sorted((ROOT / "workflow/paper").glob("*.py"))
+    if file.stem not in _NO_NOTEBOOK
+)
+"""Modules that a notebook may use: ``workflow.paper`` imports them when they are asked for."""
 
 
 def code_digest(*modules: str | None) -> str:
-    """Ten hex digits of what the files behind a job do: comments, docstrings and layout do not count.
+    """Ten hex digits of the code behind a job: comments, docstrings and layout do not count.
 
     Args:
         modules: dotted names that the job runs. What they import counts too, at the top of a file or in a function.
@@ -57,8 +62,8 @@ def code_digest(*modules: str | None) -> str:
     return digest.hexdigest()[:10]
 
 
-def closure(*modules: str) -> set[str]:
-    """The modules themselves and all that they import of this repository, without ``NEUTRAL``.
+def closure(*modules: str, without: frozenset[str] = NEUTRAL) -> set[str]:
+    """The modules and all that they import of this repository, except ``without`` and what only those import.
 
     Raises:
         ValueError: no such module.
@@ -69,7 +74,7 @@ def closure(*modules: str) -> set[str]:
         module = waiting.pop()
         if _file(module) is None:
             raise ValueError(f"module {module!r}: no such source file under {ROOT}")
-        if module not in seen and module not in NEUTRAL:
+        if module not in seen and module not in without:
             seen.add(module)
             waiting += imports(module)
     return seen
@@ -77,24 +82,20 @@ def closure(*modules: str) -> set[str]:
 
 @cache
 def imports(module: str) -> tuple[str, ...]:
-    """Modules of this repository that one imports when it runs; packages on the way to them among them."""
+    """Modules of this repository that a module imports when it runs, not those under ``if TYPE_CHECKING``."""
     file = _file(module)
     assert file is not None
-    found: dict[str, None] = {}
+    names: list[str] = []
     for node in _running(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None:
-                found[name] = None
-    return tuple(found)
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    ours = (name for name in names if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None)
+    return tuple(dict.fromkeys(ours))
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under ``if TYPE_CHECKING``."""
     for node in ast.iter_child_nodes(tree):
         if not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
             yield node
