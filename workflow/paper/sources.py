@@ -38,6 +38,9 @@ NEUTRAL = frozenset(
 )
 """Modules whose decisions reach a job as text, in its specification and its command line. A digest leaves them out."""
 
+SCANNED = ("cropr.pruning.backbones",)
+"""Packages that import all their modules by scanning their folder."""
+
 NOTEBOOK_MODULES = tuple(
     f"workflow.paper.{file.stem}"
     for file in sorted((ROOT / "workflow/paper").glob("*.py"))
@@ -91,6 +94,8 @@ def imports(module: str) -> tuple[str, ...]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    if module in SCANNED:
+        names += [f"{module}.{beside.stem}" for beside in sorted(file.parent.glob("*.py")) if beside != file]
     ours = (name for name in names if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None)
     return tuple(dict.fromkeys(ours))
 
