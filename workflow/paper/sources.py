@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -49,19 +49,29 @@ NOTEBOOK_MODULES = tuple(
 """Modules that a notebook may use: ``workflow.paper`` imports them when they are asked for."""
 
 
-def code_digest(*modules: str | None) -> str:
+@cache
+def code_digest(*names: str | None) -> str:
     """Ten hex digits of the code behind a job: comments, docstrings and layout do not count.
 
     Args:
-        modules: dotted names that the job runs. What they import counts too, at the top of a file or in a function.
-            What a job finds by name (its reducer, its task) must be given as well. None is left out.
+        names: what the job runs, as ``module``, or as ``module:name`` for a class or function and what it uses of its
+            file. What these import counts too, at the top of a file or in a function. What a job finds by name (its
+            reducer, its task) must be given as well. None is left out.
 
     Raises:
         ValueError: no such module.
     """
-    digest = hashlib.sha256()
-    for module in sorted(closure(*filter(None, modules))):
-        digest.update(f"{module}\0{_code(_file(module))}\0".encode())
+    digest, modules = hashlib.sha256(), []
+    for name in sorted(filter(None, names)):
+        module, _, part = name.partition(":")
+        if part:
+            nodes = _behind(module, part)
+            digest.update(f"{name}\0{[ast.dump(node) for node in nodes]}\0".encode())
+            modules += _imported(nodes)
+        else:
+            modules.append(module)
+    for module in sorted(closure(*modules)):
+        digest.update(f"{module}\0{_text(module)}\0".encode())
     return digest.hexdigest()[:10]
 
 
@@ -74,10 +84,7 @@ def closure(*modules: str, without: frozenset[str] = NEUTRAL) -> set[str]:
     seen: set[str] = set()
     waiting = list(modules)
     while waiting:
-        module = waiting.pop()
-        if _file(module) is None:
-            raise ValueError(f"module {module!r}: no such source file under {ROOT}")
-        if module not in seen and module not in without:
+        if (module := waiting.pop()) not in seen and module not in without:
             seen.add(module)
             waiting += imports(module)
     return seen
@@ -86,37 +93,65 @@ def closure(*modules: str, without: frozenset[str] = NEUTRAL) -> set[str]:
 @cache
 def imports(module: str) -> tuple[str, ...]:
     """Modules of this repository that a module imports when it runs, not those under ``if TYPE_CHECKING``."""
-    file = _file(module)
-    assert file is not None
+    found = _imported([_tree(module)])
+    if module in SCANNED:
+        folder = ROOT.joinpath(*module.split("."))
+        found += [f"{module}.{file.stem}" for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+    return tuple(dict.fromkeys(found))
+
+
+def _imported(nodes: Iterable[ast.AST]) -> list[str]:
+    """Modules of this repository that some statements import."""
     names: list[str] = []
-    for node in _running(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in (inner for statement in nodes for inner in ast.walk(statement)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    if module in SCANNED:
-        names += [f"{module}.{beside.stem}" for beside in sorted(file.parent.glob("*.py")) if beside != file]
-    ours = (name for name in names if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None)
-    return tuple(dict.fromkeys(ours))
+    return [name for name in names if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None]
 
 
-def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
-            yield node
-            yield from _running(node)
+def _behind(module: str, name: str) -> list[ast.stmt]:
+    """The statements at the top of a module that define a name and what it uses there."""
+    statements = {stored: node for node in _tree(module).body for stored in _stored(node)}
+    waiting, found = [name], dict[int, ast.stmt]()
+    while waiting:
+        if (node := statements.get(waiting.pop())) is not None and node.lineno not in found:
+            found[node.lineno] = node
+            waiting += [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+    return [found[line] for line in sorted(found)]
+
+
+def _stored(node: ast.stmt) -> list[str]:
+    """Names that a statement defines."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
+
+
+class _Bare(ast.NodeTransformer):
+    """Removes docstrings, other strings that stand alone, and ``if TYPE_CHECKING``."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
 
 
 @cache
-def _code(file: Path) -> str:
-    """A file's syntax tree without docstrings and other strings that stand alone."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [  # type: ignore[attr-defined]
-                item for item in body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
-            ]
-    return ast.dump(tree)
+def _tree(module: str) -> ast.Module:
+    if (file := _file(module)) is None:
+        raise ValueError(f"module {module!r}: no such source file under {ROOT}")
+    tree: ast.Module = _Bare().visit(ast.parse(file.read_text(encoding="utf-8")))
+    return tree
+
+
+@cache
+def _text(module: str) -> str:
+    return ast.dump(_tree(module))
 
 
 @cache

@@ -30,24 +30,17 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:10]
 
 
-def module(path):
-    """Module of `module:Class`."""
-    return path.partition(":")[0] if path else None
-
-
 def run_code(verb, spec):
     """Digest of the code behind a job that trains a model or shows its pruning maps."""
     task = TASKS[spec.task]
     found = task.view if verb == "show" else task.run
-    return code_digest(
-        f"cropr.cli.{verb}", module(found), REDUCERS[spec.prune.reducer].module
-    )
+    return code_digest(f"cropr.cli.{verb}", found, REDUCERS[spec.prune.reducer].path)
 
 
 def bench_code(spec):
     """Digest of the code behind a measurement of throughput."""
     heads = "cropr.bench.heads" if spec.detector else None
-    return code_digest("cropr.cli.bench", heads, REDUCERS[spec.prune.reducer].module)
+    return code_digest("cropr.cli.bench", heads, REDUCERS[spec.prune.reducer].path)
 
 
 def microbench_verb(spec):
@@ -58,7 +51,7 @@ def microbench_verb(spec):
 def microbench_code(spec):
     """Digest of the code behind a microbenchmark or a plan."""
     verb, cells = microbench_verb(spec).split()[0], getattr(spec, "cells", None)
-    return code_digest(f"cropr.cli.{verb}", module(cells), REDUCERS["cropr"].module)
+    return code_digest(f"cropr.cli.{verb}", cells, REDUCERS["cropr"].path)
 
 
 def images(wildcards):
