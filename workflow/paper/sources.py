@@ -65,9 +65,9 @@ def code_digest(*names: str | None) -> str:
     for name in sorted(filter(None, names)):
         module, _, part = name.partition(":")
         if part:
-            nodes = _behind(module, part)
-            digest.update(f"{name}\0{[ast.dump(node) for node in nodes]}\0".encode())
-            modules += _imported(nodes)
+            text, imported = _behind(module, part)
+            digest.update(f"{name}\0{text}\0".encode())
+            modules += imported
         else:
             modules.append(module)
     for module in sorted(closure(*modules)):
@@ -111,15 +111,17 @@ def _imported(nodes: Iterable[ast.AST]) -> list[str]:
     return [name for name in names if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None]
 
 
-def _behind(module: str, name: str) -> list[ast.stmt]:
-    """The statements at the top of a module that define a name and what it uses there."""
+@cache
+def _behind(module: str, name: str) -> tuple[str, list[str]]:
+    """The statements of a module that define a name and what it uses there, as text, and the modules they import."""
     statements = {stored: node for node in _tree(module).body for stored in _stored(node)}
     waiting, found = [name], dict[int, ast.stmt]()
     while waiting:
         if (node := statements.get(waiting.pop())) is not None and node.lineno not in found:
             found[node.lineno] = node
             waiting += [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
-    return [found[line] for line in sorted(found)]
+    nodes = [found[line] for line in sorted(found)]
+    return " ".join(map(ast.dump, nodes)), _imported(nodes)
 
 
 def _stored(node: ast.stmt) -> list[str]:

@@ -7,7 +7,7 @@ from workflow.paper.configuration import read_yaml
 from workflow.paper.grid import shipped
 from workflow.paper.sources import NOTEBOOK_MODULES, code_digest
 
-CLAIMS = "config/claims.yaml"
+CLAIMS = read_yaml(Path("config/claims.yaml"))["claims"]
 # Weights in the repository that were made by the very run that would make them here.
 SHIPPED = {
     run: source.shipped
@@ -74,9 +74,8 @@ def notebook_inputs(wildcards):
 
 
 def claims_about(artefact):
-    """The claims that a notebook decides: the others do not rerun it."""
-    claims = read_yaml(Path(CLAIMS))["claims"]
-    return digest([claim for claim in claims if claim.get("artefact") == artefact])
+    """Digest of the claims that a notebook decides: the others do not rerun it."""
+    return digest([claim for claim in CLAIMS if claim.get("artefact") == artefact])
 
 
 def compare_inputs(wildcards):

@@ -57,7 +57,7 @@ rule report:
     input:
         expand(f"{OUT}/notebooks/{{artefact}}.html", artefact=GRID.artefacts),
         expand(f"{OUT}/manifests/{{artefact}}.json", artefact=GRID.artefacts),
-        CLAIMS,
+        "config/claims.yaml",
     output:
         page=report(REPORT, caption="../report/report.rst", category="Report"),
         tables=expand(
