@@ -134,7 +134,10 @@ def _stored(node: ast.stmt) -> list[str]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Removes docstrings, other strings that stand alone, and ``if TYPE_CHECKING``."""
+    """Removes docstrings, other strings that stand alone, ``if TYPE_CHECKING``, and entries in tables of methods."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
+        return None if ast.unparse(node.targets[0]) == "METHODS" else node
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node
