@@ -2,12 +2,11 @@
 #
 #   snakemake --cores all                                  everything, laptop scale
 #   snakemake --cores all imagenet_methods                 one table or figure
-#   snakemake --cores all --config scale=ci                does it run? minutes
-#   snakemake --cores all --config seeds=3 row=no_mlp -- compare    one ablation beside its baseline
+#   snakemake --cores all --config scale=ci                a test of every step, in minutes
+#   snakemake --cores all --config seeds=3 row=no_mlp -- compare    one ablation and its baseline
 #
-# What is run stands in config/; how, in workflow/rules/. A rule is one call of `python -m cropr`.
+# config/ says what is run, workflow/rules/ how. A rule is one call of `python -m cropr` or of a module of workflow/paper.
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,12 +20,9 @@ min_version("9.27")
 
 sys.path.insert(0, workflow.basedir)
 
-from workflow.paper.configuration import read_settings, read_yaml
-from workflow.paper.grid import load_grid, shipped
-from workflow.paper.sources import code_digest
-from cropr.bench.specs import PlanSpec
-from cropr.pruning.methods import REDUCERS
-from cropr.tasks import TASKS
+from cropr.specs import check
+from workflow.paper.configuration import Settings
+from workflow.paper.grid import load_grid
 
 
 configfile: "config/config.yaml"
@@ -42,7 +38,7 @@ if (
     )
 
 try:
-    SETTINGS = read_settings(config)
+    SETTINGS = check(Settings, config, "config/config.yaml")
     GRID = load_grid(
         "config", SETTINGS.scale, SETTINGS.seeds, SETTINGS.roots, SETTINGS.overrides
     )
@@ -53,32 +49,28 @@ except (ValueError, FileNotFoundError) as error:
 OUT = GRID.results
 LOGS = f"{OUT}/logs"
 REPORT = f"{OUT}/report.html"
-CLAIMS = "config/claims.yaml"
-# None is named on a cluster, nor by calls that run nothing.
+# Snakemake knows no number of cores on a cluster, nor in calls that run nothing.
 CORES = workflow.resource_settings.cores or 8
-# Notebooks and what they draw take seconds and go before any run: whoever waits sees the first pictures early.
+# Priority of jobs that take seconds: they run as soon as they can, so that the first pictures are there early.
 SHORT = 1000
 
-# Jobs find the Python that runs Snakemake first, activated or not; with conda, theirs comes before it.
-os.environ.update(
-    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+# Jobs use the Python that runs Snakemake, in an activated environment or not; with conda, the job's own comes first.
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), *os.get_exec_path()]
 )
 
 
 wildcard_constraints:
     run="[0-9a-f]{10}",
     bench="[0-9a-f]{10}",
-    lab="[0-9a-f]{10}",
     seed=r"\d+",
     artefact="|".join(GRID.artefacts),
     layout="|".join(GRID.generated) or "none",
-    row="[a-z0-9_.]+",
 
 
 localrules:
     reproduce,
     manifest,
-    compare_manifest,
     compare,
     report,
 
@@ -90,15 +82,8 @@ rule reproduce:
 
 
 include: "workflow/rules/common.smk"
-
-
-wildcard_constraints:
-    shipped="|".join(SHIPPED) or "none",
-
-
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/notebooks.smk"
-include: "workflow/rules/compare.smk"
 
 
 onsuccess:

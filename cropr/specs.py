@@ -192,7 +192,7 @@ def _problems(error: ValidationError, model: type[BaseModel], values: Any) -> It
             yield f"{key} = {item['input']!r}: must be {RELATIONS[item['type']]} {limit:g}"
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            yield f"{key} = {item['input']!r}: {message}"
+            yield f"{key} = {item['input']!r}: {message}" if item["loc"] else message
 
 
 def _row_name(values: Any, location: tuple[Any, ...]) -> str | None:

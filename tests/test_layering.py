@@ -1,157 +1,116 @@
-"""Imports point one way, and the light parts stay light (docs of the rules: CONTRIBUTING.md, "Where things go")."""
+"""Size and direction: what imports what, and how long files, functions and packages are (DESIGN.md, section 1)."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from cropr.pruning.methods import REDUCERS
+from cropr.tasks import TASKS
+from workflow.paper.sources import NOTEBOOK_MODULES, closure, imports
+
 ROOT = Path(__file__).parents[1]
-
-# Lowest first; a module may import its own package and anything in a lower layer. The longest matching name decides.
-LAYERS = (
-    {"cropr", "schedule", "tokens", "records", "runtime"},
-    {"scorer", "specs", "training.distributed"},
-    {"reducers", "fusion", "configuration", "data", "lab_specs"},
-    {"backbones", "resolving", "sources"},
-    {"model", "experiments"},
-    {"tasks", "export"},
-    {"training", "report"},
-    {"bench"},
-    {"commands"},
-    {"cli"},
-    {"__main__"},
-)
-# Snakemake builds its DAG from these, the algorithm is what others take into their own project, and the rest of the
-# package must install without what only notebooks use.
+LINES = {"cropr": 11_000, "cropr/pruning": 3_000, "workflow": 6_000, "tests": 10_500}
+"""Lines of .py and .smk files, at most."""
+FILE, FUNCTION = 400, 60
+ONE_ROW = 35
+"""Modules that a reader enters who follows one row from its YAML to its table, at most."""
+LAYERS = ("pruning", "specs", "data", "tasks", "training", "bench", "cli")
+"""Packages and modules of ``cropr``, lowest first: each imports only itself and those before it."""
 TORCH_FREE = (
-    "schedule",
-    "specs",
-    "lab_specs",
-    "configuration",
-    "resolving",
-    "experiments",
-    "sources",
-    "records",
-    "cli",
-)
-ALGORITHM = ("tokens", "scorer", "reducers", "fusion")
-FOR_NOTEBOOKS = {"pandas", "matplotlib", "seaborn", "great_tables", "scipy", "IPython"}
-FOREIGN = {"snakemake", "papermill", "nbformat", "nbconvert", "nbclient", "jupyter_client", "notebooks", "workflow"}
+    "cropr", "cropr.specs", "cropr.cli", "cropr.records", "cropr.bench.specs", "cropr.training.specs",
+    "workflow.paper", "workflow.paper.grid", "workflow.paper.sources",
+)  # fmt: skip
 
 
-def name_of(file: Path) -> str:
-    """``cropr/reducers/select.py`` -> ``reducers.select``; ``cropr/__init__.py`` -> ``cropr``."""
-    parts = file.relative_to(ROOT / "cropr").with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "cropr"
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {name_of(file): file for file in sorted((ROOT / "cropr").rglob("*.py"))}
+def files(folder: str, *suffixes: str) -> list[Path]:
+    return sorted(file for suffix in suffixes for file in (ROOT / folder).rglob(f"*{suffix}"))
 
 
-def imports(source: str, functions: bool = True) -> Iterator[str]:
-    """Dotted names that a source imports; ``functions`` False leaves out imports that wait for a call.
+MODULES = {module_of(file): file for folder in ("cropr", "workflow") for file in files(folder, ".py")}
+LIBRARY = [name for name in MODULES if name.startswith("cropr")]
 
-    What stands under ``if TYPE_CHECKING`` is for mypy only and left out. ``from a import b`` gives ``a.b``.
-    """
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
+
+def foreign(file: Path) -> set[str]:
+    """Packages that a file imports, other than this repository's and Python's own."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports inside cropr are written in full"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        skipped = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        if not skipped and (functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
-            waiting.extend(ast.iter_child_nodes(node))
-
-
-def inner(source: str, functions: bool = True) -> set[str]:
-    """Modules of this package that a source imports."""
-    found = set()
-    for name in imports(source, functions):
-        if name.split(".")[0] == "cropr":
-            inside = name.removeprefix("cropr").removeprefix(".")
-            found.add(next((module for module in (inside, inside.rpartition(".")[0]) if module in MODULES), "cropr"))
-    return found
-
-
-def outer(source: str, functions: bool = True) -> set[str]:
-    """Packages other than this one and Python's own that a source imports."""
-    return {name.split(".")[0] for name in imports(source, functions)} - set(sys.stdlib_module_names) - {"cropr"}
+            found.add(str(node.module).partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"cropr", "workflow"}
 
 
 def layer(module: str) -> int:
-    """Position in ``LAYERS``."""
-    names = [".".join(module.split(".")[:length]) for length in range(len(module.split(".")), 0, -1)]
-    found = (position for name in names for position, members in enumerate(LAYERS) if name in members)
-    return next(found, -1)
+    """Position in ``LAYERS``; -1 for what any module may import. Specs and tables of tasks belong to the specs."""
+    table = module in ("cropr.tasks", "cropr.tasks.table", *(f"cropr.tasks.{name}" for name in TASKS))
+    part = "specs" if table or module.endswith(".specs") else f"{module}.".split(".")[1]
+    return LAYERS.index(part) if part in LAYERS else -1
 
 
-def belongs(module: str, packages: tuple[str, ...]) -> bool:
-    return module.split(".")[0] in packages
+def test_library_imports_nothing_of_the_reproduction() -> None:
+    assert [module for module in LIBRARY if any(name.startswith("workflow") for name in imports(module))] == []
+    notebooks = {"pandas", "matplotlib", "seaborn", "great_tables", "scipy", "snakemake", "papermill", "nbformat"}
+    assert [module for module in LIBRARY if foreign(MODULES[module]) & notebooks] == []
 
 
-def test_reads_imports() -> None:
-    source = (
-        "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\ndef f():\n    import g\nclass H:\n    import i\n"
-        "from cropr import fusion, nothing\nfrom cropr.pruning.reducers.base import Reducer\n"
-    )
-    assert set(imports(source)) >= {"a.b", "c.d", "g", "i"}
-    assert outer(source) == {"a", "c", "g", "i"}
-    assert outer(source, functions=False) == {"a", "c", "i"}
-    assert inner(source) == {"fusion", "cropr", "reducers.base"}
+@pytest.mark.parametrize("module", [name for name in LIBRARY if name.startswith("cropr.pruning")])
+def test_core_imports_torch_alone_and_its_backbones_their_host(module: str) -> None:
+    hosts = {"timm"} if module.startswith("cropr.pruning.backbones") else set()
+    assert foreign(MODULES[module]) <= {"torch"} | hosts
+    assert all(name == "cropr" or name.startswith("cropr.pruning") for name in imports(module))
 
 
-def test_layer_is_the_longest_match() -> None:
-    assert layer("training.distributed") < layer("tasks.classification") < layer("training.loop")
+def test_imports_point_to_lower_layers() -> None:
+    layered = [module for module in LIBRARY if layer(module) >= 0]
+    upward = [(module, name) for module in layered for name in imports(module) if layer(name) > layer(module)]
+    assert upward == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
-    assert layer(module) >= 0, f"cropr.{module} is in no layer: give it one in LAYERS"
-    if module == "cropr":  # gathers names from above, but only when they are asked for
-        assert inner(MODULES[module].read_text(), functions=False) == {"schedule"}
-        return
-    package = module.split(".")[0]
-    upward = {
-        other
-        for other in inner(MODULES[module].read_text())
-        if layer(other) >= layer(module) and other.split(".")[0] != package
-    }
-    assert not upward, f"cropr.{module} imports {sorted(upward)}, which is not in a layer below it"
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    try:
+        TopologicalSorter({module: set(imports(module)) - {module} for module in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if belongs(name, ALGORITHM)])
-def test_algorithm_needs_torch_only(module: str) -> None:
-    assert outer(MODULES[module].read_text()) <= {"torch"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_workflow_in_the_library(module: str) -> None:
-    found = outer(MODULES[module].read_text())
-    assert not found & FOREIGN
-    if not belongs(module, ("report",)):
-        assert not found & FOR_NOTEBOOKS, "tables and figures belong in cropr/report"
-
-
-def test_light_imports_load_no_torch() -> None:
-    modules = ", ".join(["cropr", *(f"cropr.{name}" for name in TORCH_FREE)])
-    code = f"import sys, {modules}; print(*{{'torch', 'timm', 'numpy', 'pandas'}} & set(sys.modules))"
+def test_what_builds_the_graph_loads_no_torch() -> None:
+    code = f"import sys, {', '.join(TORCH_FREE)}; print(*{{'torch', 'timm', 'numpy', 'pandas'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    assert (result.stdout.split(), result.returncode) == ([], 0), result.stderr
 
 
-def test_report_is_for_notebooks_and_commands() -> None:
-    users = {
-        module.split(".")[0]
-        for module, file in MODULES.items()
-        if any(belongs(other, ("report",)) for other in inner(file.read_text()))
-    }
-    assert users <= {"report", "commands"}
+def test_few_modules_lie_on_the_way_of_one_row() -> None:
+    entries = ["workflow.paper.grid", "workflow.paper.sources", "cropr.__main__", "cropr.cli.train"]
+    entries += [TASKS["classification"].run.partition(":")[0], str(REDUCERS["cropr"].module), *NOTEBOOK_MODULES]
+    found = closure(*entries, without=frozenset())
+    assert len(found) <= ONE_ROW, sorted(found)
+
+
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for file in [file for folder in ("cropr", "workflow", "tests") for file in files(folder, ".py", ".smk")]:
+        source = file.read_text(encoding="utf-8")
+        if (length := len(source.splitlines())) > FILE:
+            long.append((file.name, length))
+        for node in ast.walk(ast.parse(source)) if file.suffix == ".py" else ():
+            if isinstance(node, ast.FunctionDef) and (length := node.end_lineno - node.lineno + 1) > FUNCTION:  # type: ignore[operator]
+                long.append((f"{file.name}: {node.name}", length))
+    assert long == []
+
+
+@pytest.mark.parametrize("folder", LINES)
+def test_packages_are_small(folder: str) -> None:
+    length = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files(folder, ".py", ".smk"))
+    assert length <= LINES[folder]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,9 @@ import pytest
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio
 from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks import TASKS
 from cropr.tasks.detection import DetModelSpec
-from workflow.paper.grid import Grid, load_grid, shipped
-from workflow.paper.resolving import FOLDERS
+from workflow.paper.grid import Artefact, Grid, load_grid, shipped
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
@@ -26,12 +24,8 @@ SCALES = ["ci", "laptop", "workstation", "paper"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's images: two classes; and, for the tables of the other tasks, the folders of their layouts."""
     root = tmp_path_factory.mktemp("images")
-    for folders in FOLDERS.values():
-        for name in folders:
-            (root / name).mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir()
+    for name in (*(name for task in TASKS.values() for name in task.folders), *("train/cat", "train/dog")):
+        (root / name).mkdir(parents=True, exist_ok=True)
     return root
 
 
@@ -41,38 +35,46 @@ def grids(folder: Path) -> dict[str, Grid]:
     return {scale: load_grid(CONFIG, scale, roots=roots) for scale in SCALES}
 
 
-# The grid ------------------------------------------------------------------------------------------------------------
+def microbench(artefact: Artefact) -> bool:
+    return artefact.config.is_microbench
+
+
+def job(path: str | None) -> str:
+    """Id in the path of a record."""
+    return Path(str(path)).parent.name
+
+
+def test_every_artefact_has_a_notebook_a_place_and_a_question(grids: dict[str, Grid]) -> None:
+    configs = {file.stem for file in (CONFIG / "experiments").glob("*.yaml")}
+    assert configs == {file.stem for file in (ROOT / "notebooks").glob("*.ipynb")}
+    assert configs == set(grids["ci"].artefacts)
+    artefacts = [artefact.config for artefact in grids["ci"].artefacts.values()]
+    orders = [artefact.order for artefact in artefacts]
+    assert orders == sorted(set(orders))
+    sections = [artefact.section for artefact in artefacts]
+    assert sections == sorted(sections, key=sections.index), "artefacts of a section follow each other"
+    for artefact in grids["ci"].artefacts.values():
+        assert artefact.config.question.endswith("?")
+        assert (artefact.published is None) == (artefact.config.paper_model is None)
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_row_is_available_exactly_if_its_reducer_exists(grids: dict[str, Grid], scale: str) -> None:
+def test_a_row_runs_exactly_if_its_reducer_exists(grids: dict[str, Grid], scale: str) -> None:
     for artefact in grids[scale].artefacts.values():
         for row in artefact.rows:
-            if row.lab:
-                continue
-            left_out = str(row.why).startswith("left out at")
-            assert row.available == (row.columns["reducer"] in REDUCERS and not left_out)
-            assert row.available == (row.run is not None)
-            assert row.available or row.why
+            if not microbench(artefact):
+                left_out = str(row.why).startswith("left out at")
+                assert (row.run is not None) == (row.reducer in REDUCERS and not left_out)
+                assert (row.run is None) == (row.why is not None) == (row.records == ())
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_measurement_of_the_laboratory_has_nothing_else(grids: dict[str, Grid], scale: str) -> None:
+def test_a_microbenchmark_has_a_record_and_nothing_else(grids: dict[str, Grid], scale: str) -> None:
     grid = grids[scale]
-    rows = [row for artefact in grid.artefacts.values() if artefact.needs == {"lab"} for row in artefact.rows]
-    assert {row.lab for row in rows} == set(grid.labs)
-    assert all(row.run is None and row.bench is None for row in rows)
-    names = {row.row for row in grid.artefacts["precision"].rows}
-    assert ("eva_l_512" in names) == (scale in ("workstation", "paper"))
-
-
-def test_missing_rows_of_table_1_are_the_competitors_that_do_not_exist_yet(grids: dict[str, Grid]) -> None:
-    table = grids["paper"].artefacts["imagenet_methods"]
-    missing = [row.row for row in table.rows if not row.available]
-    assert missing == [
-        "k_medoids_r8", "ats_r8", "dpc_knn_r8", "evit_r8", "tome_r8_cls", "tome_r8",
-        "dynamicvit_r50", "sit_r50", "sinkhorn_r50", "patchmerger_r50",
-    ]  # fmt: skip
+    rows = [row for artefact in grid.artefacts.values() if microbench(artefact) for row in artefact.rows]
+    assert {job(row.bench) for row in rows} == set(grid.microbenches)
+    assert all(row.run is None and row.reducer is None and not row.records for row in rows)
+    assert ("eva_l_512" in {row.row for row in rows}) == (scale in ("workstation", "paper"))
 
 
 def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[str, Grid]) -> None:
@@ -83,8 +85,7 @@ def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[st
     assert ablations["no_mlp"].run != ablations["cropr"].run
     assert ablations["no_mlp"].bench == methods["cropr_r8_llf"].bench
     assert ablations["norm"].bench != methods["cropr_r8_llf"].bench
-    runs = {row.run for artefact in grid.artefacts.values() for row in artefact.rows if row.run}
-    assert runs == set(grid.runs)
+    assert {row.run for artefact in grid.artefacts.values() for row in artefact.rows if row.run} == set(grid.runs)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -132,32 +133,25 @@ def test_paper_scale_is_the_authors_recipe(grids: dict[str, Grid]) -> None:
 def test_speed_is_measured_on_the_papers_model_and_schedules(grids: dict[str, Grid], scale: str) -> None:
     grid = grids[scale]
     table = grid.artefacts["imagenet_methods"]
-    for row in table.rows:
-        if row.bench:
-            assert grid.benches[row.bench].model.name == "vit_large_patch16_224"
-            assert grid.benches[row.bench].image_size == 224
-    spec = grid.benches[str(table["cropr_r50"].bench)]
-    assert spec.prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
+    specs = {row.row: grid.benches[job(row.bench)] for row in table.rows if row.bench}
+    assert {(spec.model.name, spec.image_size) for spec in specs.values()} == {("vit_large_patch16_224", 224)}
+    assert specs["cropr_r50"].prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
+    assert table["cropr_r8"].paper_schedule == "R=8"
 
 
 def test_a_row_of_other_scales_is_left_out_and_says_so(grids: dict[str, Grid]) -> None:
     row = grids["laptop"].artefacts["imagenet_methods"]["small_image"]
     assert (row.why, row.run, row.bench) == ("left out at the laptop scale", None, None)
     paper = grids["paper"]
-    small = paper.benches[str(paper.artefacts["imagenet_methods"]["small_image"].bench)]
+    small = paper.benches[job(paper.artefacts["imagenet_methods"]["small_image"].bench)]
     assert (small.pruned_image_size, small.prune.reducer) == (176, "none")
-
-
-def test_ci_measures_its_own_model(grids: dict[str, Grid]) -> None:
-    assert {bench.model.args["depth"] for bench in grids["ci"].benches.values()} == {4}
 
 
 def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
     pretrain = grid.sources["classification"].pretrain
     assert pretrain is not None
-    assert pretrain.prune.reducer == "none"
-    assert pretrain.model.args["global_pool"] == "avg"
+    assert (pretrain.prune.reducer, pretrain.model.args["global_pool"]) == ("none", "avg")
     attention = grid.runs[str(grid.artefacts["imagenet_methods"]["attn_topk_r8_llf"].run)]
     assert attention.model.args["global_pool"] == "token"
     assert {spec.init for spec in grid.runs.values() if spec.task == "classification"} == {pretrain.digest()}
@@ -186,9 +180,8 @@ def test_relevance_needs_data_with_known_truth(grids: dict[str, Grid]) -> None:
     assert "relevance" not in grids["paper"].artefacts
 
 
-def test_the_first_table_goes_first(grids: dict[str, Grid]) -> None:
+def test_earlier_artefacts_go_first(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
-    assert next(iter(grid.artefacts)) == "imagenet_methods"
     methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
     assert grid.priority(str(methods["random_r8_llf"].run)) > grid.priority(str(ablations["no_mlp"].run))
     assert grid.priority(str(ablations["cropr"].run)) == grid.priority(str(methods["none"].run))
@@ -197,7 +190,7 @@ def test_the_first_table_goes_first(grids: dict[str, Grid]) -> None:
 def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path) -> None:
     roots = {"imagenet": folder, "ade20k": None, "coco": None, "folder": None}
     grid = load_grid(CONFIG, "paper", roots=roots)
-    assert {artefact.task for artefact in grid.artefacts.values()} == {"classification"}
+    assert {artefact.config.task for artefact in grid.artefacts.values()} == {"classification"}
     assert "segmentation" in grid.lacking
     assert {spec.task for spec in grid.runs.values()} == {"classification"}
     grid = load_grid(CONFIG, "paper", roots=roots | {"imagenet": None, "ade20k": folder})
@@ -212,25 +205,19 @@ def test_class_folders_of_the_user_are_counted(grids: dict[str, Grid]) -> None:
 def test_manifest_says_all_that_a_notebook_needs() -> None:
     grid = load_grid(CONFIG, "laptop", seeds=2)
     manifest = json.loads(json.dumps(grid.manifest("imagenet_methods")))
-    assert manifest["seeds"] == [0, 1]
-    assert manifest["results"] == "results/laptop"
+    assert (manifest["seeds"], manifest["results"], manifest["baseline"]) == ([0, 1], "results/laptop", "none")
+    assert manifest["metrics"]["top1"] == "Top-1"
     assert manifest["published"].endswith("config/published/imagenet_methods.csv")
     rows = {row["row"]: row for row in manifest["rows"]}
     run = rows["cropr_r8_llf"]["run"]
     assert rows["cropr_r8_llf"]["records"] == [f"results/laptop/runs/{run}/seed{seed}/record.json" for seed in (0, 1)]
-    assert rows["cropr_r8_llf"]["baseline"] == "none"
     assert rows["cropr_r8_llf"]["maps"] is None
-    assert rows["cropr_r50"]["columns"]["schedule"] == "R=16 @ 2,4,6"
-    assert rows["tome_r8"]["records"] == []
-    assert rows["tome_r8"]["bench"] is None
+    assert rows["cropr_r50"]["schedule"] == "R=16 @ 2,4,6"
+    assert (rows["tome_r8"]["records"], rows["tome_r8"]["bench"]) == ([], None)
+    assert rows["tome_r8"]["why"]
     assert grid.manifest("pruning_maps")["rows"][0]["maps"] == f"results/laptop/maps/{run}/seed0.npz"
-    assert len(grid.files("relevance")) == 10
-
-
-def test_manifest_of_a_comparison_holds_training_records_alone(grids: dict[str, Grid]) -> None:
-    manifest = grids["laptop"].manifest("ablations", {"no_mlp", "cropr"})
-    assert [row["row"] for row in manifest["rows"]] == ["cropr", "no_mlp"]
-    assert all(row["bench"] is None and row["records"] for row in manifest["rows"])
+    relevance = grid.artefacts["relevance"].rows
+    assert set(grid.files("relevance")) == {record for row in relevance for record in row.records}
 
 
 def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
@@ -242,9 +229,6 @@ def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
             grid.find_row(wrong)
     with pytest.raises(ValueError, match="no such row to compare"):
         grid.find_row("none")
-
-
-# Detection -----------------------------------------------------------------------------------------------------------
 
 
 def test_papers_detector_is_eva_02s_recipe(grids: dict[str, Grid]) -> None:
@@ -264,7 +248,7 @@ def test_a_detectors_encoder_is_measured(grids: dict[str, Grid], scale: str, row
     grid = grids[scale]
     table = grid.artefacts["coco"]
     assert [row.row for row in table.rows if row.bench] == rows
-    spec = grid.benches[str(table["cropr"].bench)]
+    spec = grid.benches[job(table["cropr"].bench)]
     assert (spec.model.name, spec.image_size) == ("eva02_large_patch14_224", 1536)
     assert spec.detector == DetModelSpec()
     others = [
@@ -285,21 +269,18 @@ def test_laptop_prunes_as_many_patches_as_the_issue_asks(grids: dict[str, Grid])
     [
         ({"segmentation": {"detector": {"window": 2}}}, "tasks.segmentation.detector: segmentation has no detector"),
         ({"detection": {"detector": {"global_blocks": [2]}}}, r"global_blocks = \[2\]: .* model.depth = 4, and"),
-        ({"detection": {"detector": {"window": 4}}}, "image size 48 holds no whole windows of 4 x 4 patches: .* of 32"),
+        ({"detection": {"detector": {"window": 4}}}, "image size 48 must be a multiple of 32"),
         (
             {"detection": {"schedules": {"squares": {"squares": {"at": {2: 3}}}}, "detector": {"global_blocks": [4]}}},
             "9 patches enter block 3, whose windows need a multiple of 4.*needed by .*coco.yaml: row random",
         ),
-        ({"detection": {"detector": {"windows": 2}}}, "unknown key tasks.detection.detector.windows"),
+        ({"detection": {"detector": {"windows": 2}}}, r"detector: windows: unknown key; .*window"),
         ({"detection": {"bench": {"rows": ["cropper"]}}}, "tasks.detection.bench.rows: no row 'cropper'; choose among"),
     ],
 )  # fmt: skip
 def test_a_detector_that_does_not_fit_is_refused(overrides: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_grid(CONFIG, "ci", overrides={"tasks": overrides})
-
-
-# Shipped weights -----------------------------------------------------------------------------------------------------
 
 
 def weights_file(path: Path, metadata: dict[str, str] | None) -> Path:
@@ -318,17 +299,6 @@ def test_shipped_weights_count_only_if_the_same_run_made_them(tmp_path: Path) ->
     assert not shipped(tmp_path / "c.safetensors", "0123456789")
 
 
-def test_the_grid_loads_no_torch() -> None:
-    code = (
-        "import sys; from workflow.paper.grid import load_grid; from workflow.paper.sources import code_digest;"
-        "load_grid('config', 'laptop'); sys.exit(bool({'torch', 'numpy', 'pandas'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-# What a scale says of its model ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_scale_describes_the_models_that_timm_builds(grids: dict[str, Grid], scale: str) -> None:
@@ -343,7 +313,7 @@ def test_a_scale_describes_the_models_that_timm_builds(grids: dict[str, Grid], s
             with torch.device("meta"):
                 if task == "detection":
                     spec = ModelSpec(name=block.name, args=block.args | arguments)
-                    windows = config.detector or DetModelSpec()
+                    windows = DetModelSpec(**config.detector or {})
                     model = build_detector(spec, PruneSpec(), windows, 2, size).backbone.host
                 else:
                     model = timm.create_model(block.name, img_size=size, num_classes=2, **block.args, **arguments)

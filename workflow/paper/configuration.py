@@ -1,25 +1,18 @@
-"""The files under ``config/``: what may stand in them, and errors that name file, key, value and what is allowed.
-
-Pure Python, pydantic and yaml, no torch: Snakemake builds its DAG from this (``workflow.paper.grid``).
-"""
+"""The keys of the files under ``config/``. Errors name file, key, value and what is allowed. No torch."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cropr.specs import RecipeSpec, check
-from cropr.tasks.detection import DetModelSpec
+from cropr.specs import RecipeSpec
 
 Pool = Literal["avg", "cls"]
-Need = Literal["train", "bench", "maps", "truth", "lab"]
-Measure = Literal["sweep", "blocks", "profile", "scoring", "training", "plan"]
-Model = TypeVar("Model", bound=BaseModel)
+Need = Literal["train", "bench", "maps", "truth", "microbench"]
 
 
 class Block(BaseModel):
@@ -29,8 +22,8 @@ class Block(BaseModel):
 
 
 class ModelBlock(Block):
-    """The model of a scale. ``patch_size``, ``depth`` and ``prefix`` say what timm builds from name and arguments,
-    so that schedules can be checked without it; a test holds them to it."""
+    """The model of a scale. ``patch_size``, ``depth`` and ``prefix`` describe what timm builds, so that schedules can
+    be checked without timm; a test compares them with the model."""
 
     name: str
     args: dict[str, Any] = Field(default_factory=dict)
@@ -43,47 +36,47 @@ class ModelBlock(Block):
 
 
 class PretrainBlock(Block):
-    """How the weights are made from which every run starts."""
+    """How the weights are trained that every run starts from."""
 
     recipe: RecipeSpec
     shipped: str | None = None
-    """Weights file in the repository that saves making them, used where it was made by this very specification."""
+    """Weights file in the repository; used if this very specification made it."""
 
 
 class BenchBlock(Block):
     """How throughput is measured."""
 
     model: Literal["paper", "own"] = "paper"
-    """``paper``: the paper's model and schedules, whatever the scale trains."""
+    """``paper``: the model and the schedules of the scale ``paper``; ``own``: those of this scale."""
     batch_size: int = Field(4, ge=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     rounds: int = Field(7, ge=3)
     warmup: int = Field(1, ge=1)
     rows: list[str] | None = Field(None, min_length=1)
-    """Rows that are measured, each beside the unpruned model; None: all."""
+    """Rows that are measured, each against the unpruned model; None: all."""
 
 
 class JobsBlock(Block):
-    """What a training run takes of the machine."""
+    """Resources of one training run."""
 
     threads: int = Field(1, ge=1)
     gpus: int = Field(0, ge=0)
 
 
 class TaskConfig(Block):
-    """A task at a scale: what the symbolic names of its rows mean."""
+    """A task at a scale: what the names in its rows mean."""
 
     model: ModelBlock
     schedules: dict[str, dict[str, Any]]
     image_sizes: dict[str, int] = Field(default_factory=dict)
     data: dict[str, Any]
-    """Of the class that the task names (``cropr.tasks``), and perhaps ``root``: the key of config.yaml that names the
-    user's folder. Without it, ``scenes`` are generated. Where ``num_classes`` is null, class folders are counted."""
+    """Keys of ``Task.data``, and perhaps ``root``: the key of config.yaml that names the user's folder. Without
+    ``root``, ``scenes`` are generated. If ``num_classes`` is null, class folders are counted."""
     recipe: RecipeSpec
     pretrain: PretrainBlock | None = None
     """None: timm's weights of the model's name."""
-    detector: DetModelSpec | None = None
-    """Detection: windows and heads; None: those of the paper's detector. Other tasks have none."""
+    detector: dict[str, Any] | None = None
+    """Keys of ``Task.detector``; None: its defaults. Only for tasks that have a detector."""
     bench: BenchBlock = BenchBlock()
 
 
@@ -93,21 +86,21 @@ class ScaleConfig(Block):
     title: str
     seeds: int | list[int] = 1
     tasks: dict[str, TaskConfig] = Field(min_length=1)
-    """Artefacts of other tasks are left out at this scale."""
+    """Artefacts of other tasks do not exist at this scale."""
     jobs: JobsBlock = JobsBlock()
-    lab: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of measurements of the laboratory."""
+    microbench: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of those microbenchmarks."""
     maps: int = Field(8, ge=1)
-    """Validation images for which pruning maps are saved."""
+    """Number of validation images for which pruning maps are saved."""
 
 
 class RowConfig(Block):
-    """One row of a table, without any scale."""
+    """One row of a table, for every scale."""
 
     row: str = Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")
     label: str
     use: str | None = None
-    """``artefact/row``: the same run as that row; it then says nothing else."""
+    """``artefact/row``: the same run as that row. Only ``row`` and ``label`` may be given with it."""
     reducer: str = "none"
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: str = "none"
@@ -116,51 +109,55 @@ class RowConfig(Block):
     aux_weight: float = Field(1.0, ge=0)
     image_size: str | None = None
     """Key of the scale's ``image_sizes``; None: the image size of its data."""
-    measure: Measure | None = None
-    """A measurement of the laboratory instead of a run; ``settings`` are its specification's."""
+    measure: str | None = None
+    """A microbenchmark, or ``plan``, instead of a run; ``settings`` are the keys of its specification."""
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: list[str] | None = None
-    """Scales that have this row; None: all. A table of the others says that it is left out."""
+    """Scales that have this row; None: all."""
     why: str | None = None
-    """Why the reducer does not exist here yet; a row that gives no reason must name one that does."""
+    """Why the row cannot run: its reducer does not exist yet."""
 
 
 class ArtefactConfig(Block):
     """``config/experiments/<artefact>.yaml``: one table or figure."""
 
+    order: int
+    """Position in the report; earlier artefacts are also computed earlier."""
+    section: str
+    """Heading of the report under which it stands."""
     title: str
+    question: str
+    """What it answers, in one sentence."""
+    paper_model: str | None = None
+    """Model and data of the published numbers."""
     task: str = "classification"
     baseline: str | None = None
     """Row that the others are compared with."""
     needs: list[Need] = ["train"]
-    """What it reads; ``truth`` leaves it out where the data do not say which patches matter. ``lab`` stands alone."""
+    """What it reads. ``truth``: only at scales whose data say which patches matter. ``microbench`` is used alone."""
     rows: list[RowConfig] = Field(min_length=1)
 
     @property
-    def is_lab(self) -> bool:
-        """Its rows are measurements of the laboratory, which need neither images nor training."""
-        return "lab" in self.needs
+    def is_microbench(self) -> bool:
+        """Whether its rows are microbenchmarks, which need neither images nor training."""
+        return "microbench" in self.needs
 
     @model_validator(mode="after")
-    def _one_kind(self) -> ArtefactConfig:
-        if self.is_lab and len(self.needs) > 1:
-            raise ValueError("needs: lab stands alone; put rows that are trained into an artefact of their own")
-        wrong = [row.row for row in self.rows if (row.measure is not None) != self.is_lab]
-        if wrong:
-            raise ValueError(f"row {wrong[0]!r}: rows have `measure` exactly where the artefact needs [lab]")
-        return self
-
-    @field_validator("rows")
-    @classmethod
-    def _unique(cls, rows: list[RowConfig]) -> list[RowConfig]:
-        names = [row.row for row in rows]
+    def _consistent(self) -> ArtefactConfig:
+        names = [row.row for row in self.rows]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"row {twice[0]!r} is given twice; names are unique")
-        return rows
+            raise ValueError(f"row {twice[0]!r} is given twice; names must be unique")
+        if self.baseline not in (None, *names):
+            raise ValueError(f"baseline = {self.baseline!r} is no row; choose one of {', '.join(names)}")
+        if self.is_microbench and len(self.needs) > 1:
+            raise ValueError("needs: microbench is used alone; put rows that are trained into another artefact")
+        if wrong := [row.row for row in self.rows if (row.measure is not None) != self.is_microbench]:
+            raise ValueError(f"row {wrong[0]!r}: give `measure` if, and only if, the artefact needs [microbench]")
+        return self
 
 
 class Settings(Block):
-    """``config/config.yaml`` with what ``--config`` and ``--configfile`` put over it."""
+    """``config/config.yaml``, with ``--config`` and ``--configfile`` laid over it."""
 
     scale: str = "laptop"
     seeds: int | list[int] | str | None = None
@@ -171,30 +168,21 @@ class Settings(Block):
     folder: Path | None = None
     pretrain: Literal["shipped", "make"] = "shipped"
     row: str | None = None
-    """Row that the target ``compare`` trains and shows beside its baseline."""
+    """Row that the target ``compare`` trains and compares with its baseline."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Laid over the scale's file, key by key."""
 
     @property
     def roots(self) -> dict[str, Path | None]:
-        """Folders of the user's, by the key that names them."""
+        """The user's folders, by the key that names them."""
         return {"imagenet": self.imagenet, "ade20k": self.ade20k, "coco": self.coco, "folder": self.folder}
 
 
-def read_settings(values: Mapping[str, Any], name: str = "config/config.yaml") -> Settings:
-    """Check the workflow's configuration.
-
-    Raises:
-        ValueError: unknown key or bad value: key, value and what is allowed.
-    """
-    return check(Settings, values, name)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        FileNotFoundError: no such file; with those that exist beside it.
+        FileNotFoundError: no such file; the message lists the files beside it.
         ValueError: not YAML, or no mapping.
     """
     if not path.is_file():
@@ -219,15 +207,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> tuple[int, ...]:
-    """``3`` -> (0, 1, 2); a list, or text such as ``0,2,5``, as it stands.
+    """``3`` -> (0, 1, 2); a list, or text such as ``0,2,5``, gives those seeds.
 
     Raises:
-        ValueError: anything else, and an empty or repeated list.
+        ValueError: anything else, an empty list, or a seed given twice.
     """
     try:
         if isinstance(seeds, str):
-            parts = [part for part in re.split(r"[,\s\[\]]+", seeds) if part]
-            seeds = [int(part) for part in parts] if len(parts) > 1 or "[" in seeds else int(seeds)
+            seeds = [int(part) for part in seeds.strip("[]").split(",")] if set(seeds) & set("[,") else int(seeds)
         parsed = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     except (TypeError, ValueError):
         parsed = ()

@@ -1,74 +1,49 @@
-"""The grid: which runs a table or figure needs, and what each run is told.
+"""The grid: which jobs a table or figure needs, and the specification of each.
 
-An artefact (``config/experiments/*.yaml``) lists its rows without any scale; a scale (``config/scales/*.yaml``) says
-what their symbolic names mean. Together they give every row a ``TrainSpec`` and a ``BenchSpec``, whose digests name
-the runs: two rows that ask for the same share it. Everything is checked here, before any job starts.
+An artefact (``config/experiments/*.yaml``) lists its rows for every scale; a scale (``config/scales/*.yaml``) says what
+the names in them mean. Together they give every row a ``TrainSpec`` and a ``BenchSpec``, whose digests name the jobs:
+two rows that ask for the same share it. Everything is checked here, before any job starts. No torch: Snakemake builds
+its DAG from this.
 
     grid = load_grid("config", scale="laptop", seeds=3)
     grid.runs["1a2b3c4d5e"]                 # TrainSpec
     grid.manifest("imagenet_methods")       # what the notebook reads
-
-Pure Python and pydantic, no torch: Snakemake builds its DAG from this.
 """
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cropr.bench.specs import BenchSpec, LabSpec, PlanSpec
-from cropr.specs import ScenesSpec
+from cropr.bench.specs import BenchSpec
+from cropr.specs import ScenesSpec, Spec, check
 from cropr.tasks import TASKS
 from cropr.training.specs import TrainSpec
-from workflow.paper.configuration import (
-    ArtefactConfig,
-    RowConfig,
-    ScaleConfig,
-    TaskConfig,
-    check,
-    merge,
-    parse_seeds,
-    read_yaml,
-)
-from workflow.paper.resolving import Laboratory, Resolver, Row, Scale
-
-ORDER = (
-    "imagenet_methods", "ablations", "pruning_maps", "relevance",
-    "ade20k", "reactivation", "pruning_maps_segmentation",
-    "coco", "pruning_maps_detection",
-    "precision", "alignment", "breakeven", "profile", "memory", "plan",
-)  # fmt: skip
-"""Artefacts in the order in which they are made and read; others follow by name."""
+from workflow.paper.configuration import ArtefactConfig, RowConfig, ScaleConfig, merge, parse_seeds, read_yaml
+from workflow.paper.resolving import Resolver, Row, Scale
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A table or figure with its rows resolved."""
+    """A table or figure with its rows at a scale."""
 
     name: str
-    title: str
-    task: str
-    baseline: str | None
-    needs: frozenset[str]
+    config: ArtefactConfig
     published: str | None
     """File of published numbers, relative to the repository."""
     rows: tuple[Row, ...]
 
     def __getitem__(self, row: str) -> Row:
-        for candidate in self.rows:
-            if candidate.row == row:
-                return candidate
-        raise KeyError(row)
+        return {candidate.row: candidate for candidate in self.rows}[row]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the images and the first weights of a task come from."""
+    """Images and first weights of a task."""
 
     folder: str
     """The images: the user's folder, or one under ``results``."""
@@ -76,9 +51,9 @@ class Source:
     scenes: ScenesSpec | None
     """The images to generate; None: they are the user's."""
     pretrain: TrainSpec | None
-    """Makes the weights that every run of the task starts from; None where timm has them."""
+    """Makes the weights that every run of the task starts from; None if timm has them."""
     shipped: str | None
-    """Weights file in the repository that may stand for ``pretrain``."""
+    """Weights file in the repository that may replace ``pretrain``."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +64,23 @@ class Grid:
     config: ScaleConfig
     seeds: tuple[int, ...]
     artefacts: dict[str, Artefact]
+    """In the order in which they are computed and read."""
     runs: dict[str, TrainSpec]
     """Fine-tuning runs by id."""
     benches: dict[str, BenchSpec]
-    labs: dict[str, LabSpec | PlanSpec]
-    """Measurements of the laboratory by id."""
+    microbenches: dict[str, Spec]
+    """Microbenchmarks and plans by id."""
     sources: dict[str, Source]
-    """Tasks that some artefact needs."""
-    names: dict[str, str] = field(default_factory=dict)
-    """Run or measurement -> ``artefact/row`` that asks for it first."""
+    """By task."""
+    names: dict[str, str]
+    """Id -> the first ``artefact/row`` that asks for it."""
     lacking: tuple[str, ...] = ()
-    """Tasks whose artefacts are left out because no folder with their images is given."""
-
-    # Files ------------------------------------------------------------------------------------------------------
+    """Tasks whose artefacts are left out because the folder of their images is not given."""
 
     @property
     def results(self) -> str:
         """Folder of everything that this scale makes."""
-        return results(self.scale)
+        return f"results/{self.scale}"
 
     @property
     def generated(self) -> dict[str, ScenesSpec]:
@@ -119,75 +93,47 @@ class Grid:
         return {source.pretrain.digest(): source for source in self.sources.values() if source.pretrain}
 
     def source(self, run: str) -> Source:
-        """Images and first weights of a run, or of a run that makes first weights, by id."""
-        if run in self.runs:
-            return self.sources[self.runs[run].task]
-        return self.pretrains[run]
-
-    def record(self, run: str, seed: int) -> str:
-        """Record of a fine-tuning run."""
-        return f"{self.results}/runs/{run}/seed{seed}/record.json"
-
-    def bench(self, bench: str) -> str:
-        """Record of a throughput measurement."""
-        return f"{self.results}/bench/{bench}/record.json"
-
-    def lab(self, lab: str) -> str:
-        """Record of a measurement of the laboratory."""
-        return f"{self.results}/lab/{lab}/record.json"
-
-    def maps(self, run: str) -> str:
-        """Pruning maps of a run, of the first seed."""
-        return f"{self.results}/maps/{run}/seed{self.seeds[0]}.npz"
+        """Images and first weights of a run, by its id."""
+        return self.sources[self.runs[run].task] if run in self.runs else self.pretrains[run]
 
     def files(self, artefact: str) -> list[str]:
-        """Every record that a notebook reads, each once."""
-        found: dict[str, None] = {}
-        for row in self.manifest(artefact)["rows"]:
-            found |= dict.fromkeys([*row["records"], *filter(None, (row["bench"], row["maps"]))])
-        return list(found)
+        """Every file that a notebook reads, each once."""
+        rows = self.artefacts[artefact].rows
+        found = [file for row in rows for file in (*row.records, row.bench, row.maps) if file]
+        return list(dict.fromkeys(found))
 
-    # What jobs are told -----------------------------------------------------------------------------------------
-
-    def manifest(self, artefact: str, rows: Iterable[str] | None = None) -> dict[str, Any]:
-        """Rows of an artefact with the paths of their records: all that a notebook is told.
-
-        Args:
-            artefact: its name.
-            rows: these only, and only their training records.
-        """
-        chosen = self.artefacts[artefact]
-        wanted = None if rows is None else set(rows)
-        listed = [row for row in chosen.rows if wanted is None or row.row in wanted]
+    def manifest(self, artefact: str) -> dict[str, Any]:
+        """All that a notebook is told: the artefact, and its rows with the paths of their records."""
+        config = self.artefacts[artefact].config
         return {
-            "artefact": chosen.name,
-            "title": chosen.title,
-            "task": chosen.task,
+            "artefact": artefact,
+            **config.model_dump(include={"title", "question", "section", "order", "task", "baseline", "paper_model"}),
             "scale": self.scale,
             "seeds": list(self.seeds),
             "results": self.results,
-            "published": chosen.published,
-            "rows": [self._entry(chosen, row, wanted is None) for row in listed],
+            "published": self.artefacts[artefact].published,
+            "metrics": {} if config.is_microbench else dict(TASKS[config.task].metrics),
+            "rows": [asdict(row) for row in self.artefacts[artefact].rows],
         }
 
-    def priority(self, key: str) -> int:
+    def priority(self, run: str) -> int:
         """Greater for runs that an earlier artefact waits for."""
-        return self._priorities.get(key, 0)
+        return self._priorities.get(run, 0)
 
     def comparable(self) -> list[str]:
-        """``artefact/row`` of every row that can run and has a baseline to stand beside."""
+        """``artefact/row`` of every row that runs and has a baseline."""
         return [
             f"{artefact.name}/{row.row}"
             for artefact in self.artefacts.values()
             for row in artefact.rows
-            if artefact.baseline not in (None, row.row) and row.available
+            if artefact.config.baseline not in (None, row.row) and row.run
         ]
 
     def find_row(self, row: str) -> tuple[str, str]:
-        """Artefact and name of a comparable row, given as ``artefact/row``, or as ``row`` where one artefact has it.
+        """Artefact and name of a comparable row, given as ``artefact/row``, or as ``row`` if one artefact has it.
 
         Raises:
-            ValueError: no such row, or several; with those that there are.
+            ValueError: no such row, or several; the message lists the rows.
         """
         found = [name for name in self.comparable() if row in (name, name.partition("/")[2])]
         if len(found) != 1:
@@ -195,28 +141,6 @@ class Grid:
             raise ValueError(f"row = {row!r}: {problem}; choose one of {', '.join(self.comparable())}")
         artefact, _, name = found[0].partition("/")
         return artefact, name
-
-    def _entry(self, artefact: Artefact, row: Row, everything: bool) -> dict[str, Any]:
-        """One row of a manifest."""
-        needs = artefact.needs if everything else {"train"}
-        train = row.run is not None and bool(needs & {"train", "truth"})
-        return {
-            "row": row.row,
-            "label": row.label,
-            "columns": row.columns,
-            "available": row.available,
-            "why": row.why,
-            "run": row.run,
-            "baseline": artefact.baseline,
-            "records": [self.record(row.run, seed) for seed in self.seeds] if train and row.run else [],
-            "bench": self._measurement(row, needs),
-            "maps": self.maps(row.run) if row.run and "maps" in needs else None,
-        }
-
-    def _measurement(self, row: Row, needs: Collection[str]) -> str | None:
-        if row.lab:
-            return self.lab(row.lab)
-        return self.bench(row.bench) if row.bench and "bench" in needs else None
 
     @cached_property
     def _priorities(self) -> dict[str, int]:
@@ -239,161 +163,134 @@ def load_grid(
         config: folder with ``scales/``, ``experiments/`` and ``published/``.
         scale: name of a file in ``scales/``.
         seeds: as ``parse_seeds`` reads them; None: the scale's.
-        roots: the user's folders by the key that a scale's ``data.root`` names. Tasks without theirs are left out, as
-            long as any is left.
+        roots: the user's folders by the key that a scale's ``data.root`` names. Tasks without theirs are left out, if
+            another task remains.
         overrides: laid over the scale's file.
 
     Raises:
         ValueError: unknown key, reducer or row, impossible schedule, data root not given: file, key, value, fix.
         FileNotFoundError: no such scale; or a data root without the folders that it needs.
     """
-    folder = Path(config)
-    file = folder / "scales" / f"{scale}.yaml"
-    source = f"{file} with overrides" if overrides else str(file)
-    chosen = check(ScaleConfig, merge(read_yaml(file), overrides or {}), source)
-    own, given = Scale(scale, chosen, source), roots or {}
-    artefacts = _read(folder, chosen)
-    needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_lab))
-    lacking = tuple(task for task in needed if not _has_images(chosen.tasks[task], given))
-    if lacking != needed:  # else the first of them says what is missing
-        artefacts = {name: one for name, one in artefacts.items() if one.is_lab or one.task not in lacking}
-    resolvers = {
-        task: Resolver(task, own, _paper(folder) if chosen.tasks[task].bench.model == "paper" else own, given)
-        for task in dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_lab)
-    }
-    lab = Laboratory(scale, chosen.lab)
-    resolved = _resolve(folder, artefacts, resolvers, lab)
-    lab.verify(source)
-    _verify_measured(chosen, resolved, source)
+    folder, given = Path(config), roots or {}
+    own, paper = _scale(folder, scale, overrides), _scale(folder, "paper")
+    chosen_seeds = parse_seeds(own.config.seeds if seeds is None else seeds)
+    artefacts = _artefacts(folder, own.config)
+    needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_microbench))
+    lacking = tuple(task for task in needed if _folder_missing(own.config, task, given))
+    if lacking == needed:  # nothing would remain: the first of them says what is missing
+        lacking = ()
+    resolver = Resolver(own, paper, chosen_seeds, given)
+    for task in needed:
+        if task not in lacking:
+            resolver.open(task)
+    resolved = {}
+    for name, artefact in artefacts.items():
+        rows = (
+            () if artefact.task in lacking and not artefact.is_microbench else _rows(folder, name, artefacts, resolver)
+        )
+        if rows:
+            published = folder / "published" / f"{name}.csv"
+            resolved[name] = Artefact(name, artefact, str(published) if published.is_file() else None, rows)
+    _verify_names(own, resolved, resolver)
     return Grid(
         scale=scale,
-        config=chosen,
-        seeds=parse_seeds(chosen.seeds if seeds is None else seeds),
+        config=own.config,
+        seeds=chosen_seeds,
         artefacts=resolved,
-        runs={run: spec for resolver in resolvers.values() for run, spec in resolver.runs.items()},
-        benches={bench: spec for resolver in resolvers.values() for bench, spec in resolver.benches.items()},
-        labs=lab.specs,
-        sources={task: _source(scale, resolver) for task, resolver in resolvers.items()},
-        names={key: name for resolver in resolvers.values() for key, name in resolver.names.items()} | lab.names,
+        runs=resolver.runs,
+        benches=resolver.benches,
+        microbenches=resolver.microbenches,
+        sources={task: _source(task, resolver) for task in resolver.tasks},
+        names=resolver.names,
         lacking=lacking,
     )
 
 
-def _has_images(task: TaskConfig, roots: Mapping[str, Path | None]) -> bool:
-    """Whether images are generated, or a folder of the user's is given; a key that does not exist is found later."""
-    key = task.data.get("root")
-    return key is None or roots.get(key, Path()) is not None
+def _scale(folder: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Scale:
+    file = folder / "scales" / f"{name}.yaml"
+    source = f"{file} with overrides" if overrides else str(file)
+    return Scale(name, check(ScaleConfig, merge(read_yaml(file), overrides or {}), source), source)
 
 
-def _verify_measured(scale: ScaleConfig, artefacts: Mapping[str, Artefact], source: str) -> None:
-    """Refuse ``bench.rows`` that do not exist."""
-    for task, config in scale.tasks.items():
-        tables = [artefact for artefact in artefacts.values() if artefact.task == task and "bench" in artefact.needs]
-        known = {row.row for artefact in tables for row in artefact.rows}
-        if tables and (unknown := sorted(set(config.bench.rows or ()) - known)):
-            raise ValueError(
-                f"{source}: tasks.{task}.bench.rows: no row {unknown[0]!r}; choose among {', '.join(sorted(known))}"
-            )
+def _artefacts(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
+    """The artefacts of the tasks that a scale has, in their order."""
+    configs = {
+        file.stem: check(ArtefactConfig, read_yaml(file), str(file)) for file in (folder / "experiments").glob("*.yaml")
+    }
+    ordered = sorted(configs.items(), key=lambda item: (item[1].order, item[0]))
+    return {name: config for name, config in ordered if config.is_microbench or config.task in scale.tasks}
 
 
-def _paper(folder: Path) -> Scale:
-    """The scale whose models are measured at others, too."""
-    file = folder / "scales" / "paper.yaml"
-    return Scale("paper", check(ScaleConfig, read_yaml(file), str(file)), str(file))
+def _folder_missing(scale: ScaleConfig, task: str, roots: Mapping[str, Path | None]) -> bool:
+    """Whether a folder of the user's is needed and not given; a key that does not exist is refused later."""
+    key = scale.tasks[task].data.get("root")
+    return key is not None and roots.get(key, Path()) is None
 
 
-def results(scale: str) -> str:
-    """Folder of everything that a scale makes."""
-    return f"results/{scale}"
+def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], resolver: Resolver) -> tuple[Row, ...]:
+    """Rows of an artefact; none if it needs a truth that the data do not hold, or has no row at this scale."""
+    file, artefact = folder / "experiments" / f"{name}.yaml", artefacts[name]
+    if artefact.is_microbench:
+        here = [row for row in artefact.rows if row.scales is None or resolver.scale.name in row.scales]
+        return tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in here)
+    if "truth" in artefact.needs and resolver.tasks[artefact.task].data.scenes is None:
+        return ()
+    rows = []
+    for row in artefact.rows:
+        where = f"{file}: row {row.row}"
+        meant = _used(where, row, {key: other for key, other in artefacts.items() if other.task == artefact.task})
+        rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, artefact.task, artefact.needs))
+    return tuple(rows)
 
 
-def _source(scale: str, resolver: Resolver) -> Source:
-    layout, pretrain = TASKS[resolver.task].layout, resolver.config.pretrain
+def _used(where: str, row: RowConfig, artefacts: Mapping[str, ArtefactConfig]) -> RowConfig:
+    """The row that ``use`` names, or the row itself."""
+    if row.use is None:
+        return row
+    if extra := sorted(row.model_fields_set - {"row", "label", "use"}):
+        raise ValueError(f"{where}: {', '.join(extra)} cannot be given with use; drop one of them")
+    places = {f"{name}/{r.row}": r for name, config in artefacts.items() for r in config.rows if r.use is None}
+    if row.use not in places:
+        raise ValueError(f"{where}: use = {row.use!r} is no row; choose one of {', '.join(places)}")
+    return places[row.use]
+
+
+def _verify_names(scale: Scale, artefacts: Mapping[str, Artefact], resolver: Resolver) -> None:
+    """Refuse settings of rows that do not exist: ``microbench`` and ``bench.rows`` of a scale."""
+    known = {
+        name
+        for one in artefacts.values()
+        if one.config.is_microbench
+        for name in (one.name, *(f"{one.name}/{row.row}" for row in one.rows))
+    }
+    if unknown := sorted(set(scale.config.microbench) - known):
+        choices = ", ".join(sorted(known))
+        raise ValueError(f"{scale.source}: microbench.{unknown[0]}: no such microbenchmark; there are {choices}")
+    for task in resolver.tasks:
+        tables = [one for one in artefacts.values() if one.config.task == task and "bench" in one.config.needs]
+        rows = {row.row for table in tables for row in table.rows}
+        if tables and (unknown := sorted(set(scale.config.tasks[task].bench.rows or ()) - rows)):
+            choices = ", ".join(sorted(rows))
+            raise ValueError(f"{scale.source}: tasks.{task}.bench.rows: no row {unknown[0]!r}; choose among {choices}")
+
+
+def _source(task: str, resolver: Resolver) -> Source:
+    layout, root, own = TASKS[task].layout, resolver.roots[task], resolver.tasks[task]
     return Source(
-        folder=str(resolver.root or f"{results(scale)}/data/{layout}"),
+        folder=str(root or f"{resolver.results}/data/{layout}"),
         layout=layout,
-        scenes=None if resolver.root else resolver.data.scenes,
-        pretrain=resolver.pretrain,
-        shipped=pretrain.shipped if pretrain else None,
+        scenes=None if root else own.data.scenes,
+        pretrain=resolver.pretrains.get(task),
+        shipped=own.config.pretrain.shipped if own.config.pretrain else None,
     )
 
 
 def shipped(path: str | Path, digest: str) -> bool:
     """Whether the weights file exists and was made by the run of this digest, as its safetensors header says."""
     path = Path(path)
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            return bool(json.loads(file.read(size))["__metadata__"]["spec"] == digest)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8 or (size := struct.unpack("<Q", head)[0]) > path.stat().st_size:
-            return False
-        try:
-            metadata = json.loads(file.read(size)).get("__metadata__", {})
-        except (ValueError, AttributeError):
-            return False
-    return bool(metadata.get("spec") == digest)
-
-
-def _read(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
-    """All artefacts of the tasks that the scale has, in ``ORDER``."""
-    files = sorted(
-        (folder / "experiments").glob("*.yaml"),
-        key=lambda file: (ORDER.index(file.stem) if file.stem in ORDER else len(ORDER), file.stem),
-    )
-    configs = {file.stem: check(ArtefactConfig, read_yaml(file), str(file)) for file in files}
-    return {name: config for name, config in configs.items() if config.is_lab or config.task in scale.tasks}
-
-
-def _resolve(
-    folder: Path,
-    configs: Mapping[str, ArtefactConfig],
-    resolvers: Mapping[str, Resolver],
-    lab: Laboratory,
-) -> dict[str, Artefact]:
-    """The artefacts with their rows resolved; without those that need a truth that the data do not hold, and those
-    without a row at this scale."""
-    artefacts = {}
-    for name, config in configs.items():
-        file = folder / "experiments" / f"{name}.yaml"
-        if config.is_lab:
-            rows = tuple(lab.rows(file, config))
-        else:
-            resolver = resolvers[config.task]
-            if "truth" in config.needs and resolver.data.scenes is None:
-                continue
-            mates = {other: content for other, content in configs.items() if content.task == config.task}
-            rows = tuple(
-                resolver.row(str(file), f"{name}/{row.row}", row, _used(file, row, mates), config.needs)
-                for row in config.rows
-            )
-        if not rows:
-            continue
-        if config.baseline is not None and config.baseline not in {row.row for row in config.rows}:
-            raise ValueError(
-                f"{file}: baseline = {config.baseline!r} is no row; choose one of "
-                f"{', '.join(row.row for row in config.rows)}"
-            )
-        published = folder / "published" / f"{name}.csv"
-        artefacts[name] = Artefact(
-            name=name,
-            title=config.title,
-            task=config.task,
-            baseline=config.baseline,
-            needs=frozenset(config.needs),
-            published=str(published) if published.is_file() else None,
-            rows=rows,
-        )
-    return artefacts
-
-
-def _used(file: Path, row: RowConfig, configs: Mapping[str, ArtefactConfig]) -> RowConfig:
-    """The row that ``use`` names, or the row itself."""
-    if row.use is None:
-        return row
-    if extra := sorted(row.model_fields_set - {"row", "label", "use"}):
-        raise ValueError(f"{file}: row {row.row}: {', '.join(extra)} cannot stand beside use; drop one of them")
-    artefact, _, name = row.use.partition("/")
-    places = {f"{a}/{r.row}": r for a, config in configs.items() for r in config.rows if r.use is None}
-    if row.use not in places:
-        raise ValueError(f"{file}: row {row.row}: use = {row.use!r} is no row; choose one of {', '.join(places)}")
-    return places[f"{artefact}/{name}"]

@@ -1,345 +1,296 @@
-"""A row of the grid and a scale -> the specs of its runs. Used by ``workflow.paper.grid`` alone.
-
-Pure Python and pydantic, no torch.
-"""
+"""A row of a table and a scale -> the specifications of its jobs. Used by ``workflow.paper.grid``; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from cropr.bench.specs import MEASURES, BenchSpec, LabSpec, PlanSpec
-from cropr.pruning.methods import REDUCERS, before_last_block
+from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
+from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
 from cropr.pruning.schedule import Schedule, attended
-from cropr.specs import ImagesSpec, ModelSpec, PruneSpec, RecipeSpec
+from cropr.specs import ImagesSpec, ModelSpec, PruneSpec, RecipeSpec, Spec, check
 from cropr.tasks import TASKS
-from cropr.tasks.detection import DetModelSpec
 from cropr.training.specs import TrainSpec
-from workflow.paper.configuration import ArtefactConfig, ModelBlock, RowConfig, ScaleConfig, TaskConfig, check, merge
+from workflow.paper.configuration import RowConfig, ScaleConfig, merge
+
+UNPRUNED = RowConfig(row="none", label="")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A row with the runs that it needs at this scale."""
+    """A row at a scale; manifests contain it as it is. A microbenchmark has ``row``, ``label`` and ``bench`` only."""
 
     row: str
     label: str
-    columns: dict[str, Any]
-    """What distinguishes it, for tables: reducer, schedule, fusion, pool, image size, options."""
-    why: str | None
-    """Why it cannot run; None for a row that can."""
+    reducer: str | None = None
+    fusion: str | None = None
+    schedule: str | None = None
+    """As text, like the other columns of a table."""
+    pool: str | None = None
+    image_size: int | None = None
+    aux_weight: float | None = None
+    options: str | None = None
+    paper_schedule: str | None = None
+    """Schedule of the model whose speed is measured, if that is the paper's."""
+    why: str | None = None
+    """Why it does not run; None for a row that does."""
     run: str | None = None
+    """Id of its training run."""
+    records: tuple[str, ...] = ()
+    """Paths of the training records, one a seed, relative to the repository like all paths."""
     bench: str | None = None
-    lab: str | None = None
-    """Measurement of the laboratory; such a row has nothing else."""
-
-    @property
-    def available(self) -> bool:
-        """Whether its reducer exists."""
-        return self.why is None
+    """Path of the record of its speed measurement or microbenchmark."""
+    maps: str | None = None
+    """Path of its pruning maps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A scale, its name, and the file that it comes from, for error messages."""
+    """A scale, and the file it comes from, for error messages."""
 
     name: str
     config: ScaleConfig
     source: str
 
-    def task(self, task: str) -> tuple[TaskConfig, str]:
-        """What the scale says of a task, and where.
+
+class TaskAtScale:
+    """What a scale says of a task, checked.
+
+    Raises:
+        ValueError: the scale lacks the task, or model, data and detector do not fit together.
+    """
+
+    def __init__(self, task: str, scale: Scale, root: Path | None) -> None:
+        if task not in scale.config.tasks:
+            raise ValueError(f"{scale.source}: tasks has no {task}; it has {', '.join(scale.config.tasks)}")
+        self.task, self.config, self.source = TASKS[task], scale.config.tasks[task], f"{scale.source}: tasks.{task}"
+        self.data = self._data(root)
+        self.detector = self._detector()
+
+    def model(self, row: RowConfig, pretrained: bool) -> ModelSpec:
+        """Model of a row; ``pretrained`` False drops the tag of the weights and stochastic depth."""
+        model = self.config.model
+        args = model.args | model.pools[row.pool]
+        if pretrained:
+            return ModelSpec(name=model.name, args=args, drop_path=model.drop_path)
+        return ModelSpec(name=model.name.partition(".")[0], args=args)
+
+    def image_size(self, row: RowConfig) -> int:
+        """Pixels a side."""
+        return self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size
+
+    def schedule(self, where: str, row: RowConfig) -> Schedule:
+        """The schedule that a row names, checked against model and image size.
 
         Raises:
-            ValueError: nothing.
+            ValueError: a name that the scale lacks, or a schedule that does not fit.
         """
-        if task not in self.config.tasks:
-            raise ValueError(f"{self.source}: tasks has no {task}; it has {', '.join(self.config.tasks)}")
-        return self.config.tasks[task], f"{self.source}: tasks.{task}"
+        config, model = self.config, self.config.model
+        if row.fusion not in FUSIONS:
+            raise ValueError(f"{where}: fusion = {row.fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+        if row.reducer == "none" and row.schedule != "none":
+            names = ", ".join(name for name in REDUCERS if name != "none")
+            raise ValueError(f"{where}: schedule = {row.schedule!r} without a reducer; choose one of {names}")
+        for key, value, known, place in (
+            ("pool", row.pool, model.pools, "model.pools"),
+            ("image_size", row.image_size, config.image_sizes, "image_sizes"),
+            ("schedule", row.schedule, {"none": {}, **config.schedules}, "schedules"),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"{where}: {key} = {value!r}: {self.source} has {', '.join(known)} in {place}")
+        named = config.schedules.get(row.schedule, {"constant": {"rate": 0}})
+        try:
+            return self._checked(Schedule.from_config(named), row)
+        except (ValueError, TypeError, AttributeError) as error:
+            key = f"{self.source}.schedules.{row.schedule} = {named}"
+            raise ValueError(f"{key}: {error} (needed by {where})") from None
+
+    def _checked(self, schedule: Schedule, row: RowConfig) -> Schedule:
+        """The schedule; refuses counts that the model, or the windows of a detector, cannot have."""
+        model, size, window = self.config.model, self.image_size(row), getattr(self.detector, "window", 1)
+        if size % (step := model.patch_size * window):
+            raise ValueError(f"image size {size} must be a multiple of {step}: patch size x window of the detector")
+        patches, fused = (size // model.patch_size) ** 2, before_last_block(row.fusion)
+        counts = schedule.resolve(patches, model.depth, fused, model.prefix)
+        for block, count in enumerate(attended(counts, patches, fused), start=1):
+            if count % window**2 and block not in getattr(self.detector, "global_blocks", ()):
+                raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {window**2}")
+        return schedule
+
+    def _data(self, root: Path | None) -> ImagesSpec:
+        values = {key: value for key, value in self.config.data.items() if key != "root"}
+        if values.get("num_classes", 0) is None:
+            if root is None or self.task.name != "classification":
+                raise ValueError(f"{self.source}.data.num_classes is missing; only your own class folders are counted")
+            classes = values["num_classes"] = sum(entry.is_dir() for entry in (root / "train").iterdir())
+            if classes < 2:
+                raise ValueError(f"{root / 'train'} has {classes} class folders; it needs two or more")
+        return check(self.task.data, values, f"{self.source}.data")
+
+    def _detector(self) -> Any:
+        """What stands around the encoder; None for a task without it."""
+        kind, values, depth = self.task.detector, self.config.detector, self.config.model.depth
+        if kind is None:
+            if values is not None:
+                raise ValueError(f"{self.source}.detector: {self.task.name} has no detector; leave this key out")
+            return None
+        detector: Any = check(kind, values or {}, f"{self.source}.detector")
+        blocks = detector.global_blocks
+        if depth not in blocks or min(blocks) < 1 or max(blocks) > depth:
+            raise ValueError(
+                f"{self.source}.detector.global_blocks = {list(blocks)}: blocks count from 1 to model.depth = {depth}, "
+                "and the last must be among them"
+            )
+        return detector
 
 
 class Resolver:
-    """Rows of one task to specs. Collects the runs and measurements on the way."""
+    """Rows to specifications, which it collects by id."""
 
-    def __init__(self, task: str, scale: Scale, measured: Scale, roots: Mapping[str, Path | None]) -> None:
-        self.task, self.scale = task, scale.name
-        self.config, self.source = scale.task(task)
-        self.root = find_root(task, self.config, self.source, roots)
-        self.bench_config, self.bench_source = measured.task(task)
-        self.settings = self.config.bench
-        self.data = self._data(self.config, self.source)
-        self.bench_data = self._data(self.bench_config, self.bench_source)
-        self.detector = _detector(task, self.config, self.source)
-        self.bench_detector = _detector(task, self.bench_config, self.bench_source)
-        self.pretrain = None
-        if self.config.pretrain is not None:
-            unpruned = RowConfig(row="pretrain", label="")
-            self.pretrain = self._train(self.config.pretrain.recipe, unpruned, PruneSpec(), "random")
-        self.init = self.pretrain.digest() if self.pretrain else "timm"
+    def __init__(self, scale: Scale, paper: Scale, seeds: tuple[int, ...], roots: Mapping[str, Path | None]) -> None:
+        self.scale, self.paper, self.seeds, self.results = scale, paper, seeds, f"results/{scale.name}"
+        self.given = roots
         self.runs: dict[str, TrainSpec] = {}
         self.benches: dict[str, BenchSpec] = {}
+        self.microbenches: dict[str, Spec] = {}
         self.names: dict[str, str] = {}
+        self.tasks: dict[str, TaskAtScale] = {}
+        self.measured: dict[str, TaskAtScale] = {}
+        self.roots: dict[str, Path | None] = {}
+        self.pretrains: dict[str, TrainSpec] = {}
 
-    def row(self, file: str, name: str, listed: RowConfig, meant: RowConfig, needs: Iterable[str]) -> Row:
-        """Resolve one row.
+    def open(self, task: str) -> None:
+        """Read what the scale says of a task. Rows of that task need it."""
+        root = self.roots[task] = find_root(task, self.scale, self.given)
+        own = self.tasks[task] = TaskAtScale(task, self.scale, root)
+        self.measured[task] = TaskAtScale(task, self.paper, root) if own.config.bench.model == "paper" else own
+        if own.config.pretrain is not None:
+            self.pretrains[task] = self._train(own, own.config.pretrain.recipe, UNPRUNED, PruneSpec(), "random")
+
+    def row(self, where: str, name: str, listed: RowConfig, meant: RowConfig, task: str, needs: Collection[str]) -> Row:
+        """Resolve a row.
 
         Args:
-            file: where it is listed, for error messages.
+            where: file and row, for error messages.
             name: ``artefact/row``.
             listed: the row itself, which gives name and label.
-            meant: the row that says what is run: another where ``use`` names it.
+            meant: the row that says what is run: another one if ``use`` names it.
+            task: of its artefact.
             needs: what its artefact reads.
-        """
-        where = f"{file}: row {listed.row}"
-        schedule = self._schedule(where, meant, self.config, self.data.image_size, self.source)
-        if meant.reducer not in REDUCERS:
-            if meant.why is None:
-                raise ValueError(
-                    f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, "
-                    f"or say why it is not there yet (key why)"
-                )
-            return Row(listed.row, listed.label, self._columns(where, meant, schedule), meant.why)
-        if meant.scales is not None and self.scale not in meant.scales:
-            columns = self._columns(where, meant, schedule)
-            return Row(listed.row, listed.label, columns, f"left out at the {self.scale} scale")
-        prune = self._prune(where, meant, schedule)
-        train = self._train(self.config.recipe, meant, prune, self.init)
-        run = train.digest()
-        self.runs[run] = train
-        self.names.setdefault(run, name)
-        bench = None
-        if "bench" in needs and listed.row in (self.settings.rows or [listed.row]):
-            spec = self._bench(where, meant, prune)
-            bench = spec.digest()
-            self.benches[bench] = spec
-            self.names.setdefault(bench, name)
-        return Row(listed.row, listed.label, self._columns(where, meant, schedule), None, run, bench)
 
-    def _train(self, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
-        model = self.config.model
-        size = self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size
+        Raises:
+            ValueError: a name that does not exist, or a schedule that does not fit.
+        """
+        own, measured = self.tasks[task], self.measured[task]
+        schedule, why = own.schedule(where, meant), None
+        if meant.reducer not in REDUCERS:
+            if (why := meant.why) is None:
+                raise ValueError(
+                    f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, or say why "
+                    "it does not exist yet (key why)"
+                )
+        elif meant.scales is not None and self.scale.name not in meant.scales:
+            why = f"left out at the {self.scale.name} scale"
+        run, bench, settings = None, None, own.config.bench
+        if why is None:
+            prune = _prune(where, meant, schedule)
+            init = self.pretrains[task].digest() if task in self.pretrains else "timm"
+            run = self._keep(self.runs, name, self._train(own, own.config.recipe, meant, prune, init))
+            if "bench" in needs and listed.row in (settings.rows or [listed.row]):
+                bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
+        return Row(
+            row=listed.row,
+            label=listed.label,
+            reducer=meant.reducer,
+            fusion=meant.fusion,
+            schedule=schedule.describe(),
+            pool=meant.pool,
+            image_size=own.image_size(meant),
+            aux_weight=meant.aux_weight,
+            options=", ".join(f"{key}={value}" for key, value in meant.options.items()),
+            paper_schedule=measured.schedule(where, meant).describe() if settings.model == "paper" else None,
+            why=why,
+            run=run,
+            records=tuple(f"{self.results}/runs/{run}/seed{seed}/record.json" for seed in self.seeds) if run else (),
+            bench=f"{self.results}/bench/{bench}/record.json" if bench else None,
+            maps=f"{self.results}/maps/{run}/seed{self.seeds[0]}.npz" if run and "maps" in needs else None,
+        )
+
+    def microbench(self, where: str, name: str, row: RowConfig) -> Row:
+        """Resolve a row that is a microbenchmark or a plan.
+
+        Raises:
+            ValueError: no such measurement, or settings that it does not have.
+        """
+        kinds: dict[str, type[Spec]] = dict(MEASURES) | {"plan": PlanSpec}
+        if row.measure is None or row.measure not in kinds:
+            raise ValueError(f"{where}: measure = {row.measure!r}: choose one of {', '.join(kinds)}")
+        kind, settings = kinds[row.measure], row.settings
+        for key in (name.partition("/")[0], name):
+            settings = merge(settings, self.scale.config.microbench.get(key, {}))
+        if "measure" in kind.model_fields:
+            settings = {**settings, "measure": row.measure}
+        spec = self._keep(self.microbenches, name, check(kind, settings, f"{where}: settings"))
+        return Row(row=row.row, label=row.label, bench=f"{self.results}/microbench/{spec}/record.json")
+
+    def _keep(self, table: dict[str, Any], name: str, spec: Spec) -> str:
+        """Add a specification to its table; its id."""
+        table[spec.digest()] = spec
+        self.names.setdefault(spec.digest(), name)
+        return spec.digest()
+
+    def _train(self, own: TaskAtScale, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
         return TrainSpec(
-            task=self.task,
-            model=ModelSpec(name=model.name, args=model.args | model.pools[row.pool], drop_path=model.drop_path),
+            task=own.task.name,
+            model=own.model(row, pretrained=True),
             prune=prune,
-            data=self.data.model_copy(update={"image_size": size}),
-            detector=self.detector,
+            data=own.data.model_copy(update={"image_size": own.image_size(row)}),
+            detector=own.detector,
             recipe=recipe,
             init=init,
         )
 
-    def _bench(self, where: str, row: RowConfig, prune: PruneSpec) -> BenchSpec:
-        """The measurement of a row: its inference form, on the model of the bench, without trained weights."""
-        schedule = self._schedule(where, row, self.bench_config, self.bench_data.image_size, self.bench_source)
-        model, settings = self.bench_config.model, self.settings
-        options = {
-            name: value for name, value in prune.options.items() if name not in REDUCERS[row.reducer].training_only
-        }
+    def _bench(self, where: str, own: TaskAtScale, measured: TaskAtScale, row: RowConfig) -> BenchSpec:
+        """Speed of the deployed form of a row, on the measured model, which needs no trained weights."""
+        dropped = {"options": {k: v for k, v in row.options.items() if k not in REDUCERS[row.reducer].training_only}}
+        prune = _prune(where, row.model_copy(update=dropped | {"aux_weight": 1.0}), measured.schedule(where, row))
         return BenchSpec(
-            model=ModelSpec(name=model.name.partition(".")[0], args=model.args | model.pools[row.pool]),
-            prune=PruneSpec(reducer=row.reducer, options=options, schedule=schedule.to_config(), fusion=row.fusion),
-            detector=self.bench_detector,
-            image_size=self.bench_data.image_size,
-            pruned_image_size=self.bench_config.image_sizes[row.image_size] if row.image_size else None,
-            batch_size=settings.batch_size,
-            precision=settings.precision,
-            rounds=settings.rounds,
-            warmup=settings.warmup,
+            model=measured.model(row, pretrained=False),
+            prune=prune,
+            detector=measured.detector,
+            image_size=measured.data.image_size,
+            pruned_image_size=measured.image_size(row) if row.image_size else None,
+            **own.config.bench.model_dump(exclude={"model", "rows"}),
         )
 
-    def _prune(self, where: str, row: RowConfig, schedule: Schedule) -> PruneSpec:
-        try:
-            return PruneSpec(
-                reducer=row.reducer,
-                options=row.options,
-                schedule=schedule.to_config(),
-                fusion=row.fusion,
-                aux_weight=row.aux_weight,
-            )
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{where}: options = {row.options}: {problem}") from None
 
-    def _schedule(self, where: str, row: RowConfig, config: TaskConfig, image_size: int, source: str) -> Schedule:
-        """The schedule that a row names, checked against the model and the image size of a task."""
-        if row.pool not in config.model.pools:
-            raise ValueError(
-                f"{where}: pool = {row.pool!r}: {source} has {', '.join(config.model.pools)} in model.pools"
-            )
-        if row.image_size is not None and row.image_size not in config.image_sizes:
-            raise ValueError(
-                f"{where}: image_size = {row.image_size!r}: {source} has "
-                f"{', '.join(config.image_sizes) or 'none'} in image_sizes"
-            )
-        size = config.image_sizes[row.image_size] if row.image_size else image_size
-        if row.schedule == "none":
-            schedule = Schedule.constant(0)
-        elif row.schedule in config.schedules:
-            key = f"{source}.schedules.{row.schedule} = {config.schedules[row.schedule]}"
-            try:
-                schedule = Schedule.from_config(config.schedules[row.schedule])
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{key}: {error}") from None
-        else:
-            known = ", ".join(["none", *config.schedules])
-            raise ValueError(f"{where}: schedule = {row.schedule!r}: {source} has {known} in schedules")
-        if row.reducer == "none" and row.schedule != "none":
-            reducers = ", ".join(name for name in REDUCERS if name != "none")
-            raise ValueError(f"{where}: schedule = {row.schedule!r} without a reducer; choose one of {reducers}")
-        model = config.model
-        if size % model.patch_size:
-            raise ValueError(f"{source}: image size {size} is no multiple of model.patch_size = {model.patch_size}")
-        detector = _detector(self.task, config, source)
-        if detector is not None and size % (step := model.patch_size * detector.window):
-            raise ValueError(
-                f"{source}: image size {size} holds no whole windows of {detector.window} x {detector.window} patches: "
-                f"make it a multiple of {step}, or change detector.window"
-            )
-        patches, fused = _patches(model, size), before_last_block(row.fusion)
-        try:
-            counts = schedule.resolve(patches, model.depth, fused, model.prefix)
-            if detector is not None:
-                _verify_windows(attended(counts, patches, fused), detector)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error} (needed by {where})") from None
-        return schedule
-
-    def _columns(self, where: str, row: RowConfig, schedule: Schedule) -> dict[str, Any]:
-        return {
-            "reducer": row.reducer,
-            "schedule": schedule.describe(),
-            "fusion": row.fusion,
-            "pool": row.pool,
-            "image_size": self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size,
-            "aux_weight": row.aux_weight,
-            "options": ", ".join(f"{name}={value}" for name, value in row.options.items()),
-            **self._paper_schedule(where, row),
-        }
-
-    def _paper_schedule(self, where: str, row: RowConfig) -> dict[str, str]:
-        """The schedule of the paper's model, where that is the one that is measured."""
-        if self.settings.model != "paper":
-            return {}
-        schedule = self._schedule(where, row, self.bench_config, self.bench_data.image_size, self.bench_source)
-        return {"paper_schedule": schedule.describe()}
-
-    def _data(self, config: TaskConfig, source: str) -> ImagesSpec:
-        values = {key: value for key, value in config.data.items() if key != "root"}
-        if "num_classes" in values and values["num_classes"] is None:
-            if self.root is None or self.task != "classification":
-                raise ValueError(f"{source}.data.num_classes is missing; only class folders of yours are counted")
-            classes = values["num_classes"] = sum(entry.is_dir() for entry in (self.root / "train").iterdir())
-            if classes < 2:
-                raise ValueError(f"{self.root / 'train'} has {classes} class folders; it needs two or more")
-        return check(TASKS[self.task].data, values, f"{source}.data")
+def _prune(where: str, row: RowConfig, schedule: Schedule) -> PruneSpec:
+    values = row.model_dump(include={"reducer", "options", "fusion", "aux_weight"})
+    return check(PruneSpec, values | {"schedule": schedule.to_config()}, where)
 
 
-def _patches(model: ModelBlock, image_size: int) -> int:
-    return (image_size // model.patch_size) ** 2
-
-
-def _detector(task: str, config: TaskConfig, source: str) -> DetModelSpec | None:
-    """Windows and heads of a detector; None for another task.
-
-    Raises:
-        ValueError: another task has such a block, or its blocks are not the encoder's.
-    """
-    if task != "detection":
-        if config.detector is not None:
-            raise ValueError(f"{source}.detector: {task} has no detector; only tasks.detection has this block")
-        return None
-    detector, depth = config.detector or DetModelSpec(), config.model.depth
-    blocks = detector.global_blocks
-    if depth not in blocks or min(blocks) < 1 or max(blocks) > depth:
-        raise ValueError(
-            f"{source}.detector.global_blocks = {list(blocks)}: blocks count from 1 to model.depth = {depth}, and the "
-            "last must be among them"
-        )
-    return detector
-
-
-def _verify_windows(entering: Iterable[int], detector: DetModelSpec) -> None:
-    """Refuse patch counts that windows cannot hold, as the model itself would when it is built.
-
-    Raises:
-        ValueError: count, block, and the multiple that it must be.
-    """
-    size = detector.window**2
-    for block, count in enumerate(entering, start=1):
-        if block not in detector.global_blocks and count % size:
-            raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {size}")
-
-
-def find_root(task: str, config: TaskConfig, source: str, roots: Mapping[str, Path | None]) -> Path | None:
-    """The user's folder of a task, checked as far as a listing goes; None where images are generated.
+def find_root(task: str, scale: Scale, roots: Mapping[str, Path | None]) -> Path | None:
+    """The user's folder of a task, with its subfolders checked; None if images are generated.
 
     Raises:
         ValueError: neither generated nor named, or not given.
-        FileNotFoundError: a folder without those that it needs.
+        FileNotFoundError: a subfolder is missing.
     """
-    key = config.data.get("root")
-    if key is None:
-        if config.data.get("scenes") is None:
-            raise ValueError(f"{source}.data: give scenes (generated) or root (one of {', '.join(roots)})")
+    data, folders, source = scale.config.tasks[task].data, TASKS[task].folders, f"{scale.source}: tasks.{task}.data"
+    if (key := data.get("root")) is None:
+        if data.get("scenes") is None:
+            raise ValueError(f"{source}: give scenes (generated) or root (one of {', '.join(roots)})")
         return None
     if key not in roots:
-        raise ValueError(f"{source}.data.root = {key!r}: choose one of {', '.join(roots)}")
-    root = roots[key]
-    needed = f"a folder with {', '.join(TASKS[task].folders)}"
+        raise ValueError(f"{source}.root = {key!r}: choose one of {', '.join(roots)}")
+    root, needed = roots[key], f"a folder with {', '.join(folders)}"
     if root is None:
         raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
-    for name in TASKS[task].folders:
+    for name in folders:
         if not (root / name).is_dir():
             raise FileNotFoundError(
                 f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"
             )
     return root
-
-
-class Laboratory:
-    """Rows that are measurements. Collects their specifications on the way."""
-
-    def __init__(self, scale: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        self.scale, self.settings = scale, settings
-        self.specs: dict[str, LabSpec | PlanSpec] = {}
-        self.names: dict[str, str] = {}
-
-    def rows(self, file: Path, config: ArtefactConfig) -> Iterator[Row]:
-        """The rows of an artefact that this scale has."""
-        for row in config.rows:
-            if row.scales is None or self.scale in row.scales:
-                name = f"{file.stem}/{row.row}"
-                spec = _lab_spec(str(file), name, row, self.settings)
-                self.specs[spec.digest()] = spec
-                self.names.setdefault(spec.digest(), name)
-                yield Row(row.row, row.label, {}, None, lab=spec.digest())
-
-    def verify(self, source: str) -> None:
-        """Refuse settings of rows that do not exist."""
-        known = {*self.names.values(), *(name.partition("/")[0] for name in self.names.values())}
-        if unknown := sorted(set(self.settings) - known):
-            raise ValueError(f"{source}: lab.{unknown[0]}: no such measurement; there are {', '.join(sorted(known))}")
-
-
-def _lab_spec(file: str, name: str, row: RowConfig, lab: Mapping[str, Mapping[str, Any]]) -> LabSpec | PlanSpec:
-    """What a row of the laboratory measures at a scale.
-
-    Args:
-        file: where the row is listed, for error messages.
-        name: ``artefact/row``.
-        lab: of the scale.
-
-    Raises:
-        ValueError: settings that the measurement does not have.
-    """
-    settings: Mapping[str, Any] = row.settings
-    for key in (name.partition("/")[0], name):
-        settings = merge(settings, lab.get(key, {}))
-    if row.measure == "plan":
-        return check(PlanSpec, settings, f"{file}: row {row.row}: settings")
-    assert row.measure is not None
-    return check(MEASURES[row.measure], {**settings, "measure": row.measure}, f"{file}: row {row.row}: settings")

@@ -1,64 +1,82 @@
-"""Which source files a result depends on, and their digest: a job runs again when what its own files do changes.
+"""The source files that a job depends on, and their digest: a job runs again if its own code changes.
 
-Snakemake does not see what a command imports, so rules put ``code_digest(...)`` in their ``params``. The files are
-found by walking the imports from the module that a job runs.
+Snakemake does not see what a command imports, so rules put ``code_digest(...)`` in their ``params``.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+_GRID_SIDE = ("configuration", "grid", "resolving", "sources")
+_NO_NOTEBOOK = ("__init__", "compare", "page", "snapshot", *_GRID_SIDE)
 NEUTRAL = frozenset(
     {
         "cropr",
+        "cropr.bench.specs",
         "cropr.cli",
         "cropr.cli.output",
         "cropr.cli.spec_flags",
-        "cropr.bench.specs",
         "cropr.pruning.methods",
         "cropr.records",
         "cropr.specs",
         "cropr.tasks",
-        "cropr.tasks.table",
         "cropr.tasks.classification",
         "cropr.tasks.detection",
         "cropr.tasks.segmentation",
+        "cropr.tasks.table",
         "cropr.training.specs",
         "workflow",
         "workflow.paper",
-        "workflow.paper.configuration",
-        "workflow.paper.grid",
-        "workflow.paper.resolving",
-        "workflow.paper.sources",
+        *(f"workflow.paper.{name}" for name in _GRID_SIDE),
     }
 )
-"""Modules whose decisions reach a job as text: its specification and its command line. They are left out."""
+"""Modules whose decisions reach a job as text, in its specification and its command line. A digest leaves them out."""
+
+SCANNED = ("cropr.pruning.backbones",)
+"""Packages that import all their modules by scanning their folder."""
+
+NOTEBOOK_MODULES = tuple(
+    f"workflow.paper.{file.stem}"
+    for file in sorted((ROOT / "workflow/paper").glob("*.py"))
+    if file.stem not in _NO_NOTEBOOK
+)
+"""Modules that a notebook may use: ``workflow.paper`` imports them when they are asked for."""
 
 
-def code_digest(*modules: str | None) -> str:
-    """Ten hex digits of what the files behind a job do: comments, docstrings and layout do not count.
+@cache
+def code_digest(*names: str | None) -> str:
+    """Ten hex digits of the code behind a job: comments, docstrings and layout do not count.
 
     Args:
-        modules: dotted names that the job runs. What they import counts too, at the top of a file or in a function.
-            What a job finds by name (its reducer, its task) must be given as well. None is left out.
+        names: what the job runs, as ``module``, or as ``module:name`` for a class or function and what it uses of its
+            file. What these import counts too, at the top of a file or in a function. What a job finds by name (its
+            reducer, its task) must be given as well. None is left out.
 
     Raises:
         ValueError: no such module.
     """
-    digest = hashlib.sha256()
-    for module in sorted(closure(*filter(None, modules))):
-        digest.update(f"{module}\0{_code(_file(module))}\0".encode())
+    digest, modules = hashlib.sha256(), []
+    for name in sorted(filter(None, names)):
+        module, _, part = name.partition(":")
+        if part:
+            text, imported = _behind(module, part)
+            digest.update(f"{name}\0{text}\0".encode())
+            modules += imported
+        else:
+            modules.append(module)
+    for module in sorted(closure(*modules)):
+        digest.update(f"{module}\0{_text(module)}\0".encode())
     return digest.hexdigest()[:10]
 
 
-def closure(*modules: str) -> set[str]:
-    """The modules themselves and all that they import of this repository, without ``NEUTRAL``.
+def closure(*modules: str, without: frozenset[str] = NEUTRAL) -> set[str]:
+    """The modules and all that they import of this repository, except ``without`` and what only those import.
 
     Raises:
         ValueError: no such module.
@@ -66,10 +84,7 @@ def closure(*modules: str) -> set[str]:
     seen: set[str] = set()
     waiting = list(modules)
     while waiting:
-        module = waiting.pop()
-        if _file(module) is None:
-            raise ValueError(f"module {module!r}: no such source file under {ROOT}")
-        if module not in seen and module not in NEUTRAL:
+        if (module := waiting.pop()) not in seen and module not in without:
             seen.add(module)
             waiting += imports(module)
     return seen
@@ -77,40 +92,71 @@ def closure(*modules: str) -> set[str]:
 
 @cache
 def imports(module: str) -> tuple[str, ...]:
-    """Modules of this repository that one imports when it runs; packages on the way to them among them."""
-    file = _file(module)
-    assert file is not None
-    found: dict[str, None] = {}
-    for node in _running(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
+    """Modules of this repository that a module imports when it runs, not those under ``if TYPE_CHECKING``."""
+    found = _imported([_tree(module)])
+    if module in SCANNED:
+        folder = ROOT.joinpath(*module.split("."))
+        found += [f"{module}.{file.stem}" for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+    return tuple(dict.fromkeys(found))
+
+
+def _imported(nodes: Iterable[ast.AST]) -> list[str]:
+    """Modules of this repository that some statements import."""
+    names: list[str] = []
+    for node in (inner for statement in nodes for inner in ast.walk(statement)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None:
-                found[name] = None
-    return tuple(found)
-
-
-def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under ``if TYPE_CHECKING``."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
-            yield node
-            yield from _running(node)
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.split(".")[0] in ("cropr", "workflow") and _file(name) is not None]
 
 
 @cache
-def _code(file: Path) -> str:
-    """A file's syntax tree without docstrings and other strings that stand alone."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [  # type: ignore[attr-defined]
-                item for item in body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
-            ]
-    return ast.dump(tree)
+def _behind(module: str, name: str) -> tuple[str, list[str]]:
+    """The statements of a module that define a name and what it uses there, as text, and the modules they import."""
+    statements = {stored: node for node in _tree(module).body for stored in _stored(node)}
+    waiting, found = [name], dict[int, ast.stmt]()
+    while waiting:
+        if (node := statements.get(waiting.pop())) is not None and node.lineno not in found:
+            found[node.lineno] = node
+            waiting += [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+    nodes = [found[line] for line in sorted(found)]
+    return " ".join(map(ast.dump, nodes)), _imported(nodes)
+
+
+def _stored(node: ast.stmt) -> list[str]:
+    """Names that a statement defines."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
+
+
+class _Bare(ast.NodeTransformer):
+    """Removes docstrings, other strings that stand alone, ``if TYPE_CHECKING``, and entries in tables of methods."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
+        return None if ast.unparse(node.targets[0]) == "METHODS" else node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    if (file := _file(module)) is None:
+        raise ValueError(f"module {module!r}: no such source file under {ROOT}")
+    tree: ast.Module = _Bare().visit(ast.parse(file.read_text(encoding="utf-8")))
+    return tree
+
+
+@cache
+def _text(module: str) -> str:
+    return ast.dump(_tree(module))
 
 
 @cache

@@ -1,105 +1,93 @@
-# Functions that the rules share: which files a job needs.
+# Functions that the rules share: what a job is told, the digest of its code, the files it needs.
+import hashlib
+
+from cropr.pruning.methods import REDUCERS
+from cropr.tasks import TASKS
+from workflow.paper.configuration import read_yaml
+from workflow.paper.grid import shipped
+from workflow.paper.sources import NOTEBOOK_MODULES, code_digest
+
+CLAIMS = read_yaml(Path("config/claims.yaml"))["claims"]
+# Weights in the repository that were made by the very run that would make them here.
+SHIPPED = {
+    run: source.shipped
+    for run, source in GRID.pretrains.items()
+    if SETTINGS.pretrain == "shipped"
+    and source.shipped
+    and shipped(source.shipped, run)
+}
 
 
-def shipped_file(digest):
-    """Weights in the repository that were made by this very run; None where they have to be made here."""
-    file = GRID.pretrains[digest].shipped
-    if SETTINGS.pretrain == "shipped" and file and shipped(file, digest):
-        return file
-    return None
+def text(value):
+    """A specification, or a dictionary, as JSON."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True)
 
 
-SHIPPED = {digest: file for digest in GRID.pretrains if (file := shipped_file(digest))}
-
-
-def images(source):
-    """What says that the images are there, where they are generated; a folder of the user's is not watched."""
-    return {"data": f"{source.folder}/record.json"} if source.scenes else {}
-
-
-def data_inputs(wildcards):
-    """Images of a run."""
-    return images(GRID.source(wildcards.run))
-
-
-def train_inputs(wildcards):
-    """The images, and the weights to start from where they do not come from timm."""
-    source = GRID.source(wildcards.run)
-    inputs = images(source)
-    if source.pretrain:
-        inputs["init"] = (
-            f"{OUT}/pretrain/{source.pretrain.digest()}/weights.safetensors"
-        )
-    return inputs
+def digest(value):
+    """What Snakemake compares of a long value: it prints both sides of a change."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:10]
 
 
 def run_code(verb, spec):
-    """Digest of the sources behind a job that trains or shows a model."""
+    """Digest of the code behind a job that trains a model or shows its pruning maps."""
     task = TASKS[spec.task]
     found = task.show if verb == "show" else task.run
-    reducer = REDUCERS[spec.prune.reducer].module
-    return code_digest(f"cropr.cli.{verb}", found.partition(":")[0], reducer)
+    return code_digest(f"cropr.cli.{verb}", found, REDUCERS[spec.prune.reducer].path)
 
 
 def bench_code(spec):
-    """Digest of the sources behind a row's throughput."""
+    """Digest of the code behind a measurement of throughput."""
     heads = "cropr.bench.heads" if spec.detector else None
-    return code_digest(
-        "cropr.cli.bench", heads, REDUCERS[spec.prune.reducer].module
-    )
+    return code_digest("cropr.cli.bench", heads, REDUCERS[spec.prune.reducer].path)
 
 
-def lab_verb(spec):
-    """Command of a measurement of the laboratory, up to its specification."""
-    if isinstance(spec, PlanSpec):
-        return "plan --fresh --gpus config/published/devices.csv"
-    return f"lab {spec.measure}"
+def microbench_verb(spec):
+    """Command of a microbenchmark or a plan, up to its specification."""
+    return f"microbench {spec.measure}" if hasattr(spec, "measure") else "plan"
 
 
-def lab_code(spec):
-    """Digest of the sources behind such a measurement."""
-    reducer = REDUCERS["cropr"].module
-    if isinstance(spec, PlanSpec):
-        return code_digest("cropr.cli.plan", reducer)
-    return code_digest("cropr.cli.lab", spec.cells.partition(":")[0], reducer)
+def microbench_code(spec):
+    """Digest of the code behind a microbenchmark or a plan."""
+    verb, cells = microbench_verb(spec).split()[0], getattr(spec, "cells", None)
+    return code_digest(f"cropr.cli.{verb}", cells, REDUCERS["cropr"].path)
+
+
+def images(wildcards):
+    """The generated images of a run; a folder of the user's is not watched."""
+    source = GRID.source(wildcards.run)
+    return {"data": f"{source.folder}/record.json"} if source.scenes else {}
+
+
+def train_inputs(wildcards):
+    """The images, and the weights to start from unless timm has them."""
+    pretrain = GRID.source(wildcards.run).pretrain
+    init = f"{OUT}/pretrain/{pretrain.digest()}/weights.safetensors" if pretrain else ""
+    return images(wildcards) | ({"init": init} if init else {})
 
 
 def notebook_inputs(wildcards):
     """Records and published numbers."""
-    files = GRID.files(wildcards.artefact)
-    if GRID.artefacts[wildcards.artefact].published:
-        files.append(GRID.artefacts[wildcards.artefact].published)
-    return files
+    published = GRID.artefacts[wildcards.artefact].published
+    return GRID.files(wildcards.artefact) + ([published] if published else [])
 
 
 def claims_about(artefact):
-    """What the notebook decides: only its own part of the file reruns it."""
-    claims = read_yaml(Path(CLAIMS))["claims"]
-    return digest([claim for claim in claims if claim.get("artefact") == artefact])
-
-
-def digest(manifest):
-    """What Snakemake compares of a manifest: it prints both sides of what has changed, and manifests are long."""
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:10]
-
-
-def compared(artefact, row):
-    """Manifest of a row and its baseline alone."""
-    return GRID.manifest(artefact, {row, GRID.artefacts[artefact].baseline})
+    """Digest of the claims that a notebook decides: the others do not rerun it."""
+    return digest([claim for claim in CLAIMS if claim.get("artefact") == artefact])
 
 
 def compare_inputs(wildcards):
     """Training records of the row that the configuration names, and of its baseline."""
     if COMPARE is None:
+        rows = ", ".join(GRID.comparable())
         raise WorkflowError(
-            f"compare needs a row: --config row=...; choose one of {', '.join(GRID.comparable())}"
+            f"compare needs a row: --config row=...; choose one of {rows}"
         )
-    artefact, row = COMPARE
+    artefact = GRID.artefacts[COMPARE[0]]
+    rows = (artefact[artefact.config.baseline], artefact[COMPARE[1]])
     return {
-        "manifest": f"{OUT}/compare/{artefact}/{row}.json",
-        "records": [
-            record
-            for entry in compared(artefact, row)["rows"]
-            for record in entry["records"]
-        ],
+        "manifest": f"{OUT}/manifests/{artefact.name}.json",
+        "records": [record for row in rows for record in row.records],
     }

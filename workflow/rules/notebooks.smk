@@ -1,4 +1,4 @@
-# A manifest tells a notebook where its records lie; papermill runs it; one page joins them all.
+# A manifest tells a notebook where its records lie; papermill runs the notebook; one page joins them all.
 
 
 rule manifest:
@@ -37,16 +37,14 @@ rule notebook:
         ),
     log:
         text=f"{LOGS}/notebooks/{{artefact}}.log",
-        # A failed notebook stays here with its traceback; outputs of a failed job are deleted, logs are not.
+        # A failed notebook stays here with its traceback: Snakemake deletes outputs of a failed job, but no logs.
         executed=f"{LOGS}/notebooks/{{artefact}}.ipynb",
     priority: SHORT
     conda:
         "../../envs/report.yaml"
     params:
-        values=lambda wildcards, input: json.dumps(
-            {"manifest": input.manifest, "results": OUT}
-        ),
-        code=code_digest("workflow.paper.run_notebook", "workflow.paper.display", "workflow.paper.lab_display"),
+        values=json.dumps({"results": OUT}),
+        code=code_digest(*NOTEBOOK_MODULES),
         claims=lambda wildcards: claims_about(wildcards.artefact),
     message:
         "Running notebook {wildcards.artefact} (log: {log.text})"
@@ -57,12 +55,14 @@ rule notebook:
 
 rule report:
     input:
-        pages=expand(f"{OUT}/notebooks/{{artefact}}.html", artefact=GRID.artefacts),
-        manifests=expand(f"{OUT}/manifests/{{artefact}}.json", artefact=GRID.artefacts),
-        claims=CLAIMS,
+        expand(f"{OUT}/notebooks/{{artefact}}.html", artefact=GRID.artefacts),
+        expand(f"{OUT}/manifests/{{artefact}}.json", artefact=GRID.artefacts),
+        "config/claims.yaml",
     output:
         page=report(REPORT, caption="../report/report.rst", category="Report"),
-        claims=f"{OUT}/tables/claims.md",
+        tables=expand(
+            f"{OUT}/tables/{{name}}", name=["claims.md", "claims.csv", "headline.md"]
+        ),
     log:
         f"{LOGS}/report.log",
     conda:
@@ -72,8 +72,9 @@ rule report:
     message:
         "Joining everything in {output.page} (log: {log})"
     shell:
-        "python -m workflow.paper.page --manifests {input.manifests} --out {output.page}"
-        " --claims-table {output.claims} > {log} 2>&1"
+        "python -m workflow.paper.page --results "
+        + OUT
+        + " --out {output.page} > {log} 2>&1"
 
 
 # `snakemake imagenet_methods` makes one table or figure.
@@ -85,3 +86,20 @@ for name in GRID.artefacts:
         input:
             f"{OUT}/notebooks/{name}.html",
         localrule: True
+
+
+# One row and its baseline: snakemake --cores all --config seeds=3 row=ablations/no_mlp -- compare
+# Its runs are those of the whole table. Without an output, the rule prints in every call.
+rule compare:
+    input:
+        unpack(compare_inputs),
+    log:
+        f"{LOGS}/compare.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        row=COMPARE[1] if COMPARE else "",
+    message:
+        "{params.row} and its baseline"
+    shell:
+        "python -m workflow.paper.compare --manifest {input.manifest} --row {params.row} 2>&1 | tee {log}"

@@ -1,11 +1,15 @@
-# Data, weights, training runs, throughput, pruning maps: everything that leaves a record.
+# Data, weights, training runs, throughput, pruning maps: every job that leaves a record.
 #
-# `params` hold the job's own specification and the digest of the source files behind it, and nothing else: so a change
-# reruns what it concerns. What else a command needs is a function of `output`: Snakemake does not compare such values, so
-# names for people and the place of the images rerun nothing.
+# `params` hold the job's specification and the digest of its code, so that a change reruns the jobs that it concerns.
+# Values that a command needs beside them are functions of `output`, which Snakemake does not compare: the names of rows
+# and the place of the images rerun nothing.
 
 
-# Shipped weights are not made again; --config pretrain=make knows of none.
+wildcard_constraints:
+    shipped="|".join(SHIPPED) or "none",
+
+
+# Shipped weights are not trained again; --config pretrain=make does not use them.
 ruleorder: shipped > pretrain
 
 
@@ -14,14 +18,12 @@ rule data:
         f"{OUT}/data/{{layout}}/record.json",
     log:
         f"{LOGS}/data/{{layout}}.log",
-    priority: 1000
+    priority: SHORT
     conda:
         "../../envs/train.yaml"
     threads: CORES
     params:
-        spec=lambda wildcards: json.dumps(
-            GRID.generated[wildcards.layout].model_dump(mode="json"), sort_keys=True
-        ),
+        spec=lambda wildcards: text(GRID.generated[wildcards.layout]),
         code=code_digest("cropr.cli.data"),
     message:
         "Generating images, layout {wildcards.layout} (log: {log})"
@@ -37,7 +39,7 @@ rule shipped:
         f"{OUT}/pretrain/{{shipped}}/weights.safetensors",
     log:
         f"{LOGS}/pretrain/{{shipped}}.log",
-    priority: 1000
+    priority: SHORT
     conda:
         "../../envs/train.yaml"
     message:
@@ -48,25 +50,22 @@ rule shipped:
 
 rule pretrain:
     input:
-        unpack(data_inputs),
+        unpack(images),
     output:
         weights=f"{OUT}/pretrain/{{run}}/weights.safetensors",
-        # Must go before the job runs again: a run that finds its record takes itself for finished.
+        # As an output, it is deleted before the job runs again: a run that finds its record does nothing.
         record=f"{OUT}/pretrain/{{run}}/record.json",
     log:
         f"{LOGS}/pretrain/{{run}}.log",
-    priority: 1000
+    priority: SHORT
     conda:
         "../../envs/train.yaml"
     threads: CORES
     resources:
         gpu=GRID.config.jobs.gpus,
     params:
-        spec=lambda wildcards: json.dumps(
-            GRID.source(wildcards.run).pretrain.model_dump(mode="json"),
-            sort_keys=True,
-        ),
-        code=lambda wildcards: run_code("train", GRID.pretrains[wildcards.run].pretrain),
+        spec=lambda wildcards: text(GRID.source(wildcards.run).pretrain),
+        code=lambda wildcards: run_code("train", GRID.source(wildcards.run).pretrain),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
         task=lambda wildcards, output: GRID.source(wildcards.run).pretrain.task,
     message:
@@ -91,9 +90,7 @@ rule train:
     resources:
         gpu=GRID.config.jobs.gpus,
     params:
-        spec=lambda wildcards: json.dumps(
-            GRID.runs[wildcards.run].model_dump(mode="json"), sort_keys=True
-        ),
+        spec=lambda wildcards: text(GRID.runs[wildcards.run]),
         code=lambda wildcards: run_code("train", GRID.runs[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
         row=lambda wildcards, output: GRID.names[wildcards.run],
@@ -107,8 +104,8 @@ rule train:
         " --out $(dirname {output.record}) {params.init} --threads {threads} > {log} 2>&1"
 
 
-# All cores: nothing else may run beside a measurement. Without a priority it comes last, when no run holds a core any more:
-# the machine is quiet then, and accuracies and maps do not wait for it.
+# It takes all cores, so that nothing runs beside a measurement. Without a priority it runs after all training, so that
+# accuracies and maps do not wait for it.
 rule bench:
     output:
         f"{OUT}/bench/{{bench}}/record.json",
@@ -120,44 +117,33 @@ rule bench:
     resources:
         gpu=GRID.config.jobs.gpus,
     params:
-        spec=lambda wildcards: json.dumps(
-            GRID.benches[wildcards.bench].model_dump(mode="json"), sort_keys=True
-        ),
+        spec=lambda wildcards: text(GRID.benches[wildcards.bench]),
         code=lambda wildcards: bench_code(GRID.benches[wildcards.bench]),
+        verb="bench",
         row=lambda wildcards, output: GRID.names[wildcards.bench],
     message:
         "Measuring throughput of {params.row} (log: {log})"
     shell:
-        "python -m cropr bench --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
+        "python -m cropr {params.verb} --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
 
 
-# Like bench: alone on the machine, at the end.
-rule lab:
+use rule bench as microbench with:
     output:
-        f"{OUT}/lab/{{lab}}/record.json",
+        f"{OUT}/microbench/{{bench}}/record.json",
     log:
-        f"{LOGS}/lab/{{lab}}.log",
-    conda:
-        "../../envs/train.yaml"
-    threads: CORES
-    resources:
-        gpu=GRID.config.jobs.gpus,
+        f"{LOGS}/microbench/{{bench}}.log",
     params:
-        spec=lambda wildcards: json.dumps(
-            GRID.labs[wildcards.lab].model_dump(mode="json"), sort_keys=True
-        ),
-        verb=lambda wildcards: lab_verb(GRID.labs[wildcards.lab]),
-        code=lambda wildcards: lab_code(GRID.labs[wildcards.lab]),
-        row=lambda wildcards, output: GRID.names[wildcards.lab],
+        spec=lambda wildcards: text(GRID.microbenches[wildcards.bench]),
+        code=lambda wildcards: microbench_code(GRID.microbenches[wildcards.bench]),
+        verb=lambda wildcards: microbench_verb(GRID.microbenches[wildcards.bench]),
+        row=lambda wildcards, output: GRID.names[wildcards.bench],
     message:
         "Measuring {params.row} (log: {log})"
-    shell:
-        "python -m cropr {params.verb} --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
 
 
 rule maps:
     input:
-        unpack(data_inputs),
+        unpack(images),
         weights=f"{OUT}/runs/{{run}}/seed{{seed}}/weights.safetensors",
         record=f"{OUT}/runs/{{run}}/seed{{seed}}/record.json",
     output:

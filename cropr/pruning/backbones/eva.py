@@ -74,3 +74,6 @@ def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         key = F.linear(x, attention.qkv.weight[width : 2 * width], attention.k_bias)
     heads = (attention.num_heads, -1)
     return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
+
+
+ADAPTERS = {timm_eva.Eva: EvaBackbone}

@@ -68,3 +68,6 @@ class ViTBackbone(Backbone):
 
     def _verify(self) -> None:
         self._verify_common(timm_vit.VisionTransformer, _BLOCKS)
+
+
+ADAPTERS = {timm_vit.VisionTransformer: ViTBackbone}
