@@ -1,24 +1,28 @@
 """The paper's claims, as ``config/claims.yaml`` states them, and what the records say about each.
 
 A claim compares two rows of one artefact in one quantity: ``left - right`` against a threshold. Without a right row,
-the quantity of the left row itself is compared. Accuracies are paired by seed; one seed decides nothing.
+the quantity of the left row itself is compared. It holds if the whole interval lies on the claimed side, and is
+contradicted if none of it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import re
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from workflow.paper.load import Artefact
-from workflow.paper.quantities import QUANTITIES, quantity
-from workflow.paper.stats import MIN_ROUNDS, Interval, Verdict, decide, difference_interval, parse_relation
+from workflow.paper.records import REPOSITORY, load_manifest, load_records, load_speed
+from workflow.paper.stats import MIN_ROUNDS, mean_interval, median_interval, paired_difference, with_interval
 
-OUTCOMES = {"holds": "✓ holds", "contradicted": "✗ contradicted", "undecided": "? undecided"}
-"""How a verdict is written."""
+CLAIMS = REPOSITORY / "config" / "claims.yaml"
+TIMED = ("speedup", "speedup_over_mac_ratio", "speedup_whole")
+"""Quantities of ``load_speed``; their intervals are over the rounds of one process."""
+_RELATION = re.compile(r"^\s*(>=|<=|>|<)\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 
 
 class Claim(BaseModel):
@@ -27,121 +31,108 @@ class Claim(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
+    artefact: str
     text: str
     """One sentence that a reader understands without the grid."""
     left: str
     right: str | None = None
     """Row that is subtracted."""
-    quantity: str | None = None
-    """None: the one that the artefact's task is judged by."""
+    quantity: str
+    """A metric of training records, or one of ``TIMED``."""
     relation: str
-    """``>``, ``<``, ``>= -2.0`` ..., on ``left - right``."""
+    """``> 0``, ``>= -2``: what ``left - right`` is claimed to be."""
     source: str
     """Where the paper says so, or that the claim is ours."""
-    artefact: str = "imagenet_methods"
 
     @field_validator("relation")
     @classmethod
     def _readable(cls, value: str) -> str:
-        parse_relation(value)
-        return value
-
-    @field_validator("quantity")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        if value is not None and value not in QUANTITIES:
-            raise ValueError(f"unknown quantity {value!r}; choose one of {', '.join(QUANTITIES)}")
+        if _RELATION.match(value) is None:
+            raise ValueError(f"relation is {value!r}; write one of > >= < <= and a number, for example '>= -2'")
         return value
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A claim and what the records say."""
-
-    claim: Claim
-    quantity: str
-    """The claim's, or its artefact's."""
-    interval: Interval | None
-    """Of ``left - right``; None where nothing was measured."""
-    verdict: Verdict
-
-    @property
-    def measured(self) -> str:
-        """The interval with its unit, for a table."""
-        if self.interval is None:
-            return "—"
-        entry = quantity(self.quantity)
-        text = self.interval.format(max(entry.digits, 1), self.claim.right is not None)
-        return f"{text} points" if self.claim.right is not None and entry.unit == "%" else entry.write(text)
-
-
-def load_claims(path: str | Path) -> list[Claim]:
+def load_claims(path: str | Path = CLAIMS) -> list[Claim]:
     """Read a list of claims.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: unknown key, unreadable relation, or an id given twice; names the claim.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no claims; restore it from the repository")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or []
-    entries = entries.get("claims", []) if isinstance(entries, Mapping) else entries
     claims: list[Claim] = []
-    for number, entry in enumerate(entries, 1):
+    for entry in yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]:
         try:
             claims.append(Claim.model_validate(entry))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            name = entry.get("id", number) if isinstance(entry, Mapping) else number
-            raise ValueError(f"{path}: claim {name}: {key}: {first['msg']}") from None
+            raise ValueError(f"{path}: claim {entry.get('id')}: {first['loc']}: {first['msg']}") from None
     ids = [claim.id for claim in claims]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
         raise ValueError(f"{path}: claim {twice[0]!r} is given twice; ids are unique")
     return claims
 
 
-def judge(claim: Claim, artefact: Artefact) -> Judgement:
-    """Decide a claim by the records of its artefact.
+def decide(relation: str, low: float, high: float) -> str:
+    """``holds``, ``contradicted`` or ``undecided``, by an interval; without bounds nothing is decided."""
+    match = _RELATION.match(relation)
+    assert match is not None, relation
+    sign = 1 if match[1][0] == ">" else -1
+    near, far = sorted((sign * (low - float(match[2])), sign * (high - float(match[2]))))
+    if near > 0 or (near == 0 and match[1] in (">=", "<=")):
+        return "holds"
+    if far < 0 or (far == 0 and match[1] in (">", "<")):
+        return "contradicted"
+    return "undecided"
+
+
+def verdicts(artefact: str, results: str | Path, path: str | Path = CLAIMS) -> pd.DataFrame:
+    """The claims about an artefact: claim, measured, claimed, verdict, why, source.
 
     Raises:
-        ValueError: the grid has no such row.
+        ValueError: a claim about a row that the artefact lacks.
     """
-    name = claim.quantity or artefact.primary
-    for row in filter(None, (claim.left, claim.right)):
-        if row not in artefact.rows:
-            raise ValueError(f"claim {claim.id}: {artefact.manifest.artefact} has no row {row!r}; it has "
-                             f"{', '.join(artefact.rows)}")  # fmt: skip
-        if not artefact.rows[row].available:
-            reason = f"{artefact.rows[row].label} is not available: {artefact.rows[row].why}"
-            return Judgement(claim, name, None, Verdict("undecided", reason))
-    interval = _difference(claim, name, artefact)
-    if interval is None:
-        return Judgement(claim, name, None, Verdict("undecided", "not measured at this scale"))
-    rounds = [artefact.rounds(row) for row in (claim.left, claim.right) if row]
-    if quantity(name).timed and min(rounds) < MIN_ROUNDS:
-        verdict = Verdict("undecided", f"{min(rounds)} rounds, a 95 % interval takes {MIN_ROUNDS}")
-        return Judgement(claim, name, interval, verdict)
-    return Judgement(claim, name, interval, decide(claim, interval))
+    columns = ["claim", "measured", "claimed", "verdict", "why", "source"]
+    chosen = [claim for claim in load_claims(path) if claim.artefact == artefact]
+    rows = {row["row"]: row for row in load_manifest(artefact, results)["rows"]}
+    runs, speed = load_records(artefact, results), load_speed(artefact, results)
+    lines = []
+    for claim in chosen:
+        for row in filter(None, (claim.left, claim.right)):
+            if row not in rows:
+                raise ValueError(f"claim {claim.id}: {artefact} has no row {row!r}; it has {', '.join(rows)}")
+        interval, verdict, why = _judge(claim, speed if claim.quantity in TIMED else runs)
+        measured = "" if interval is None else with_interval(interval, 1, signed=claim.right is not None).iloc[0]
+        lines.append([claim.text, measured, claim.relation, verdict, why, claim.source])
+    return pd.DataFrame(lines, columns=columns)
 
 
-def judge_all(claims: list[Claim], artefacts: Mapping[str, Artefact]) -> list[Judgement]:
-    """Decide the claims whose artefact is given, in their order."""
-    return [judge(claim, artefacts[claim.artefact]) for claim in claims if claim.artefact in artefacts]
+def _judge(claim: Claim, frame: pd.DataFrame) -> tuple[pd.DataFrame | None, str, str]:
+    """Interval of ``left - right``, verdict, and why it is not decided."""
+    rows = [claim.left] if claim.right is None else [claim.left, claim.right]
+    if claim.quantity not in frame or not set(rows) <= set(frame.dropna(subset=[claim.quantity])["row"]):
+        return None, "undecided", "not measured at this scale"
+    frame = frame[frame["row"].isin(rows)]
+    if claim.quantity in TIMED:
+        interval = _timed(median_interval(frame, claim.quantity), claim)
+    elif claim.right is None:
+        interval = mean_interval(frame, claim.quantity)
+    else:
+        interval = paired_difference(frame, claim.quantity, claim.right)
+    if interval.empty:
+        return None, "undecided", "the two rows share no seed"
+    low, high, n = interval.iloc[0][["low", "high", "n"]]
+    if math.isnan(low):
+        return interval, "undecided", "one seed: no interval"
+    if claim.quantity in TIMED and n < MIN_ROUNDS:
+        return interval, "undecided", f"{n:.0f} rounds; a 95 % interval needs {MIN_ROUNDS}"
+    verdict = decide(claim.relation, low, high)
+    return interval, verdict, "the interval includes the threshold" if verdict == "undecided" else ""
 
 
-def _difference(claim: Claim, name: str, artefact: Artefact) -> Interval | None:
-    left = artefact.interval(claim.left, name)
+def _timed(medians: pd.DataFrame, claim: Claim) -> pd.DataFrame:
+    """Two rows are timed in two processes: their difference has the widest interval that both bounds allow."""
+    left: Any = medians.loc[claim.left]
     if claim.right is None:
-        return left
-    ours, theirs = artefact.values(claim.left, name), artefact.values(claim.right, name)
-    if ours.keys() & theirs.keys():
-        return difference_interval(ours, theirs)
-    right = artefact.interval(claim.right, name)
-    if left is None or right is None:
-        return None
-    # Two separate measurements: the widest interval that their bounds allow.
-    if left.low is None or left.high is None or right.low is None or right.high is None:
-        return Interval(left.mean - right.mean, None, None, 1)
-    return Interval(left.mean - right.mean, left.low - right.high, left.high - right.low, min(left.n, right.n))
+        return medians
+    right: Any = medians.loc[claim.right]
+    ends = (left["median"] - right["median"], left["low"] - right["high"], left["high"] - right["low"])
+    return pd.DataFrame([[*ends, min(left["n"], right["n"])]], columns=["median", "low", "high", "n"])

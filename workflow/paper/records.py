@@ -1,0 +1,290 @@
+"""From the files of a scale to DataFrames: manifests, records, published numbers, pruning maps.
+
+Every function takes the name of an artefact and ``results``, the folder of a scale (``results/laptop``). A relative
+folder is looked for in the working directory and in its parents, so that a notebook opened in ``notebooks/`` finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cropr.records import read_record
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FACTS = ("row", "name", "label", "reducer", "fusion", "schedule", "pool", "image_size", "aux_weight", "options")
+"""Columns that say what a row is."""
+PUBLISHED = ("row", "quantity", "value", "source", "confidence")
+
+
+class Markdown(str):
+    """Text that a notebook renders."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+def find_results(results: str | Path) -> Path:
+    """The folder of a scale.
+
+    Raises:
+        FileNotFoundError: neither the working directory nor a parent has it.
+    """
+    results = Path(results)
+    for root in [Path.cwd(), *Path.cwd().parents]:
+        if (root / results).is_dir():
+            return root / results
+    raise FileNotFoundError(f"{results}: no such folder under {Path.cwd()} or above; make it: snakemake --cores all")
+
+
+def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
+    """What the workflow knows of an artefact: title, question, scale, seeds, rows. Each row gets a ``name``.
+
+    The name is the row's label; where several rows share it, their schedule and fusion follow.
+
+    Raises:
+        FileNotFoundError: the workflow has not written it.
+    """
+    path = find_results(results) / "manifests" / f"{artefact}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no manifest; make it with: snakemake --cores all {artefact}")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    labels = [row["label"] for row in manifest["rows"]]
+    for row in manifest["rows"]:
+        row["name"] = row["label"]
+        if labels.count(row["label"]) > 1 and row["schedule"]:
+            row["name"] += f", {row['schedule']}" + (f" + {row['fusion'].upper()}" if row["fusion"] != "none" else "")
+    return manifest
+
+
+def load_records(artefact: str, results: str | Path) -> pd.DataFrame:
+    """Training runs: one line per row and seed.
+
+    Returns:
+        What the row is (``FACTS``), ``seed``, every metric of the record, ``tpr`` (patches pruned, percent), and
+        ``record``, its path.
+
+    Raises:
+        FileNotFoundError: a record is missing; with the command that makes it.
+    """
+    manifest, lines = load_manifest(artefact, results), []
+    for row in _ran(manifest):
+        for path in row["records"]:
+            record = _read(manifest, path, results)
+            metrics = {"tpr": _pruned_share(record), **record["metrics"]}
+            lines.append({**_facts(row), "seed": record["seed"], **metrics, "record": path})
+    return pd.DataFrame(lines, columns=None if lines else [*FACTS, "seed", "record"])
+
+
+def load_blocks(artefact: str, results: str | Path) -> pd.DataFrame:
+    """Training runs, block by block: one line per row, seed and block (0 is the input).
+
+    Returns:
+        What the row is, ``seed``, ``block``, ``tokens`` after it, and where the truth is known ``kept_on_object`` and
+        ``object_kept``: kept patches that lie on the object, the object's patches that are kept (percent).
+    """
+    manifest, lines = load_manifest(artefact, results), []
+    for row in _ran(manifest):
+        for path in row["records"]:
+            record = _read(manifest, path, results)
+            relevance = {entry["block"]: entry for entry in record["series"].get("relevance", [])}
+            for block, tokens in enumerate(record.get("tokens", ())):
+                line = {**_facts(row), "seed": record["seed"], "block": block, "tokens": tokens}
+                lines.append({**line, **relevance.get(block, {})})
+    return pd.DataFrame(lines)
+
+
+def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
+    """Measurements of speed: one line per row and round.
+
+    Returns:
+        What the row is, ``round``, ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
+        ``speedup_over_mac_ratio`` (percent), ``speedup_whole`` for models with heads, and the record's other metrics,
+        the same in all rounds: ``mac_ratio``, ``images_per_s``, ``batch_size``, ...
+    """
+    manifest, parts = load_manifest(artefact, results), []
+    for row in _ran(manifest):
+        if row["bench"] is None:
+            continue
+        record = _read(manifest, row["bench"], results)
+        series, metrics = pd.DataFrame(record["series"]), record["metrics"]
+        ratios = {"speedup": series["base_seconds"] / series["seconds"]}
+        ratios["speedup_over_mac_ratio"] = 100 * ratios["speedup"] / metrics["mac_ratio"]
+        if "heads_seconds" in series:
+            whole = series[["base_seconds", "seconds"]].add(series["heads_seconds"], axis=0)
+            ratios["speedup_whole"] = whole["base_seconds"] / whole["seconds"]
+        constant = {name: value for name, value in metrics.items() if not name.startswith("speedup")}
+        facts = _facts(row) | {"round": series.index, "device": _device(record)}
+        parts.append(series.assign(**ratios, **constant, **facts)[[*facts, *series, *ratios, *constant]])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*FACTS, "round", "speedup"])
+
+
+def load_cells(artefact: str, results: str | Path) -> pd.DataFrame:
+    """Microbenchmarks: one line per row and cell, settings and metrics as columns.
+
+    Returns:
+        ``row``, ``label``, ``device``, the cell's settings, its metrics (NaN where it did not run), and
+        ``unsupported``, the reason for which it did not run, or None.
+    """
+    cells = _cells(artefact, results)
+    frame = pd.DataFrame([{**facts, **_settings(cell), **cell.get("metrics", {})} for facts, cell in cells])
+    return frame.assign(unsupported=pd.Series([cell.get("unsupported") for _, cell in cells], dtype=object))
+
+
+def load_rounds(artefact: str, results: str | Path) -> pd.DataFrame:
+    """Microbenchmarks: one line per row, cell and round.
+
+    Returns:
+        As ``load_cells`` without metrics, and ``round`` with every list of the cell that has a number per round.
+    """
+    parts = []
+    for facts, cell in _cells(artefact, results):
+        series = {k: v for k, v in cell.items() if isinstance(v, list) and k.endswith("seconds")}
+        settings = _settings(cell)
+        frame = pd.DataFrame(series).rename_axis("round").reset_index()
+        parts.append(frame.assign(**facts, **settings)[[*facts, *settings, *frame]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def load_published(artefact: str, results: str | Path | None = None) -> pd.DataFrame:
+    """Published numbers of ``config/published/<artefact>.csv``: row, quantity, value, source, confidence.
+
+    Args:
+        artefact: without such a file the frame is empty.
+        results: if given, ``name`` says what each row is.
+
+    Raises:
+        ValueError: a value is no number, or is given twice.
+    """
+    path = REPOSITORY / "config" / "published" / f"{artefact}.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=[*PUBLISHED])
+    table = pd.read_csv(path, comment="#")[[*PUBLISHED]]
+    table["value"] = pd.to_numeric(table["value"], errors="coerce")
+    wrong = table[table["value"].isna() | table.duplicated(["row", "quantity"])]
+    if len(wrong):
+        raise ValueError(f"{path}: {wrong['row'].iloc[0]}, {wrong['quantity'].iloc[0]}: give each quantity one number")
+    if results is not None:
+        names = {row["row"]: row["name"] for row in load_manifest(artefact, results)["rows"]}
+        table.insert(1, "name", table["row"].map(names))
+    return table
+
+
+def load_maps(artefact: str, results: str | Path) -> dict[str, dict[str, Any]]:
+    """Arrays that ``python -m cropr show`` saved, by the row's name.
+
+    Returns:
+        For each row ``images`` and ``map``, uint8 [n, H, W, 3]; ``pruned_after``, int64 [n, patches], 0 = never;
+        ``grid``, ``depth``; ``truth`` and ``prediction`` as pictures, or ``truth_text`` and ``prediction_text``.
+    """
+    manifest, maps = load_manifest(artefact, results), {}
+    for row in _ran(manifest):
+        if row["maps"]:
+            with np.load(_path(manifest, row["maps"], results), allow_pickle=False) as file:
+                maps[row["name"]] = {"reducer": row["reducer"], **file}
+    return maps
+
+
+def not_run(artefact: str, results: str | Path) -> Markdown:
+    """One sentence that names the rows that have not run, and why; empty if all have run."""
+    reasons: dict[str, list[str]] = {}
+    for row in load_manifest(artefact, results)["rows"]:
+        if row["why"] is not None:
+            reasons.setdefault(row["why"], []).append(row["name"])
+    parts = [f"{', '.join(names)} ({why})" for why, names in reasons.items()]
+    return Markdown(f"Rows that have not run: {'; '.join(parts)}." if parts else "")
+
+
+def setting(artefact: str, results: str | Path) -> Markdown:
+    """What was measured: scale, seeds, the trained model, the timed model and its device. One line each, from records."""
+    manifest = load_manifest(artefact, results)
+    lines = [f"Scale `{manifest['scale']}`, seeds {', '.join(map(str, manifest['seeds']))}."]
+    rows = _ran(manifest)
+    if path := next((row["records"][0] for row in rows if row["records"]), None):
+        record = _read(manifest, path, results)
+        spec, metrics = record["spec"], record["metrics"]
+        lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
+                     f"{metrics['val_images']} validation images, {spec['recipe']['epochs']} epochs.")  # fmt: skip
+    if path := next((row["bench"] for row in rows if row["bench"]), None):
+        record = _read(manifest, path, results)
+        spec = record["spec"]
+        if record["kind"] == "bench":
+            lines.append(f"Speed: {_model(spec)}, {spec['image_size']} px, batch {spec['batch_size']}, "
+                         f"{spec['precision']}, {spec['rounds']} rounds.")  # fmt: skip
+        lines.append(f"Device of the speed measurements: {_device(record)}.")
+    return Markdown("  \n".join(lines))
+
+
+def rerun(artefact: str, results: str | Path) -> Markdown:
+    """The command that makes this artefact again."""
+    manifest = load_manifest(artefact, results)
+    seeds = manifest["seeds"]
+    first = seeds == list(range(len(seeds)))
+    chosen = f" seeds={len(seeds) if first else ','.join(map(str, seeds))}" if seeds != [0] else ""
+    command = f"snakemake --cores all {artefact} --config scale={manifest['scale']}{chosen}"
+    return Markdown(f"```sh\n{command}\n```")
+
+
+def _ran(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in manifest["rows"] if row["why"] is None]
+
+
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in FACTS}
+
+
+def _path(manifest: dict[str, Any], path: str, results: str | Path) -> Path:
+    """A file that a manifest names. The folder of a scale may have been moved since."""
+    found = find_results(results) / Path(path).relative_to(manifest["results"])
+    if not found.is_file():
+        command = f"snakemake --cores all {path} --config scale={manifest['scale']}"
+        raise FileNotFoundError(f"{path}: no such file; make it with: {command}")
+    return found
+
+
+def _read(manifest: dict[str, Any], path: str, results: str | Path) -> dict[str, Any]:
+    return read_record(_path(manifest, path, results))
+
+
+def _cells(artefact: str, results: str | Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    manifest, found = load_manifest(artefact, results), []
+    for row in _ran(manifest):
+        record = _read(manifest, row["bench"], results)
+        facts = {"row": row["row"], "label": row["label"], "device": _device(record)}
+        found += [(facts, cell) for cell in record["cells"]]
+    return found
+
+
+def _settings(cell: dict[str, Any]) -> dict[str, Any]:
+    """What is one value: neither metrics nor a list over rounds or blocks."""
+    return {key: value for key, value in cell.items() if not isinstance(value, list | dict)}
+
+
+def _device(record: dict[str, Any]) -> str:
+    about = record["provenance"]
+    return f"{about['cpu']}, {about['threads']} threads" if about["device"] == "cpu" else str(about["device"])
+
+
+def _model(spec: dict[str, Any]) -> str:
+    name, given = spec["model"]["name"], spec["model"].get("args", {})
+    shape = [f"{words} {given[key]}" for key, words in (("depth", "depth"), ("embed_dim", "width")) if key in given]
+    return f"`{name}`" + (f" ({', '.join(shape)})" if shape else "")
+
+
+def _pruned_share(record: dict[str, Any]) -> float:
+    """Patches pruned anywhere over all patches, percent (paper, section 4); NaN where patches cannot be counted.
+
+    Prefix tokens are never pruned, so that the difference of two token counts is one of patches.
+    """
+    spec, tokens = record["spec"], record.get("tokens")
+    side = spec["model"].get("args", {}).get("patch_size")
+    if side is None and (match := re.search(r"patch(\d+)", spec["model"]["name"])):
+        side = int(match[1])
+    if not tokens or not side:
+        return float("nan")
+    return 100 * (tokens[0] - min(tokens)) / (spec["data"]["image_size"] // side) ** 2
