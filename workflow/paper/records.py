@@ -132,10 +132,11 @@ def load_cells(artefact: str, results: str | Path) -> pd.DataFrame:
 
     Returns:
         ``row``, ``label``, ``device``, the cell's settings, its metrics (NaN where it did not run), and
-        ``unsupported``, the reason for which it did not run, or None.
+        ``unsupported``, the reason for which it did not run, or None. ``batch_size`` is the one asked for and
+        ``fitted_batch_size`` the one that memory allowed. A profile has its parts as ``<part>_s``.
     """
     cells = _cells(artefact, results)
-    frame = pd.DataFrame([{**facts, **_settings(cell), **cell.get("metrics", {})} for facts, cell in cells])
+    frame = pd.DataFrame([{**facts, **_settings(cell), **_metrics(cell)} for facts, cell in cells])
     return frame.assign(unsupported=pd.Series([cell.get("unsupported") for _, cell in cells], dtype=object))
 
 
@@ -268,6 +269,13 @@ def _cells(artefact: str, results: str | Path) -> list[tuple[dict[str, Any], dic
 def _settings(cell: dict[str, Any]) -> dict[str, Any]:
     """What is one value: neither metrics nor a list over rounds or blocks."""
     return {key: value for key, value in cell.items() if not isinstance(value, list | dict)}
+
+
+def _metrics(cell: dict[str, Any]) -> dict[str, float]:
+    """A cell's metrics; of a profile, its parts too. The batch size that fitted does not hide the one asked for."""
+    metrics = {"fitted_batch_size" if k == "batch_size" else k: v for k, v in cell.get("metrics", {}).items()}
+    parts = cell.get("seconds")
+    return metrics | ({f"{part}_s": value for part, value in parts.items()} if isinstance(parts, dict) else {})
 
 
 def _device(record: dict[str, Any]) -> str:
