@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING, Any
 from cropr.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
-    from cropr.bench.planner import Plan, plan
     from cropr.pruning.model import DeployedViT, Output, PrunedViT, prune
     from cropr.pruning.tokens import Tokens
 
 __version__ = "0.1.0"
-__all__ = ["DeployedViT", "Output", "Plan", "PrunedViT", "Schedule", "Tokens", "plan", "prune"]
+__all__ = ["DeployedViT", "Output", "PrunedViT", "Schedule", "Tokens", "prune"]
 
 _LAZY = {
     "DeployedViT": ("cropr.pruning.model", "DeployedViT"),
     "Output": ("cropr.pruning.model", "Output"),
-    "Plan": ("cropr.bench.planner", "Plan"),
     "PrunedViT": ("cropr.pruning.model", "PrunedViT"),
     "Tokens": ("cropr.pruning.tokens", "Tokens"),
-    "plan": ("cropr.bench.planner", "plan"),
     "prune": ("cropr.pruning.model", "prune"),
 }
 

@@ -1,7 +1,7 @@
 """Measure throughput of a pruned model against the unpruned one, in one process, round by round in turn.
 
 Weights are random, so that nothing is downloaded. Printed are medians over rounds, the speed-up with a 95 % interval,
-and the bound that the FLOP count sets. Leave the machine alone while it runs.
+and the ratio of multiply-adds. Run nothing else on the machine meanwhile.
 
 examples:
   python -m cropr bench --model vit_large_patch16_224 --reducer cropr --rate 8 --fusion llf
@@ -161,7 +161,7 @@ def show(record: dict[str, Any], console: Console) -> None:
         console.print(
             f"with pyramid and heads: {metrics['base_images_per_s_whole']:.3f} and {metrics['images_per_s_whole']:.3f} "
             f"images/s, speed-up {metrics['speedup_whole']:.3f}x (95 % {metrics['speedup_whole_low']:.3f} to "
-            f"{metrics['speedup_whole_high']:.3f}), bound {metrics['bound_whole']:.3f}x",
+            f"{metrics['speedup_whole_high']:.3f}), MAC ratio {metrics['mac_ratio_whole']:.3f}x",
             soft_wrap=True,
             highlight=False,
         )
@@ -169,7 +169,7 @@ def show(record: dict[str, Any], console: Console) -> None:
         console.print(f"heads not measured: {reason}", soft_wrap=True, highlight=False)
     console.print(
         f"speed-up {metrics['speedup']:.3f}x (95 % {metrics['speedup_low']:.3f} to {metrics['speedup_high']:.3f}), "
-        f"bound {metrics['bound']:.3f}x, share of the bound {metrics['share_of_bound']:.3f}\n"
+        f"MAC ratio {metrics['mac_ratio']:.3f}, speed-up / MAC ratio {metrics['speedup_over_mac_ratio']:.3f}\n"
         f"attention: {_calls(origin['attention']['base'])} unpruned, {_calls(origin['attention']['pruned'])} pruned\n"
         f"{spec['rounds']} rounds on {origin['device']}, {origin['threads']} threads, "
         f"torch {origin['packages']['torch']}; a large matrix product runs at {metrics['matmul_gflops']:.0f} GFLOP/s",

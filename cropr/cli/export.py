@@ -96,8 +96,8 @@ def show(record: dict[str, Any], folder: Path, console: Console) -> None:
     if "speedup" in metrics:
         console.print(
             f"speed-up in onnxruntime {metrics['speedup']:.3f}x (95 % {metrics['speedup_low']:.3f} to "
-            f"{metrics['speedup_high']:.3f}), bound {metrics['bound']:.3f}x, "
-            f"share of the bound {metrics['share_of_bound']:.3f}",
+            f"{metrics['speedup_high']:.3f}), MAC ratio {metrics['mac_ratio']:.3f}, "
+            f"speed-up / MAC ratio {metrics['speedup_over_mac_ratio']:.3f}",
             soft_wrap=True,
             highlight=False,
         )
@@ -134,8 +134,8 @@ def _random(args: argparse.Namespace) -> tuple[BenchSpec, DeployedViT]:
 
     import torch
 
-    from cropr.bench.models import hosted, random_weights
+    from cropr.bench.models import build_on_meta, random_weights
 
-    model: DeployedViT = hosted(spec.model, spec.prune, spec.image_size).deploy()
+    model: DeployedViT = build_on_meta(spec.model, spec.prune, spec.image_size).deploy()
     random_weights(model, "cpu", torch.float32)
     return spec, model

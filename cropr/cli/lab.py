@@ -27,7 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cropr.bench.specs import MEASURES, BlocksSpec, LabSpec, ProfileSpec, ScoringSpec, SweepSpec, TrainingSpec
+from cropr.bench.specs import MEASURES, BlocksSpec, MicrobenchSpec, ProfileSpec, ScoringSpec, SweepSpec, TrainingSpec
 from cropr.cli.bench import add_device_flags, choose_device, progress
 from cropr.cli.spec_flags import make_spec, read_values
 from cropr.records import RECORD, write_record
@@ -36,7 +36,7 @@ _AXES = ("variant", "precision", "attention", "batch_size")
 _COLUMNS = {
     "images_per_s": ("images/s", "{:.2f}"),
     "speedup": ("speed-up", "{:.3f}x"),
-    "share_of_bound": ("of bound", "{:.3f}"),
+    "speedup_over_mac_ratio": ("speed-up / MAC ratio", "{:.3f}"),
     "over_all_queries": ("over all queries", "{:.3f}x"),
     "gain": ("over first", "{:.2f}x"),
     "mfu": ("MFU", "{:.2f}"),
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print a table, write the record if asked to."""
     spec = _spec(args)
     device = choose_device(args)
-    from cropr.bench.lab import measure
+    from cropr.bench.microbench import measure
 
     with progress(_steps(spec)) as tick:
         record = measure(spec, device, tick)
@@ -112,7 +112,7 @@ def _name(cell: dict[str, Any], key: str) -> str:
     return f"{fitted} (out of memory with {cell['batch_size']})"
 
 
-def _spec(args: argparse.Namespace) -> LabSpec:
+def _spec(args: argparse.Namespace) -> MicrobenchSpec:
     """The specification that the flags describe.
 
     Raises:
@@ -124,7 +124,7 @@ def _spec(args: argparse.Namespace) -> LabSpec:
     return make_spec(values, args.set, MEASURES[args.measure])
 
 
-def _steps(spec: LabSpec) -> int:
+def _steps(spec: MicrobenchSpec) -> int:
     """How often the progress bar advances."""
     if isinstance(spec, SweepSpec):
         cells = len(spec.precisions) * len(spec.attentions) * (1 + len(spec.variants))

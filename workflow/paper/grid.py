@@ -21,7 +21,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cropr.bench.specs import BenchSpec, LabSpec, PlanSpec
+from cropr.bench.specs import BenchSpec, PlanSpec
+from cropr.bench.specs import MicrobenchSpec as LabSpec
 from cropr.specs import ScenesSpec
 from cropr.tasks import TASKS
 from cropr.training.specs import TrainSpec

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cropr.bench.specs import MEASURES, BenchSpec, LabSpec, PlanSpec
+from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
+from cropr.bench.specs import MicrobenchSpec as LabSpec
 from cropr.pruning.methods import REDUCERS, before_last_block
 from cropr.pruning.schedule import Schedule, attended
 from cropr.specs import ImagesSpec, ModelSpec, PruneSpec, RecipeSpec

@@ -52,7 +52,7 @@ def bench_code(spec):
 def lab_verb(spec):
     """Command of a measurement of the laboratory, up to its specification."""
     if isinstance(spec, PlanSpec):
-        return "plan --fresh --gpus config/published/devices.csv"
+        return "plan"
     return f"lab {spec.measure}"
 
 
