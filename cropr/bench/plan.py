@@ -8,7 +8,9 @@ schedule is measured, until the two agree or no other schedule is found. No mode
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from cropr.bench.models import build_on_meta
@@ -119,24 +121,39 @@ def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> di
 
 def _propose(spec: PlanSpec, cost: Cost, search: _Search, mac_ratio: float) -> None:
     """Add the schedule for a ratio of multiply-adds, or end the search with the reason."""
-    fusion = spec.prune.fusion
-    fused, backbone = before_last_block(fusion), cost.backbone
     try:
-        schedule = Schedule.for_speedup(max(1.0, mac_ratio), cost, fusion=fusion, align=spec.align)
+        schedule = Schedule.for_speedup(max(1.0, mac_ratio), cost, fusion=spec.prune.fusion, align=spec.align)
     except ValueError as error:
         search.open, search.reason = False, str(error)
         return
-    if any(attempt.schedule == schedule for attempt in search.tried) or len(search.tried) == ATTEMPTS:
+    tried = [attempt.schedule for attempt in search.tried]
+    if schedule in tried:
+        schedule = _finer(spec, cost, schedule, mac_ratio)
+    if schedule in tried or len(tried) == ATTEMPTS:
         search.open = False
         measured = ", ".join(f"{attempt.speedup:.3f} ({attempt.schedule.describe()})" for attempt in search.tried)
-        search.reason = (
-            f"this device does not reach {search.target:g} within {TOLERANCE:.0%} by any other schedule; measured: "
-            f"{measured}"
-        )
+        search.reason = f"this device does not reach {search.target:g} within {TOLERANCE:.0%}; measured: {measured}"
         return
+    search.tried.append(_Attempt(schedule, _mac_ratio(spec, cost, schedule)))
+
+
+def _finer(spec: PlanSpec, cost: Cost, schedule: Schedule, mac_ratio: float) -> Schedule:
+    """Of a constant rate R, the rate R - 1 with as few tokens more in the first module as reach the ratio."""
+    if schedule.rule != "constant" or schedule.rate < 2:
+        return schedule
+    extras = [
+        Schedule.constant(schedule.rate - 1, extra, spec.align)
+        for extra in range(1, 1 + len(schedule.sites(cost.backbone.depth, before_last_block(spec.prune.fusion))))
+    ]
+    found = bisect_left(extras, mac_ratio, key=partial(_mac_ratio, spec, cost))
+    return extras[found] if found < len(extras) else schedule
+
+
+def _mac_ratio(spec: PlanSpec, cost: Cost, schedule: Schedule) -> float:
+    """Unpruned over pruned multiply-adds."""
+    backbone, fused = cost.backbone, before_last_block(spec.prune.fusion)
     alive = schedule.resolve(backbone.num_patches, backbone.depth, fused, backbone.prefix)
-    unpruned = (backbone.num_patches,) * backbone.depth
-    search.tried.append(_Attempt(schedule, cost.total(unpruned, fused) / cost.total(alive, fused)))
+    return cost.total((backbone.num_patches,) * backbone.depth, fused) / cost.total(alive, fused)
 
 
 def _measure(spec: PlanSpec, searches: list[_Search], device: str, tell: Tell) -> None:

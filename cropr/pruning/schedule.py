@@ -172,12 +172,13 @@ class Schedule:
         return {rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
 
     def describe(self) -> str:
-        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
+        """As the paper writes it: ``R=8`` (``R=8 +5 @ 1`` if the first module prunes 5 more), ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
 
         Three or more blocks in a row are written as a range, ``R=9 @ 1-6``.
         """
         if self.rule == "constant":
-            return f"R={self.rate}" if self.rate else "none"
+            extra = f" +{self.first_extra} @ 1" if self.first_extra > 1 else ""
+            return f"R={self.rate}{extra}" if self.rate else "none"
         blocks = _ranges([block for block, _ in self.at])
         numbers = [f"{number:.0%}" if self.rule == "fraction" else f"{number:g}" for _, number in self.at]
         text = numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)
