@@ -1,9 +1,9 @@
 """A deployed model as a file for other programs: ``torch.export`` and ONNX, and a check of the file by running it.
 
 The graph has a dynamic batch and a fixed image size. Its outputs are the logits and, per block that prunes, the raster
-indices of the patches alive after it: ``logits``, ``kept_1``, ``kept_2``, ... Everything in it has a static shape but
-for the batch: a block prunes R tokens of every image, finds them with one Top-K whose k is R, and scatters without a
-reduction. Both are what users of TensorRT run into; TensorRT itself is not tried here.
+indices of the patches alive after it: ``logits``, ``kept_1``, ``kept_2``, ... All shapes but the batch are static: a
+block prunes R tokens of every image, finds them with one Top-K whose k is R, and scatters without a reduction.
+TensorRT limits both; it is not run here.
 
 B batch, K kept, R pruned.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +29,8 @@ from cropr.pruning.reducers.select import Random
 
 TENSORRT_TOPK = 3840
 """Largest k of TensorRT's Top-K, as its users report it (github.com/NVIDIA/TensorRT, issues 4244 and 4390)."""
-
 TOLERANCE = 1e-4
 """Largest difference of a logit between the file and PyTorch that counts as agreement, float32."""
-
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -56,11 +54,8 @@ class Exportable(nn.Module):
     def names(self) -> list[str]:
         """Names of the outputs: ``logits``, then ``kept_<block>`` of every block that prunes."""
         inner = self.model.model
-        patches = inner.backbone.num_patches
-        counts = inner.counts(patches)
-        before = (patches, *counts)
-        sites = [block for block in map(int, inner.reducers) if counts[block - 1] < before[block - 1]]
-        return ["logits", *(f"kept_{block}" for block in sites)]
+        alive = (inner.backbone.num_patches, *inner.counts(inner.backbone.num_patches))
+        return ["logits", *(f"kept_{b}" for b in map(int, inner.reducers) if alive[b] < alive[b - 1])]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] to logits [B, classes] and kept indices [B, K] int64, a block each."""
@@ -70,7 +65,7 @@ class Exportable(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """What an engine will look at first in an ONNX file."""
+    """Properties of an ONNX file that decide whether an engine takes it."""
 
     operators: dict[str, int]
     """How many nodes of each type, the most frequent first."""
@@ -102,16 +97,10 @@ class Agreement:
 
 
 def to_program(model: Exportable, image_size: int) -> torch.export.ExportedProgram:
-    """The model as one graph with a dynamic batch; float32, on the CPU.
-
-    Args:
-        model: what to export.
-        image_size: pixels a side.
-    """
+    """The model as one graph with a dynamic batch for images of ``image_size`` pixels a side; float32, on the CPU."""
     images = torch.zeros(2, 3, image_size, image_size)  # a batch of one would be taken for a constant
-    return torch.export.export(
-        model.eval(), (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
-    )
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(model.eval(), (images,), dynamic_shapes={"images": {0: batch}})
 
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[str]) -> None:
@@ -136,27 +125,24 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[s
 
 
 def inspect(path: Path) -> Graph:
-    """Read what matters to engines from an ONNX file; its weights are not loaded."""
+    """Read the operators of an ONNX file; its weights are not loaded."""
     need()
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
+    constants |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
     topk, scatters = [], []
     for node in graph.node:
         if node.op_type == "TopK":
-            if node.input[1] not in constants:
-                raise AssertionError(f"{node.name}: k is computed at run time; shapes are not static")
+            assert node.input[1] in constants, f"{node.name}: k is computed at run time; shapes are not static"
             topk.append(int(onnx.numpy_helper.to_array(constants[node.input[1]]).item()))
         elif node.op_type.startswith("Scatter"):
             reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
             if reduction != "none":
                 scatters.append(f"{node.name or node.op_type} ({reduction})")
-    counts = Counter(node.op_type for node in graph.node)
-    return Graph(dict(counts.most_common()), tuple(topk), tuple(scatters))
+    operators = Counter(node.op_type for node in graph.node)
+    return Graph(dict(operators.most_common()), tuple(topk), tuple(scatters))
 
 
 def open_session(path: Path, threads: int) -> Any:
@@ -173,12 +159,9 @@ def open_session(path: Path, threads: int) -> Any:
 
 @torch.inference_mode()
 def compare(model: Exportable, session: Any, images: Tensor) -> Agreement:
-    """Run the same images [B, 3, H, W] through PyTorch and an onnxruntime session.
-
-    Tokens are compared block by block; with other tokens, other logits are to be expected.
-    """
+    """Run the same images [B, 3, H, W] through PyTorch and an onnxruntime session; compare tokens block by block."""
     expected = [output.numpy() for output in model(images)]
-    actual = cast(list[np.ndarray], session.run(model.names, {"images": images.numpy()}))
+    actual = session.run(model.names, {"images": images.numpy()})
     same = np.ones(len(images), dtype=bool)
     for ours, theirs in zip(expected[1:], actual[1:], strict=True):
         same &= (ours == theirs).all(axis=1)
@@ -186,7 +169,7 @@ def compare(model: Exportable, session: Any, images: Tensor) -> Agreement:
 
 
 def need() -> None:
-    """Check that what ONNX needs is installed.
+    """Check that the packages for ONNX are installed.
 
     Raises:
         ValueError: names of the missing packages, and the command that installs them.
@@ -197,9 +180,8 @@ def need() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what the exporter says of its own parts away from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    """Hide the exporter's warnings about its own parts."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript", "onnx_ir"))}
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -207,5 +189,5 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in loggers.items():
             logger.setLevel(level)

@@ -25,16 +25,17 @@ BACKENDS = {
 _KERNEL = re.compile(r"^aten::_scaled_dot_product_(?:attention_)?(math|flash|efficient|cudnn)")
 
 
-def forced(attention: str) -> AbstractContextManager[Any]:
-    """All attention inside runs on this kernel; where it cannot, torch raises a ``RuntimeError``."""
-    return nullcontext() if attention == "auto" else sdpa_kernel(BACKENDS[attention])
+def with_attention_kernel(
+    attention: str, precision: str, device: str, forward: Callable[[], Result]
+) -> Callable[[], Result]:
+    """The forward pass with its kernel forced and, for a mixed precision, within an autocast of its own.
 
-
-def under(attention: str, precision: str, device: str, forward: Callable[[], Result]) -> Callable[[], Result]:
-    """The forward pass with its kernel forced and, for a mixed precision, within an autocast of its own."""
+    Where the kernel cannot run, torch raises a ``RuntimeError``.
+    """
 
     def run() -> Result:
-        with forced(attention), mixed(precision, device):
+        kernel: AbstractContextManager[Any] = nullcontext() if attention == "auto" else sdpa_kernel(BACKENDS[attention])
+        with kernel, mixed(precision, device):
             return forward()
 
     return run
@@ -66,7 +67,7 @@ def run_forced(forward: Callable[[], Result], attention: str, compiled: bool = F
     try:
         result, ran = watch(forward)
     except RuntimeError as error:
-        if attention == "auto" or not _no_kernel(error):
+        if attention == "auto" or not re.search(r"no (viable|available) (backend|kernel)", str(error), re.IGNORECASE):
             raise
         raise Unsupported(f"attention {attention}: torch has no such kernel here: {first_line(error)}") from None
     verify(ran, attention, compiled)
@@ -86,8 +87,3 @@ def verify(ran: Mapping[str, int], attention: str, compiled: bool = False) -> No
     instead = ", ".join(f"{count} calls of {name}" for name, count in ran.items()) or "no attention kernel at all"
     how = " after torch.compile" if compiled else ""
     raise Unsupported(f"attention {attention}: forced, but {instead} ran{how}")
-
-
-def _no_kernel(error: RuntimeError) -> bool:
-    """Whether torch says that it has no kernel: ``No viable backend ...``, ``No available kernel ...``."""
-    return bool(re.search(r"no (viable|available) (backend|kernel)", str(error), re.IGNORECASE))

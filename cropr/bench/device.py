@@ -1,4 +1,4 @@
-"""What a device computes in, and the refusal of what it cannot.
+"""In which precision a device computes, and the refusal of what it cannot.
 
 A precision is a cast of model and images (``fp32``, ``bf16``, ``fp16``) or mixed (``amp_bf16``, ``amp_fp16``): weights
 in fp32 under torch's autocast, which is the paper's AMP. Autocast is entered anew for every forward pass and casts

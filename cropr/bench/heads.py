@@ -1,12 +1,8 @@
 """What follows the encoder of a detector: pyramid, proposals, box and mask heads, to be timed beside the encoder.
 
-They take what the encoder gives, the same with and without pruning, so that one measurement serves both: a whole
-model's time is its encoder's and theirs. They do the most that heads can have to do (all proposals, every box a
-candidate, as many masks as an image may have), so that the whole model's speed-up comes out low rather than high.
-Masks are not pasted into the image.
-
-Only detectors need this module, which ``cropr.bench.throughput`` imports when it is asked for one: what it depends on
-does not concern other measurements.
+The encoder's output has the same shape with and without pruning, so that one measurement serves both: a whole model's
+time is its encoder's plus that of the heads. Heads get as many proposals, candidate boxes and masks as an image can
+have, so that the whole model's speed-up is rather too low than too high. Masks are not pasted into the image.
 
 B batch, C channels of the encoder, M detections of the batch.
 """
@@ -17,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from cropr.bench.detection_flops import HeadMacs, head_macs
 from cropr.bench.specs import Precision
+from cropr.pruning.flops import counts
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import CascadeHeads
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import ProposalNetwork
+from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE
 
 NUM_CLASSES = 80
 """COCO's."""
@@ -66,7 +63,17 @@ class Heads(nn.Module):
         proposals, _ = self.rpn.propose(ImageList(features, sizes), levels, None)
         return torch.cat([found.scores for found in self.heads.detect(levels[:-1], proposals, sizes)])
 
-    def macs(self) -> HeadMacs:
-        """Multiply-accumulates for one image."""
-        _, rows, columns = self.shape
-        return head_macs(self, rows * columns, self.patch)
+    def macs(self) -> int:
+        """Multiply-adds for one image, without the pooling of regions, which multiplies no matrices."""
+        dim, rows, columns = self.shape
+        spec, channels = self.heads.spec, self.heads.spec.channels
+        levels = [
+            torch.empty(1, channels, rows * self.patch // stride, columns * self.patch // stride, device="meta")
+            for stride in self.neck.strides
+        ]
+        boxes = torch.empty(spec.proposals_test[1], channels, BOX_SIZE, BOX_SIZE, device="meta")
+        masks = torch.empty(spec.max_detections, channels, MASK_SIZE, MASK_SIZE, device="meta")
+        image = torch.empty(1, dim, rows, columns, device="meta")
+        parts = [(self.neck, image), (self.rpn.head, levels), (self.heads.mask_head, masks)]
+        parts += [(stage, boxes) for stage in self.heads.stages]
+        return sum(sum(counts(part, x)["Global"].values()) for part, x in parts)

@@ -1,7 +1,7 @@
 """Peak memory of one piece of work: what it needs on top of what is there before it starts.
 
-On CUDA the allocator's own count; on the CPU the peak resident size of the process, which Linux can be asked to start
-anew. Megabytes are 10^6 bytes.
+On CUDA the allocator's own count; on the CPU the peak resident size of the process, which Linux can be asked to
+reset. Megabytes are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def working_memory(work: Callable[[], Result], device: str) -> tuple[Result, flo
         before = torch.cuda.memory_allocated(device)
         result = work()
         return result, (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    if device != "cpu" or not _start_anew():
+    if device != "cpu" or not _reset_peak():
         return work(), None
     before_mb = _status("VmRSS")
     result = work()
     return result, max(0.0, _status("VmHWM") - before_mb)
 
 
-def _start_anew() -> bool:
+def _reset_peak() -> bool:
     """Give freed memory back, so that it counts again when it is used, and forget the peak so far."""
     gc.collect()
     try:
@@ -49,7 +49,5 @@ def _start_anew() -> bool:
 
 def _status(key: str) -> float:
     """A size in MB from the process's status."""
-    for line in (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise AssertionError(f"/proc/self/status has no {key}")
+    lines = (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cropr.build import build_model
+from cropr.bench.peak import utilisation
+from cropr.bench.timing import Outcome, speed
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
@@ -56,7 +58,7 @@ def build_variants(
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
     """
-    unpruned = hosted(model, PruneSpec(), image_size, detector)
+    unpruned = build_on_meta(model, PruneSpec(), image_size, detector)
     host = unpruned.backbone
     random_weights(host, device, dtype)
     if channels_last:
@@ -64,14 +66,16 @@ def build_variants(
     base: nn.Module = host.host if detector is None else DeployedViT(unpruned)
     models = {UNPRUNED: base.requires_grad_(False).eval()}
     for name, prune in prunes.items():
-        variant = hosted(model, prune, image_size, detector).deploy()
+        variant = build_on_meta(model, prune, image_size, detector).deploy()
         variant.model.backbone = host
         random_weights(variant, device, dtype)
         models[name] = variant.requires_grad_(False).eval()
     return models
 
 
-def hosted(model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None) -> PrunedViT:
+def build_on_meta(
+    model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None
+) -> PrunedViT:
     """A model whose parameters have no memory yet; ``random_weights`` gives it.
 
     Args:
@@ -138,6 +142,18 @@ def random_images(batch_size: int, image_size: int, device: str, dtype: torch.dt
 def weights_mb(model: nn.Module) -> float:
     """Parameters and buffers in 10^6 bytes."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+
+
+def model_metrics(model: nn.Module, outcome: Outcome, batch_size: int, macs: int, peak: float) -> dict[str, float]:
+    """What is measured of one model alone: speed, multiply-adds (of one image), utilisation and memory."""
+    found = speed(outcome.seconds, batch_size)
+    found |= {
+        "gmacs": macs / 1e9,
+        "mfu": utilisation(macs, found["images_per_s"], peak),
+        "weights_mb": weights_mb(model),
+    }
+    memory = outcome.working_memory_mb
+    return found if memory is None else found | {"working_memory_mb": memory}
 
 
 def token_trace(model: nn.Module) -> list[int]:

@@ -1,7 +1,6 @@
-"""How fast this machine multiplies matrices, and what share of that a model reaches.
+"""Model FLOP utilisation (MFU): FLOPs of the forward pass over its time, over the rate of a large matrix product.
 
-Model FLOP utilisation (MFU) is the FLOPs of the forward pass over its time, divided by the rate of a large square
-product on the same device, in the same number format, with the same threads. It is measured, not taken from a data
+That rate is measured on the same device, in the same number format, with the same threads; it is not taken from a data
 sheet.
 """
 
@@ -11,10 +10,9 @@ import time
 from functools import cache, partial
 
 import torch
-from torch import Tensor
 
 from cropr.bench.device import arithmetic_dtype, kind_of
-from cropr.bench.timing import Run, clock
+from cropr.bench.timing import clock
 
 SIZES = {"cpu": (1024, 2048), "mps": (2048, 4096), "cuda": (4096, 8192)}
 """Rows and columns; the fastest size counts."""
@@ -27,16 +25,9 @@ def matmul_peak(precision: str, device: str) -> float:
     return _peak(arithmetic_dtype(precision), device, torch.get_num_threads())
 
 
-def utilisation(macs: float, batch_size: int, seconds: float, peak: float) -> float:
-    """MFU: two FLOPs a multiply-accumulate.
-
-    Args:
-        macs: of one image.
-        batch_size: images per forward pass.
-        seconds: of one forward pass.
-        peak: FLOPs per second, as ``matmul_peak`` gives them.
-    """
-    return 2 * macs * batch_size / seconds / peak
+def utilisation(macs: float, images_per_s: float, peak: float) -> float:
+    """MFU, of multiply-adds of one image: two FLOPs each. ``peak`` as of ``matmul_peak``."""
+    return 2 * macs * images_per_s / peak
 
 
 @cache
@@ -48,15 +39,10 @@ def _peak(dtype: torch.dtype, device: str, threads: int) -> float:
 def _rate(size: int, dtype: torch.dtype, device: str) -> float:
     """FLOPs per second of a product of two square matrices: the best reading, this being a peak."""
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    run = Run(partial(_multiply, a, b, product), repeats=1)
-    clock(run, device)
+    product = partial(torch.mm, a, b, out=torch.empty_like(a))
+    clock(product, 1, device)
     seconds: list[float] = []
     end = time.perf_counter() + SECONDS
     while len(seconds) < 3 or time.perf_counter() < end:
-        seconds.append(clock(run, device))
+        seconds.append(clock(product, 1, device))
     return 2 * size**3 / min(seconds)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(a, b, out=out)

@@ -17,12 +17,12 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 
-from cropr.bench import flops
-from cropr.bench.attention import quiet_profile, run_forced, under
+from cropr.bench.attention import quiet_profile, run_forced, with_attention_kernel
 from cropr.bench.device import Unsupported, check, weights_dtype
-from cropr.bench.models import build_variants, random_images, token_trace
+from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace
 from cropr.bench.specs import ProfileSpec
 from cropr.bench.timing import Tell
+from cropr.pruning import flops
 from cropr.pruning.model import DeployedViT
 from cropr.pruning.scorer import FoldedScorer
 
@@ -39,14 +39,13 @@ _COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
 
 
 def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Profile the unpruned model and every variant; arguments and errors as of ``cropr.bench.lab.measure``.
+    """Profile the unpruned model and every variant; arguments and errors as of ``cropr.bench.microbench.measure``.
 
     Returns:
         One a variant: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``,
         ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``, ``pruning_share``, ``gmacs``),
         or ``unsupported`` with the reason.
     """
-    cells: list[dict[str, Any]] = []
     common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
     try:
         check(spec.precision, device)
@@ -54,23 +53,20 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
         tell("build")
         models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)
         images = random_images(spec.batch_size, spec.image_size, device, dtype, channels_last=False)
+        cells: list[dict[str, Any]] = []
         for name, model in models.items():
             tell(f"profile {name}")
-            forward = under(spec.attention, spec.precision, device, partial(model, images))
+            forward = with_attention_kernel(spec.attention, spec.precision, device, partial(model, images))
             with torch.inference_mode():
                 run_forced(forward, spec.attention)
                 seconds = profile_forward(model, forward, spec.passes, device)
             total = sum(seconds.values())
-            metrics = {
-                "total_s": total,
-                "pruning_share": sum(seconds[part] for part in PRUNING) / total,
-                "gmacs": flops.macs(model).total / 1e9,
-            }
-            cells.append(
-                {"variant": name, **common, "tokens": token_trace(model), "seconds": seconds, "metrics": metrics}
-            )
+            share = sum(seconds[part] for part in PRUNING) / total
+            metrics = {"total_s": total, "pruning_share": share, "gmacs": flops.macs(model).total / 1e9}
+            cell = {"variant": name, **common, "tokens": token_trace(model)}
+            cells.append(cell | {"seconds": seconds, "metrics": metrics})
     except Unsupported as error:
-        return [{"variant": name, **common, "unsupported": str(error)} for name in ("unpruned", *spec.variants)]
+        return [{"variant": name, **common, "unsupported": str(error)} for name in (UNPRUNED, *spec.variants)]
     return cells
 
 
@@ -110,12 +106,12 @@ def labelled(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _enter(label: str, stack: list[Any], module: nn.Module, inputs: Any) -> None:
+def _enter(label: str, stack: list[Any], *_: Any) -> None:
     stack.append(record_function(label))
     stack[-1].__enter__()
 
 
-def _leave(stack: list[Any], module: nn.Module, inputs: Any, output: Any) -> None:
+def _leave(stack: list[Any], *_: Any) -> None:
     stack.pop().__exit__(None, None, None)
 
 

@@ -10,20 +10,18 @@ B batch, L tokens with prefix, C channels, Q queries.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cropr.bench import flops
-from cropr.bench.attention import under
-from cropr.bench.contest import Case, Outcome, contest
+from cropr.bench.attention import with_attention_kernel
 from cropr.bench.device import Unsupported, arithmetic_dtype, check, largest_batch, weights_dtype
 from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace
 from cropr.bench.specs import ScoringSpec
-from cropr.bench.timing import Tell, against, ratio, speed
+from cropr.bench.timing import Case, Outcome, Tell, against, ratio, speed, time_interleaved
+from cropr.pruning import flops
 from cropr.pruning.model import DeployedViT
 from cropr.pruning.reducers import Context, ScoreReducer
 from cropr.pruning.reducers.select import FoldedCropr
@@ -38,7 +36,7 @@ ROUNDING = 100
 
 
 class AllQueries(ScoreReducer):
-    """Logits of every query on every token, summed: what ``FoldedCropr`` makes unnecessary. Nobody should deploy it."""
+    """Logits of every query on every token, summed: what ``FoldedCropr`` makes unnecessary. Not for deployment."""
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
@@ -50,12 +48,12 @@ class AllQueries(ScoreReducer):
 
 
 def scoring_cells(spec: ScoringSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Time the unpruned model and both pruned ones; arguments and errors as of ``cropr.bench.lab.measure``.
+    """Time the unpruned model and both pruned ones; arguments and errors as of ``cropr.bench.microbench.measure``.
 
     Returns:
         One a model: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``, and
         either ``unsupported`` with the reason, or ``seconds`` (round by round), ``attention_calls`` and ``metrics``:
-        ``speedup`` over the unpruned model beside the ``bound`` of its own arithmetic, and of the one vector
+        ``speedup`` over the unpruned model beside its ``mac_ratio``, and of the one vector
         ``over_all_queries``, how many times faster it is than all queries, with its interval, and ``kept_in_both``,
         the share of the kept tokens that both keep.
     """
@@ -71,15 +69,14 @@ def scoring_cells(spec: ScoringSpec, device: str, tell: Tell) -> list[dict[str, 
         shared = kept_in_both(spec, models, device)
     except Unsupported as error:
         return [{"variant": name, **common, "unsupported": str(error)} for name in (UNPRUNED, ONE, ALL)]
-    counted = _macs(spec, models)
+    macs = {name: flops.macs(model).total for name, model in models.items()}
     cells: list[dict[str, Any]] = []
     for name, outcome in outcomes.items():
-        bound = flops.bound(counted[UNPRUNED], counted[name])
         metrics = {
             **speed(outcome.seconds, fitted),
-            **against(outcomes[UNPRUNED].seconds, outcome.seconds, bound),
+            **against(outcomes[UNPRUNED].seconds, outcome.seconds, macs[UNPRUNED] / macs[name]),
             "batch_size": fitted,
-            "gmacs": counted[name].total / 1e9,
+            "gmacs": macs[name] / 1e9,
         }
         if name == ONE:
             metrics |= ratio("over_all_queries", outcomes[ALL].seconds, outcome.seconds)
@@ -98,7 +95,7 @@ def build(spec: ScoringSpec, device: str) -> dict[str, nn.Module]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for block in one.reducers:
-            scorer = Scorer(one.backbone.dim, _queries(spec, models)).requires_grad_(False)
+            scorer = Scorer(one.backbone.dim, spec.queries or one.backbone.num_patches).requires_grad_(False)
             one.reducers[block] = FoldedCropr(scorer.fold()).to(device, dtype).eval()
             every.reducers[block] = AllQueries(scorer).to(device, dtype).eval()
     return models
@@ -118,7 +115,7 @@ def score_difference(spec: ScoringSpec, models: Mapping[str, nn.Module], device:
     for name in (ONE, ALL):
         reducer = cast(ScoreReducer, next(iter(cast(DeployedViT, models[name]).model.reducers.values())))
         score = partial(reducer.score, tokens.replace(noise), Context())
-        scores.append(under(spec.attention, spec.precision, device, score)())
+        scores.append(with_attention_kernel(spec.attention, spec.precision, device, score)())
     off = (scores[0] - scores[1]).abs().max() / scores[0].std()
     return float(off) / torch.finfo(arithmetic_dtype(spec.precision)).eps
 
@@ -131,7 +128,10 @@ def kept_in_both(spec: ScoringSpec, models: Mapping[str, nn.Module], device: str
     """
     one, every = (cast(DeployedViT, models[name]) for name in (ONE, ALL))
     images = random_images(1, spec.image_size, device, weights_dtype(spec.precision), channels_last=False)
-    kept = [under(spec.attention, spec.precision, device, partial(m.detailed, images))().kept for m in (one, every)]
+    kept = [
+        with_attention_kernel(spec.attention, spec.precision, device, partial(m.detailed, images))().kept
+        for m in (one, every)
+    ]
     same = sum(len(set(kept[0][block][0].tolist()) & set(index[0].tolist())) for block, index in kept[1].items())
     return same / sum(index.shape[1] for index in kept[1].values())
 
@@ -149,19 +149,8 @@ def _attempt(
         Case(name=name, model=model, images=images, precision=spec.precision, attention=spec.attention)
         for name, model in models.items()
     ]
-    outcomes = dict(zip(models, contest(cases, spec.rounds, spec.warmup, device, tell), strict=True))
+    outcomes = dict(zip(models, time_interleaved(cases, spec.rounds, spec.warmup, device, tell), strict=True))
     for outcome in outcomes.values():
         if outcome.unsupported is not None:
             raise Unsupported(outcome.unsupported)
     return outcomes
-
-
-def _queries(spec: ScoringSpec, models: Mapping[str, nn.Module]) -> int:
-    return spec.queries or int(cast(DeployedViT, models[ONE]).model.backbone.num_patches)
-
-
-def _macs(spec: ScoringSpec, models: Mapping[str, nn.Module]) -> dict[str, flops.Macs]:
-    """Multiply-adds of an image; ``flops.macs`` prices every scorer as folded."""
-    counted = {name: flops.macs(model) for name, model in models.items()}
-    counted[ALL] = replace(counted[ALL], scoring=counted[ALL].scoring * _queries(spec, models))
-    return counted

@@ -1,4 +1,4 @@
-"""What a measurement of the laboratory is told. Defaults measure the paper's ViT-L/16 with Cropr at R=8.
+"""Specifications of measurements. Defaults measure the paper's ViT-L/16 with Cropr at R=8.
 
 Pure Python and pydantic, no torch: the workflow and the command line read and write these.
 """
@@ -42,7 +42,7 @@ class BenchSpec(Spec):
     classifier."""
     image_size: int = 224
     pruned_image_size: int | None = None
-    """Image size of the second model where it differs: an unpruned model on a smaller image is a rival, too."""
+    """Image size of the second model where it differs: an unpruned model on a smaller image is a baseline, too."""
     batch_size: int = Field(4, ge=1)
     precision: Precision = "fp32"
     rounds: int = Field(7, ge=3)
@@ -61,42 +61,40 @@ class BenchSpec(Spec):
 
 
 class PlanSpec(Spec):
-    """Which schedules reach these targets on one device? See ``cropr.bench.planner``."""
+    """Which schedules reach these speed-ups on one device? See ``cropr.bench.plan``."""
 
     model: ModelSpec
     prune: PruneSpec
-    """Reducer and fusion. The schedule is what is looked for: it stays at rate 0."""
+    """Reducer and fusion. The schedule is the result: it stays at rate 0."""
     image_size: int = Field(224, ge=8)
     batch_size: int = Field(4, ge=1)
     precision: Precision = "fp32"
-    family: Literal["auto", "constant", "stages", "early"] = "auto"
-    """Shape of the schedule; auto takes the first of the others that reaches the target."""
     align: int = Field(1, ge=1)
     """Token counts, prefix included, are rounded up to a multiple of this."""
-    quantity: Literal["speedup", "latency_ms", "flops"] = "speedup"
-    """What a target is: speed-up at least, milliseconds a batch or share of the unpruned FLOPs at most."""
     targets: tuple[float, ...] = Field((1.5,), min_length=1)
+    """Speed-ups over the unpruned model, each 1 or more."""
     rounds: int = Field(7, ge=3)
     """Readings of every clock."""
     verify: bool = False
-    """Also measure the planned schedules."""
+    """Measure the schedules and correct them; otherwise a target is a ratio of multiply-adds."""
 
     @model_validator(mode="after")
     def _plannable(self) -> PlanSpec:
         if self.prune.schedule != PruneSpec().schedule:
-            raise ValueError("prune.schedule is what the plan looks for; leave it out")
+            raise ValueError("prune.schedule is the result of a plan; leave it out")
         if self.prune.reducer == "none" or self.prune.fusion not in ("none", "llf"):
             raise ValueError(
                 f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
                 "that prunes, and fusion 'llf' or 'none'"
             )
-        if bad := [target for target in self.targets if not 0 < target < float("inf")]:
-            raise ValueError(f"target {bad[0]:g} must be a positive number")
+        _distinct(list(self.targets), least=1)
+        if bad := [target for target in self.targets if not 1 <= target < float("inf")]:
+            raise ValueError(f"target {bad[0]:g} must be 1 or more: a speed-up")
         return self
 
 
-class LabSpec(Spec):
-    """What all measurements share. ``measure`` has no default, so that it enters the digest."""
+class MicrobenchSpec(Spec):
+    """Fields of all microbenchmarks. ``measure`` has no default, so that it enters the digest."""
 
     cells: ClassVar[str]
     """``module:function`` that measures."""
@@ -105,7 +103,7 @@ class LabSpec(Spec):
     image_size: int = Field(224, ge=16)
 
 
-class VariantsSpec(LabSpec):
+class VariantsSpec(MicrobenchSpec):
     """A measurement of the unpruned model and of variants that prune it."""
 
     variants: dict[str, PruneSpec] = Field(_cropr(8), min_length=1)
@@ -145,10 +143,10 @@ def around(multiples: tuple[int, ...], reach: int) -> list[int]:
     return sorted({count for middle in multiples for count in range(middle - reach, middle + reach + 1)})
 
 
-class BlocksSpec(LabSpec):
+class BlocksSpec(MicrobenchSpec):
     """Latency of one block over token counts."""
 
-    cells: ClassVar[str] = "cropr.bench.alignment:block_cells"
+    cells: ClassVar[str] = "cropr.bench.time_blocks:block_cells"
     measure: Literal["blocks"]
     tokens: list[int] = Field(around((64, 128, 192), 8), min_length=4)
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
@@ -164,7 +162,7 @@ class BlocksSpec(LabSpec):
 
 
 class ProfileSpec(VariantsSpec):
-    """Where the time of a forward pass goes."""
+    """Time of a forward pass by part."""
 
     cells: ClassVar[str] = "cropr.bench.profiling:profile_cells"
     measure: Literal["profile"]
@@ -174,7 +172,7 @@ class ProfileSpec(VariantsSpec):
     passes: int = Field(3, ge=1)
 
 
-class ScoringSpec(LabSpec):
+class ScoringSpec(MicrobenchSpec):
     """Scoring with one vector, against scoring with all queries and summing.
 
     The paper's segmenter unless told otherwise: EVA-02-L at 512 px, R=40, Last Layer Fusion.
@@ -218,7 +216,7 @@ class TrainingSpec(VariantsSpec):
     rounds: int = Field(3, ge=3)
 
 
-MEASURES: dict[str, type[LabSpec]] = {
+MEASURES: dict[str, type[MicrobenchSpec]] = {
     "sweep": SweepSpec,
     "blocks": BlocksSpec,
     "profile": ProfileSpec,

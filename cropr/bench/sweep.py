@@ -6,26 +6,26 @@ and every cell with the first setting's unpruned model, so that the gain of a pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from cropr.bench import flops
-from cropr.bench.contest import Case, Outcome, contest
-from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
-from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
-from cropr.bench.peak import matmul_peak, utilisation
+from cropr.bench.device import DTYPES, Unsupported, check, largest_batch, weights_dtype
+from cropr.bench.models import UNPRUNED, build_variants, model_metrics, random_images, token_trace
+from cropr.bench.peak import matmul_peak
 from cropr.bench.specs import SweepSpec
-from cropr.bench.timing import Tell, against, ratio, speed
+from cropr.bench.timing import Case, Outcome, Tell, against, ratio, time_interleaved
+from cropr.pruning import flops
+
+Models = Mapping[torch.dtype, Mapping[str, nn.Module]]
+"""By dtype of their weights and by variant."""
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """How one cell of the sweep runs."""
 
     precision: str
@@ -33,17 +33,8 @@ class Setting:
     variant: str
 
 
-@dataclass(frozen=True, slots=True)
-class Hosts:
-    """The models by dtype of their weights, and what they multiply."""
-
-    models: dict[torch.dtype, dict[str, nn.Module]]
-    macs: dict[str, flops.Macs]
-    tokens: dict[str, list[int]]
-
-
 def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Measure all cells of a sweep; arguments and errors as of ``cropr.bench.lab.measure``.
+    """Measure all cells of a sweep; arguments and errors as of ``cropr.bench.microbench.measure``.
 
     Returns:
         One a combination: ``variant``, ``precision``, ``attention``, ``batch_size`` (asked for),
@@ -52,114 +43,63 @@ def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]
         by round) and ``attention_calls``.
     """
     tell("build")
-    hosts = _build(spec, device)
-    cells: list[dict[str, Any]] = []
-    for batch_size in spec.batch_sizes:
-        cells += _batch(spec, hosts, batch_size, device, tell)
-    return cells
-
-
-def settings(spec: SweepSpec) -> list[Setting]:
-    """All combinations, the unpruned model of each precision and kernel before its variants."""
-    return [Setting(*values) for values in product(spec.precisions, spec.attentions, (UNPRUNED, *spec.variants))]
-
-
-def _build(spec: SweepSpec, device: str) -> Hosts:
-    """A host with its variants for every dtype that some precision stores weights in and the device computes in."""
-    dtypes = dict.fromkeys(weights_dtype(precision) for precision in spec.precisions if _runs(precision, device))
+    # Of models that the device has no arithmetic for, only token counts are read.
     models = {
-        dtype: build_variants(spec.model, spec.variants, spec.image_size, device, dtype, spec.channels_last)
-        for dtype in dtypes
-    }
-    if not models:  # for the token counts and FLOPs of cells that say why they were not measured
-        models = {torch.float32: build_variants(spec.model, spec.variants, spec.image_size, "meta", torch.float32)}
-    some = next(iter(models.values()))
-    return Hosts(
-        models,
-        {name: flops.macs(model) for name, model in some.items()},
-        {name: token_trace(model) for name, model in some.items()},
-    )
+        dtype: build_variants(
+            spec.model, spec.variants, spec.image_size, device if _runs(dtype, device) else "meta", dtype,
+            spec.channels_last,
+        )
+        for dtype in dict.fromkeys(weights_dtype(precision) for precision in spec.precisions)
+    }  # fmt: skip
+    macs = {name: flops.macs(model).total for name, model in next(iter(models.values())).items()}
+    return [cell for size in spec.batch_sizes for cell in _batch(spec, models, macs, size, device, tell)]
 
 
-def _runs(precision: str, device: str) -> bool:
+def _runs(dtype: torch.dtype, device: str) -> bool:
     try:
-        check(precision, device)
+        check(next(name for name, kind in DTYPES.items() if kind == dtype), device)
     except Unsupported:
         return False
     return True
 
 
-def _batch(spec: SweepSpec, hosts: Hosts, batch_size: int, device: str, tell: Tell) -> list[dict[str, Any]]:
+def _batch(
+    spec: SweepSpec, models: Models, macs: Mapping[str, int], batch_size: int, device: str, tell: Tell
+) -> list[dict[str, Any]]:
     """The cells of one batch size."""
-    chosen = settings(spec)
+    settings = [Setting(*values) for values in product(spec.precisions, spec.attentions, macs)]
     try:
-        fitted, outcomes = largest_batch(batch_size, partial(_attempt, spec, hosts, chosen, device, tell))
+        fitted, outcomes = largest_batch(batch_size, partial(_attempt, spec, models, settings, device, tell))
     except Unsupported as error:
-        fitted, outcomes = batch_size, [Outcome(unsupported=str(error)) for _ in chosen]
-    by_setting = dict(zip(chosen, outcomes, strict=True))
-    first = next((s for s in chosen if s.variant == UNPRUNED and by_setting[s].seconds), None)
+        fitted, outcomes = batch_size, [Outcome(unsupported=str(error)) for _ in settings]
+    found = dict(zip(settings, outcomes, strict=True))
+    first = next((found[s].seconds for s in settings if s.variant == UNPRUNED and found[s].seconds), [])
     cells = []
-    for setting, outcome in by_setting.items():
-        cell: dict[str, Any] = {
-            "variant": setting.variant,
-            "precision": setting.precision,
-            "attention": setting.attention,
-            "batch_size": batch_size,
-            "tokens": hosts.tokens[setting.variant],
-        }
+    for setting, outcome in found.items():
+        model = models[weights_dtype(setting.precision)][setting.variant]
+        cell: dict[str, Any] = {**setting._asdict(), "batch_size": batch_size, "tokens": token_trace(model)}
         if outcome.unsupported is not None:
             cells.append(cell | {"unsupported": outcome.unsupported})
             continue
-        assert first is not None
-        base = by_setting[Setting(setting.precision, setting.attention, UNPRUNED)]
-        metrics = _metrics(hosts, setting, outcome, fitted, device)
-        if base.seconds:
-            bound = flops.bound(hosts.macs[UNPRUNED], hosts.macs[setting.variant])
-            metrics |= against(base.seconds, outcome.seconds, bound)
-        metrics |= ratio("gain", by_setting[first].seconds, outcome.seconds)
+        peak = matmul_peak(setting.precision, device)
+        metrics = model_metrics(model, outcome, fitted, macs[setting.variant], peak)
+        metrics |= {"batch_size": fitted, "matmul_gflops": peak / 1e9}
+        if base := found[setting._replace(variant=UNPRUNED)].seconds:
+            metrics |= against(base, outcome.seconds, macs[UNPRUNED] / macs[setting.variant])
+        metrics |= ratio("gain", first, outcome.seconds) if first else {}
         cells.append(cell | {"metrics": metrics, "seconds": outcome.seconds, "attention_calls": outcome.kernels})
     return cells
 
 
 def _attempt(
-    spec: SweepSpec, hosts: Hosts, chosen: Sequence[Setting], device: str, tell: Tell, batch_size: int
+    spec: SweepSpec, models: Models, settings: Sequence[Setting], device: str, tell: Tell, batch_size: int
 ) -> list[Outcome]:
     """Time all settings with batches of this size."""
-    outcomes = [Outcome() for _ in chosen]
-    cases: dict[int, Case] = {}
-    for number, setting in enumerate(chosen):
-        try:
-            check(setting.precision, device)
-        except Unsupported as error:
-            outcomes[number].unsupported = str(error)
-            continue
+    cases = []
+    for setting in settings:
         dtype = weights_dtype(setting.precision)
-        cases[number] = Case(
-            name=f"{setting.variant}, {setting.precision}, {setting.attention}, batch {batch_size}",
-            model=hosts.models[dtype][setting.variant],
-            images=random_images(batch_size, spec.image_size, device, dtype, spec.channels_last),
-            precision=setting.precision,
-            attention=setting.attention,
-        )
-    for number, outcome in zip(
-        cases, contest(list(cases.values()), spec.rounds, spec.warmup, device, tell), strict=True
-    ):
-        outcomes[number] = outcome
-    return outcomes
-
-
-def _metrics(hosts: Hosts, setting: Setting, outcome: Outcome, batch_size: int, device: str) -> dict[str, float]:
-    """What is measured of one cell alone."""
-    found = speed(outcome.seconds, batch_size)
-    macs = hosts.macs[setting.variant].total
-    peak = matmul_peak(setting.precision, device)
-    found |= {
-        "batch_size": batch_size,
-        "gmacs": macs / 1e9,
-        "mfu": utilisation(macs, 1, 1 / found["images_per_s"], peak),
-        "matmul_gflops": peak / 1e9,
-        "weights_mb": weights_mb(hosts.models[weights_dtype(setting.precision)][setting.variant]),
-    }
-    if outcome.working_memory_mb is not None:
-        found["working_memory_mb"] = outcome.working_memory_mb
-    return found
+        images = random_images(batch_size, spec.image_size, device, dtype, spec.channels_last)
+        name = f"{setting.variant}, {setting.precision}, {setting.attention}, batch {batch_size}"
+        model, precision, attention = models[dtype][setting.variant], setting.precision, setting.attention
+        cases.append(Case(name=name, model=model, images=images, precision=precision, attention=attention))
+    return time_interleaved(cases, spec.rounds, spec.warmup, device, tell)

@@ -1,8 +1,8 @@
 """Images per second of a pruned model beside the unpruned one.
 
-A benchmark result is a record, not a number: medians over rounds with their spread, the speed-up with a bootstrap
-interval beside the bound of the FLOP count, memory, utilisation, and which attention kernels ran. Weights are random:
-speed does not depend on them. Time is that of the forward pass alone, without loading of data.
+A record holds medians over rounds with their spread, the speed-up with a bootstrap interval beside the ratio of
+multiply-adds, memory, utilisation, and which attention kernels ran. Weights are random: speed does not depend on them.
+Timed is the forward pass alone, without loading of data.
 """
 
 from __future__ import annotations
@@ -16,26 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cropr.bench import flops
-from cropr.bench.contest import Case, Outcome, contest
 from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
-from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace, weights_mb
-from cropr.bench.peak import matmul_peak, utilisation
+from cropr.bench.models import UNPRUNED, build_variants, model_metrics, random_images, token_trace
+from cropr.bench.peak import matmul_peak
 from cropr.bench.specs import BenchSpec, Precision
-from cropr.bench.timing import Tell, ratio, say_nothing, speed, summary
+from cropr.bench.timing import Case, Outcome, Tell, against, no_progress, ratio, speed, time_interleaved
+from cropr.pruning import flops
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
 
 if TYPE_CHECKING:
     from cropr.bench.heads import Heads
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """What follows the encoder of a detector."""
-
-    model: Heads
-    precision: Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +39,9 @@ class Pair:
     """A ``DeployedViT``."""
     sizes: tuple[int, int]
     """Pixels a side of the images of either."""
-    rest: Rest | None
+    heads: Heads | None
     """What follows the encoders of a detector; None for a classifier."""
+    heads_precision: Precision
 
 
 def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
@@ -75,42 +67,35 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     started = time.time()
-    tell = tick or say_nothing
+    tell = tick or no_progress
     check(spec.precision, device)
-    # Otherwise large activations are mapped afresh in every pass, and the unpruned model, whose are larger, pays more
-    # page faults: that would flatter pruning.
-    reused = reuse_freed_memory() if device == "cpu" else False
+    reused = device == "cpu" and reuse_freed_memory()
     tell("build")
     pair = build(spec, device)
     batch_size, (base, pruned, *rest) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
     tell("matrix product")
     peak = matmul_peak(spec.precision, device)
-    counts = flops.macs(pair.base), flops.macs(pair.pruned)
+    base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
+    base_metrics = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
     metrics = {
-        **summary(base.seconds, pruned.seconds, batch_size, bound=flops.bound(*counts)),
+        **{f"base_{name}": value for name, value in base_metrics.items()},
+        **model_metrics(pair.pruned, pruned, batch_size, macs.total, peak),
+        **against(base.seconds, pruned.seconds, base_macs.total / macs.total),
         "batch_size": batch_size,
         "base_tokens": token_trace(pair.base)[0],
         "matmul_gflops": peak / 1e9,
     }
-    for prefix, model, count, outcome in zip(
-        ("base_", ""), (pair.base, pair.pruned), counts, (base, pruned), strict=True
-    ):
-        metrics[f"{prefix}gmacs"] = count.total / 1e9
-        if spec.detector is not None:  # published counts of detectors are of this kind
-            metrics[f"{prefix}gmacs_linear"] = count.linear / 1e9
-        metrics[f"{prefix}weights_mb"] = weights_mb(model)
-        metrics[f"{prefix}mfu"] = utilisation(count.total, 1, 1 / metrics[f"{prefix}images_per_s"], peak)
-        if outcome.working_memory_mb is not None:
-            metrics[f"{prefix}working_memory_mb"] = outcome.working_memory_mb
     series = {"base_seconds": base.seconds, "seconds": pruned.seconds}
     origin: dict[str, Any] = {}
-    if pair.rest is not None:
-        (heads,) = rest
-        origin = {"heads_precision": pair.rest.precision, "heads_unsupported": heads.unsupported}
-        if heads.seconds:
-            series["heads_seconds"] = heads.seconds
-            totals = [count.total + pair.rest.model.macs().total for count in counts]
-            metrics |= _whole(series, batch_size) | {"bound_whole": totals[0] / totals[1]}
+    if pair.heads is not None:
+        metrics |= {"base_gmacs_linear": base_macs.linear / 1e9, "gmacs_linear": macs.linear / 1e9}
+        origin = {"heads_precision": pair.heads_precision, "heads_unsupported": rest[0].unsupported}
+        if rest[0].seconds:
+            series["heads_seconds"] = rest[0].seconds
+            heads_macs = pair.heads.macs()
+            whole = (base_macs.total + heads_macs) / (macs.total + heads_macs)
+            metrics |= _whole(series, batch_size) | {"mac_ratio_whole": whole}
+    origin |= {"attention": {"base": base.kernels, "pruned": pruned.kernels}, "freed_memory_reused": reused}
     return {
         "kind": "bench",
         "id": spec.digest(),
@@ -118,41 +103,31 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         "metrics": metrics,
         "tokens": token_trace(pair.pruned),
         "series": series,
-        "provenance": provenance(
-            started,
-            device=device,
-            precision=spec.precision,
-            attention={"base": base.kernels, "pruned": pruned.kernels},
-            freed_memory_reused=reused,
-            **origin,
-        ),
+        "provenance": provenance(started, device=device, precision=spec.precision, **origin),
     }
 
 
 def build(spec: BenchSpec, device: str) -> Pair:
-    """Both models; at equal image sizes the weights of the unpruned one are the very ones of the pruned one's host.
+    """Both models; at equal image sizes the pruned one's host is the unpruned one, so that they share weights.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
     """
-    dtype, pruned_size = weights_dtype(spec.precision), spec.pruned_image_size or spec.image_size
+    dtype, size = weights_dtype(spec.precision), spec.pruned_image_size or spec.image_size
     settings = (device, dtype, spec.channels_last, spec.detector)
-    models = build_variants(spec.model, {"pruned": spec.prune}, pruned_size, *settings)
+    models = build_variants(spec.model, {"pruned": spec.prune}, size, *settings)
+    pruned: Any = models["pruned"]
     base = models[UNPRUNED]
-    if pruned_size != spec.image_size:
+    if size != spec.image_size:
         base = build_variants(spec.model, {}, spec.image_size, *settings)[UNPRUNED]
-    return Pair(base, models["pruned"], (spec.image_size, pruned_size), _heads(spec, models["pruned"], device))
-
-
-def _heads(spec: BenchSpec, encoder: Any, device: str) -> Rest | None:
-    """What follows a detector's encoder; imported here, so that other measurements do not depend on it."""
-    if spec.detector is None:
-        return None
-    code = import_module("cropr.bench.heads")
-    backbone = encoder.model.backbone
-    patch = backbone.host.patch_embed.patch_size[0]
-    model: Heads = code.Heads(spec.detector, backbone.dim, patch, (spec.image_size // patch,) * 2)
-    return Rest(model.to(device).requires_grad_(False).eval(), code.head_precision(spec.precision))
+    heads, precision = None, spec.precision
+    if spec.detector is not None:
+        code = import_module("cropr.bench.heads")  # by name: other measurements do not depend on detectors
+        backbone, patch = pruned.model.backbone, pruned.model.backbone.host.patch_embed.patch_size[0]
+        heads = code.Heads(spec.detector, backbone.dim, patch, (size // patch,) * 2)
+        heads.to(device).requires_grad_(False).eval()
+        precision = code.head_precision(spec.precision)
+    return Pair(base, pruned, (spec.image_size, size), heads, precision)
 
 
 def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
@@ -172,7 +147,7 @@ def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: i
     """Time both with batches of this size, and the heads of a detector.
 
     Raises:
-        Unsupported: the device cannot run either. Heads that it cannot run say so in their outcome.
+        Unsupported: the device cannot run either. Of heads that it cannot run, the outcome has the reason.
     """
     dtype = weights_dtype(spec.precision)
     cases = [
@@ -186,10 +161,10 @@ def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: i
         )
         for name, model, size in zip(("base", "pruned"), (pair.base, pair.pruned), pair.sizes, strict=True)
     ]
-    if (rest := pair.rest) is not None:
-        features = torch.randn(batch_size, *rest.model.shape, generator=torch.Generator().manual_seed(0))
-        cases.append(Case(name="heads", model=rest.model, images=features.to(device), precision=rest.precision))
-    outcomes = contest(cases, spec.rounds, spec.warmup, device, tell)
+    if pair.heads is not None:
+        features = torch.randn(batch_size, *pair.heads.shape, generator=torch.Generator().manual_seed(0))
+        cases.append(Case(name="heads", model=pair.heads, images=features.to(device), precision=pair.heads_precision))
+    outcomes = time_interleaved(cases, spec.rounds, spec.warmup, device, tell)
     for outcome in outcomes[:2]:
         if outcome.unsupported is not None:
             raise Unsupported(outcome.unsupported)

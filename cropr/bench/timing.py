@@ -1,7 +1,7 @@
 """The clock, the order of rounds and the statistics of paired rounds.
 
-What is compared runs in one process, one after the other in every round and in alternating order, so that whatever
-slows the machine down for a while slows all of it. Warm-up is left out; medians over rounds are reported with the
+What is compared runs in one process, one after the other in every round and in alternating order, so that what slows
+the machine down for a while slows all of it. Warm-up is left out. Reported are medians over rounds with the
 interquartile range, and ratios, taken round by round, with a bootstrap interval of their median.
 """
 
@@ -9,38 +9,122 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from cropr.bench.device import synchronize
+from cropr.bench.attention import run_forced, with_attention_kernel
+from cropr.bench.device import Unsupported, check, first_line, synchronize
+from cropr.bench.memory import working_memory
 
 MIN_SAMPLE_S = 0.1
-"""A round repeats what is fast until it lasts about so long, for the sake of the clock."""
-
-Reading = TypeVar("Reading")
+"""A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
 
 Tell = Callable[[str], None]
 """Is called with a word on what comes next, for a progress bar."""
+Clock = Callable[[], float]
+"""Runs what is timed and gives seconds of one pass."""
 
 
-def say_nothing(what: str) -> None:
-    """A ``Tell`` for nobody."""
+def no_progress(what: str) -> None:
+    """A ``Tell`` that shows nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What is timed, and how often one round repeats it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One forward pass and how it is run."""
 
-    forward: Callable[[], Any]
-    repeats: int
+    name: str
+    """For the progress bar."""
+    model: nn.Module
+    """In eval mode, on the device, in the precision's dtype."""
+    images: Tensor
+    """Its input: [B, 3, H, W], or of parts of a model, features."""
+    precision: str = "fp32"
+    attention: str = "auto"
+    compile: bool = False
 
 
-def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Run:
-    """Finish the warm-up and find out how many passes make a round long enough.
+@dataclass(slots=True)
+class Outcome:
+    """What was measured of a case."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of one forward pass, a reading a round; empty where the device cannot run it."""
+    kernels: dict[str, int] = field(default_factory=dict)
+    """Attention kernels that ran: name -> calls."""
+    working_memory_mb: float | None = None
+    """Peak of memory during a pass over what was in use before it. None where the system keeps no count, and for a slow
+    model with a single warm-up pass: the first one does not count."""
+    unsupported: str | None = None
+    """Why the device cannot run it."""
+
+
+def time_interleaved(
+    cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Tell = no_progress
+) -> list[Outcome]:
+    """Try every case, then time those that run, in turn in every round.
+
+    A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
+
+    Args:
+        cases: with images of the batch size that is wanted.
+        rounds: readings a case.
+        warmup: untimed passes of each case before them.
+        device: torch's name of the device.
+        tell: called with a word on what comes next.
+
+    Raises:
+        torch.OutOfMemoryError: the device has not the memory for these batches.
+        ValueError: there is no such device.
+    """
+    outcomes = [Outcome() for _ in cases]
+    clocks: dict[int, Clock] = {}
+    with torch.inference_mode():
+        for number, case in enumerate(cases):
+            tell(f"warm up {case.name}")
+            try:
+                clocks[number] = _prepare(case, outcomes[number], warmup, device)
+            except Unsupported as error:
+                outcomes[number].unsupported = str(error)
+        for number, seconds in interleave(clocks, rounds, tell).items():
+            outcomes[number].seconds = seconds
+    return outcomes
+
+
+def time_passes(
+    forwards: Mapping[Any, Callable[[], Any]], rounds: int, device: str, tell: Tell = no_progress
+) -> dict[Any, list[float]]:
+    """Seconds of each pass by name, a reading a round; one warm-up pass each, then in turn."""
+    clocks: dict[Any, Clock] = {}
+    for name, forward in forwards.items():
+        tell(f"warm up {name}")
+        clocks[name] = warm_up(forward, 1, device, clock(forward, 1, device))
+    return interleave(clocks, rounds, tell)
+
+
+def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progress) -> dict[Any, list[float]]:
+    """Read every clock once a round, in turn; every other round runs backwards: A B, B A, A B, ...
+
+    Returns:
+        Readings by name, in the order of rounds.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in clocks}
+    for number in range(rounds if clocks else 0):
+        tell(f"round {number + 1} of {rounds}")
+        for name in list(clocks)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(clocks[name]())
+    return seconds
+
+
+def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Clock:
+    """Finish the warm-up and repeat the pass in every reading until that is long enough.
 
     Args:
         forward: the pass that will be timed.
@@ -50,56 +134,25 @@ def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) 
     """
     once = first
     for _ in range(max(passes - 1, int(first < 10 * MIN_SAMPLE_S))):
-        once = clock(Run(forward, 1), device)
-    return Run(forward, max(1, math.ceil(MIN_SAMPLE_S / once)))
+        once = clock(forward, 1, device)
+    return partial(clock, forward, max(1, math.ceil(MIN_SAMPLE_S / once)), device)
 
 
-def clock(run: Run, device: str = "cpu") -> float:
-    """Seconds per pass, over the run's repeats: events on CUDA, else the wall clock."""
+def clock(forward: Callable[[], Any], repeats: int = 1, device: str = "cpu") -> float:
+    """Seconds per pass over ``repeats`` passes: events on CUDA, else the wall clock."""
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(run.repeats):
-            run.forward()
+        for _ in range(repeats):
+            forward()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / run.repeats
+        return start.elapsed_time(end) / 1e3 / repeats
     begin = time.perf_counter()
-    for _ in range(run.repeats):
-        run.forward()
+    for _ in range(repeats):
+        forward()
     synchronize(device)
-    return (time.perf_counter() - begin) / run.repeats
-
-
-def interleave(clocks: Sequence[Callable[[], Reading]], rounds: int, tell: Tell = say_nothing) -> list[list[Reading]]:
-    """Read every clock once a round, in turn; every other round runs backwards: A B, B A, A B, ...
-
-    Returns:
-        Readings (seconds, or several parts of a pass) by clock, in the order of rounds.
-    """
-    seconds: list[list[Reading]] = [[] for _ in clocks]
-    for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
-        order = range(len(clocks)) if number % 2 == 0 else reversed(range(len(clocks)))
-        for i in order:
-            seconds[i].append(clocks[i]())
-    return seconds
-
-
-def summary(base_seconds: Sequence[float], seconds: Sequence[float], batch_size: int, bound: float) -> dict[str, float]:
-    """Medians, spreads and the speed-up of paired rounds.
-
-    Args:
-        base_seconds: per forward pass of the unpruned model, a round each.
-        seconds: the same of the pruned one.
-        batch_size: images per forward pass of either.
-        bound: speed-up that the FLOP count allows.
-    """
-    return {
-        **{f"base_{name}": value for name, value in speed(base_seconds, batch_size).items()},
-        **speed(seconds, batch_size),
-        **against(base_seconds, seconds, bound),
-    }
+    return (time.perf_counter() - begin) / repeats
 
 
 def speed(seconds: Sequence[float], batch_size: int) -> dict[str, float]:
@@ -108,10 +161,10 @@ def speed(seconds: Sequence[float], batch_size: int) -> dict[str, float]:
     return {"images_per_s": float(np.median(values)), "images_per_s_iqr": iqr(values)}
 
 
-def against(base_seconds: Sequence[float], seconds: Sequence[float], bound: float) -> dict[str, float]:
-    """``speedup`` of paired rounds with its 95 % interval, beside the bound that the FLOP count sets."""
+def against(base_seconds: Sequence[float], seconds: Sequence[float], mac_ratio: float) -> dict[str, float]:
+    """``speedup`` of paired rounds with its 95 % interval, beside the ratio of multiply-adds."""
     found = ratio("speedup", base_seconds, seconds)
-    return found | {"bound": bound, "share_of_bound": found["speedup"] / bound}
+    return found | {"mac_ratio": mac_ratio, "speedup_over_mac_ratio": found["speedup"] / mac_ratio}
 
 
 def ratio(name: str, base_seconds: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
@@ -135,3 +188,43 @@ def iqr(values: np.ndarray) -> float:
     """Interquartile range."""
     low, high = np.quantile(values, [0.25, 0.75])
     return float(high - low)
+
+
+def _prepare(case: Case, outcome: Outcome, warmup: int, device: str) -> Clock:
+    """Warm a case up; its kernels and its memory are written to ``outcome``.
+
+    Raises:
+        Unsupported: the device cannot run it.
+    """
+    check(case.precision, device)
+    model: Any = torch.compile(case.model, fullgraph=True, dynamic=False) if case.compile else case.model
+    forward = with_attention_kernel(case.attention, case.precision, device, partial(model, case.images))
+    with _refusals():
+        begin = time.perf_counter()
+        logits, outcome.kernels = run_forced(forward, case.attention, case.compile)
+        synchronize(device)
+        seconds = time.perf_counter() - begin
+    if not logits.isfinite().all():
+        raise Unsupported(
+            f"{type(case.model).__name__} gives non-finite logits in {case.precision}; use another precision"
+        )
+    if warmup > 1 or seconds < 10 * MIN_SAMPLE_S:
+        # Not in the first pass: what torch's libraries then set up for these shapes stays allocated.
+        begin = time.perf_counter()
+        _, outcome.working_memory_mb = working_memory(forward, device)
+        synchronize(device)
+        warmup, seconds = max(1, warmup - 1), time.perf_counter() - begin
+    return warm_up(forward, warmup, device, seconds)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Errors of the compiler, and of operators that a device lacks, become reasons."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise Unsupported(f"torch has no such operator here: {first_line(error)}") from None
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise Unsupported(f"torch.compile: {first_line(error)}") from None
+        raise

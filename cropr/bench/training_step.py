@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cropr.bench import flops
 from cropr.bench.device import Unsupported, check, largest_batch
 from cropr.bench.memory import working_memory
-from cropr.bench.models import NUM_CLASSES, UNPRUNED, hosted, random_images, random_weights, weights_mb
+from cropr.bench.models import NUM_CLASSES, UNPRUNED, build_on_meta, random_images, random_weights, weights_mb
 from cropr.bench.specs import TrainingSpec
-from cropr.bench.timing import Run, Tell, against, clock, interleave, speed
+from cropr.bench.timing import Tell, against, clock, interleave, speed
+from cropr.pruning import flops
 from cropr.pruning.model import PrunedViT
 from cropr.specs import PruneSpec, RecipeSpec
 from cropr.tasks.base import autocast
@@ -26,17 +26,18 @@ from cropr.training.optim import create_optimizer
 
 def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
     """Measure optimizer steps of the unpruned model and of every variant, in turn in every round; arguments and errors
-    as of ``cropr.bench.lab.measure``.
+    as of ``cropr.bench.microbench.measure``.
 
     Returns:
         One a variant: ``variant``, ``precision``, ``batch_size`` (asked for), ``tokens``, and
         either ``unsupported`` with the reason, or ``seconds`` (round by round) and ``metrics``: ``images_per_s`` of
-        training, ``speedup`` over the unpruned model with its interval and its ``bound`` (that of the forward pass,
-        which leaves out what only training runs), ``state_mb`` (weights and the optimizer's moments),
+        training, ``speedup`` over the unpruned model with its interval and its ``mac_ratio`` (of the forward
+        pass, without what only training runs), ``state_mb`` (weights and the optimizer's moments),
         ``training_memory_mb`` (state and the peak during a step: activations, gradients) and
         ``inference_memory_mb`` (the deployed model's weights and the peak during its forward pass). Memory is left out
         where the system keeps no count.
     """
+    common = {"precision": spec.precision, "attention": "auto", "batch_size": spec.batch_size}
     prunes = {UNPRUNED: PruneSpec(), **spec.variants}
     try:
         check(spec.precision, device)
@@ -44,17 +45,33 @@ def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str
             raise Unsupported("precision fp16: training scales its loss on CUDA only; use fp32 or bf16")
         fitted, trainees = largest_batch(spec.batch_size, partial(_attempt, spec, prunes, device, tell))
     except Unsupported as error:
-        return [{"variant": name, **_common(spec), "unsupported": str(error)} for name in prunes]
-    return _cells(spec, trainees, fitted)
+        return [{"variant": name, **common, "unsupported": str(error)} for name in prunes]
+    base = trainees[UNPRUNED]
+    return [
+        {
+            "variant": name,
+            **common,
+            "tokens": list(trainee.model.token_trace),
+            "seconds": trainee.seconds,
+            "metrics": {
+                **(found := speed(trainee.seconds, fitted)),
+                **against(base.seconds, trainee.seconds, base.macs / trainee.macs),
+                **trainee.memory,
+                "batch_size": fitted,
+                "step_ms": 1000 * fitted / found["images_per_s"],
+            },
+        }
+        for name, trainee in trainees.items()
+    ]
 
 
 class _Trainee:
-    """A model in training, and what was measured of it."""
+    """A model in training, and its measurements."""
 
     def __init__(self, spec: TrainingSpec, prune: PruneSpec, device: str, batch_size: int) -> None:
-        self.model: PrunedViT = hosted(spec.model, prune, spec.image_size)
+        self.model: PrunedViT = build_on_meta(spec.model, prune, spec.image_size)
+        self.macs = flops.macs(self.model.deploy()).total
         random_weights(self.model, device, torch.float32)
-        self.macs = flops.macs(self.model)
         recipe = RecipeSpec(batch_size=batch_size, precision=spec.precision)
         objective = Objective(DataSpec(num_classes=NUM_CLASSES, image_size=spec.image_size))
         self.optimizer = create_optimizer(self.model, recipe)
@@ -105,37 +122,13 @@ def _attempt(
         tell(f"warm up {name}")
         trainees[name] = _Trainee(spec, prune, device, batch_size)
         trainees[name].warm_up(device)
-    clocks = [partial(clock, Run(trainee.step, 1), device) for trainee in trainees.values()]
-    for trainee, seconds in zip(trainees.values(), interleave(clocks, spec.rounds, tell), strict=True):
-        trainee.seconds = seconds
+    clocks = {name: partial(clock, trainee.step, 1, device) for name, trainee in trainees.items()}
+    for name, seconds in interleave(clocks, spec.rounds, tell).items():
+        trainees[name].seconds = seconds
     return trainees
 
 
-def _cells(spec: TrainingSpec, trainees: dict[str, _Trainee], batch_size: int) -> list[dict[str, Any]]:
-    base = trainees[UNPRUNED]
-    return [
-        {
-            "variant": name,
-            **_common(spec),
-            "tokens": list(trainee.model.token_trace),
-            "seconds": trainee.seconds,
-            "metrics": {
-                **speed(trainee.seconds, batch_size),
-                **against(base.seconds, trainee.seconds, flops.bound(base.macs, trainee.macs)),
-                **trainee.memory,
-                "batch_size": batch_size,
-                "step_ms": 1000 * batch_size / speed(trainee.seconds, batch_size)["images_per_s"],
-            },
-        }
-        for name, trainee in trainees.items()
-    ]
-
-
-def _common(spec: TrainingSpec) -> dict[str, Any]:
-    return {"precision": spec.precision, "attention": "auto", "batch_size": spec.batch_size}
-
-
 def _moments_mb(optimizer: torch.optim.Optimizer) -> float:
-    """What the optimizer remembers, in 10^6 bytes."""
+    """The optimizer's state, in 10^6 bytes."""
     tensors = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6

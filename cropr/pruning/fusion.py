@@ -64,10 +64,6 @@ class Fusion(nn.Module):
         """[L, L] bool: which token (row) the last block lets attend to which (column); None for all to all."""
         return None
 
-    def macs(self, alive: int, pruned: Mapping[int, int]) -> int:
-        """Multiply-accumulates of the fusion itself for one image of P + K ``alive`` and so many pruned tokens."""
-        return 0
-
 
 class LastLayerFusion(Fusion):
     """Before the last block, which attends over all tokens; no parameters. All of it is the paper's (section 3)."""
@@ -110,15 +106,11 @@ class EarlyExit(Fusion):
         self.heads = nn.ModuleDict(
             {str(block): nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_outputs)) for block in sites}
         )
-        self._macs = dim * num_outputs
 
     def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
         return super().forward(
             alive, {block: tokens.replace(self.heads[str(block)](tokens.x)) for block, tokens in pruned.items()}
         )
-
-    def macs(self, alive: int, pruned: Mapping[int, int]) -> int:
-        return sum(pruned.values()) * self._macs
 
 
 class CrossAttention(Fusion):
@@ -138,7 +130,6 @@ class CrossAttention(Fusion):
         for layer in (self.attention.out_proj, out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self._dim = dim
 
     def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
         if not pruned:
@@ -148,12 +139,6 @@ class CrossAttention(Fusion):
         keys = self.key_norm(alive.x)
         x = left.x + self.attention(self.query_norm(left.x), keys, keys, need_weights=False)[0]
         return alive.append([left.replace(x + self.mlp(x))])
-
-    def macs(self, alive: int, pruned: Mapping[int, int]) -> int:
-        queries = sum(pruned.values())
-        weights = self._dim * self._dim
-        # Queries pass two projections and the MLP, keys two; q k^T and its product with v follow.
-        return (10 * queries + 2 * alive) * weights * (queries > 0) + 2 * queries * alive * self._dim
 
 
 def create(name: str, dim: int, num_outputs: int, sites: Iterable[int]) -> Fusion | None:

@@ -13,11 +13,15 @@ Blocks count from 1, as in the paper; ``num_patches`` and all counts leave prefi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from importlib import import_module
 from math import floor
 from typing import Any, Literal
+
+from cropr.pruning.methods import FUSIONS, choose
 
 Rule = Literal["constant", "stages", "fraction", "kept"]
 
@@ -85,6 +89,53 @@ class Schedule:
         return cls.kept({block: int(edge) ** 2 for block, edge in side.items()})
 
     @classmethod
+    def for_speedup(cls, speedup: float, model: Any, *, fusion: str = "none", align: int = 1) -> Schedule:
+        """The schedule that divides a model's multiply-adds by ``speedup`` or more and prunes the fewest tokens.
+
+        Tried are constant rates, then, if the largest does not reach it, shares of the tokens that go at once after
+        block 3 (the paper's early schedule). Of the first of the two that reaches it, the smallest number is taken.
+        Counted is the deployed model with Cropr's scorers. Time does not follow multiply-adds exactly:
+        ``python -m cropr plan --verify`` measures and corrects.
+
+        Args:
+            speedup: unpruned over pruned multiply-adds, 1 or more.
+            model: a timm model or a backbone; or ``cropr.pruning.flops.Cost``, which saves counting again.
+            fusion: one that brings pruned tokens back before the last block, or ``none``.
+            align: as of the other constructors.
+
+        Raises:
+            ValueError: out of reach, with the limit.
+            TypeError: no adapter for this model.
+        """
+        place = choose(FUSIONS, "fusion", fusion).place
+        if not 1 <= speedup < float("inf"):
+            raise ValueError(f"speed-up {speedup:g} must be 1 or more: unpruned over pruned multiply-adds")
+        if place not in (None, "before_last_block"):
+            raise ValueError(f"fusion {fusion!r} computes by itself, which is not counted here; use 'llf' or 'none'")
+        # Found by name: training does not depend on how multiply-adds are counted.
+        cost = model if hasattr(model, "total") else import_module("cropr.pruning.flops").Cost(model)
+        patches, depth, prefix = cost.backbone.num_patches, cost.backbone.depth, cost.backbone.prefix
+        fused = place is not None
+        last = depth - 2 if fused else depth - 1
+
+        def ratio(schedule: Schedule) -> float:
+            alive = schedule.resolve(patches, depth, fused, prefix)
+            return cost.total((patches,) * depth, fused) / cost.total(alive, fused)
+
+        room = last > 0 and patches > 2
+        early = min(3, last)
+        families: list[tuple[Callable[[int], Schedule], int]] = [
+            (lambda rate: cls.constant(rate, align=align), (patches - 2) // last if room else 0),
+            (lambda gone: cls.fraction({early: round(gone / patches, 6)}, align), patches - 1 if room else -1),
+        ]
+        for make, largest in families:
+            number = bisect_left(range(largest + 1), True, key=lambda n: ratio(make(n)) >= speedup)
+            if number <= largest:
+                return make(number)
+        limit = max(ratio(make(largest)) for make, largest in families if largest >= 0)
+        raise ValueError(f"speed-up {speedup:g} is out of reach: multiply-adds shrink {limit:.3f} times at most here")
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Read ``{"constant": {"rate": 8}}`` or ``{"stages": {"at": {6: 50}}}``, as the YAML files write it.
 
@@ -121,12 +172,13 @@ class Schedule:
         return {rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
 
     def describe(self) -> str:
-        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
+        """As the paper writes it: ``R=8`` (``R=8 +5 @ 1`` if the first module prunes 5 more), ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
 
         Three or more blocks in a row are written as a range, ``R=9 @ 1-6``.
         """
         if self.rule == "constant":
-            return f"R={self.rate}" if self.rate else "none"
+            extra = f" +{self.first_extra} @ 1" if self.first_extra > 1 else ""
+            return f"R={self.rate}{extra}" if self.rate else "none"
         blocks = _ranges([block for block, _ in self.at])
         numbers = [f"{number:.0%}" if self.rule == "fraction" else f"{number:g}" for _, number in self.at]
         text = numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio, trace
@@ -114,6 +116,7 @@ def test_errors_name_value_limit_and_fix(make, says):
     [
         (Schedule.constant(8), "R=8"),
         (Schedule.constant(0), "none"),
+        (Schedule.constant(8, 5), "R=8 +5 @ 1"),
         (Schedule.stages({1: 48}), "R=48 @ 1"),
         (Schedule.stages({6: 50, 12: 50, 18: 50}), "R=50 @ 6,12,18"),
         (Schedule.stages({6: 50, 12: 40}), "R=50,40 @ 6,12"),
@@ -125,3 +128,57 @@ def test_errors_name_value_limit_and_fix(make, says):
 )
 def test_schedules_are_written_as_the_paper_does(schedule, text):
     assert schedule.describe() == text
+
+
+class Quadratic:
+    """Multiply-adds of 12 blocks on 100 tokens: n + n^2 a block. Stands in for ``cropr.pruning.flops.Cost``."""
+
+    def __init__(self, depth: int = 12) -> None:
+        self.backbone = SimpleNamespace(num_patches=99, depth=depth, prefix=1)
+
+    def total(self, alive: tuple[int, ...], fused: bool) -> int:
+        return sum(n + n * n for n in attended(alive, 99, fused, prefix=1))
+
+    def ratio(self, schedule: Schedule, fused: bool) -> float:
+        depth = self.backbone.depth
+        return self.total((99,) * depth, fused) / self.total(schedule.resolve(99, depth, fused, 1), fused)
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("fusion", ["none", "llf"])
+@pytest.mark.parametrize("asked", [1.0, 1.01, 1.5, 2.0, 2.7])
+def test_schedule_for_a_speed_up_reaches_it_with_the_smallest_number(asked, fusion, align):
+    cost, fused = Quadratic(), fusion == "llf"
+    schedule = Schedule.for_speedup(asked, cost, fusion=fusion, align=align)
+    assert cost.ratio(schedule, fused) >= asked
+    rates = [Schedule.constant(rate, align=align) for rate in range(9 if fusion == "none" else 10)]
+    early = [Schedule.fraction({3: round(gone / 99, 6)}, align) for gone in range(99)]
+    reaching = [found for found in (*rates, *early) if cost.ratio(found, fused) >= asked]
+    assert schedule == reaching[0]
+    assert Schedule.from_config(schedule.to_config()) == schedule
+
+
+def test_speed_up_out_of_reach_names_the_limit():
+    with pytest.raises(ValueError, match=r"speed-up 50 is out of reach: multiply-adds shrink \d+\.\d+ times at most"):
+        Schedule.for_speedup(50, Quadratic())
+    with pytest.raises(ValueError, match="out of reach: multiply-adds shrink 1"):
+        Schedule.for_speedup(2, Quadratic(depth=1))
+    with pytest.raises(ValueError, match=r"speed-up 0.5 must be 1 or more"):
+        Schedule.for_speedup(0.5, Quadratic())
+    with pytest.raises(ValueError, match="unknown fusion"):
+        Schedule.for_speedup(2, Quadratic(), fusion="glue")
+    with pytest.raises(ValueError, match="fusion 'cross' computes by itself"):
+        Schedule.for_speedup(2, Quadratic(), fusion="cross")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_schedule_for_a_speed_up_of_a_timm_model(name):
+    import timm
+
+    import cropr
+    from cropr.pruning.flops import macs
+
+    host = timm.create_model(name, depth=5, num_classes=10)
+    schedule = cropr.Schedule.for_speedup(1.4, host, fusion="llf")
+    pruned = cropr.prune(host, schedule, fusion="llf").deploy()
+    assert 1.4 <= macs(host).total / macs(pruned).total < 1.5

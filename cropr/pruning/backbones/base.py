@@ -83,10 +83,6 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
-    def cls_attention_macs(self, block: int, tokens: int) -> int:
-        """Multiply-accumulates of ``cls_attention`` for one image of so many tokens, prefix included."""
-        raise NotImplementedError
-
     def verify_cls_attention(self) -> None:
         """Refuse hosts whose CLS row cannot be computed.
 

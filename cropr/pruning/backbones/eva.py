@@ -40,11 +40,6 @@ class EvaBackbone(Backbone):
         logits = (query @ key.transpose(-2, -1)).squeeze(2)
         return cls_row(logits, attention.scale, self.prefix)
 
-    def cls_attention_macs(self, block: int, tokens: int) -> int:
-        attention = self.host.blocks[block - 1].attn
-        width = attention.num_heads * attention.head_dim
-        return (tokens + 1) * self.dim * width + tokens * width
-
     def verify_cls_attention(self) -> None:
         if self.host.cls_token is None:
             raise self._refuse("no class token, for a reducer that reads its attention,")

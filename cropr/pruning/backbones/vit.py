@@ -52,12 +52,6 @@ class ViTBackbone(Backbone):
         logits = torch.einsum("bhd,blhd->bhl", query, attention.k_norm(key))
         return cls_row(logits, attention.scale, self.prefix)
 
-    def cls_attention_macs(self, block: int, tokens: int) -> int:
-        attention = self.host.blocks[block - 1].attn
-        if isinstance(attention.k_norm, nn.Identity):
-            return 2 * self.dim * attention.attn_dim + attention.num_heads * tokens * self.dim
-        return (tokens + 1) * self.dim * attention.attn_dim + tokens * attention.attn_dim
-
     def verify_cls_attention(self) -> None:
         if self.host.cls_token is None:
             raise self._refuse("no class token, for a reducer that reads its attention,")

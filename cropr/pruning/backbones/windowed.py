@@ -4,7 +4,7 @@ Patch tokens run in window-major order: window after window, raster order inside
 they leave, so after pruning a windowed block cuts the survivors into equal chunks of one window's length: neighbours in
 the image as far as survivors are, no mask, no padding, fused attention. Without pruning the chunks are the windows
 themselves. This reading of "windows and pruned tokens" is ours; the paper does not spell its own out. It fits the
-paper's numbers (see ``cropr.bench.detection_flops``).
+paper's numbers (see ``tests/cropr/test_flops.py``).
 
 Rotary positions: EVA-02 has two tables, one with coordinates counted within a window, one for the whole grid. Rotary
 attention sees differences of positions only, so coordinates counted over the whole image at the window's scale give

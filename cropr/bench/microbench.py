@@ -1,19 +1,18 @@
-"""A measurement of the laboratory, of any kind, as a record."""
+"""A microbenchmark of any kind, as a record."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from cropr.bench.specs import LabSpec
-from cropr.bench.timing import Tell, say_nothing
+from cropr.bench.specs import MicrobenchSpec
+from cropr.bench.timing import Tell, no_progress
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
 
 
-def measure(spec: LabSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
+def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
     """Measure what ``spec`` describes.
 
     Args:
@@ -23,18 +22,17 @@ def measure(spec: LabSpec, device: str = "cpu", tick: Tell | None = None) -> dic
 
     Returns:
         The record. Each of its ``cells`` says in what it differs from the others and either has ``metrics`` and
-        ``seconds``, or the reason why the device could not run it, ``unsupported``; see the function of its kind.
+        ``seconds``, or ``unsupported``, the reason why the device could not run it; see the function of its kind.
 
     Raises:
         ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     started = time.time()
     module, _, name = spec.cells.partition(":")
-    cells_of: Callable[[Any, str, Tell], list[dict[str, Any]]] = getattr(import_module(module), name)
-    reused = reuse_freed_memory() if device == "cpu" else False
-    cells = cells_of(spec, device, tick or say_nothing)
+    reused = device == "cpu" and reuse_freed_memory()
+    cells = getattr(import_module(module), name)(spec, device, tick or no_progress)
     return {
-        "kind": "lab",
+        "kind": "microbench",
         "id": spec.digest(),
         "spec": spec.model_dump(mode="json"),
         "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},

@@ -1,0 +1,121 @@
+"""Multiply-adds of a model: torch's ``FlopCounterMode`` on tensors without memory.
+
+Counted are the matrix products and convolutions of the inference graph, attention's two products included. Norms,
+activations, softmax, rotary positions, top-k and copies are left out. One multiply-add is two FLOPs.
+
+Two things the counter cannot do by itself. It knows no fused attention on the CPU, so torch's plain kernel is forced
+while it counts. It does not know the product of a matrix and a vector, with which a folded scorer scores; ``_mv`` does.
+
+N tokens with prefix, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from cropr.pruning.backbones import Backbone, adapt
+from cropr.pruning.model import DeployedViT
+from cropr.pruning.schedule import attended
+
+_ATTENTION, _VECTOR = "aten.bmm", "aten.mv"
+
+
+@dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-adds of one image."""
+
+    total: int
+    linear: int
+    """Convolutions and linear layers alone: what a counter finds that cannot see fused attention. The published numbers
+    of the detector's encoder are of this kind."""
+
+
+def macs(model: nn.Module) -> Macs:
+    """Count one image of the size that the model was built for.
+
+    Args:
+        model: a timm host or a ``DeployedViT``, on any device; parameters without memory will do.
+    """
+    host: Any = model.model.backbone.host if isinstance(model, DeployedViT) else model
+    found = counts(model, _image(host))["Global"]
+    total = sum(found.values())
+    return Macs(total, total - found.get(_ATTENTION, 0) - found.get(_VECTOR, 0))
+
+
+def counts(module: nn.Module, *inputs: Any) -> dict[str, dict[str, int]]:
+    """Multiply-adds of a call by part of the module (``Global`` is all of it) and operator.
+
+    Args:
+        module: its parameters and buffers are replaced while it is counted.
+        inputs: tensors, or lists of them; only their shapes and dtypes count.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
+        named = chain(module.named_parameters(), module.named_buffers())
+        functional_call(module, {name: _blank(tensor) for name, tensor in named}, tree_map(_blank, inputs))
+    return {part: {str(op): n // 2 for op, n in found.items()} for part, found in counter.get_flop_counts().items()}
+
+
+class Cost:
+    """Multiply-adds of a model pruned by Cropr as a function of its token counts; from one count of the unpruned host.
+
+    Linear layers cost the same for every token; attention's products grow with the tokens that each attends to.
+
+    Args:
+        model: a timm model, or an adapter around one.
+
+    Raises:
+        TypeError: no adapter for this model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.backbone = backbone = model if isinstance(model, Backbone) else adapt(model)
+        found = counts(backbone.host, _image(backbone.host))
+        name = type(backbone.host).__name__
+        self._blocks = [found[f"{name}.blocks.{index}"] for index in range(backbone.depth)]
+        self._fixed = sum(found["Global"].values()) - sum(sum(block.values()) for block in self._blocks)
+        self._full = backbone.num_patches + backbone.prefix
+
+    def block(self, number: int, tokens: int) -> int:
+        """One block (from 1) on so many tokens, prefix included."""
+        found = self._blocks[number - 1]
+        products = found.get(_ATTENTION, 0)
+        linear = (sum(found.values()) - products) * tokens // self._full
+        return linear + products * tokens * self.backbone.keys(number, tokens) // self._full**2
+
+    def total(self, alive: Sequence[int], fused: bool) -> int:
+        """The whole model with one folded scorer after every block that prunes.
+
+        Args:
+            alive: patch tokens after each block, as ``Schedule.resolve`` gives them.
+            fused: pruned tokens come back before the last block.
+        """
+        entering = attended(tuple(alive), self.backbone.num_patches, fused, self.backbone.prefix)
+        blocks = sum(self.block(number, count) for number, count in enumerate(entering, start=1))
+        scored = sum(n for n, left in zip(entering, alive, strict=True) if left + self.backbone.prefix < n)
+        return self._fixed + blocks + scored * self.backbone.dim
+
+
+def _image(host: Any) -> Tensor:
+    weight = next(host.parameters())
+    return torch.empty(1, 3, *host.patch_embed.img_size, dtype=weight.dtype, device="meta")
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _mv(matrix: Sequence[int], vector: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of a matrix times a vector, from their shapes."""
+    return 2 * matrix[0] * matrix[1]

@@ -1,0 +1,268 @@
+"""Microbenchmarks on a tiny model. No test depends on how long anything takes."""
+
+import json
+
+import pytest
+import torch
+from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
+
+from cropr.bench import models, profiling, scoring, sweep, time_blocks, training_step
+from cropr.bench.microbench import measure
+from cropr.bench.specs import MEASURES
+from cropr.cli import main
+from cropr.pruning.reducers import Context
+from cropr.pruning.schedule import Schedule
+from cropr.pruning.tokens import Tokens
+from cropr.records import read_record
+from cropr.specs import ModelSpec, PruneSpec
+
+EVA = ModelSpec(name="eva02_tiny_patch14_224", args={"depth": 4, "embed_dim": 48, "num_heads": 3})
+
+
+def spec(measure, **changes):
+    """A specification for images of 64 px and a ViT of depth 4."""
+    values = {"measure": measure, "model": MODEL, "image_size": 64}
+    if measure == "scoring":
+        values |= {"prune": VARIANTS["cropr_llf"], "precision": "fp32"}
+    elif measure != "blocks":
+        values["variants"] = VARIANTS
+    return MEASURES[measure].model_validate({**values, **changes})
+
+
+def cells_of(asked):
+    """Cells of a record that can be written, by variant."""
+    record = measure(asked)
+    json.dumps(record, allow_nan=False)
+    assert (record["kind"], record["id"]) == ("microbench", asked.digest())
+    return {cell["variant"]: cell for cell in record["cells"]}
+
+
+def starved(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_defaults_are_complete_and_kinds_have_names_of_their_own():
+    found = [kind.model_validate({"measure": name}) for name, kind in MEASURES.items()]
+    assert len({one.digest() for one in found}) == len(MEASURES)
+    for one in found:
+        for prune in getattr(one, "variants", {}).values():
+            depth = 12 if "small" in one.model.name else 24
+            counts = Schedule.from_config(prune.schedule).resolve(196, depth, prune.fusion == "llf", prefix=1)
+            assert min(counts) < 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"unpruned": {}}}, "'unpruned' is measured in any case"),
+        ({"precisions": ["fp32", "fp32"]}, "give every value once"),
+        ({"batch_sizes": [0, 4]}, "0 must be 1 or more"),
+    ],
+)
+def test_refuses_impossible_sweeps(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec("sweep", **changes)
+
+
+@pytest.mark.parametrize("kind", sorted(MEASURES))
+def test_precision_that_the_device_lacks_is_a_reason_in_every_cell(monkeypatch, kind):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    changes = {"precisions": ["bf16"]} if kind == "sweep" else {"precision": "bf16"}
+    record = measure(spec(kind, **changes, **({"tokens": [8, 9, 16, 17]} if kind == "blocks" else {})))
+    assert record["metrics"]["measured"] == 0 < record["metrics"]["cells"]
+    assert all("no fast bfloat16" in cell["unsupported"] for cell in record["cells"])
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=on_cuda) for kind in sorted(MEASURES)])
+def test_records_on_cuda(kind):
+    record = measure(spec(kind, **({"tokens": [8, 9, 16, 17]} if kind == "blocks" else {})), "cuda")
+    assert record["metrics"]["measured"] == record["metrics"]["cells"] > 0
+
+
+# Sweep ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_sweep_has_a_cell_for_every_combination(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    asked = spec("sweep", precisions=["fp32", "amp_bf16"], attentions=["flash", "cudnn"], batch_sizes=[1, 2])
+    record = measure(asked, "cpu")
+    cells = record["cells"]
+    places = [(c["batch_size"], c["precision"], c["attention"], c["variant"]) for c in cells]
+    assert len(set(places)) == len(places) == 2 * 2 * 2 * 3
+    reasons = {(c["precision"], c["attention"]): c.get("unsupported") for c in cells}
+    assert reasons["fp32", "flash"] is None
+    assert reasons["fp32", "cudnn"].startswith("attention cudnn: torch has no such kernel here")
+    assert all("no fast bfloat16" in reasons["amp_bf16", kernel] for kernel in ("flash", "cudnn"))
+    assert record["metrics"] == {"cells": 24, "measured": 6}
+    for cell in cells:
+        if "metrics" in cell:
+            assert cell["attention_calls"] == {cell["attention"]: 4}
+            assert len(cell["seconds"]) == 3
+
+
+def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
+    seconds = iter([8.0, 4.0, 2.0, 1.0])  # unpruned and Cropr in the first setting, then in the second
+
+    def instead(cases, rounds, warmup, device, tell):
+        return [sweep.Outcome(seconds=[next(seconds)] * 3, kernels={"flash": 4}) for _ in cases]
+
+    monkeypatch.setattr(sweep, "time_interleaved", instead)
+    asked = spec("sweep", precisions=["fp32", "bf16"], batch_sizes=[2], variants={"c": VARIANTS["cropr"]})
+    found = [cell["metrics"] for cell in measure(asked)["cells"]]
+    assert [m["speedup"] for m in found] == [1, 2, 1, 2]
+    assert [m["gain"] for m in found] == [1, 2, 4, 8]
+    assert [m["images_per_s"] for m in found] == [2 / 8, 2 / 4, 2 / 2, 2 / 1]
+    assert found[1]["mac_ratio"] == found[3]["mac_ratio"] > 1
+    assert found[2]["weights_mb"] == pytest.approx(found[0]["weights_mb"] / 2)
+
+
+@pytest.mark.model
+def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
+    attempt = sweep._attempt
+    monkeypatch.setattr(sweep, "_attempt", lambda *a: starved() if a[-1] > 2 else attempt(*a))
+    cells = measure(spec("sweep", batch_sizes=[8]))["cells"]
+    assert [(c["batch_size"], c["metrics"]["batch_size"]) for c in cells] == [(8, 2)] * 3
+    monkeypatch.setattr(sweep, "_attempt", starved)
+    cells = measure(spec("sweep", batch_sizes=[2]))["cells"]
+    assert [c["unsupported"] for c in cells] == ["out of memory with a single image: CUDA out of memory"] * 3
+
+
+# Blocks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [MODEL, EVA], ids=["vit", "eva"])
+def test_blocks_run_on_the_counts_asked_for(monkeypatch, model):
+    seen, forward = set(), time_blocks._forward
+    monkeypatch.setattr(
+        time_blocks, "_forward", lambda b, tokens, p: seen.add(tuple(tokens.x.shape)) or forward(b, tokens, p)
+    )
+    size = 64 if model is MODEL else 56
+    found = time_blocks.time_blocks(spec("blocks", model=model, image_size=size, tokens=[9, 30, 17, 8], rounds=3))
+    assert list(found) == [8, 9, 17, 30]
+    assert all(len(readings) == 3 and min(readings) > 0 for readings in found.values())
+    assert seen == {(2, count, 48) for count in found}
+    with pytest.raises(ValueError, match="1 tokens: the model has 1 prefix tokens"):
+        time_blocks.time_blocks(spec("blocks", tokens=[2, 3, 4, 5]).model_copy(update={"tokens": [1, 9]}))
+
+
+def test_blocks_record():
+    record = measure(spec("blocks", tokens=[8, 9, 16, 17], rounds=3))
+    assert [cell["tokens"] for cell in record["cells"]] == [8, 9, 16, 17]
+    for cell in record["cells"]:
+        n = cell["tokens"]
+        assert cell["metrics"]["block_gmacs"] == pytest.approx((n * 12 * 48 * 48 + 2 * n * n * 48) / 1e9)
+
+
+# Profile -------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_profile_add_up_to_the_whole():
+    asked = spec("profile", batch_size=2)
+    built = models.build_variants(asked.model, asked.variants, 64, "cpu", torch.float32)
+    model, noise = built["cropr_llf"], models.random_images(2, 64, "cpu", torch.float32, channels_last=False)
+    with torch.inference_mode(), profiling.labelled(model), profiling.quiet_profile() as profile:  # noqa: SIM117
+        with profiling.record_function("part:other"):
+            model(noise)
+    (root,) = [e for e in profile.function_events if e.name == "part:other" and e.cpu_parent is None]
+    sums = profiling._sums(root, cuda=False)
+    assert set(sums) == set(profiling.CATEGORIES)
+    assert sum(sums.values()) == pytest.approx(root.cpu_time_total / 1e6)
+    assert all(seconds > 0 for seconds in sums.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("model", [MODEL, EVA], ids=["vit", "eva"])
+def test_profile_record(model):
+    cells = cells_of(spec("profile", model=model, image_size=64 if model is MODEL else 56, batch_size=2))
+    parts = {name: cell["seconds"] for name, cell in cells.items()}
+    assert [parts["unpruned"][name] for name in profiling.PRUNING] == [0, 0, 0, 0]
+    assert parts["cropr"]["fusion"] == 0 < parts["cropr_llf"]["fusion"]
+    assert parts["cropr"]["gather"] > 0
+    for cell in cells.values():
+        assert cell["metrics"]["total_s"] == pytest.approx(sum(cell["seconds"].values()))
+        own = sum(cell["seconds"][name] for name in profiling.PRUNING)
+        assert cell["metrics"]["pruning_share"] == pytest.approx(own / cell["metrics"]["total_s"])
+
+
+# Scoring -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("queries", [None, 5])
+def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
+    cells = cells_of(spec("scoring", queries=queries, rounds=3))
+    assert list(cells) == ["unpruned", scoring.ONE, scoring.ALL]
+    one, every = (cells[name]["metrics"] for name in (scoring.ONE, scoring.ALL))
+    assert one["kept_in_both"] == 1
+    # 17 and 13 tokens are scored, by one vector or by as many as there are patches.
+    assert every["gmacs"] - one["gmacs"] == pytest.approx(((queries or 16) - 1) * (17 + 13) * 48 / 1e9)
+    assert cells[scoring.ONE]["tokens"] == cells[scoring.ALL]["tokens"] == [17, 13, 10, 10, 17]
+    ratios = [a / b for a, b in zip(cells[scoring.ALL]["seconds"], cells[scoring.ONE]["seconds"], strict=True)]
+    assert one["over_all_queries"] == pytest.approx(sorted(ratios)[1])
+
+
+def test_all_queries_score_as_the_training_form_does_and_a_wrong_fold_is_found(monkeypatch):
+    asked = spec("scoring")
+    found = scoring.build(asked, "cpu")
+    one, every = (found[name].model.reducers["1"] for name in (scoring.ONE, scoring.ALL))
+    tokens = Tokens.full(torch.randn(2, 17, 48), prefix=1)
+    logits, _ = every.scorer(tokens.x)
+    assert logits.shape == (2, 1, 16, 17)
+    torch.testing.assert_close(every.score(tokens, Context()), logits.sum(dim=(1, 2))[:, 1:])
+    torch.testing.assert_close(one.score(tokens, Context()), every.score(tokens, Context()), rtol=0, atol=1e-4)
+    assert scoring.score_difference(asked, found, "cpu") < scoring.ROUNDING
+    one.scorer.weight += 0.01
+    monkeypatch.setattr(scoring, "build", lambda *_: found)
+    monkeypatch.setattr(scoring, "time_interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match="scores differ by"):
+        measure(asked)
+    with pytest.raises(ValueError, match="queries are Cropr's"):
+        spec("scoring", prune={"reducer": "random", "schedule": RATE})
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_training_record(monkeypatch):
+    monkeypatch.setattr(training_step, "working_memory", lambda work, device: (work(), 0.0))
+    cells = cells_of(spec("training", batch_size=2))
+    base, pruned = cells["unpruned"]["metrics"], cells["cropr_llf"]["metrics"]
+    assert (base["speedup"], base["mac_ratio"]) == (1, 1)
+    assert pruned["mac_ratio"] > 1
+    # AdamW's state is two numbers a weight; auxiliary heads, half as large as the encoder here, are training's alone.
+    host = models.build_variants(ModelSpec.model_validate(MODEL), {}, 64, "cpu", torch.float32)["unpruned"]
+    assert base["state_mb"] == pytest.approx(3 * models.weights_mb(host), rel=0.01)
+    assert pruned["state_mb"] > 1.2 * base["state_mb"]
+    assert pruned["inference_memory_mb"] == pytest.approx(base["inference_memory_mb"], rel=0.01)
+    assert cells["cropr"]["tokens"] == [17, 13, 10, 7, 7]
+
+
+def test_a_training_step_changes_the_weights():
+    asked = spec("training", batch_size=2)
+    trainee = training_step._Trainee(asked, PruneSpec.model_validate(VARIANTS["cropr"]), "cpu", batch_size=2)
+    weight = trainee.model.backbone.host.blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    trainee.step()
+    trainee.step()
+    assert (weight != before).any()
+
+
+def test_training_in_half_precision_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    cells = measure(spec("training", precision="fp16"))["cells"]
+    assert all("training scales its loss on CUDA only" in cell["unsupported"] for cell in cells)
+
+
+# Command -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_command_writes_a_record_that_it_reads_again(tmp_path):
+    verb = ["lab", "sweep", "--device", "cpu"]
+    text = spec("sweep", attentions=["flash", "efficient"]).model_dump_json()
+    first, again = tmp_path / "a", tmp_path / "b"
+    assert main([*verb, "--spec", text, "--out", str(first)]) == 0
+    assert main([*verb, "--spec", str(first / "record.json"), "--set", "batch_sizes=[1]", "--out", str(again)]) == 0
+    assert read_record(again)["spec"] == read_record(first)["spec"] | {"batch_sizes": [1]}

@@ -1,0 +1,117 @@
+"""Plans: schedules for target speed-ups, corrected by measurements, which are made up here."""
+
+import json
+
+import pytest
+from instant import MODEL, instant  # noqa: F401
+
+from cropr.bench import plan
+from cropr.bench.specs import PlanSpec
+from cropr.cli import main
+from cropr.pruning.schedule import Schedule
+from cropr.records import read_record
+
+
+def spec(**changes):
+    model = {"name": "vit_tiny_patch16_224", "args": {"depth": 12, "embed_dim": 48, "num_heads": 3}}
+    values = {"model": model, "prune": {"reducer": "cropr", "fusion": "llf"}, "targets": [1.2, 1.5, 2.0], "rounds": 3}
+    return PlanSpec.model_validate(values | changes)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Replaces measuring by a function of the ratio of multiply-adds; returns the sweeps that were asked for."""
+
+    def make(speedup):
+        asked, cost = [], []
+        monkeypatch.setattr(plan, "Cost", lambda backbone: cost.append(COST(backbone)) or cost[0])
+
+        def sweep_cells(sweep, device, tell):
+            asked.append(sweep)
+            for name, prune in sweep.variants.items():
+                found = speedup(
+                    plan._mac_ratio(spec(prune=prune_of(prune)), cost[0], Schedule.from_config(prune.schedule))
+                )
+                metrics = {"speedup": found, "speedup_low": 0.99 * found, "speedup_high": 1.01 * found}
+                yield {"variant": name, "metrics": metrics, "seconds": [1.0] * 3}
+
+        monkeypatch.setattr(plan, "sweep_cells", sweep_cells)
+        return asked
+
+    return make
+
+
+COST = plan.Cost
+
+
+def prune_of(prune):
+    return {"reducer": prune.reducer, "fusion": prune.fusion}
+
+
+def test_without_verification_a_target_is_a_ratio_of_multiply_adds():
+    record = plan.measure(spec())
+    json.dumps(record, allow_nan=False)
+    assert record["kind"] == "plan"
+    assert record["metrics"] == {"targets": 3, "reached": 3}
+    for cell in record["cells"]:
+        assert cell["predicted"] >= cell["target"]
+        assert (cell["metrics"], cell["rounds"], cell["reason"]) == ({}, 0, None)
+        assert Schedule.from_config(cell["config"]).describe() == cell["schedule"]
+
+
+@pytest.mark.parametrize("share", [0.85, 0.97, 1.0, 1.1])
+def test_schedules_are_corrected_until_the_device_reaches_the_target(device, share):
+    asked = device(lambda ratio: 1 + share * (ratio - 1))
+    record = plan.measure(spec(verify=True))
+    for cell in record["cells"]:
+        assert cell["reached"], cell["reason"]
+        assert cell["metrics"]["speedup"] == pytest.approx(cell["target"], rel=plan.TOLERANCE)
+        assert 1 <= cell["rounds"] <= plan.ATTEMPTS
+    assert len(asked) == max(cell["rounds"] for cell in record["cells"])
+    assert len(asked[0].variants) == 3  # all targets take turns with one unpruned model
+
+
+def test_a_device_that_gains_nothing_is_named_with_its_measurements(device):
+    device(lambda ratio: min(ratio, 1.3))
+    easy, hard = plan.measure(spec(verify=True, targets=[1.2, 2.0]))["cells"]
+    assert easy["reached"]
+    assert not hard["reached"]
+    assert hard["metrics"]["speedup"] == pytest.approx(1.3)
+    assert hard["reason"]
+
+
+def test_a_target_beyond_all_schedules_has_no_schedule():
+    (cell,) = plan.measure(spec(targets=[50]))["cells"]
+    assert (cell["reached"], cell["schedule"], cell["config"], cell["predicted"]) == (False, None, None, None)
+    assert "out of reach" in cell["reason"]
+
+
+def test_a_device_that_cannot_run_says_why(monkeypatch):
+    cells = [{"variant": "target 1.5", "unsupported": "no memory"}]
+    monkeypatch.setattr(plan, "sweep_cells", lambda *_: cells)
+    (cell,) = plan.measure(spec(verify=True, targets=[1.5]))["cells"]
+    assert (cell["reached"], cell["reason"], cell["metrics"]) == (False, "no memory", {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": [0.5]}, "0.5 must be 1 or more"),
+        ({"targets": [2, 2]}, "give every value once"),
+        ({"prune": {"reducer": "cropr", "schedule": {"constant": {"rate": 8}}}}, "schedule is the result of a plan"),
+        ({"prune": {"reducer": "none"}}, "name a reducer that prunes"),
+    ],
+)
+def test_refuses_impossible_plans(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**changes)
+
+
+@pytest.mark.model
+def test_command_measures_and_writes_a_record(tmp_path):
+    text = spec(model=MODEL, image_size=64, targets=[1.2], batch_size=1).model_dump_json()
+    assert main(["plan", "--device", "cpu", "--spec", text, "--verify", "--out", str(tmp_path)]) == 0
+    (cell,) = read_record(tmp_path)["cells"]
+    assert cell["rounds"] >= 1
+    assert cell["metrics"]["speedup_low"] <= cell["metrics"]["speedup"] <= cell["metrics"]["speedup_high"]
+    assert cell["reached"] == (cell["reason"] is None)
