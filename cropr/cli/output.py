@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from cropr.records import RECORD, provenance, write_record
+from cropr.specs import Spec
+
+_LOG = logging.getLogger(__name__)
 
 
 def say(text: str) -> None:
@@ -64,6 +72,41 @@ def origin(record: Mapping[str, Any]) -> str:
     """Device, threads, version of torch and duration of a record."""
     told = record["provenance"]
     return f"{told['device']}, {told['threads']} threads, torch {told['packages']['torch']}, {told['wall_s']:.0f} s"
+
+
+def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to.
+
+    Where the device cannot run it, a record that is written has no metrics and gives the reason as ``unsupported``: so
+    a table of several precisions is complete on any device.
+
+    Raises:
+        ValueError: an impossible spec or number of threads; what the device cannot run, if no record is written.
+    """
+    import torch
+
+    from cropr.bench.device import Unsupported
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads}: must be 1 or more")
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.time()
+    try:
+        with progress() as tick:
+            record = measure(spec, device, tick)
+    except Unsupported as error:
+        if args.out is None:
+            raise
+        _LOG.warning("not measured: %s", error)
+        told = provenance(started, precision=getattr(spec, "precision", None))
+        kind = type(spec).__name__.removesuffix("Spec").lower()
+        record = {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), "metrics": {}}
+        record |= {"unsupported": str(error), "provenance": told}
+    if args.out is not None:
+        write_record(args.out / RECORD, record)
+    return record
 
 
 @contextmanager
