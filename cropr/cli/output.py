@@ -26,17 +26,17 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """A table of rows, column -> text; the columns are those of the first row."""
+    """A title and a table of rows, column -> text; all rows have the columns of the first."""
     say(title)
-    table = Table(*rows[0], box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*(rows[0] if rows else ()), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)
 
 
 def show_metrics(title: str, metrics: Mapping[str, float], labels: Mapping[str, str] | None = None) -> None:
-    """Metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and the ends of
-    an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
+    """A table of metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and
+    the ends of an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
     labels, rows = labels or {}, []
     paired = any(name.startswith("base_") for name in metrics)
     for name, value in metrics.items():
@@ -56,9 +56,9 @@ def show_cells(title: str, cells: Sequence[Mapping[str, Any]], keys: Sequence[st
     flat = [{**cell, **(cell.get("metrics") or {})} for cell in cells]
     shown = [key for key in keys if any(key in cell for cell in flat)]
     show_table(title, [{key.replace("_", " "): number(cell.get(key)) for key in shown} for cell in flat])
-    for reason in dict.fromkeys(cell.get("unsupported") or cell.get("reason") for cell in cells):
-        if reason:
-            say(f"not measured: {reason}")
+    for key, text in (("unsupported", "not measured"), ("reason", "not reached")):
+        for reason in dict.fromkeys(cell[key] for cell in cells if cell.get(key)):
+            say(f"{text}: {reason}")
 
 
 def number(value: Any) -> str:

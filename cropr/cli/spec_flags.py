@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from cropr.pruning.methods import FUSIONS, REDUCERS
 from cropr.specs import Spec, check
@@ -72,6 +72,8 @@ def _options(annotation: Any) -> dict[str, Any] | None:
         options = _options(inner)
         several = get_origin(annotation) is list or others == [Ellipsis]
         return options and {**options, "nargs": "+" if several else 1 + len(others)}
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
     if annotation is bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from PIL import Image
@@ -187,7 +187,7 @@ class Sample(Spec):
     """Skip the slow part."""
     span: tuple[float, float] = (1.0, 2.0)
     """From and to."""
-    targets: tuple[float, ...] = (1.5,)
+    targets: tuple[Annotated[float, Field(ge=1)], ...] = (1.5,)
     names: list[Literal["x", "y"]] = Field(["x"], description="Of things.")
     other: ScenesSpec = ScenesSpec()
     values: dict[str, int] = Field({})
