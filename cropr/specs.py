@@ -28,7 +28,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_increasing)]
 class Spec(BaseModel):
     """Base of all specs: unknown keys are refused, values are not changed after construction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def digest(self) -> str:
         """Ten hex digits of the content: equal specs share a digest, on every machine.

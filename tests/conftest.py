@@ -40,7 +40,6 @@ def small(tmp_path):
 def ci(tmp_path_factory):
     """All artefacts of the real grid at the smallest scale, with made-up numbers: one seed, and three."""
     from synthetic import write_results
-
     from workflow.paper.load import load
 
     return {

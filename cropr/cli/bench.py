@@ -17,64 +17,25 @@ examples:
 from __future__ import annotations
 
 import argparse
-import logging
-import time
-from pathlib import Path
 from typing import Any
 
 from cropr.bench.specs import BenchSpec
-from cropr.cli.output import origin, progress, say, show_metrics
-from cropr.cli.spec_flags import add_fields, add_machine_flags, add_pruning_flags, choose_device, spec_from_flags
-from cropr.records import RECORD, provenance, write_record
-
-_LOG = logging.getLogger(__name__)
-TEXTS = {
-    "image_size": "pixels a side of the images",
-    "batch_size": "images per forward pass",
-    "precision": "a cast of the models, or autocast: amp_*",
-    "attention": "attention kernel to force; auto: torch chooses",
-    "rounds": "timed rounds of all models",
-    "warmup": "untimed passes before them; 2 to read memory",
-}
-"""Help of the flags of a measurement."""
+from cropr.cli.output import measured, origin, say, show_metrics
+from cropr.cli.spec_flags import add_measuring_flags, spec_from_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--spec", metavar="FILE", help="a BenchSpec as JSON or YAML file, or as JSON; instead of flags")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
-    add_pruning_flags(parser)
-    how = parser.add_argument_group("measurement")
-    add_fields(how, BenchSpec, texts=TEXTS)
-    add_machine_flags(how)
+    add_measuring_flags(parser, BenchSpec)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print a table, write the record if asked to."""
     spec = spec_from_flags(args, BenchSpec)
-    device = choose_device(args)
 
-    from cropr.bench.device import Unsupported
     from cropr.bench.throughput import measure
 
-    with progress() as tick:
-        try:
-            record = measure(spec, device, tick)
-        except Unsupported as error:
-            if args.out is None:
-                raise
-            # A record without numbers that gives the reason: a table of several precisions is complete on any device.
-            _LOG.warning("not measured: %s", error)
-            record = {
-                "kind": "bench",
-                "id": spec.digest(),
-                "spec": spec.model_dump(mode="json"),
-                "metrics": {},
-                "unsupported": str(error),
-                "provenance": provenance(time.time(), precision=spec.precision),
-            }
-    if args.out is not None:
-        write_record(args.out / RECORD, record)
+    record = measured(args, spec, measure)
     if record["metrics"]:
         show(record)
 
@@ -90,5 +51,8 @@ def show(record: dict[str, Any]) -> None:
     show_metrics(f"{name}, {spec['image_size']} px, {spec['precision']}, {batch}; value: {pruned}", metrics)
     if reason := told.get("heads_unsupported"):
         say(f"heads not measured: {reason}")
-    say(f"tokens: {record['tokens'][0]} to {min(record['tokens'])}; attention kernels: {told['attention']}")
+    kernels = (
+        f"{name} {calls} x {kernel}" for name, used in told["attention"].items() for kernel, calls in used.items()
+    )
+    say(f"tokens: {record['tokens'][0]} to {min(record['tokens'])}; attention kernels: {', '.join(kernels) or 'none'}")
     say(f"{spec['rounds']} rounds on {origin(record)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from cropr.cli.output import say, show_metrics, show_table
 from cropr.cli.spec_flags import add_machine_flags, read_spec, trained_run
 from cropr.records import provenance, write_record
+from cropr.tasks import TASKS, open_task
 from cropr.training.specs import TrainSpec
 
 
@@ -57,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
 
     from cropr.data.loading import Share
-    from cropr.tasks import open_task
     from cropr.tasks.base import EvaluationSettings
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         }
     if args.out:
         write_record(args.out, record)
-    show_metrics(str(weights), metrics, task.headline)
+    show_metrics(str(weights), metrics, TASKS[spec.task].metrics)
     say(f"tokens: {', '.join(map(str, tokens))}")
     if relevance := result.series.get("relevance"):
         rows = [{name.replace("_", " "): f"{value:.4g}" for name, value in row.items()} for row in relevance]

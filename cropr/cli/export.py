@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cropr.bench.specs import BenchSpec
-from cropr.cli.bench import TEXTS
 from cropr.cli.output import origin, progress, say, show_metrics
 from cropr.cli.spec_flags import (
     PRUNING,
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="directory of a finished training run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model.onnx, model.pt2 and record.json")
-    add_fields(add_pruning_flags(parser), BenchSpec, ["image_size"], texts=TEXTS)
+    add_fields(add_pruning_flags(parser), BenchSpec, ["image_size"])
     how = parser.add_argument_group("check and measurement")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images of both (default 4)")
     how.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default 5)")

@@ -23,9 +23,8 @@ import argparse
 from pathlib import Path
 
 from cropr.bench.specs import MEASURES
-from cropr.cli.output import origin, progress, say, show_cells
-from cropr.cli.spec_flags import add_machine_flags, choose_device, make_spec, read_values
-from cropr.records import RECORD, write_record
+from cropr.cli.output import measured, origin, say, show_cells
+from cropr.cli.spec_flags import add_machine_flags, make_spec, read_values
 
 _KEYS = (
     "variant", "precision", "attention", "batch_size", "tokens", "images_per_s", "speedup", "speedup_over_mac_ratio",
@@ -52,13 +51,9 @@ def run(args: argparse.Namespace) -> None:
     if values.setdefault("measure", args.measure) != args.measure:
         raise ValueError(f"microbench {args.measure}: --spec is of a measurement of kind {values['measure']}")
     spec = make_spec(values, args.set, MEASURES[args.measure])
-    device = choose_device(args)
 
     from cropr.bench.microbench import measure
 
-    with progress() as tick:
-        record = measure(spec, device, tick)
-    if args.out is not None:
-        write_record(args.out / RECORD, record)
+    record = measured(args, spec, measure)
     show_cells(f"{spec.measure}: {spec.model.name}, {spec.image_size} px", record["cells"], _KEYS)
     say(origin(record))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cropr.records import RECORD, provenance, write_record
+from cropr.specs import Spec
+
+_LOG = logging.getLogger(__name__)
+
 
 def say(text: str) -> None:
     """One line, whatever the width of the terminal."""
@@ -18,17 +26,17 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """A table of rows, column -> text; the columns are those of the first row."""
+    """A title and a table of rows, column -> text; all rows have the columns of the first."""
     say(title)
-    table = Table(*rows[0], box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*(rows[0] if rows else ()), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)
 
 
 def show_metrics(title: str, metrics: Mapping[str, float], labels: Mapping[str, str] | None = None) -> None:
-    """Metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and the ends of
-    an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
+    """A table of metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and
+    the ends of an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
     labels, rows = labels or {}, []
     paired = any(name.startswith("base_") for name in metrics)
     for name, value in metrics.items():
@@ -48,9 +56,9 @@ def show_cells(title: str, cells: Sequence[Mapping[str, Any]], keys: Sequence[st
     flat = [{**cell, **(cell.get("metrics") or {})} for cell in cells]
     shown = [key for key in keys if any(key in cell for cell in flat)]
     show_table(title, [{key.replace("_", " "): number(cell.get(key)) for key in shown} for cell in flat])
-    for reason in dict.fromkeys(cell.get("unsupported") or cell.get("reason") for cell in cells):
-        if reason:
-            say(f"not measured: {reason}")
+    for key, text in (("unsupported", "not measured"), ("reason", "not reached")):
+        for reason in dict.fromkeys(cell[key] for cell in cells if cell.get(key)):
+            say(f"{text}: {reason}")
 
 
 def number(value: Any) -> str:
@@ -64,6 +72,41 @@ def origin(record: Mapping[str, Any]) -> str:
     """Device, threads, version of torch and duration of a record."""
     told = record["provenance"]
     return f"{told['device']}, {told['threads']} threads, torch {told['packages']['torch']}, {told['wall_s']:.0f} s"
+
+
+def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to.
+
+    Where the device cannot run it, a record that is written has no metrics and gives the reason as ``unsupported``: so
+    a table of several precisions is complete on any device.
+
+    Raises:
+        ValueError: an impossible spec or number of threads; what the device cannot run, if no record is written.
+    """
+    import torch
+
+    from cropr.bench.device import Unsupported
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads}: must be 1 or more")
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.time()
+    try:
+        with progress() as tick:
+            record = measure(spec, device, tick)
+    except Unsupported as error:
+        if args.out is None:
+            raise
+        _LOG.warning("not measured: %s", error)
+        told = provenance(started, precision=getattr(spec, "precision", None))
+        kind = type(spec).__name__.removesuffix("Spec").lower()
+        record = {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), "metrics": {}}
+        record |= {"unsupported": str(error), "provenance": told}
+    if args.out is not None:
+        write_record(args.out / RECORD, record)
+    return record
 
 
 @contextmanager

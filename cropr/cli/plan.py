@@ -13,36 +13,25 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from cropr.bench.specs import PlanSpec
-from cropr.cli.bench import TEXTS
-from cropr.cli.output import origin, progress, say, show_cells
-from cropr.cli.spec_flags import add_fields, add_machine_flags, add_pruning_flags, choose_device, spec_from_flags
-from cropr.records import RECORD, write_record
+from cropr.cli.output import measured, origin, say, show_cells
+from cropr.cli.spec_flags import add_measuring_flags, spec_from_flags
+
+_KEYS = ("target", "schedule", "predicted", "speedup", "speedup_low", "speedup_high", "rounds", "reached")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--spec", metavar="FILE", help="a PlanSpec as JSON or YAML file, or as JSON; instead of flags")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
-    add_pruning_flags(parser, schedule=False)
-    what = parser.add_argument_group("target and measurement")
-    add_fields(what, PlanSpec, texts={"targets": "speed-ups to reach, one or several", **TEXTS})
-    add_machine_flags(what)
+    add_measuring_flags(parser, PlanSpec, schedule=False)
 
 
 def run(args: argparse.Namespace) -> None:
     """Plan, measure if asked to, print a table, write the record if asked to."""
     spec = spec_from_flags(args, PlanSpec, together=("verify",))
-    device = choose_device(args)
 
     from cropr.bench.plan import measure
 
-    with progress() as tick:
-        record = measure(spec, device, tick)
-    if args.out is not None:
-        write_record(args.out / RECORD, record)
-    keys = ("target", "schedule", "predicted", "speedup", "speedup_low", "speedup_high", "rounds", "reached")
-    show_cells(f"{spec.model.name}, {spec.image_size} px; predicted: MAC ratio", record["cells"], keys)
+    record = measured(args, spec, measure)
+    show_cells(f"{spec.model.name}, {spec.image_size} px; predicted: MAC ratio", record.get("cells", []), _KEYS)
     say(origin(record))

@@ -6,17 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
-import inspect
 import json
-import textwrap
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from cropr.pruning.methods import FUSIONS, REDUCERS
 from cropr.specs import Spec, check
@@ -25,6 +20,16 @@ from cropr.training.specs import TrainSpec
 Kind = TypeVar("Kind", bound=Spec)
 PRUNING = ("model", "reducer", "rate", "schedule", "fusion")
 """Names of the flags that ``add_pruning_flags`` adds."""
+TEXTS = {
+    "image_size": "pixels a side of the images",
+    "batch_size": "images per forward pass",
+    "precision": "a cast of the models, or autocast: amp_*",
+    "attention": "attention kernel to force; auto: torch chooses",
+    "rounds": "timed rounds of all models",
+    "warmup": "untimed passes before them; 2 to read memory",
+    "targets": "speed-ups to reach, one or several",
+}
+"""Help of flags whose field has no docstring."""
 
 # Flags --------------------------------------------------------------------------------------------------------------
 
@@ -34,21 +39,21 @@ def add_fields(
     spec: type[Spec],
     names: Collection[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
-    texts: Mapping[str, str] | None = None,
 ) -> None:
     """A flag for each field that holds a number, a word, a switch, or several numbers or words.
 
     Args:
-        spec: its fields. The docstring below a field is the help of its flag.
+        spec: its fields. The docstring below a field is the help of its flag, else ``TEXTS``.
         names: these fields only; all by default.
         defaults: field -> default for the help, where a verb has its own.
-        texts: field -> help, for fields without a docstring.
     """
     for name, field in spec.model_fields.items():
         options = _options(field.annotation)
         if options is None or (names is not None and name not in names):
             continue
-        text = _docstrings(spec).get(name) or (texts or {}).get(name) or name.replace("_", " ")
+        text = field.description or TEXTS.get(name, name.replace("_", " "))
+        text = " ".join(text.replace("`", "").split()).removesuffix(".")
+        text = text[0].lower() + text[1:]
         default = (defaults or {}).get(name, None if field.is_required() else field.default)
         if isinstance(default, tuple | list):
             default = " ".join(map(str, default))
@@ -67,26 +72,14 @@ def _options(annotation: Any) -> dict[str, Any] | None:
         options = _options(inner)
         several = get_origin(annotation) is list or others == [Ellipsis]
         return options and {**options, "nargs": "+" if several else 1 + len(others)}
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
     if annotation is bool:
         return {"action": "store_true"}
     letters = {int: "N", float: "X", str: "TEXT"}
     return {"type": annotation, "metavar": letters[annotation]} if annotation in letters else None
-
-
-@cache
-def _docstrings(spec: type[Spec]) -> dict[str, str]:
-    """Field -> docstring below it, as the help of a flag."""
-    found = {}
-    for kind in reversed([kind for kind in spec.__mro__ if issubclass(kind, Spec)]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in pairwise(tree.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                words = " ".join(str(text.value.value).replace("``", "").split()).removesuffix(".")
-                found[ast.unparse(field.target)] = words[0].lower() + words[1:]
-    return found
 
 
 def _number(text: str) -> int | float:
@@ -115,26 +108,21 @@ def add_machine_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
 
 
-def choose_device(args: argparse.Namespace) -> str:
-    """Set the number of threads that the flags name, and return the name of the device.
-
-    Raises:
-        ValueError: less than one thread.
-    """
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: must be 1 or more")
-
-    import torch
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Flags that the user gave, of those named, with their values."""
     values = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser, kind: type[Spec], schedule: bool = True) -> None:
+    """What every verb that measures has; ``spec_from_flags`` reads it."""
+    text = f"a {kind.__name__} as JSON or YAML file, or as JSON; instead of flags"
+    parser.add_argument("--spec", metavar="FILE", help=text)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
+    add_pruning_flags(parser, schedule)
+    how = parser.add_argument_group("measurement")
+    add_fields(how, kind)
+    add_machine_flags(how)
 
 
 def spec_from_flags(args: argparse.Namespace, kind: type[Kind], together: Collection[str] = ()) -> Kind:

@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> None:
             _LOG.error("%s; the same command continues from there", message)
             raise SystemExit(128 + (number or 15)) from None
         if world.leads:
-            metrics, headline = record["metrics"], TASKS[spec.task].load(TASKS[spec.task].run).headline
-            figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in headline.items())
+            metrics, labels = record["metrics"], list(TASKS[spec.task].metrics.items())[:2]
+            figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in labels)
             speed = f"{metrics['train_images_per_s']:.3g} training images/s"
             say(f"{figures} of {metrics['val_images']} images, {speed}: {out}")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from PIL import Image
@@ -131,7 +131,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["plan", "--model", "m", "--reducer", "none"], "reducer"),
         (["microbench", "profile", "--spec", '{"measure": "sweep"}'], "is of a measurement of kind sweep"),
         (["microbench", "sweep", "--set", "variants.cropr.reducers=x"], "variants.cropr.reducers: unknown key"),
-        (["microbench", "training", "--threads", "0"], "--threads 0: must be 1 or more"),
+        (["bench", "--model", "m", "--threads", "0"], "--threads 0: must be 1 or more"),
         (["export", "--out", "x"], "name a model with --model"),
         (["export", "--run", "nowhere", "--out", "x"], "nowhere: no such directory"),
         (["export", "--run", "nowhere", "--model", "m", "--out", "x"], "--run and --model"),
@@ -178,12 +178,17 @@ class Sample(Spec):
     count: int = 4
     """Of what ``it`` counts, 100 % of them."""
     share: float | None = None
+    """Of all."""
     epochs: int | float = 2
+    """Of training."""
     kind: Literal["a", "b"] = "a"
+    """Of thing."""
     fast: bool = False
+    """Skip the slow part."""
     span: tuple[float, float] = (1.0, 2.0)
-    targets: tuple[float, ...] = (1.5,)
-    names: list[Literal["x", "y"]] = Field(["x"])
+    """From and to."""
+    targets: tuple[Annotated[float, Field(ge=1)], ...] = (1.5,)
+    names: list[Literal["x", "y"]] = Field(["x"], description="Of things.")
     other: ScenesSpec = ScenesSpec()
     values: dict[str, int] = Field({})
 
@@ -216,9 +221,8 @@ def test_flags_give_the_values_of_their_fields(words: list[str], values: dict[st
 
 
 def test_help_of_a_flag_is_the_docstring_of_its_field() -> None:
-    shown = " ".join(parser_of(defaults={"epochs": "as needed"}, texts={"share": "a part"}).format_help().split())
+    shown = " ".join(parser_of(defaults={"epochs": "as needed"}).format_help().split())
     assert "--count N of what it counts, 100 % of them (default 4)" in shown
-    assert "--share X a part" in shown
     assert "(default as needed)" in shown
     assert "--other" not in shown
 

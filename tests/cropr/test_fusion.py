@@ -90,14 +90,9 @@ def test_every_place_comes_back_once(name):
     assert torch.equal(fused.index.sort(dim=1).values, full.index)
     assert torch.equal(fused.x[:, :5], alive.x)  # what is alive stays in front, as it is
     assert fused.prefix == 1
-
-
-@pytest.mark.parametrize("name", ["concat", "llf", "llf_no_self"])
-def test_without_parameters_the_pruned_come_back_as_they_left(name):
-    full, alive, pruned = parts()
-    fusion = fusions.create(name, 32, 32, (1, 2))
-    assert torch.equal(fusion(alive, pruned).raster().x, full.x)
-    assert list(fusion.parameters()) == []
+    if name != "exit":  # without parameters, and with cross-attention that starts at zero, they come back as they left
+        torch.testing.assert_close(fused.raster().x, full.x, rtol=0, atol=0 if name != "cross" else 1e-6)
+    assert (name in ("exit", "cross")) == any(True for _ in fusion.parameters())
 
 
 @pytest.mark.parametrize("name", BACK)
@@ -127,20 +122,14 @@ def test_rate_zero_is_the_host_patch_by_patch(host, fusion):
 
 @pytest.mark.parametrize("host", NAMES)
 @pytest.mark.parametrize("fusion", fusions.FUSIONS)
-def test_deployed_is_the_trained_model_in_eval_mode(host, fusion):
+def test_deployed_is_the_trained_model_in_eval_mode_in_any_batch(host, fusion):
     model = segmenter(fusion, host)
     fast = model.deploy()
     trained, deployed = model(images()), fast.detailed(images())
     torch.testing.assert_close(fast(images()), trained.logits, rtol=0, atol=1e-6)
     assert all(torch.equal(trained.kept[block], deployed.kept[block]) for block in trained.kept)
-
-
-@pytest.mark.parametrize("fusion", fusions.FUSIONS)
-def test_a_result_does_not_depend_on_the_batch(fusion):
-    model = segmenter(fusion)
-    together = model(images(4)).logits
-    for b in range(4):
-        torch.testing.assert_close(model(images(4)[b : b + 1]).logits, together[b : b + 1], rtol=1e-4, atol=1e-4)
+    for b in range(2):  # and a result does not depend on the batch
+        torch.testing.assert_close(model(images()[b : b + 1]).logits, trained.logits[b : b + 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fusion", BACK)
@@ -220,14 +209,6 @@ def test_pruned_tokens_do_not_see_each_other_in_the_last_block(host):
         changed[name] = (results[0] - results[1]).abs().amax(dim=2)[0] > 1e-6
     assert changed["llf"].all()
     assert changed["llf_no_self"].nonzero()[:, 0].tolist() == list(range(8))  # prefix, survivors, the token itself
-
-
-def test_cross_attention_starts_as_token_concat():
-    full, alive, pruned = parts()
-    cross = fusions.create("cross", 32, 5, (1, 2))
-    torch.testing.assert_close(cross(alive, pruned).raster().x, full.x)
-    randomise(cross)
-    assert (cross(alive, pruned).raster().x - full.x).abs().max() > 0.1
 
 
 def test_cross_attention_reads_survivors_and_prefix_only():

@@ -108,19 +108,6 @@ def test_no_pruning_is_bit_identical_with_and_without_a_reducer_and_fusion(name)
 
 
 @pytest.mark.parametrize("name", ["vit", "eva"])
-def test_windows_matter(name):
-    dense = cropr.prune(windowed(_host(name), WINDOW, range(1, 7)), Schedule.constant(0), reducer="none").eval()
-    difference = dense(_images()).tokens.raster().x - _pruned(name, Schedule.constant(0))(_images()).tokens.raster().x
-    assert difference.abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", ["eva", "eva-without-reference-grid"])
-def test_both_tables_differ_only_where_the_reference_grid_rescales(name):
-    _, position = windowed(_host(name), WINDOW, GLOBAL).embed(_images())
-    assert torch.allclose(position.everywhere, position.within, atol=1e-6) == (name != "eva")
-
-
-@pytest.mark.parametrize("name", ["vit", "eva"])
 def test_chunks_of_survivors_equal_masked_attention(name):
     """A windowed block on 60 survivors against one masked attention over them, with each token's own rotary row."""
     backbone = windowed(_host(name), WINDOW, GLOBAL)

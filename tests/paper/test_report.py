@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from synthetic import claim, with_paper_schedule
-
-from workflow.paper import claims, setting, tables, text
 from workflow.paper.load import KINDS, load, make_command, pruned_share, write_tables
 from workflow.paper.names import headings, row_names, short_names
+
+from workflow.paper import claims, setting, tables, text
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from synthetic import claim, with_paper_schedule
+from workflow.paper.load import load
 
 from workflow.paper import claims, setting, tables, text
-from workflow.paper.load import load
 
 ROOT = Path(__file__).parents[2]
 

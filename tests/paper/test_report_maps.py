@@ -7,9 +7,9 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+from workflow.paper.load import load
 
 from workflow.paper import answers, maps, text
-from workflow.paper.load import load
 
 mpl.use("agg")
 

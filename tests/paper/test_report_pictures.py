@@ -8,10 +8,10 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-
-from workflow.paper import figures, labels, maps, page, relevance, style, text
 from workflow.paper.load import load
 from workflow.paper.names import row_names
+
+from workflow.paper import figures, labels, maps, page, relevance, style, text
 
 mpl.use("agg")
 ROOT = Path(__file__).parents[2]
