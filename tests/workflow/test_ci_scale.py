@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, Project, copy_repository
-
 from workflow.paper.grid import load_grid
+
+from .conftest import ROOT, Project, copy_repository
 
 pytestmark = pytest.mark.workflow
 CI = ("--config", "scale=ci")
@@ -50,18 +50,10 @@ def test_a_second_run_does_nothing(done: Project) -> None:
 
 def test_the_table_says_what_the_records_say(done: Project) -> None:
     with (done / "results/ci/tables/imagenet_methods.csv").open() as file:
-        table = {line["row"]: line for line in csv.DictReader(file)}
+        table = [line["top-1 (%)"] for line in csv.DictReader(file)]
     manifest = json.loads((done / "results/ci/manifests/imagenet_methods.json").read_text())
-    for row in manifest["rows"]:
-        line = table[row["row"]]
-        if row["run"]:
-            trained = json.loads((done / row["records"][0]).read_text())
-            measured = json.loads((done / row["bench"]).read_text())
-            assert float(line["top1.measured"]) == pytest.approx(trained["metrics"]["top1"], rel=1e-4)
-            assert float(line["speedup.measured"]) == pytest.approx(measured["metrics"]["speedup"], rel=1e-4)
-        else:
-            assert not line["top1.measured"]
-    assert float(table["cropr_r8_llf"]["top1.published"]) == 85.3
+    trained = [json.loads((done / row["records"][0]).read_text()) for row in manifest["rows"] if row["run"]]
+    assert [cell.split()[0] for cell in table] == [f"{record['metrics']['top1']:.1f}" for record in trained]
 
 
 def test_records_are_those_that_the_grid_asked_for(done: Project) -> None:
