@@ -85,5 +85,7 @@ $(INSTALLED):
 
 $(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@# Notebooks that JupyterLab starts in notebooks/ find the package `workflow`, which is not installed, by this path.
+	@$(BIN)/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "reproduction.pth").write_text("$(CURDIR)\n")'
 	rm -f $(VENV)/ready-*
 	touch $@

@@ -55,8 +55,8 @@ CORES = workflow.resource_settings.cores or 8
 SHORT = 1000
 
 # Jobs use the Python that runs Snakemake, in an activated environment or not; with conda, the job's own comes first.
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), *os.get_exec_path()]
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
 )
 
 

@@ -5,7 +5,9 @@ That the specs solve is NOT shown: it takes conda's channels.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -40,26 +42,14 @@ def required(*extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_specs_parse_strictly_which_does_not_prove_that_they_solve(file: Path) -> None:
-    for spec in specs(file):
-        assert MatchSpec(spec, strict=True).name is not None
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_conda_pins_equal_pip_pins(file: Path) -> None:
+def test_conda_specs_parse_and_pin_what_pip_pins_which_does_not_prove_that_they_solve(file: Path) -> None:
     pins = locked()
     for spec in specs(file):
+        assert MatchSpec(spec, strict=True).name is not None
         name, _, version = spec.partition(" ")
-        if name in CONDA_ONLY:
-            continue
-        assert version == f"={pins[CONDA_NAMES.get(name, name)]}", f"{file.name}: {spec}"
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_default_channels_are_shut_out(file: Path) -> None:
+        assert name in CONDA_ONLY or version == f"={pins[CONDA_NAMES.get(name, name)]}", spec
     channels = yaml.safe_load(file.read_text(encoding="utf-8"))["channels"]
-    assert channels[0] == "conda-forge"
-    assert channels[-1] == "nodefaults"
+    assert (channels[0], channels[-1]) == ("conda-forge", "nodefaults")
 
 
 def test_every_job_finds_what_the_package_requires() -> None:
@@ -76,3 +66,11 @@ def test_every_job_finds_what_the_package_requires() -> None:
 def test_every_environment_is_used_by_a_rule() -> None:
     rules = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "workflow/rules").glob("*.smk"))
     assert set(re.findall(r"envs/(\w+\.yaml)", rules)) == {file.name for file in (ROOT / "envs").glob("*.yaml")}
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="needs the environment that make sets up")
+def test_notebooks_find_the_reproduction_with_the_kernel_of_venv() -> None:
+    call = [ROOT / ".venv/bin/python", "-c", "import workflow.paper, sys; sys.stdout.write(workflow.paper.__file__)"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(call, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True, check=True)
+    assert Path(found.stdout).is_relative_to(ROOT)

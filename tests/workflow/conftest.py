@@ -47,15 +47,9 @@ class Project:
         assert result.returncode == 0, result.stdout
         return result.stdout
 
-    def dry_run(self, *arguments: str) -> str:
-        """What a call would do; the output."""
-        result = self.snakemake("--cores", "2", "--dry-run", *arguments)
-        assert result.returncode == 0, result.stdout
-        return result.stdout
-
     def planned(self, *arguments: str) -> dict[str, int]:
         """Rule -> jobs that a call would run."""
-        return counts(self.dry_run(*arguments))
+        return counts(self.run("--dry-run", *arguments))
 
     def edit(self, name: str, old: str, new: str) -> None:
         """Replace text that stands in a file exactly once."""

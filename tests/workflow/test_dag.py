@@ -1,4 +1,4 @@
-"""What runs, and what runs again: on stub jobs, so in seconds."""
+"""What runs, and what runs again: with stub jobs, so in seconds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import re
 import resource
-import shutil
-import struct
 import sys
 from pathlib import Path
 
@@ -17,15 +15,13 @@ from .conftest import Project, counts
 
 pytestmark = pytest.mark.workflow
 CI = ("--config", "scale=ci")
+ALWAYS = {"report", "reproduce"}
 
 
 def manifest(project: Project, artefact: str) -> dict[str, dict]:
     """Rows of a manifest by name."""
     content = json.loads((project / f"results/ci/manifests/{artefact}.json").read_text())
     return {row["row"]: row for row in content["rows"]}
-
-
-# Building the graph --------------------------------------------------------------------------------------------------
 
 
 def test_dry_run_is_quick_and_loads_no_torch(stubbed: Project, tmp_path: Path) -> None:
@@ -37,8 +33,9 @@ def test_dry_run_is_quick_and_loads_no_torch(stubbed: Project, tmp_path: Path) -
     result = stubbed.snakemake("--cores", "2", "--dry-run", env={"PYTHONPATH": str(trap)})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stdout
-    assert "reproduce" in result.stdout
-    # Time of the processor, which other tests beside this one do not lengthen.
+    jobs = counts(result.stdout)
+    assert set(jobs) >= {"data", "shipped", "train", "bench", "microbench", "maps", "manifest", "notebook"} | ALWAYS
+    # Processor time, which other tests beside this one do not lengthen.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
@@ -47,32 +44,19 @@ def test_lint_is_clean(stubbed: Project) -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_default_target_is_everything_at_laptop_scale(stubbed: Project) -> None:
-    jobs = stubbed.planned()
-    assert jobs == {
-        "data": 3, "shipped": 3, "train": 31, "bench": 14, "lab": 11, "maps": 11, "manifest": 15, "notebook": 15,
-        "report": 1, "reproduce": 1,
-    }  # fmt: skip
-
-
-def test_one_artefact_by_name(stubbed: Project) -> None:
-    jobs = stubbed.planned("imagenet_methods")
-    assert jobs == {
-        "data": 1, "shipped": 1, "train": 9, "bench": 9, "manifest": 1, "notebook": 1, "imagenet_methods": 1
-    }  # fmt: skip
-
-
-def test_seeds_multiply_training_alone(stubbed: Project) -> None:
-    jobs = stubbed.planned("--config", "scale=ci", "seeds=3")
-    assert (jobs["train"], jobs["bench"], jobs["maps"], jobs["pretrain"]) == (96, 19, 11, 3)
+def test_one_artefact_by_name_and_more_seeds(stubbed: Project) -> None:
+    one, three = stubbed.planned("ablations", *CI), stubbed.planned("ablations", *CI, "seeds=3")
+    assert set(one) == {"data", "pretrain", "train", "bench", "manifest", "notebook", "ablations"}
+    assert three == one | {"train": 3 * one["train"]}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("scales=ci", r"config/config\.yaml: unknown key scales = 'ci'; allowed: .*scale"),
+        ("scales=ci", r"config/config\.yaml: scales: unknown key; allowed: .*scale"),
         ("row=nothing", r"row = 'nothing': no such row to compare; choose one of .*ablations/no_mlp"),
         ("scale=paper", r"imagenet = null, but this scale reads a folder .*--config imagenet="),
+        ("overrides={colour: 1}", r"laptop\.yaml with overrides: colour: unknown key"),
     ],
 )
 def test_bad_configuration_stops_with_one_message(stubbed: Project, config: str, message: str) -> None:
@@ -83,42 +67,11 @@ def test_bad_configuration_stops_with_one_message(stubbed: Project, config: str,
     assert not (stubbed / "results").exists()
 
 
-def test_bad_grid_stops_with_one_message(stubbed: Project) -> None:
-    stubbed.edit("config/experiments/ablations.yaml", "options: {mlp: false}", "options: {mpl: false}")
-    result = stubbed.snakemake("--cores", "2")
-    assert result.returncode != 0
-    assert "ablations.yaml: row no_mlp: options = {'mpl': False}: reducer 'cropr' has no option mpl" in result.stdout
-    assert not (stubbed / "results").exists()
-
-
-def test_compare_without_a_row_names_the_rows(stubbed: Project) -> None:
-    result = stubbed.snakemake("--cores", "2", "compare")
-    assert result.returncode != 0
-    assert re.search(r"compare needs a row: --config row=.*ablations/no_mlp", result.stdout)
-
-
 def test_shipped_weights_are_taken_only_where_they_fit(stubbed: Project) -> None:
-    sys.path.insert(0, str(stubbed.path))
-    from workflow.paper.grid import load_grid
-
-    pretrain = load_grid(stubbed / "config", "laptop").sources["classification"].pretrain
-    assert pretrain is not None
-    header = json.dumps({"__metadata__": {"spec": pretrain.digest()}}).encode()
-    (stubbed / "assets").mkdir(exist_ok=True)
-    (stubbed / "assets/laptop_vit.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    message = "Taking the pretrained weights that the repository ships"
-    assert message in stubbed.dry_run()
-    assert "Making the pretrained weights" in stubbed.dry_run("--config", "pretrain=make")
-    overlay = stubbed / "overlay.yaml"
-    overlay.write_text("overrides: {tasks: {classification: {pretrain: {recipe: {epochs: 1}}}}}")
-    assert "Making the pretrained weights" in stubbed.dry_run("--configfile", "overlay.yaml")
-
-
-# Running -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_second_run_does_nothing(finished: Project) -> None:
-    assert "Nothing to be done" in finished.run(*CI)
+    assert "pretrain" not in stubbed.planned()
+    assert "shipped" not in stubbed.planned("--config", "pretrain=make")
+    (stubbed / "overlay.yaml").write_text("overrides: {tasks: {classification: {pretrain: {recipe: {epochs: 1}}}}}")
+    assert stubbed.planned("--configfile", "overlay.yaml")["pretrain"] == 1
 
 
 def test_the_first_table_is_made_first_and_measurements_last(finished: Project) -> None:
@@ -130,124 +83,78 @@ def test_the_first_table_is_made_first_and_measurements_last(finished: Project) 
     assert kinds == sorted(kinds, reverse=True), "nothing is timed before the last run has ended"
 
 
-def test_every_row_finds_its_records(finished: Project) -> None:
-    for row in manifest(finished, "imagenet_methods").values():
-        assert row["available"] == bool(row["records"])
-        for record in [*row["records"], *filter(None, [row["bench"]])]:
-            assert (finished / record).is_file()
+def test_a_second_run_does_nothing_and_a_touched_notebook_neither(finished: Project) -> None:
+    os.utime(finished / "notebooks/ablations.ipynb")
+    assert finished.planned(*CI) == {}
 
 
 def test_editing_a_row_reruns_that_row_its_notebook_and_the_report(finished: Project) -> None:
     before = manifest(finished, "ablations")["no_mlp"]["run"]
     finished.edit("config/experiments/ablations.yaml", "options: {mlp: false}", "options: {mlp_ratio: 2.0}")
-    expected = {"train": 1, "manifest": 1, "notebook": 1, "report": 1, "reproduce": 1}
-    assert finished.planned(*CI) == expected
+    assert finished.planned(*CI) == dict.fromkeys({"train", "manifest", "notebook"} | ALWAYS, 1)
     finished.run(*CI)
     assert manifest(finished, "ablations")["no_mlp"]["run"] != before
-    assert "Nothing to be done" in finished.run(*CI)
-
-
-def test_editing_a_label_trains_nothing(finished: Project) -> None:
-    finished.edit("config/experiments/ablations.yaml", '"Scorer: 16 heads"', '"Scorer: many heads"')
-    assert finished.planned(*CI) == {"manifest": 1, "notebook": 1, "report": 1, "reproduce": 1}
-
-
-def append(project: Project, name: str) -> dict[str, int]:
-    """Jobs after a change of a source file."""
-    with (project / name).open("a") as file:
-        file.write("\n# changed\n")
-    return project.planned(*CI)
-
-
-def test_editing_the_scorer_reruns_the_rows_that_score(finished: Project) -> None:
-    runs = {name: row["run"] for name, row in manifest(finished, "imagenet_methods").items()}
-    with (finished / "cropr/scorer.py").open("a") as file:
-        file.write("\n# changed\n")
-    output = finished.dry_run(*CI)
-    jobs = counts(output)
-    # All Cropr rows (4 of the methods, 9 ablations, 6 of segmentation, 1 of detection) and non-salient; not unpruned,
-    # random, variance, attention, small.
-    assert (jobs["train"], jobs["bench"], jobs["maps"]) == (21, 8, 4)
-    assert "data" not in jobs
-    assert "pretrain" not in jobs
-    assert runs["cropr_r8_llf"] in output
-    assert not [name for name in ("random_r8_llf", "variance_r8_llf", "none") if f"{runs[name]}-seed0.log" in output]
-
-
-def test_editing_the_training_code_trains_everything_again(finished: Project) -> None:
-    jobs = append(finished, "cropr/training/loop.py")
-    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (3, 32, 11)
-    assert "bench" not in jobs
-    finished.run(*CI)
     assert finished.planned(*CI) == {}
 
 
-def test_editing_the_benchmark_trains_nothing(finished: Project) -> None:
-    jobs = append(finished, "cropr/bench/throughput.py")
-    assert jobs == {"bench": 19, "lab": 9, "notebook": 10, "report": 1, "reproduce": 1}
+@pytest.mark.parametrize(
+    ("file", "old", "new", "jobs"),
+    [
+        ("config/experiments/ablations.yaml", '"Scorer: 16 heads"', '"Scorer: many heads"', {"manifest", "notebook"}),
+        ("config/published/ablations.csv", "heads_16,top1,85.2", "heads_16,top1,85.3", {"notebook"}),
+        ("config/claims.yaml", 'relation: "< 0"', 'relation: "< 1"', {"notebook"}),
+        ("notebooks/ablations.ipynb", '"nbformat": 4', '"nbformat":  4', {"notebook"}),
+        ("workflow/paper/page.py", "import argparse", "import argparse, sys", set()),
+    ],
+)
+def test_editing_what_a_notebook_reads_trains_nothing(
+    finished: Project, file: str, old: str, new: str, jobs: set[str]
+) -> None:
+    finished.edit(file, old, new)
+    assert finished.planned(*CI) == dict.fromkeys(jobs | ALWAYS, 1)
 
 
-def test_editing_one_task_reruns_no_other(finished: Project) -> None:
-    jobs = append(finished, "cropr/tasks/segmentation.py")
-    assert (jobs["pretrain"], jobs["train"], jobs["maps"]) == (1, 10, 4)
-    assert not {"bench", "data"} & set(jobs)
+@pytest.mark.parametrize(
+    ("file", "rerun", "kept"),
+    [
+        ("cropr/training/loop.py", {"pretrain", "train", "maps"}, {"data", "bench"}),
+        ("cropr/tasks/segmentation/run.py", {"pretrain", "train"}, {"data", "bench", "microbench"}),
+        ("cropr/bench/throughput.py", {"bench"}, {"data", "train", "maps"}),
+        ("workflow/paper/grid.py", set(), {"data", "train", "bench", "microbench", "notebook", "report"}),
+    ],
+)
+def test_editing_code_reruns_its_jobs(finished: Project, file: str, rerun: set[str], kept: set[str]) -> None:
+    everything = counts(finished.run(*CI, "--dry-run", "--forceall"))
+    with (finished / file).open("a") as source:
+        source.write("\nCHANGED = 1\n")
+    jobs = finished.planned(*CI)
+    assert set(jobs) >= rerun
+    assert not set(jobs) & kept
+    assert (jobs.get("train", 0) < everything["train"]) == ("loop" not in file)
 
 
-def test_editing_a_measurement_of_the_laboratory_reruns_that_kind(finished: Project) -> None:
-    assert append(finished, "cropr/bench/profiling.py") == {"lab": 1, "notebook": 1, "report": 1, "reproduce": 1}
-
-
-def test_editing_the_page_makes_the_page(finished: Project) -> None:
-    assert append(finished, "cropr/report/page.py") == {"report": 1, "reproduce": 1}
-
-
-def test_editing_the_grid_code_reruns_nothing(finished: Project) -> None:
-    assert append(finished, "cropr/experiments.py") == {}
-
-
-def test_editing_a_notebook_reruns_it_and_touching_does_not(finished: Project) -> None:
-    notebook = finished / "notebooks/ablations.ipynb"
-    os.utime(notebook)
-    assert finished.planned(*CI) == {}
-    notebook.write_text(notebook.read_text() + " ")
-    assert finished.planned(*CI) == {"notebook": 1, "report": 1, "reproduce": 1}
-
-
-def test_editing_a_published_number_reruns_its_notebook(finished: Project) -> None:
-    finished.edit("config/published/ablations.csv", "heads_16,top1,85.2", "heads_16,top1,85.3")
-    assert finished.planned(*CI) == {"notebook": 1, "report": 1, "reproduce": 1}
-
-
-def test_editing_a_claim_reruns_the_notebook_that_decides_it(finished: Project) -> None:
-    finished.edit("config/claims.yaml", 'relation: "< 0"', 'relation: "< 1"')
-    assert finished.planned(*CI) == {"notebook": 1, "report": 1, "reproduce": 1}
-
-
-def test_one_ablation_runs_itself_and_its_baseline_and_nothing_else(stubbed: Project) -> None:
+def test_one_ablation_runs_itself_and_its_baseline(stubbed: Project) -> None:
+    everything = stubbed.planned("--config", "scale=ci", "seeds=2")["train"]
     call = ("--config", "scale=ci", "seeds=2", "row=no_mlp", "--", "compare")
-    assert stubbed.planned(*call) == {"data": 1, "pretrain": 1, "train": 4, "compare_manifest": 1, "compare": 1}
+    assert stubbed.planned(*call) == {"data": 1, "pretrain": 1, "train": 4, "manifest": 1, "compare": 1}
     output = stubbed.run(*call)
-    table = re.search(r"Top-1 \(%\).*", output)
+    assert "Aggregator: no MLP" in output
+    table = re.search(r"Top-1.*", output)
     assert table is not None, output
     assert table[0].count("[") == 3, "two means and a difference with intervals"
-    assert "Aggregator: no MLP" in output
-    # The same files serve the whole grid: of its 32 runs with two seeds, these 4 are there.
-    assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == 64 - 4
+    assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == everything - 4
 
 
-def test_one_ablation_after_the_whole_table_trains_nothing(finished: Project) -> None:
-    jobs = finished.planned("--config", "scale=ci", "row=ablations/sample", "--", "compare")
-    assert jobs == {"compare_manifest": 1, "compare": 1}
-    finished.run("--config", "scale=ci", "row=ablations/sample", "--", "compare")
-    assert finished.planned(*CI) == {}
+def test_compare_after_the_whole_table_trains_nothing(finished: Project) -> None:
+    assert finished.planned("--config", "scale=ci", "row=ablations/sample", "--", "compare") == {"compare": 1}
+    result = finished.snakemake("--cores", "2", "compare")
+    assert result.returncode != 0
+    assert re.search(r"compare needs a row: --config row=.*ablations/no_mlp", result.stdout)
 
 
 def test_report_of_snakemake_opens_without_the_workflow(finished: Project) -> None:
     finished.run(*CI, "--report", "provenance.html")
     assert (finished / "provenance.html").stat().st_size > 1e6
-
-
-# Conda ---------------------------------------------------------------------------------------------------------------
 
 
 def test_use_conda_without_conda_names_the_pip_path(stubbed: Project, tmp_path: Path) -> None:
@@ -270,8 +177,6 @@ def test_use_conda_with_a_stand_in_runs_which_does_not_prove_that_the_specs_solv
     environment = {"PATH": path, "STAND_IN_OUTER": sys.prefix, "PYTHONPATH": "/nowhere"}
     result = stubbed.snakemake("--cores", "all", "--use-conda", "--config", "scale=ci", env=environment)
     assert result.returncode == 0, result.stdout
-    calls = (conda.parent / "calls.log").read_text().splitlines()
-    created = [call for call in calls if call.startswith("env create")]
+    created = [call for call in (conda.parent / "calls.log").read_text().splitlines() if call.startswith("env create")]
     assert len(created) == len(list((stubbed / "envs").glob("*.yaml")))
     assert "Activating conda environment" in result.stdout
-    assert shutil.which("conda") is None or shutil.which("conda") != str(conda)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +37,8 @@ NEUTRAL = frozenset(
     }
 )
 """Modules whose decisions reach a job as text, in its specification and its command line. A digest leaves them out."""
+
+_BODIES = ("body", "handlers", "orelse", "finalbody", "cases")
 
 SCANNED = ("cropr.pruning.backbones",)
 """Packages that import all their modules by scanning their folder."""
@@ -103,7 +105,7 @@ def imports(module: str) -> tuple[str, ...]:
 def _imported(nodes: Iterable[ast.AST]) -> list[str]:
     """Modules of this repository that some statements import."""
     names: list[str] = []
-    for node in (inner for statement in nodes for inner in ast.walk(statement)):
+    for node in (inner for statement in nodes for inner in _statements(statement)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -133,24 +135,32 @@ def _stored(node: ast.stmt) -> list[str]:
     return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
 
 
-class _Bare(ast.NodeTransformer):
-    """Removes docstrings, other strings that stand alone, ``if TYPE_CHECKING``, and entries in tables of methods."""
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all statements in it."""
+    yield node
+    for part in _BODIES:
+        for inner in getattr(node, part, ()):
+            yield from _statements(inner)
 
-    def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
-        return None if ast.unparse(node.targets[0]) == "METHODS" else node
 
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) else node
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
+def _silent(node: ast.AST) -> bool:
+    """Whether a statement has no effect on a job: a docstring, ``if TYPE_CHECKING``, the entries of ``METHODS``."""
+    if isinstance(node, ast.Assign):
+        return getattr(node.targets[0], "id", None) == "METHODS"
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in (getattr(node.test, "id", None), getattr(node.test, "attr", None))
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 @cache
 def _tree(module: str) -> ast.Module:
     if (file := _file(module)) is None:
         raise ValueError(f"module {module!r}: no such source file under {ROOT}")
-    tree: ast.Module = _Bare().visit(ast.parse(file.read_text(encoding="utf-8")))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in _statements(tree):
+        for part in _BODIES:
+            if body := getattr(node, part, None):
+                setattr(node, part, [inner for inner in body if not _silent(inner)])
     return tree
 
 

@@ -1,24 +1,18 @@
-"""Stands in for ``python -m cropr``: every verb writes what the rule expects, at once. ``compare`` is the real one."""
+"""Stands in for ``python -m cropr``: every verb writes at once what the rule expects."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-if sys.argv[1] == "compare":
-    from cropr.cli import main
-
-    sys.exit(main())
-
 parser = argparse.ArgumentParser()
 parser.add_argument("verb", nargs="+")
-for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images", "layout", "gpus"):
+for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images", "layout"):
     parser.add_argument(f"--{flag}")
-parser.add_argument("--fresh", action="store_true")
 args = parser.parse_args()
 
 verb, out = args.verb[0], Path(args.out)
-assert verb in ("data", "train", "bench", "show", "lab", "plan"), verb
+assert verb in ("data", "train", "bench", "show", "microbench", "plan"), verb
 if verb == "show":
     assert Path(args.run, "weights.safetensors").exists()
     out.write_text("maps")

@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--manifests", nargs="+")
-parser.add_argument("--out")
-parser.add_argument("--claims-table")
+parser.add_argument("--results", type=Path)
+parser.add_argument("--out", type=Path)
 args = parser.parse_args()
-Path(args.out).write_text("report")
-Path(args.claims_table).write_text("claims")
+for file in (args.out, *(args.results / "tables" / name for name in ("claims.md", "claims.csv", "headline.md"))):
+    file.write_text("report")
