@@ -60,41 +60,40 @@ def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
 
 
 def headline(results: Path, names: list[str]) -> str:
-    """The README's table as Markdown: published beside measured, for rows that the paper has accuracies of."""
+    """The README's table as Markdown: published beside measured, of the notebook that compares methods on each task."""
     lines: list[dict[str, str]] = []
     captions: dict[str, None] = {}
+    seen: set[str] = set()
     for name in names:
         manifest = load_manifest(name, results)
-        published = load_published(name)
-        if not manifest["metrics"] or published.empty or all(row["bench"] is None for row in manifest["rows"]):
-            continue
-        metric, label = next(iter(manifest["metrics"].items()))
-        if name != first_of_task(results, names, manifest["task"]):
-            continue
-        runs, speed = load_records(name, results), load_speed(name, results)
-        accuracy = with_interval(mean_interval(runs, metric)) if len(runs) else {}
-        speedup = with_interval(median_interval(speed, "speedup"), digits=2) if len(speed) else {}
-        value = published.set_index(["row", "quantity"])["value"]
-        for row in manifest["rows"]:
-            if row["why"] is None and ((row["row"], metric) in value or (row["row"], "speedup") in value):
-                lines.append(
-                    {
-                        "model (paper), metric": f"{manifest['paper_model']}, {label} (%)",
-                        "pruning": row["paper_name"],
-                        "published": write(value.get((row["row"], metric), float("nan"))),
-                        "measured, small model": accuracy.get(row["row"], ""),
-                        "published speed-up": write(value.get((row["row"], "speedup"), float("nan"))),
-                        "measured speed-up": speedup.get(row["row"], ""),
-                    }
-                )
-        captions |= dict.fromkeys(setting(name, results).splitlines()[1:])
-    about = " ".join(line.strip() for line in captions)
+        if manifest["metrics"] and manifest["task"] not in seen:  # microbenchmarks have no metrics
+            seen.add(manifest["task"])
+            lines += _headline(manifest, results)
+            captions |= dict.fromkeys(setting(name, results).splitlines()[1:])
+    about = "\n".join(f"* {line.strip()}" for line in captions)
     return f"{to_markdown(pd.DataFrame(lines))}\n{about}\n"
 
 
-def first_of_task(results: Path, names: list[str], task: str) -> str:
-    """The artefact that compares methods on a task: the first one."""
-    return next(name for name in names if load_manifest(name, results)["task"] == task)
+def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
+    """Lines of the rows of which the paper has an accuracy or a speed-up."""
+    name, (metric, label) = manifest["artefact"], next(iter(manifest["metrics"].items()))
+    value = load_published(name).set_index(["row", "quantity"])["value"]
+    runs, speed = load_records(name, results), load_speed(name, results)
+    accuracy = with_interval(mean_interval(runs, metric)) if len(runs) else pd.Series(dtype=object)
+    speedup = with_interval(median_interval(speed, "speedup"), digits=2) if len(speed) else pd.Series(dtype=object)
+    return [
+        {
+            "paper's model": manifest["paper_model"],
+            "pruning": row["paper_name"],
+            "metric": f"{label} (%)",
+            "published": write(value.get((row["row"], metric), float("nan"))),
+            "measured, small model": accuracy.get(row["row"], ""),
+            "published speed-up": write(value.get((row["row"], "speedup"), float("nan"))),
+            "measured speed-up": speedup.get(row["row"], ""),
+        }
+        for row in manifest["rows"]
+        if row["why"] is None and ((row["row"], metric) in value or (row["row"], "speedup") in value)
+    ]
 
 
 def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
@@ -112,7 +111,7 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
     return environment.get_template("report.html.j2").render(
         scale=manifest["scale"],
         seeds=", ".join(map(str, manifest["seeds"])),
-        device=sorted({device for name in names for device in load_speed_devices(name, results)}),
+        devices=_devices(results, names),
         counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in SIGNS},
         signs=SIGNS,
         claims=claims.to_dict("records"),
@@ -120,19 +119,16 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
     )
 
 
-def load_speed_devices(name: str, results: Path) -> list[str]:
-    """Devices on which the speed of an artefact's rows was measured."""
-    speed = load_speed(name, results) if load_manifest(name, results)["metrics"] else pd.DataFrame()
-    return list(speed["device"].unique()) if "device" in speed else []
+def _devices(results: Path, names: list[str]) -> list[str]:
+    """Devices on which speed was measured."""
+    frames = [load_speed(name, results) for name in names if load_manifest(name, results)["metrics"]]
+    return sorted({device for frame in frames if "device" in frame for device in frame["device"]})
 
 
 def _figure(results: Path, name: str) -> str | None:
-    """The artefact's first figure as a data URI; None if it has none."""
-    paths = sorted((results / "figures").glob(f"{name}*.png"), key=lambda path: (len(path.stem), path.stem))
-    own = [path for path in paths if path.stem == name or not path.stem.startswith(("pruning_maps_",))]
-    if not own:
-        return None
-    return "data:image/png;base64," + base64.b64encode(own[0].read_bytes()).decode()
+    """The artefact's main figure as a data URI; None if it has none."""
+    path = results / "figures" / f"{name}.png"
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else None
 
 
 def _table(path: Path) -> Markup | None:
