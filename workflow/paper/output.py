@@ -65,7 +65,7 @@ def save_table(frame: pd.DataFrame, artefact: str, results: str | Path, name: st
     shown = frame.reset_index() if any(frame.index.names) else frame
     write_text(stem.with_suffix(".csv"), shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     write_text(stem.with_suffix(".md"), to_markdown(shown))
-    left = [{"selector": "th, td", "props": "text-align: left"}]
+    left: Any = [{"selector": "th, td", "props": "text-align: left"}]
     return shown.style.format(_text).hide(axis="index").set_uuid(stem.name).set_table_styles(left)
 
 

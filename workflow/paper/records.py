@@ -106,7 +106,8 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
     """Measurements of speed: one line per row and round.
 
     Returns:
-        What the row is (``schedule`` is that of the timed model), ``round``, ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
+        What the row is (``schedule`` is that of the timed model), ``round``,
+        ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
         ``speedup_over_mac_ratio`` (percent), ``speedup_whole`` for models with heads, and the record's other metrics,
         the same in all rounds: ``mac_ratio``, ``images_per_s``, ``batch_size``, ...
     """
