@@ -13,13 +13,13 @@ _EXPORTS = {
         "load_blocks", "load_cells", "load_manifest", "load_maps", "load_published", "load_records", "load_rounds",
         "load_speed", "not_run", "rerun", "setting",
     ),
-    "stats": ("mean_interval", "median_interval", "paired_difference", "with_interval"),
+    "stats": ("mean_interval", "median_interval", "paired_difference", "seed_bounds", "with_interval"),
     "output": ("palette", "save_figure", "save_table", "use_style"),
     "claims": ("verdicts",),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = sorted(_MODULES)  # noqa: PLE0605
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

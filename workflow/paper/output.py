@@ -34,6 +34,10 @@ _RC: dict[Any, Any] = {
 }
 
 
+OTHER = "#5f5f5f"
+"""Colour of a method that ``REDUCERS`` lacks."""
+
+
 def use_style() -> None:
     """Fonts, grid and size that all figures share."""
     sns.set_theme(style="whitegrid", rc=_RC)
@@ -47,7 +51,8 @@ def palette(frame: pd.DataFrame, by: str = "name") -> dict[str, str]:
         by: column of the rows' names, the keys.
     """
     rows = frame.drop_duplicates(by)
-    return {str(name): REDUCERS[reducer].colour for name, reducer in zip(rows[by], rows["reducer"], strict=True)}
+    colours = {reducer: method.colour for reducer, method in REDUCERS.items()}
+    return {str(name): colours.get(reducer, OTHER) for name, reducer in zip(rows[by], rows["reducer"], strict=True)}
 
 
 def save_table(frame: pd.DataFrame, artefact: str, results: str | Path, name: str | None = None) -> Styler:
@@ -60,10 +65,8 @@ def save_table(frame: pd.DataFrame, artefact: str, results: str | Path, name: st
     shown = frame.reset_index() if any(frame.index.names) else frame
     write_text(stem.with_suffix(".csv"), shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     write_text(stem.with_suffix(".md"), to_markdown(shown))
-    style = shown.style.format(_text).hide(axis="index").set_uuid(stem.name)
-    return style.set_properties(**{"text-align": "left"}).set_table_styles(
-        [{"selector": "th", "props": "text-align: left"}]
-    )
+    left: Any = [{"selector": "th, td", "props": "text-align: left"}]
+    return shown.style.format(_text).hide(axis="index").set_uuid(stem.name).set_table_styles(left)
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
@@ -102,4 +105,6 @@ def _text(value: object) -> str:
     """A cell: empty without a value, numbers with the digits that they have."""
     if value is None or value != value:
         return ""
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"

@@ -43,9 +43,10 @@ def find_results(results: str | Path) -> Path:
 
 
 def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
-    """What the workflow knows of an artefact: title, question, scale, seeds, rows. Each row gets a ``name``.
+    """What the workflow knows of an artefact: title, question, scale, seeds, rows.
 
-    The name is the row's label; where several rows share it, their schedule and fusion follow.
+    Each row gets a ``name``: its label, followed by schedule and fusion if several rows share the label. ``paper_name``
+    is the same with the schedule of the paper, where small models are trained with another.
 
     Raises:
         FileNotFoundError: the workflow has not written it.
@@ -56,9 +57,11 @@ def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     labels = [row["label"] for row in manifest["rows"]]
     for row in manifest["rows"]:
-        row["name"] = row["label"]
-        if labels.count(row["label"]) > 1 and row["schedule"]:
-            row["name"] += f", {row['schedule']}" + (f" + {row['fusion'].upper()}" if row["fusion"] != "none" else "")
+        row["paper_schedule"] = row["paper_schedule"] or row["schedule"]
+        for name, schedule in (("name", row["schedule"]), ("paper_name", row["paper_schedule"])):
+            twice = schedule and labels.count(row["label"]) > 1
+            fusion = f" + {row['fusion'].upper()}" if twice and row["fusion"] != "none" else ""
+            row[name] = row["label"] + (f", {schedule}{fusion}" if twice else "")
     return manifest
 
 
@@ -103,7 +106,7 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
     """Measurements of speed: one line per row and round.
 
     Returns:
-        What the row is, ``round``, ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
+        What the row is (``schedule`` is that of the timed model), ``round``, ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
         ``speedup_over_mac_ratio`` (percent), ``speedup_whole`` for models with heads, and the record's other metrics,
         the same in all rounds: ``mac_ratio``, ``images_per_s``, ``batch_size``, ...
     """
@@ -119,7 +122,7 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
             whole = series[["base_seconds", "seconds"]].add(series["heads_seconds"], axis=0)
             ratios["speedup_whole"] = whole["base_seconds"] / whole["seconds"]
         constant = {name: value for name, value in metrics.items() if not name.startswith("speedup")}
-        facts = _facts(row) | {"round": series.index, "device": _device(record)}
+        facts = _facts(row, paper=True) | {"round": series.index, "device": _device(record)}
         parts.append(series.assign(**ratios, **constant, **facts)[[*facts, *series, *ratios, *constant]])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*FACTS, "round", "speedup"])
 
@@ -157,7 +160,7 @@ def load_published(artefact: str, results: str | Path | None = None) -> pd.DataF
 
     Args:
         artefact: without such a file the frame is empty.
-        results: if given, ``name`` says what each row is.
+        results: if given, name, label, reducer, fusion and the paper's schedule say what each row is.
 
     Raises:
         ValueError: a value is no number, or is given twice.
@@ -171,8 +174,8 @@ def load_published(artefact: str, results: str | Path | None = None) -> pd.DataF
     if len(wrong):
         raise ValueError(f"{path}: {wrong['row'].iloc[0]}, {wrong['quantity'].iloc[0]}: give each quantity one number")
     if results is not None:
-        names = {row["row"]: row["name"] for row in load_manifest(artefact, results)["rows"]}
-        table.insert(1, "name", table["row"].map(names))
+        facts = pd.DataFrame([_facts(row, paper=True) for row in load_manifest(artefact, results)["rows"]])
+        table = table.merge(facts[[*FACTS[:6]]], on="row")
     return table
 
 
@@ -202,7 +205,7 @@ def not_run(artefact: str, results: str | Path) -> Markdown:
 
 
 def setting(artefact: str, results: str | Path) -> Markdown:
-    """What was measured: scale, seeds, the trained model, the timed model and its device. One line each, from records."""
+    """What was measured, from records: scale, seeds, the trained model, the timed model and its device."""
     manifest = load_manifest(artefact, results)
     lines = [f"Scale `{manifest['scale']}`, seeds {', '.join(map(str, manifest['seeds']))}."]
     rows = _ran(manifest)
@@ -235,8 +238,10 @@ def _ran(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in manifest["rows"] if row["why"] is None]
 
 
-def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in FACTS}
+def _facts(row: dict[str, Any], paper: bool = False) -> dict[str, Any]:
+    """What a row is, with the schedule of the trained model or that of the paper's model."""
+    chosen = row | {"name": row["paper_name"], "schedule": row["paper_schedule"]} if paper else row
+    return {name: chosen[name] for name in FACTS}
 
 
 def _path(manifest: dict[str, Any], path: str, results: str | Path) -> Path:

@@ -100,6 +100,11 @@ def write(value: float, digits: int = 1, signed: bool = False) -> str:
     return "" if math.isnan(value) else f"{round(float(value), digits) + 0.0:{'+' if signed else ''}.{digits}f}"
 
 
+def seed_bounds(values: pd.Series) -> tuple[float, float]:
+    """Ends of the Student-t interval, for seaborn's ``errorbar``."""
+    return _student(np.asarray(values, dtype=float))[1:]
+
+
 def _per_row(frame, metric, by, centre, interval) -> pd.DataFrame:  # type: ignore[no-untyped-def]
     groups = frame.dropna(subset=[metric]).groupby(by, sort=False)[metric]
     lines = {row: (*interval(values.to_numpy(float)), len(values)) for row, values in groups}
