@@ -149,7 +149,7 @@ def load_rounds(artefact: str, results: str | Path) -> pd.DataFrame:
     """
     parts = []
     for facts, cell in _cells(artefact, results):
-        series = {k: v for k, v in cell.items() if isinstance(v, list) and k.endswith("seconds")}
+        series = {k: v for k, v in cell.items() if isinstance(v, list) and k.endswith("seconds")} or {"seconds": []}
         settings = _settings(cell)
         frame = pd.DataFrame(series).rename_axis("round").reset_index()
         parts.append(frame.assign(**facts, **settings)[[*facts, *settings, *frame]])
