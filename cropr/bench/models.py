@@ -13,10 +13,11 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cropr.bench.peak import utilisation
+from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Outcome, speed
 from cropr.pruning.model import DeployedViT, PrunedViT, build_model
 from cropr.specs import ModelSpec, PruneSpec
@@ -25,9 +26,6 @@ from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000
 """Outputs of the classifier: ImageNet-1k's, as in the paper's tables."""
-
-UNPRUNED = "unpruned"
-"""Name of the timm model itself among its variants."""
 
 
 def build_variants(
@@ -129,13 +127,6 @@ def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int 
                 part.copy_(pattern[: len(part)])
     model.load_state_dict(values, strict=False, assign=True)
     model.to(device, dtype)
-
-
-def random_images(batch_size: int, image_size: int, device: str, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Images [B, 3, size, size] of normal noise, the same ones every time."""
-    images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, dtype).contiguous(memory_format=layout)
 
 
 def weights_mb(model: nn.Module) -> float:

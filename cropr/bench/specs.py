@@ -5,12 +5,16 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cropr.specs import ModelSpec, PruneSpec, Spec
 from cropr.tasks.detection import DetModelSpec
+
+UNPRUNED = "unpruned"
+"""Name of the timm model itself among its variants."""
 
 _LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
 
@@ -102,6 +106,15 @@ class MicrobenchSpec(Spec):
     model: ModelSpec = _LARGE
     image_size: int = Field(224, ge=16)
 
+    def places(self) -> list[dict[str, Any]]:
+        """How each cell of the record is run."""
+        how = {key: getattr(self, key, "auto") for key in ("precision", "attention", "batch_size")}
+        return [{**axis, **how} for axis in self._axes()]
+
+    def _axes(self) -> list[dict[str, Any]]:
+        """By what the cells differ."""
+        raise NotImplementedError
+
 
 class VariantsSpec(MicrobenchSpec):
     """A measurement of the unpruned model and of variants that prune it."""
@@ -109,11 +122,14 @@ class VariantsSpec(MicrobenchSpec):
     variants: dict[str, PruneSpec] = Field(_cropr(8), min_length=1)
     """By name; ``unpruned`` is always measured beside them."""
 
+    def _axes(self) -> list[dict[str, Any]]:
+        return [{"variant": name} for name in (UNPRUNED, *self.variants)]
+
     @field_validator("variants")
     @classmethod
     def _named(cls, value: dict[str, PruneSpec]) -> dict[str, PruneSpec]:
-        if "unpruned" in value:
-            raise ValueError("'unpruned' is measured in any case; give the variant another name")
+        if UNPRUNED in value:
+            raise ValueError(f"{UNPRUNED!r} is measured in any case; give the variant another name")
         return value
 
 
@@ -132,15 +148,15 @@ class SweepSpec(VariantsSpec):
     rounds: int = Field(3, ge=3)
     warmup: int = Field(1, ge=1)
 
+    def places(self) -> list[dict[str, Any]]:
+        keys = ("batch_size", "precision", "attention", "variant")
+        values = (self.batch_sizes, self.precisions, self.attentions, (UNPRUNED, *self.variants))
+        return [dict(zip(keys, place, strict=True)) for place in product(*values)]
+
     @field_validator("batch_sizes", "precisions", "attentions")
     @classmethod
     def _once(cls, value: list[Any]) -> list[Any]:
         return _distinct(value, least=1)
-
-
-def around(multiples: tuple[int, ...], reach: int) -> list[int]:
-    """All counts at most ``reach`` away from one of the ``multiples``."""
-    return sorted({count for middle in multiples for count in range(middle - reach, middle + reach + 1)})
 
 
 class BlocksSpec(MicrobenchSpec):
@@ -148,12 +164,15 @@ class BlocksSpec(MicrobenchSpec):
 
     cells: ClassVar[str] = "cropr.bench.time_blocks:block_cells"
     measure: Literal["blocks"]
-    tokens: list[int] = Field(around((64, 128, 192), 8), min_length=4)
+    tokens: list[int] = Field([n for m in (64, 128, 192) for n in range(m - 8, m + 9)], min_length=4)
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
     batch_size: int = Field(2, ge=1)
     precision: Precision = "fp32"
     attention: Attention = "auto"
     rounds: int = Field(5, ge=3)
+
+    def _axes(self) -> list[dict[str, Any]]:
+        return [{"tokens": count} for count in sorted(self.tokens)]
 
     @field_validator("tokens")
     @classmethod
@@ -190,6 +209,9 @@ class ScoringSpec(MicrobenchSpec):
     attention: Attention = "auto"
     rounds: int = Field(5, ge=3)
     warmup: int = Field(1, ge=1)
+
+    def _axes(self) -> list[dict[str, Any]]:
+        return [{"variant": name} for name in (UNPRUNED, "one_vector", "all_queries")]
 
     @field_validator("prune")
     @classmethod

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
-from cropr.bench.models import UNPRUNED, build_variants, model_metrics, random_images, token_trace
+from cropr.bench.device import check, weights_dtype
+from cropr.bench.models import build_variants, model_metrics, token_trace
 from cropr.bench.peak import matmul_peak
-from cropr.bench.specs import BenchSpec, Precision
-from cropr.bench.timing import Case, Outcome, Tell, against, no_progress, ratio, speed, time_interleaved
+from cropr.bench.specs import UNPRUNED, BenchSpec, Precision
+from cropr.bench.timing import Case, Tell, against, no_progress, ratio, speed, time_interleaved
 from cropr.pruning import flops
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
@@ -72,7 +70,10 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
     reused = device == "cpu" and reuse_freed_memory()
     tell("build")
     pair = build(spec, device)
-    batch_size, (base, pruned, *rest) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
+    batch_size, outcomes = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tell)
+    base, pruned, *rest = outcomes
+    base.require()
+    pruned.require()
     tell("matrix product")
     peak = matmul_peak(spec.precision, device)
     base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
@@ -143,29 +144,13 @@ def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
     }
 
 
-def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: int) -> list[Outcome]:
-    """Time both with batches of this size, and the heads of a detector.
-
-    Raises:
-        Unsupported: the device cannot run either. Of heads that it cannot run, the outcome has the reason.
-    """
-    dtype = weights_dtype(spec.precision)
+def _cases(spec: BenchSpec, pair: Pair) -> list[Case]:
+    """Both models, and the heads of a detector."""
+    how: dict[str, Any] = {key: getattr(spec, key) for key in ("precision", "attention", "compile", "channels_last")}
     cases = [
-        Case(
-            name=name,
-            model=model,
-            images=random_images(batch_size, size, device, dtype, spec.channels_last),
-            precision=spec.precision,
-            attention=spec.attention,
-            compile=spec.compile,
-        )
+        Case(name=name, model=model, shape=(3, size, size), **how)
         for name, model, size in zip(("base", "pruned"), (pair.base, pair.pruned), pair.sizes, strict=True)
     ]
     if pair.heads is not None:
-        features = torch.randn(batch_size, *pair.heads.shape, generator=torch.Generator().manual_seed(0))
-        cases.append(Case(name="heads", model=pair.heads, images=features.to(device), precision=pair.heads_precision))
-    outcomes = time_interleaved(cases, spec.rounds, spec.warmup, device, tell)
-    for outcome in outcomes[:2]:
-        if outcome.unsupported is not None:
-            raise Unsupported(outcome.unsupported)
-    return outcomes
+        cases.append(Case(name="heads", model=pair.heads, shape=pair.heads.shape, precision=pair.heads_precision))
+    return cases
