@@ -25,7 +25,7 @@ from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000
-"""Outputs of the classifier: ImageNet-1k's, as in the paper's tables."""
+"""ImageNet-1k's."""
 
 
 def build_variants(
@@ -40,13 +40,9 @@ def build_variants(
     """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
 
     Args:
-        model: the host.
-        prunes: what each variant prunes, by name.
-        image_size: pixels a side.
-        device: torch's name of the device.
-        dtype: of weights and buffers.
+        prunes: by name of the variant.
         channels_last: memory layout of the patch embedding's weights.
-        detector: whose encoder it is; None for a classifier.
+        detector: the models are its encoders; None for a classifier.
 
     Returns:
         ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
@@ -73,10 +69,7 @@ def build_variants(
 def build_on_meta(
     model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None
 ) -> PrunedViT:
-    """A model whose parameters have no memory yet; ``random_weights`` gives it.
-
-    Args:
-        detector: makes it the encoder of this detector; None makes a classifier.
+    """A model whose parameters have no memory yet; ``random_weights`` gives it. Arguments as of ``build_variants``.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
@@ -107,7 +100,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 @torch.no_grad()
 def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:
-    """Give memory and values to what lies on the meta device, and move the model; what has values keeps them.
+    """Give memory and values to tensors on the meta device, and move the model; other values stay.
 
     Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02. One
     million random numbers are drawn and repeated: drawing all 300 million of a ViT-L takes longer than measuring it.
@@ -135,15 +128,11 @@ def weights_mb(model: nn.Module) -> float:
 
 
 def model_metrics(model: nn.Module, outcome: Outcome, batch_size: int, macs: int, peak: float) -> dict[str, float]:
-    """What is measured of one model alone: speed, multiply-adds (of one image), utilisation and memory."""
-    found = speed(outcome.seconds, batch_size)
-    found |= {
-        "gmacs": macs / 1e9,
-        "mfu": utilisation(macs, found["images_per_s"], peak),
-        "weights_mb": weights_mb(model),
-    }
-    memory = outcome.working_memory_mb
-    return found if memory is None else found | {"working_memory_mb": memory}
+    """Metrics of one model alone: speed, multiply-adds (of one image), utilisation and memory."""
+    found = speed(outcome.seconds, batch_size) | {"gmacs": macs / 1e9, "weights_mb": weights_mb(model)}
+    if outcome.working_memory_mb is not None:
+        found["working_memory_mb"] = outcome.working_memory_mb
+    return found | {"mfu": utilisation(macs, found["images_per_s"], peak)}
 
 
 def token_trace(model: nn.Module) -> list[int]:

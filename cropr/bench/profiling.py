@@ -1,6 +1,6 @@
 """Time of a forward pass by part, from torch's profiler.
 
-Modules are labelled by hooks while the profiler runs, so that the model is timed as it is. Time is that of each
+Modules are labelled while the profiler runs, so that the model is timed as it is. Time is that of each
 operation without those that it calls, given to the innermost label around it: the parts add up to the whole.
 """
 
@@ -67,11 +67,7 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
 def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, device: str) -> dict[str, float]:
     """Seconds of a forward pass by category, of the pass with the median total; on CUDA the device's, else the clock's.
 
-    Args:
-        model: the timm model or ``DeployedViT`` that ``forward`` calls; hooks are taken off again.
-        forward: one pass, which has run before.
-        passes: how many are profiled.
-        device: torch's name of the device.
+    ``forward`` is one pass of ``model``, a timm model or ``DeployedViT``, and has run before.
     """
     cuda = device.startswith("cuda")
     with labelled(model), quiet_profile(cuda) as profile:
@@ -88,25 +84,14 @@ def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, d
 @contextmanager
 def labelled(model: nn.Module) -> Iterator[None]:
     """Inside, every part of the model is marked for the profiler."""
-    handles = []
-    for module, label in _parts(model):
-        stack: list[Any] = []
-        handles.append(module.register_forward_pre_hook(partial(_enter, f"{_LABEL}{label}", stack)))
-        handles.append(module.register_forward_hook(partial(_leave, stack)))
+    parts = list(_parts(model))
+    for module, label in parts:
+        module.forward = record_function(f"{_LABEL}{label}")(module.forward)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _enter(label: str, stack: list[Any], *_: Any) -> None:
-    stack.append(record_function(label))
-    stack[-1].__enter__()
-
-
-def _leave(stack: list[Any], *_: Any) -> None:
-    stack.pop().__exit__(None, None, None)
+        for module, _ in parts:
+            del module.forward
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -6,9 +6,9 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 from __future__ import annotations
 
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cropr.specs import ModelSpec, PruneSpec, Spec
 from cropr.tasks.detection import DetModelSpec
@@ -27,6 +27,16 @@ def _cropr(rate: int) -> dict[str, PruneSpec]:
         "cropr_llf": PruneSpec(reducer="cropr", schedule=schedule, fusion="llf"),
     }
 
+
+def _distinct(value: Any) -> Any:
+    if len(set(value)) < len(value):
+        raise ValueError("give every value once")
+    return value
+
+
+Distinct = AfterValidator(_distinct)
+"""No value twice."""
+Positive = Annotated[int, Field(ge=1)]
 
 Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
 """Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
@@ -75,7 +85,9 @@ class PlanSpec(Spec):
     precision: Precision = "fp32"
     align: int = Field(1, ge=1)
     """Token counts, prefix included, are rounded up to a multiple of this."""
-    targets: tuple[float, ...] = Field((1.5,), min_length=1)
+    targets: Annotated[tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...], Distinct] = Field(
+        (1.5,), min_length=1
+    )
     """Speed-ups over the unpruned model, each 1 or more."""
     rounds: int = Field(7, ge=3)
     """Readings of every clock."""
@@ -91,9 +103,6 @@ class PlanSpec(Spec):
                 f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
                 "that prunes, and fusion 'llf' or 'none'"
             )
-        _distinct(list(self.targets), least=1)
-        if bad := [target for target in self.targets if not 1 <= target < float("inf")]:
-            raise ValueError(f"target {bad[0]:g} must be 1 or more: a speed-up")
         return self
 
 
@@ -141,9 +150,9 @@ class SweepSpec(VariantsSpec):
 
     cells: ClassVar[str] = "cropr.bench.sweep:sweep_cells"
     measure: Literal["sweep"]
-    batch_sizes: list[int] = Field([4], min_length=1)
-    precisions: list[Precision] = Field(["fp32"], min_length=1)
-    attentions: list[Attention] = Field(["auto"], min_length=1)
+    batch_sizes: Annotated[list[Positive], Distinct] = Field([4], min_length=1)
+    precisions: Annotated[list[Precision], Distinct] = Field(["fp32"], min_length=1)
+    attentions: Annotated[list[Attention], Distinct] = Field(["auto"], min_length=1)
     channels_last: bool = False
     rounds: int = Field(3, ge=3)
     warmup: int = Field(1, ge=1)
@@ -153,18 +162,15 @@ class SweepSpec(VariantsSpec):
         values = (self.batch_sizes, self.precisions, self.attentions, (UNPRUNED, *self.variants))
         return [dict(zip(keys, place, strict=True)) for place in product(*values)]
 
-    @field_validator("batch_sizes", "precisions", "attentions")
-    @classmethod
-    def _once(cls, value: list[Any]) -> list[Any]:
-        return _distinct(value, least=1)
-
 
 class BlocksSpec(MicrobenchSpec):
     """Latency of one block over token counts."""
 
     cells: ClassVar[str] = "cropr.bench.time_blocks:block_cells"
     measure: Literal["blocks"]
-    tokens: list[int] = Field([n for m in (64, 128, 192) for n in range(m - 8, m + 9)], min_length=4)
+    tokens: Annotated[list[Annotated[int, Field(ge=2)]], Distinct] = Field(
+        [n for m in (64, 128, 192) for n in range(m - 8, m + 9)], min_length=4
+    )
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
     batch_size: int = Field(2, ge=1)
     precision: Precision = "fp32"
@@ -173,11 +179,6 @@ class BlocksSpec(MicrobenchSpec):
 
     def _axes(self) -> list[dict[str, Any]]:
         return [{"tokens": count} for count in sorted(self.tokens)]
-
-    @field_validator("tokens")
-    @classmethod
-    def _once(cls, value: list[int]) -> list[int]:
-        return _distinct(value, least=2)
 
 
 class ProfileSpec(VariantsSpec):
@@ -194,7 +195,7 @@ class ProfileSpec(VariantsSpec):
 class ScoringSpec(MicrobenchSpec):
     """Scoring with one vector, against scoring with all queries and summing.
 
-    The paper's segmenter unless told otherwise: EVA-02-L at 512 px, R=40, Last Layer Fusion.
+    By default the paper's segmenter: EVA-02-L at 512 px, R=40, Last Layer Fusion.
     """
 
     cells: ClassVar[str] = "cropr.bench.scoring:scoring_cells"
@@ -224,8 +225,7 @@ class ScoringSpec(MicrobenchSpec):
 class TrainingSpec(VariantsSpec):
     """Time and peak memory of a training step, and peak memory of a forward pass for inference.
 
-    A ViT-S unless told otherwise: all variants are in memory at once, and a ViT-L takes 5 GB with its gradients and
-    AdamW's moments. It prunes 16 tokens a block: at 8, its 12 blocks would keep more than half.
+    By default a ViT-S: all variants are in memory at once, and a ViT-L takes 5 GB with gradients and AdamW's moments.
     """
 
     cells: ClassVar[str] = "cropr.bench.training_step:training_cells"
@@ -246,16 +246,3 @@ MEASURES: dict[str, type[MicrobenchSpec]] = {
     "training": TrainingSpec,
 }
 """Kinds of measurement by name."""
-
-
-def _distinct(value: list[Any], least: int) -> list[Any]:
-    """The list as it is, checked.
-
-    Raises:
-        ValueError: a value twice, or a number below ``least``.
-    """
-    if len(set(value)) < len(value):
-        raise ValueError("give every value once")
-    if small := [number for number in value if isinstance(number, int) and number < least]:
-        raise ValueError(f"{small[0]} must be {least} or more")
-    return value

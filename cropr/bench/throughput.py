@@ -46,7 +46,7 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
     """Measure one row of a throughput table.
 
     Args:
-        spec: both models, image size, batch, precision, attention, rounds.
+        spec: both models and how to run them.
         device: torch's name of the device.
         tick: called with a word on what comes next before each warm-up and each round.
 
@@ -137,11 +137,9 @@ def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
         [encoder + heads for encoder, heads in zip(series[name], series["heads_seconds"], strict=True)]
         for name in ("base_seconds", "seconds")
     )
-    return {
-        **ratio("speedup_whole", base, pruned),
-        "images_per_s_whole": speed(pruned, batch_size)["images_per_s"],
-        "base_images_per_s_whole": speed(base, batch_size)["images_per_s"],
-    }
+    speeds = (speed(seconds, batch_size)["images_per_s"] for seconds in (base, pruned))
+    names = ("base_images_per_s_whole", "images_per_s_whole")
+    return ratio("speedup_whole", base, pruned) | dict(zip(names, speeds, strict=True))
 
 
 def _cases(spec: BenchSpec, pair: Pair) -> list[Case]:

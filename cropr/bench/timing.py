@@ -111,11 +111,7 @@ def time_passes(
 
 
 def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progress) -> dict[Any, list[float]]:
-    """Read every clock once a round, in turn; every other round runs backwards: A B, B A, A B, ...
-
-    Returns:
-        Readings by name, in the order of rounds.
-    """
+    """Readings by name of clocks that take turns; every other round runs backwards: A B, B A, A B, ..."""
     seconds: dict[Any, list[float]] = {name: [] for name in clocks}
     for number in range(rounds if clocks else 0):
         tell(f"round {number + 1} of {rounds}")
@@ -127,11 +123,8 @@ def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progres
 def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Clock:
     """Finish the warm-up and repeat the pass in every reading until that is long enough.
 
-    Args:
-        forward: the pass that will be timed.
-        passes: untimed passes in all, the one that ran already included.
-        device: torch's name of the device.
-        first: seconds of that one. If it was fast, one more is run for an estimate without the cost of a first time.
+    ``passes`` are untimed, with the one that ran already in ``first`` seconds. If that was fast, one more is run for
+    an estimate without the cost of a first time.
     """
     once = first
     for _ in range(max(passes - 1, int(first < 10 * MIN_SAMPLE_S))):

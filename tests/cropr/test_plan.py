@@ -91,7 +91,7 @@ def test_a_device_that_cannot_run_says_why(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": [0.5]}, "0.5 must be 1 or more"),
+        ({"targets": [0.5]}, "greater than or equal to 1"),
         ({"targets": [2, 2]}, "give every value once"),
         ({"prune": {"reducer": "cropr", "schedule": {"constant": {"rate": 8}}}}, "schedule is the result of a plan"),
         ({"prune": {"reducer": "none"}}, "name a reducer that prunes"),
