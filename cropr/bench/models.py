@@ -7,13 +7,13 @@ memory, so that nothing but pruning differs and a ViT-L with its variants takes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cropr.bench.peak import utilisation
@@ -69,7 +69,9 @@ def build_variants(
 def build_on_meta(
     model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None
 ) -> PrunedViT:
-    """A model whose parameters have no memory yet; ``random_weights`` gives it. Arguments as of ``build_variants``.
+    """A model whose parameters have no memory yet; buffers, such as rotary tables, are real.
+
+    ``random_weights`` gives it memory. Arguments as of ``build_variants``.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
@@ -78,22 +80,15 @@ def build_on_meta(
         family = model.name.split(".")[0].split("_patch")[0]
         close = ", ".join(timm.list_models(f"{family}*")[:8]) or "none"
         raise ValueError(f"timm has no model {model.name!r}; of this family it has: {close}")
-    with parameters_on_meta():
-        if detector is not None:
-            return build_encoder(model, prune, detector, NUM_CLASSES, image_size)
-        return build_model(model, prune, NUM_CLASSES, image_size)
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory; buffers, such as rotary tables, are real."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's hint forgets the result
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's hint has no result
     try:
-        yield
+        if detector is not None:
+            return build_encoder(model, prune, detector, NUM_CLASSES, image_size)
+        return build_model(model, prune, NUM_CLASSES, image_size)
     finally:
         handle.remove()
 
@@ -124,7 +119,12 @@ def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int 
 
 def weights_mb(model: nn.Module) -> float:
     """Parameters and buffers in 10^6 bytes."""
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+    return megabytes(chain(model.parameters(), model.buffers()))
+
+
+def megabytes(tensors: Iterable[Tensor]) -> float:
+    """Memory of tensors in 10^6 bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
 def model_metrics(model: nn.Module, outcome: Outcome, batch_size: int, macs: int, peak: float) -> dict[str, float]:

@@ -43,22 +43,15 @@ class Pair:
 
 
 def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
-    """Measure one row of a throughput table.
-
-    Args:
-        spec: both models and how to run them.
-        device: torch's name of the device.
-        tick: called with a word on what comes next before each warm-up and each round.
+    """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 
     Returns:
         The record: ``metrics``, ``tokens`` of the pruned model, ``series`` (seconds per forward pass of either, round
-        by round), ``provenance`` with the attention kernels that ran. Metrics are flat numbers: times are medians over
-        rounds, ``*_iqr`` interquartile ranges, ``speedup_low`` and ``speedup_high`` a 95 % interval; ``mfu`` is model
-        FLOP utilisation; ``working_memory_mb`` is what a forward pass takes besides the weights, read in the second
-        warm-up pass, where there is one; ``batch_size`` is that of the spec or, where the device lacks the memory for
-        it, the half or less that fitted; ``base_*`` are those of the unpruned model. Of a detector, all this is of its
-        encoder; ``*_whole`` are with pyramid and heads, whose seconds, ``series.heads_seconds``, are added to either.
-        Where the device cannot run these, ``provenance.heads_unsupported`` says why.
+        by round), ``provenance`` with the attention kernels that ran. Metrics are medians over rounds, ``*_iqr`` their
+        interquartile ranges, ``*_low`` and ``*_high`` a 95 % interval, ``base_*`` those of the unpruned model;
+        ``working_memory_mb`` is the memory of a forward pass besides the weights, and ``batch_size`` the one that
+        fitted. Of a detector, all this is of its encoder; ``*_whole`` are with pyramid and heads, whose seconds are
+        added to either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
 
     Raises:
         Unsupported: the device cannot run this precision or kernel, or has no memory for one image.
@@ -70,16 +63,16 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
     reused = device == "cpu" and reuse_freed_memory()
     tell("build")
     pair = build(spec, device)
-    batch_size, outcomes = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tell)
-    base, pruned, *rest = outcomes
+    timed = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tell)
+    batch_size, (base, pruned, *rest) = timed
     base.require()
     pruned.require()
     tell("matrix product")
     peak = matmul_peak(spec.precision, device)
     base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
-    base_metrics = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
+    unpruned = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
     metrics = {
-        **{f"base_{name}": value for name, value in base_metrics.items()},
+        **{f"base_{name}": value for name, value in unpruned.items()},
         **model_metrics(pair.pruned, pruned, batch_size, macs.total, peak),
         **against(base.seconds, pruned.seconds, base_macs.total / macs.total),
         "batch_size": batch_size,

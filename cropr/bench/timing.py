@@ -80,12 +80,9 @@ def time_interleaved(
     A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
 
     Args:
-        cases: what is compared.
         batch_size: inputs a pass; halved for all cases until the device has the memory for it.
         rounds: readings a case.
         warmup: untimed passes of each case before them.
-        device: torch's name of the device.
-        tell: called with a word on what comes next.
 
     Returns:
         The batch size that fitted, and an outcome a case.

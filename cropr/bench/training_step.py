@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cropr.bench.device import Unsupported, check, largest_batch, noise
 from cropr.bench.memory import working_memory
-from cropr.bench.models import NUM_CLASSES, build_on_meta, random_weights, weights_mb
+from cropr.bench.models import NUM_CLASSES, build_on_meta, megabytes, random_weights, weights_mb
 from cropr.bench.specs import UNPRUNED, TrainingSpec
 from cropr.bench.timing import Tell, against, clock, interleave, speed
 from cropr.pruning import flops
@@ -98,7 +98,8 @@ class _Trainee:
         self.step()
         self.optimizer.zero_grad(set_to_none=True)
         _, step = working_memory(self.step, device)
-        self.memory["state_mb"] = weights_mb(self.model) + _moments_mb(self.optimizer)
+        moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+        self.memory["state_mb"] = weights_mb(self.model) + megabytes(moments)
         if inference is not None and step is not None:
             self.memory["inference_memory_mb"] = inference
             self.memory["training_memory_mb"] = self.memory["state_mb"] + step
@@ -115,9 +116,3 @@ def _attempt(spec: TrainingSpec, device: str, tell: Tell, batch_size: int) -> di
     for name, seconds in interleave(clocks, spec.rounds, tell).items():
         trainees[name].seconds = seconds
     return trainees
-
-
-def _moments_mb(optimizer: torch.optim.Optimizer) -> float:
-    """The optimizer's state, in 10^6 bytes."""
-    tensors = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
