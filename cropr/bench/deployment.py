@@ -49,7 +49,7 @@ def export(
         ValueError: a reducer that cannot be exported, a missing package, or a file that does not agree with PyTorch.
     """
     tell = tick or no_progress
-    host, exportable = model.model.backbone.host, Exportable(model)
+    exportable, host = Exportable(model), model.model.backbone.host
     size = host.patch_embed.img_size[0]
     images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     graph = _write(exportable, size, folder, tell)
@@ -79,10 +79,9 @@ def export(
         **{f"{name}_ms": float(np.median(values)) * 1e3 for name, values in seconds.items()},
     }
     if against_unpruned:
-        base, pruned = seconds["base_onnx"], seconds["onnx"]
-        mac_ratio = flops.macs(host).total / flops.macs(model).total
+        base, mac_ratio = seconds["base_onnx"], flops.macs(host).total / flops.macs(model).total
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
-        metrics |= speed(pruned, batch_size) | against(base, pruned, mac_ratio)
+        metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
     return {"metrics": metrics, "operators": graph.operators, "series": seconds}
 
 

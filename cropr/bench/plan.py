@@ -12,14 +12,15 @@ from bisect import bisect_left
 from functools import partial
 from typing import Any
 
-from cropr.bench import microbench
 from cropr.bench.models import build_on_meta
 from cropr.bench.specs import PlanSpec, SweepSpec
+from cropr.bench.sweep import sweep_cells
 from cropr.bench.timing import Tell, no_progress
 from cropr.pruning.flops import Cost
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule
 from cropr.records import provenance
+from cropr.runtime import reuse_freed_memory
 from cropr.specs import PruneSpec
 
 TOLERANCE = 0.03
@@ -47,6 +48,7 @@ def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> di
     """
     started = time.time()
     tell = tick or no_progress
+    reused = device == "cpu" and reuse_freed_memory()
     tell("count multiply-adds")
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
     searches = [_Search(spec, cost, target) for target in spec.targets]
@@ -59,7 +61,7 @@ def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> di
         "spec": spec.model_dump(mode="json"),
         "metrics": {"targets": len(cells), "reached": sum(cell["reached"] for cell in cells)},
         "cells": cells,
-        "provenance": provenance(started, device=device, precision=spec.precision),
+        "provenance": provenance(started, device=device, precision=spec.precision, freed_memory_reused=reused),
     }
 
 
@@ -158,6 +160,6 @@ def _measure(spec: PlanSpec, searches: list[_Search], device: str, tell: Tell) -
         precisions=[spec.precision],
         rounds=spec.rounds,
     )
-    for cell in microbench.measure(sweep, device, tell)["cells"]:
-        if cell["variant"] in pending:
-            pending[cell["variant"]].take(cell)
+    for place, cell in zip(sweep.places(), sweep_cells(sweep, device, tell), strict=True):
+        if place["variant"] in pending:
+            pending[place["variant"]].take(cell)

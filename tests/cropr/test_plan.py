@@ -28,16 +28,16 @@ def device(monkeypatch):
     asked, cost = [], Cost(host)
 
     def make(speedup):
-        def measure(sweep, device, tell):
+        def sweep_cells(sweep, device, tell):
             asked.append(sweep)
-            cells = []
-            for name, prune in sweep.variants.items():
+            cells = [{"metrics": {"speedup": 1.0}}]  # the unpruned model
+            for prune in sweep.variants.values():
                 found = speedup(plan.mac_ratio(spec(), cost, Schedule.from_config(prune.schedule)))
                 metrics = {"speedup": found, "speedup_low": 0.99 * found, "speedup_high": 1.01 * found}
-                cells.append({"variant": name, "metrics": metrics, "seconds": [1.0] * 3})
-            return {"cells": cells}
+                cells.append({"metrics": metrics, "seconds": [1.0] * 3})
+            return cells
 
-        monkeypatch.setattr(plan.microbench, "measure", measure)
+        monkeypatch.setattr(plan, "sweep_cells", sweep_cells)
         return asked
 
     return make
@@ -82,8 +82,7 @@ def test_a_target_beyond_all_schedules_has_no_schedule():
 
 
 def test_a_device_that_cannot_run_says_why(monkeypatch):
-    cells = [{"variant": "target 1.5", "unsupported": "no memory"}]
-    monkeypatch.setattr(plan.microbench, "measure", lambda *_: {"cells": cells})
+    monkeypatch.setattr(plan, "sweep_cells", lambda *_: [{"unsupported": "no memory"}] * 2)
     (cell,) = plan.measure(spec(verify=True, targets=[1.5]))["cells"]
     assert (cell["reached"], cell["reason"], cell["metrics"]) == (False, "no memory", {})
 
