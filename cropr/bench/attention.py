@@ -41,17 +41,6 @@ def with_attention_kernel(
     return run
 
 
-def watch(forward: Callable[[], Result]) -> tuple[Result, dict[str, int]]:
-    """Run ``forward`` and find out from the profiler which attention kernels it called: name -> calls.
-
-    Compiled code that has turned attention into plain products calls none.
-    """
-    with quiet_profile() as profile:
-        result = forward()
-    found = Counter(match[1] for event in profile.function_events if (match := _KERNEL.match(event.name)))
-    return result, dict(found)
-
-
 def quiet_profile(cuda: bool = False) -> profiler.profile:
     """torch's profiler, without its notes on starting, stopping and missing GPUs in the terminal."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the profiler is used for the first time
@@ -59,17 +48,21 @@ def quiet_profile(cuda: bool = False) -> profiler.profile:
 
 
 def run_forced(forward: Callable[[], Result], attention: str, compiled: bool = False) -> tuple[Result, dict[str, int]]:
-    """``watch`` a pass that forces a kernel, and hold what ran to what was asked for.
+    """Run a pass that forces a kernel; returns its result and the attention kernels that ran: name -> calls.
+
+    Compiled code that has turned attention into plain products calls none.
 
     Raises:
         Unsupported: the device has no such kernel for these shapes and this precision, or another ran.
     """
     try:
-        result, ran = watch(forward)
+        with quiet_profile() as profile:
+            result = forward()
     except RuntimeError as error:
         if attention == "auto" or not re.search(r"no (viable|available) (backend|kernel)", str(error), re.IGNORECASE):
             raise
         raise Unsupported(f"attention {attention}: torch has no such kernel here: {first_line(error)}") from None
+    ran = dict(Counter(match[1] for event in profile.function_events if (match := _KERNEL.match(event.name))))
     verify(ran, attention, compiled)
     return result, ran
 

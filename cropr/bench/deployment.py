@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cropr.bench.timing import Tell, against, no_progress, speed, time_passes
-from cropr.export import TENSORRT_TOPK, Exportable, compare, inspect, open_session, to_onnx, to_program
+from cropr.export import TENSORRT_TOPK, Exportable, Graph, compare, inspect, open_session, to_onnx, to_program
 from cropr.pruning import flops
 from cropr.pruning.model import DeployedViT, prune
 from cropr.pruning.schedule import Schedule
@@ -35,9 +35,8 @@ def export(
 
     Args:
         model: deployed, float32, on the CPU.
-        folder: where the files go.
-        batch_size: images of the check and of the timing.
-        rounds: readings of every clock.
+        folder: of the files.
+        batch_size, rounds: images of the check and of the timing; readings of every clock.
         against_unpruned: also export the unpruned host, to a file that is deleted again, and time it in turn.
         tick: called with a word on what comes next.
 
@@ -50,22 +49,12 @@ def export(
         ValueError: a reducer that cannot be exported, a missing package, or a file that does not agree with PyTorch.
     """
     tell = tick or no_progress
-    size = model.model.backbone.host.patch_embed.img_size[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    tell("torch.export")
-    exportable = Exportable(model)
-    program = to_program(exportable, size)
-    torch.export.save(program, folder / PT2)
-    tell("ONNX")
-    to_onnx(program, folder / ONNX, exportable.names)
-    graph = inspect(folder / ONNX)
-    if graph.reducing_scatters:
-        _LOG.warning("scatters with a reduction, which TensorRT refuses: %s", ", ".join(graph.reducing_scatters))
-    if graph.largest_k > TENSORRT_TOPK:
-        _LOG.warning("a Top-K of k = %d is above TensorRT's limit of %d", graph.largest_k, TENSORRT_TOPK)
+    exportable, host = Exportable(model), model.model.backbone.host
+    size = host.patch_embed.img_size[0]
+    images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    graph = _write(exportable, size, folder, tell)
     tell("run the file")
     session = open_session(folder / ONNX, torch.get_num_threads())
-    images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     agreement = compare(exportable, session, images)
     if not agreement.holds:
         raise ValueError(
@@ -79,7 +68,8 @@ def export(
     with torch.inference_mode():
         seconds = time_passes(passes, rounds, "cpu", tell)
     metrics = {
-        **{f"{name}_mb": _megabytes(folder, file) for name, file in (("onnx", ONNX), ("pt2", PT2))},
+        "onnx_mb": _megabytes(folder, ONNX),
+        "pt2_mb": _megabytes(folder, PT2),
         "images": agreement.images,
         "same_tokens": agreement.same_tokens,
         "logits_difference": agreement.logits,
@@ -89,11 +79,26 @@ def export(
         **{f"{name}_ms": float(np.median(values)) * 1e3 for name, values in seconds.items()},
     }
     if against_unpruned:
-        base, pruned = seconds["base_onnx"], seconds["onnx"]
-        mac_ratio = flops.macs(model.model.backbone.host).total / flops.macs(model).total
+        base, mac_ratio = seconds["base_onnx"], flops.macs(host).total / flops.macs(model).total
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
-        metrics |= speed(pruned, batch_size) | against(base, pruned, mac_ratio)
+        metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
     return {"metrics": metrics, "operators": graph.operators, "series": seconds}
+
+
+def _write(model: Exportable, size: int, folder: Path, tell: Tell) -> Graph:
+    """Write both files, and warn of operators that TensorRT refuses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("torch.export")
+    program = to_program(model, size)
+    torch.export.save(program, folder / PT2)
+    tell("ONNX")
+    to_onnx(program, folder / ONNX, model.names)
+    graph = inspect(folder / ONNX)
+    if graph.reducing_scatters:
+        _LOG.warning("scatters with a reduction, which TensorRT refuses: %s", ", ".join(graph.reducing_scatters))
+    if graph.largest_k > TENSORRT_TOPK:
+        _LOG.warning("a Top-K of k = %d is above TensorRT's limit of %d", graph.largest_k, TENSORRT_TOPK)
+    return graph
 
 
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:

@@ -8,11 +8,12 @@ every weight on the way, as programs do that enter it once a batch; a cast model
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -52,10 +53,8 @@ def kind_of(device: str) -> str:
     kind = device.partition(":")[0]
     if kind not in DEVICES:
         raise ValueError(f"device {device}: measured are {', '.join(DEVICES)} (or cuda:1 and so on)")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: torch sees no CUDA device; use cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {device}: torch sees no MPS device; use cpu")
+    if kind != "cpu" and not (torch.cuda if kind == "cuda" else torch.backends.mps).is_available():
+        raise ValueError(f"device {device}: torch sees no {kind.upper()} device; use cpu")
     return kind
 
 
@@ -69,16 +68,14 @@ def check(precision: str, device: str) -> None:
     kind, dtype = kind_of(device), arithmetic_dtype(precision)
     if kind == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise Unsupported(f"precision {precision}: this GPU has no bfloat16 arithmetic; use fp32 or fp16")
-    # torch computes either through oneDNN, and far slower where the processor has no units for it. A build without
-    # oneDNN (Apple's processors) has other ways, and cannot be asked.
+    # torch computes either through oneDNN, and far slower where the processor has no units for it. Builds without
+    # oneDNN (Apple's processors) use other code, which cannot be asked.
     if kind != "cpu" or dtype == torch.float32 or not torch.backends.mkldnn.is_available():
         return
-    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise Unsupported(
-            f"precision {precision}: this CPU has no fast half-precision arithmetic; use fp32 or bf16, or CUDA"
-        )
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise Unsupported(f"precision {precision}: this CPU has no fast bfloat16 arithmetic; use fp32, or CUDA")
+    name = "fp16" if dtype == torch.float16 else "bf16"
+    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")():
+        number = str(dtype).removeprefix("torch.")
+        raise Unsupported(f"precision {precision}: this CPU has no fast {number} arithmetic; use fp32, or CUDA")
 
 
 def synchronize(device: str) -> None:
@@ -87,6 +84,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):
         torch.mps.synchronize()
+
+
+def noise(
+    batch_size: int, shape: Sequence[int], device: str, dtype: torch.dtype, channels_last: bool = False
+) -> Tensor:
+    """Images or features [B, C, rows, columns] of normal noise, the same ones every time."""
+    values = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return values.to(device, dtype).contiguous(memory_format=layout)
 
 
 def largest_batch(batch_size: int, attempt: Callable[[int], Result]) -> tuple[int, Result]:

@@ -6,6 +6,7 @@ import time
 from importlib import import_module
 from typing import Any
 
+from cropr.bench.device import Unsupported
 from cropr.bench.specs import MicrobenchSpec
 from cropr.bench.timing import Tell, no_progress
 from cropr.records import provenance
@@ -21,8 +22,8 @@ def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell | None = None)
         tick: called with a word on what comes next.
 
     Returns:
-        The record. Each of its ``cells`` says in what it differs from the others and either has ``metrics`` and
-        ``seconds``, or ``unsupported``, the reason why the device could not run it; see the function of its kind.
+        The record. Its ``cells`` are the spec's places in their order, each with either ``metrics`` and ``seconds``, or
+        ``unsupported``, the reason why the device could not run it; see the function of its kind.
 
     Raises:
         ValueError: an impossible model, schedule or reducer, or there is no such device.
@@ -30,7 +31,12 @@ def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell | None = None)
     started = time.time()
     module, _, name = spec.cells.partition(":")
     reused = device == "cpu" and reuse_freed_memory()
-    cells = getattr(import_module(module), name)(spec, device, tick or no_progress)
+    places = spec.places()
+    try:
+        results = getattr(import_module(module), name)(spec, device, tick or no_progress)
+    except Unsupported as error:
+        results = [{"unsupported": str(error)}] * len(places)
+    cells = [place | result for place, result in zip(places, results, strict=True)]
     return {
         "kind": "microbench",
         "id": spec.digest(),

@@ -7,8 +7,8 @@ memory, so that nothing but pruning differs and a ViT-L with its variants takes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import timm
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cropr.bench.peak import utilisation
+from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Outcome, speed
 from cropr.build import build_model
 from cropr.pruning.model import DeployedViT, PrunedViT
@@ -25,10 +26,7 @@ from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000
-"""Outputs of the classifier: ImageNet-1k's, as in the paper's tables."""
-
-UNPRUNED = "unpruned"
-"""Name of the timm model itself among its variants."""
+"""ImageNet-1k's."""
 
 
 def build_variants(
@@ -43,13 +41,9 @@ def build_variants(
     """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
 
     Args:
-        model: the host.
-        prunes: what each variant prunes, by name.
-        image_size: pixels a side.
-        device: torch's name of the device.
-        dtype: of weights and buffers.
+        prunes: by name of the variant.
         channels_last: memory layout of the patch embedding's weights.
-        detector: whose encoder it is; None for a classifier.
+        detector: the models are its encoders; None for a classifier.
 
     Returns:
         ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
@@ -76,10 +70,9 @@ def build_variants(
 def build_on_meta(
     model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None
 ) -> PrunedViT:
-    """A model whose parameters have no memory yet; ``random_weights`` gives it.
+    """A model whose parameters have no memory yet; buffers, such as rotary tables, are real.
 
-    Args:
-        detector: makes it the encoder of this detector; None makes a classifier.
+    ``random_weights`` gives it memory. Arguments as of ``build_variants``.
 
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
@@ -88,29 +81,22 @@ def build_on_meta(
         family = model.name.split(".")[0].split("_patch")[0]
         close = ", ".join(timm.list_models(f"{family}*")[:8]) or "none"
         raise ValueError(f"timm has no model {model.name!r}; of this family it has: {close}")
-    with parameters_on_meta():
-        if detector is not None:
-            return build_encoder(model, prune, detector, NUM_CLASSES, image_size)
-        return build_model(model, prune, NUM_CLASSES, image_size)
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory; buffers, such as rotary tables, are real."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's hint forgets the result
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch's hint has no result
     try:
-        yield
+        if detector is not None:
+            return build_encoder(model, prune, detector, NUM_CLASSES, image_size)
+        return build_model(model, prune, NUM_CLASSES, image_size)
     finally:
         handle.remove()
 
 
 @torch.no_grad()
 def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:
-    """Give memory and values to what lies on the meta device, and move the model; what has values keeps them.
+    """Give memory and values to tensors on the meta device, and move the model; other values stay.
 
     Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02. One
     million random numbers are drawn and repeated: drawing all 300 million of a ViT-L takes longer than measuring it.
@@ -132,28 +118,22 @@ def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int 
     model.to(device, dtype)
 
 
-def random_images(batch_size: int, image_size: int, device: str, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Images [B, 3, size, size] of normal noise, the same ones every time."""
-    images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, dtype).contiguous(memory_format=layout)
-
-
 def weights_mb(model: nn.Module) -> float:
     """Parameters and buffers in 10^6 bytes."""
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+    return megabytes(chain(model.parameters(), model.buffers()))
+
+
+def megabytes(tensors: Iterable[Tensor]) -> float:
+    """Memory of tensors in 10^6 bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
 def model_metrics(model: nn.Module, outcome: Outcome, batch_size: int, macs: int, peak: float) -> dict[str, float]:
-    """What is measured of one model alone: speed, multiply-adds (of one image), utilisation and memory."""
-    found = speed(outcome.seconds, batch_size)
-    found |= {
-        "gmacs": macs / 1e9,
-        "mfu": utilisation(macs, found["images_per_s"], peak),
-        "weights_mb": weights_mb(model),
-    }
-    memory = outcome.working_memory_mb
-    return found if memory is None else found | {"working_memory_mb": memory}
+    """Metrics of one model alone: speed, multiply-adds (of one image), utilisation and memory."""
+    found = speed(outcome.seconds, batch_size) | {"gmacs": macs / 1e9, "weights_mb": weights_mb(model)}
+    if outcome.working_memory_mb is not None:
+        found["working_memory_mb"] = outcome.working_memory_mb
+    return found | {"mfu": utilisation(macs, found["images_per_s"], peak)}
 
 
 def token_trace(model: nn.Module) -> list[int]:

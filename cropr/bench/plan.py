@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,55 +27,6 @@ TOLERANCE = 0.03
 """Largest relative difference between target and measured speed-up."""
 ATTEMPTS = 6
 """Schedules measured for one target at most."""
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """A schedule and, where it was measured, its cell of a sweep."""
-
-    schedule: Schedule
-    mac_ratio: float
-    cell: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def speedup(self) -> float:
-        """Measured."""
-        return float(self.cell["metrics"]["speedup"])
-
-
-@dataclass(slots=True)
-class _Search:
-    """The schedules that were tried for one target."""
-
-    target: float
-    tried: list[_Attempt] = field(default_factory=list)
-    reason: str | None = None
-    """Why the search ended without success."""
-    open: bool = True
-
-    @property
-    def best(self) -> _Attempt | None:
-        """The one whose speed-up is closest to the target."""
-        measured = [attempt for attempt in self.tried if "metrics" in attempt.cell]
-        if not measured:
-            return self.tried[-1] if self.tried else None
-        return min(measured, key=lambda attempt: abs(attempt.speedup - self.target))
-
-    def cell(self, verify: bool) -> dict[str, Any]:
-        """The line of the record."""
-        best = self.best
-        found = best.cell.get("metrics", {}) if best else {}
-        return {
-            "target": self.target,
-            "schedule": best and best.schedule.describe(),
-            "config": best and best.schedule.to_config(),
-            "predicted": best and best.mac_ratio,
-            "metrics": {key: found[key] for key in ("speedup", "speedup_low", "speedup_high") if key in found},
-            "seconds": best.cell.get("seconds", []) if best else [],
-            "rounds": len(self.tried) if verify else 0,
-            "reached": self.reason is None,
-            "reason": self.reason,
-        }
 
 
 def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
@@ -101,14 +51,10 @@ def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> di
     reused = device == "cpu" and reuse_freed_memory()
     tell("count multiply-adds")
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
-    searches = [_Search(target) for target in spec.targets]
-    for search in searches:
-        _propose(spec, cost, search, search.target)
-    while spec.verify and (pending := [search for search in searches if search.open]):
+    searches = [_Search(spec, cost, target) for target in spec.targets]
+    while spec.verify and (pending := [search for search in searches if search.pending]):
         _measure(spec, pending, device, tell)
-        for search in pending:
-            _correct(spec, cost, search)
-    cells = [search.cell(spec.verify) for search in searches]
+    cells = [search.cell() for search in searches]
     return {
         "kind": "plan",
         "id": spec.digest(),
@@ -119,49 +65,91 @@ def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> di
     }
 
 
-def _propose(spec: PlanSpec, cost: Cost, search: _Search, mac_ratio: float) -> None:
-    """Add the schedule for a ratio of multiply-adds, or end the search with the reason."""
-    try:
-        schedule = Schedule.for_speedup(max(1.0, mac_ratio), cost, fusion=spec.prune.fusion, align=spec.align)
-    except ValueError as error:
-        search.open, search.reason = False, str(error)
-        return
-    tried = [attempt.schedule for attempt in search.tried]
-    if schedule in tried:
-        schedule = _finer(spec, cost, schedule, mac_ratio)
-    if schedule in tried or len(tried) == ATTEMPTS:
-        search.open = False
-        measured = ", ".join(f"{attempt.speedup:.3f} ({attempt.schedule.describe()})" for attempt in search.tried)
-        search.reason = f"this device does not reach {search.target:g} within {TOLERANCE:.0%}; measured: {measured}"
-        return
-    search.tried.append(_Attempt(schedule, _mac_ratio(spec, cost, schedule)))
+class _Search:
+    """The schedules that are tried for one target."""
+
+    def __init__(self, spec: PlanSpec, cost: Cost, target: float) -> None:
+        self.spec, self.cost, self.target = spec, cost, target
+        self.pending: Schedule | None = None
+        """To be measured next."""
+        self.tried: dict[Schedule, dict[str, Any]] = {}
+        """Schedule -> its cell of a sweep."""
+        self.reason: str | None = None
+        """Why the target is not reached."""
+        self._propose(target)
+        self.planned = self.pending
+
+    def take(self, cell: dict[str, Any]) -> None:
+        """The measurement of the pending schedule; decides what is measured next."""
+        assert self.pending is not None
+        schedule, self.pending = self.pending, None
+        if "unsupported" in cell:
+            self.reason = cell["unsupported"]
+            return
+        self.tried[schedule] = cell
+        speedup = cell["metrics"]["speedup"]
+        if abs(speedup / self.target - 1) > TOLERANCE:
+            self._propose(mac_ratio(self.spec, self.cost, schedule) * self.target / speedup)
+
+    def cell(self) -> dict[str, Any]:
+        """The line of the record; of several schedules the one whose speed-up is closest to the target."""
+        best = min(
+            self.tried, key=lambda s: abs(self.tried[s]["metrics"]["speedup"] - self.target), default=self.planned
+        )
+        found = self.tried.get(best, {}) if best else {}
+        return {
+            "target": self.target,
+            "schedule": best.describe() if best else None,
+            "config": best.to_config() if best else None,
+            "predicted": mac_ratio(self.spec, self.cost, best) if best else None,
+            "metrics": {key: found["metrics"][key] for key in ("speedup", "speedup_low", "speedup_high") if found},
+            "seconds": found.get("seconds", []),
+            "rounds": len(self.tried),
+            "reached": self.reason is None,
+            "reason": self.reason,
+        }
+
+    def _propose(self, asked: float) -> None:
+        """Find a schedule for a ratio of multiply-adds that was not tried before, or end with the reason."""
+        spec = self.spec
+        try:
+            schedule = Schedule.for_speedup(max(1.0, asked), self.cost, fusion=spec.prune.fusion, align=spec.align)
+        except ValueError as error:
+            self.reason = str(error)
+            return
+        if schedule in self.tried:
+            schedule = _finer(spec, self.cost, schedule, asked)
+        if schedule not in self.tried and len(self.tried) < ATTEMPTS:
+            self.pending = schedule
+            return
+        measured = ", ".join(f"{cell['metrics']['speedup']:.3f} ({s.describe()})" for s, cell in self.tried.items())
+        self.reason = f"this device does not reach {self.target:g} within {TOLERANCE:.0%}; measured: {measured}"
 
 
-def _finer(spec: PlanSpec, cost: Cost, schedule: Schedule, mac_ratio: float) -> Schedule:
-    """Of a constant rate R, the rate R - 1 with as few tokens more in the first module as reach the ratio."""
-    if schedule.rule != "constant" or schedule.rate < 2:
-        return schedule
-    extras = [
-        Schedule.constant(schedule.rate - 1, extra, spec.align)
-        for extra in range(1, 1 + len(schedule.sites(cost.backbone.depth, before_last_block(spec.prune.fusion))))
-    ]
-    found = bisect_left(extras, mac_ratio, key=partial(_mac_ratio, spec, cost))
-    return extras[found] if found < len(extras) else schedule
-
-
-def _mac_ratio(spec: PlanSpec, cost: Cost, schedule: Schedule) -> float:
+def mac_ratio(spec: PlanSpec, cost: Cost, schedule: Schedule) -> float:
     """Unpruned over pruned multiply-adds."""
     backbone, fused = cost.backbone, before_last_block(spec.prune.fusion)
     alive = schedule.resolve(backbone.num_patches, backbone.depth, fused, backbone.prefix)
     return cost.total((backbone.num_patches,) * backbone.depth, fused) / cost.total(alive, fused)
 
 
+def _finer(spec: PlanSpec, cost: Cost, schedule: Schedule, asked: float) -> Schedule:
+    """Of a constant rate R, the rate R - 1 with as few tokens more in the first module as reach the ratio."""
+    sites = schedule.sites(cost.backbone.depth, before_last_block(spec.prune.fusion))
+    if schedule.rule != "constant" or schedule.rate < 2:
+        return schedule
+    finer = [Schedule.constant(schedule.rate - 1, extra + 1, spec.align) for extra in range(len(sites))]
+    found = bisect_left(finer, asked, key=partial(mac_ratio, spec, cost))
+    return finer[found] if found < len(finer) else schedule
+
+
 def _measure(spec: PlanSpec, searches: list[_Search], device: str, tell: Tell) -> None:
-    """Measure the last schedule of every search; all take turns with one unpruned model in one process."""
-    attempts = {f"target {search.target:g}": search.tried[-1] for search in searches}
+    """Measure the pending schedules; all take turns with one unpruned model in one process."""
+    pending = {f"target {search.target:g}": search for search in searches}
     variants = {
-        name: spec.prune.model_copy(update={"schedule": attempt.schedule.to_config()})
-        for name, attempt in attempts.items()
+        name: spec.prune.model_copy(update={"schedule": search.pending.to_config()})
+        for name, search in pending.items()
+        if search.pending
     }
     sweep = SweepSpec(
         measure="sweep",
@@ -172,17 +160,6 @@ def _measure(spec: PlanSpec, searches: list[_Search], device: str, tell: Tell) -
         precisions=[spec.precision],
         rounds=spec.rounds,
     )
-    for cell in sweep_cells(sweep, device, tell):
-        if cell["variant"] in attempts:
-            attempts[cell["variant"]].cell = cell
-
-
-def _correct(spec: PlanSpec, cost: Cost, search: _Search) -> None:
-    """End the search where its target is met or nothing can be measured; else propose the next schedule."""
-    last = search.tried[-1]
-    if "unsupported" in last.cell:
-        search.open, search.reason = False, last.cell["unsupported"]
-    elif abs(last.speedup / search.target - 1) <= TOLERANCE:
-        search.open = False
-    else:
-        _propose(spec, cost, search, last.mac_ratio * search.target / last.speedup)
+    for place, cell in zip(sweep.places(), sweep_cells(sweep, device, tell), strict=True):
+        if place["variant"] in pending:
+            pending[place["variant"]].take(cell)

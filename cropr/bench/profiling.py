@@ -1,6 +1,6 @@
-"""Where the time of a forward pass goes, from torch's profiler.
+"""Time of a forward pass by part, from torch's profiler.
 
-Modules are labelled by hooks while the profiler runs, so that the model is timed as it is. Time is that of each
+Modules are labelled while the profiler runs, so that the model is timed as it is. Time is that of each
 operation without those that it calls, given to the innermost label around it: the parts add up to the whole.
 """
 
@@ -18,8 +18,8 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 
 from cropr.bench.attention import quiet_profile, run_forced, with_attention_kernel
-from cropr.bench.device import Unsupported, check, weights_dtype
-from cropr.bench.models import UNPRUNED, build_variants, random_images, token_trace
+from cropr.bench.device import check, noise, weights_dtype
+from cropr.bench.models import build_variants, token_trace
 from cropr.bench.specs import ProfileSpec
 from cropr.bench.timing import Tell
 from cropr.pruning import flops
@@ -29,10 +29,10 @@ from cropr.pruning.scorer import FoldedScorer
 CATEGORIES = (
     "embed", "attention", "mlp", "norm", "residual", "scoring", "selection", "gather", "fusion", "head", "other",
 )  # fmt: skip
-"""``residual``: what a block does besides its parts, mostly adding them up. ``selection``: top-k and the positions of
+"""``residual``: the rest of a block, mostly additions. ``selection``: top-k and the positions of
 the kept. ``gather``: copying kept and pruned tokens, and rotary rows. ``other``: between all these."""
 PRUNING = ("scoring", "selection", "gather", "fusion")
-"""What an unpruned model does not do."""
+"""Parts that an unpruned model does not have."""
 
 _LABEL = "part:"
 _COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
@@ -42,42 +42,32 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
     """Profile the unpruned model and every variant; arguments and errors as of ``cropr.bench.microbench.measure``.
 
     Returns:
-        One a variant: ``variant``, ``precision``, ``attention``, ``batch_size``, ``tokens``,
-        ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``, ``pruning_share``, ``gmacs``),
-        or ``unsupported`` with the reason.
+        One a variant: ``tokens``, ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``,
+        ``pruning_share``, ``gmacs``).
     """
-    common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
-    try:
-        check(spec.precision, device)
-        dtype = weights_dtype(spec.precision)
-        tell("build")
-        models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)
-        images = random_images(spec.batch_size, spec.image_size, device, dtype, channels_last=False)
-        cells: list[dict[str, Any]] = []
-        for name, model in models.items():
-            tell(f"profile {name}")
-            forward = with_attention_kernel(spec.attention, spec.precision, device, partial(model, images))
-            with torch.inference_mode():
-                run_forced(forward, spec.attention)
-                seconds = profile_forward(model, forward, spec.passes, device)
-            total = sum(seconds.values())
-            share = sum(seconds[part] for part in PRUNING) / total
-            metrics = {"total_s": total, "pruning_share": share, "gmacs": flops.macs(model).total / 1e9}
-            cell = {"variant": name, **common, "tokens": token_trace(model)}
-            cells.append(cell | {"seconds": seconds, "metrics": metrics})
-    except Unsupported as error:
-        return [{"variant": name, **common, "unsupported": str(error)} for name in (UNPRUNED, *spec.variants)]
+    check(spec.precision, device)
+    dtype = weights_dtype(spec.precision)
+    tell("build")
+    models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)
+    images = noise(spec.batch_size, (3, spec.image_size, spec.image_size), device, dtype)
+    cells: list[dict[str, Any]] = []
+    for name, model in models.items():
+        tell(f"profile {name}")
+        forward = with_attention_kernel(spec.attention, spec.precision, device, partial(model, images))
+        with torch.inference_mode():
+            run_forced(forward, spec.attention)
+            seconds = profile_forward(model, forward, spec.passes, device)
+        total = sum(seconds.values())
+        share = sum(seconds[part] for part in PRUNING) / total
+        metrics = {"total_s": total, "pruning_share": share, "gmacs": flops.macs(model).total / 1e9}
+        cells.append({"tokens": token_trace(model), "seconds": seconds, "metrics": metrics})
     return cells
 
 
 def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, device: str) -> dict[str, float]:
     """Seconds of a forward pass by category, of the pass with the median total; on CUDA the device's, else the clock's.
 
-    Args:
-        model: the timm model or ``DeployedViT`` that ``forward`` calls; hooks are taken off again.
-        forward: one pass, which has run before.
-        passes: how many are profiled.
-        device: torch's name of the device.
+    ``forward`` is one pass of ``model``, a timm model or ``DeployedViT``, and has run before.
     """
     cuda = device.startswith("cuda")
     with labelled(model), quiet_profile(cuda) as profile:
@@ -94,25 +84,14 @@ def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, d
 @contextmanager
 def labelled(model: nn.Module) -> Iterator[None]:
     """Inside, every part of the model is marked for the profiler."""
-    handles = []
-    for module, label in _parts(model):
-        stack: list[Any] = []
-        handles.append(module.register_forward_pre_hook(partial(_enter, f"{_LABEL}{label}", stack)))
-        handles.append(module.register_forward_hook(partial(_leave, stack)))
+    parts = list(_parts(model))
+    for module, label in parts:
+        module.forward = record_function(f"{_LABEL}{label}")(module.forward)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _enter(label: str, stack: list[Any], *_: Any) -> None:
-    stack.append(record_function(label))
-    stack[-1].__enter__()
-
-
-def _leave(stack: list[Any], *_: Any) -> None:
-    stack.pop().__exit__(None, None, None)
+        for module, _ in parts:
+            del module.forward
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

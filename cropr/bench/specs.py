@@ -5,12 +5,16 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from itertools import product
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cropr.specs import ModelSpec, PruneSpec, Spec
 from cropr.tasks.detection import DetModelSpec
+
+UNPRUNED = "unpruned"
+"""Name of the timm model itself among its variants."""
 
 _LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
 
@@ -23,6 +27,16 @@ def _cropr(rate: int) -> dict[str, PruneSpec]:
         "cropr_llf": PruneSpec(reducer="cropr", schedule=schedule, fusion="llf"),
     }
 
+
+def _distinct(value: Any) -> Any:
+    if len(set(value)) < len(value):
+        raise ValueError("give every value once")
+    return value
+
+
+Distinct = AfterValidator(_distinct)
+"""No value twice."""
+Positive = Annotated[int, Field(ge=1)]
 
 Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
 """Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
@@ -71,7 +85,9 @@ class PlanSpec(Spec):
     precision: Precision = "fp32"
     align: int = Field(1, ge=1)
     """Token counts, prefix included, are rounded up to a multiple of this."""
-    targets: tuple[float, ...] = Field((1.5,), min_length=1)
+    targets: Annotated[tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...], Distinct] = Field(
+        (1.5,), min_length=1
+    )
     """Speed-ups over the unpruned model, each 1 or more."""
     rounds: int = Field(7, ge=3)
     """Readings of every clock."""
@@ -87,9 +103,6 @@ class PlanSpec(Spec):
                 f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
                 "that prunes, and fusion 'llf' or 'none'"
             )
-        _distinct(list(self.targets), least=1)
-        if bad := [target for target in self.targets if not 1 <= target < float("inf")]:
-            raise ValueError(f"target {bad[0]:g} must be 1 or more: a speed-up")
         return self
 
 
@@ -102,6 +115,15 @@ class MicrobenchSpec(Spec):
     model: ModelSpec = _LARGE
     image_size: int = Field(224, ge=16)
 
+    def places(self) -> list[dict[str, Any]]:
+        """How each cell of the record is run."""
+        how = {key: getattr(self, key, "auto") for key in ("precision", "attention", "batch_size")}
+        return [{**axis, **how} for axis in self._axes()]
+
+    def _axes(self) -> list[dict[str, Any]]:
+        """By what the cells differ."""
+        raise NotImplementedError
+
 
 class VariantsSpec(MicrobenchSpec):
     """A measurement of the unpruned model and of variants that prune it."""
@@ -109,11 +131,14 @@ class VariantsSpec(MicrobenchSpec):
     variants: dict[str, PruneSpec] = Field(_cropr(8), min_length=1)
     """By name; ``unpruned`` is always measured beside them."""
 
+    def _axes(self) -> list[dict[str, Any]]:
+        return [{"variant": name} for name in (UNPRUNED, *self.variants)]
+
     @field_validator("variants")
     @classmethod
     def _named(cls, value: dict[str, PruneSpec]) -> dict[str, PruneSpec]:
-        if "unpruned" in value:
-            raise ValueError("'unpruned' is measured in any case; give the variant another name")
+        if UNPRUNED in value:
+            raise ValueError(f"{UNPRUNED!r} is measured in any case; give the variant another name")
         return value
 
 
@@ -125,22 +150,17 @@ class SweepSpec(VariantsSpec):
 
     cells: ClassVar[str] = "cropr.bench.sweep:sweep_cells"
     measure: Literal["sweep"]
-    batch_sizes: list[int] = Field([4], min_length=1)
-    precisions: list[Precision] = Field(["fp32"], min_length=1)
-    attentions: list[Attention] = Field(["auto"], min_length=1)
+    batch_sizes: Annotated[list[Positive], Distinct] = Field([4], min_length=1)
+    precisions: Annotated[list[Precision], Distinct] = Field(["fp32"], min_length=1)
+    attentions: Annotated[list[Attention], Distinct] = Field(["auto"], min_length=1)
     channels_last: bool = False
     rounds: int = Field(3, ge=3)
     warmup: int = Field(1, ge=1)
 
-    @field_validator("batch_sizes", "precisions", "attentions")
-    @classmethod
-    def _once(cls, value: list[Any]) -> list[Any]:
-        return _distinct(value, least=1)
-
-
-def around(multiples: tuple[int, ...], reach: int) -> list[int]:
-    """All counts at most ``reach`` away from one of the ``multiples``."""
-    return sorted({count for middle in multiples for count in range(middle - reach, middle + reach + 1)})
+    def places(self) -> list[dict[str, Any]]:
+        keys = ("batch_size", "precision", "attention", "variant")
+        values = (self.batch_sizes, self.precisions, self.attentions, (UNPRUNED, *self.variants))
+        return [dict(zip(keys, place, strict=True)) for place in product(*values)]
 
 
 class BlocksSpec(MicrobenchSpec):
@@ -148,17 +168,17 @@ class BlocksSpec(MicrobenchSpec):
 
     cells: ClassVar[str] = "cropr.bench.time_blocks:block_cells"
     measure: Literal["blocks"]
-    tokens: list[int] = Field(around((64, 128, 192), 8), min_length=4)
+    tokens: Annotated[list[Annotated[int, Field(ge=2)]], Distinct] = Field(
+        [n for m in (64, 128, 192) for n in range(m - 8, m + 9)], min_length=4
+    )
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
     batch_size: int = Field(2, ge=1)
     precision: Precision = "fp32"
     attention: Attention = "auto"
     rounds: int = Field(5, ge=3)
 
-    @field_validator("tokens")
-    @classmethod
-    def _once(cls, value: list[int]) -> list[int]:
-        return _distinct(value, least=2)
+    def _axes(self) -> list[dict[str, Any]]:
+        return [{"tokens": count} for count in sorted(self.tokens)]
 
 
 class ProfileSpec(VariantsSpec):
@@ -175,7 +195,7 @@ class ProfileSpec(VariantsSpec):
 class ScoringSpec(MicrobenchSpec):
     """Scoring with one vector, against scoring with all queries and summing.
 
-    The paper's segmenter unless told otherwise: EVA-02-L at 512 px, R=40, Last Layer Fusion.
+    By default the paper's segmenter: EVA-02-L at 512 px, R=40, Last Layer Fusion.
     """
 
     cells: ClassVar[str] = "cropr.bench.scoring:scoring_cells"
@@ -191,6 +211,9 @@ class ScoringSpec(MicrobenchSpec):
     rounds: int = Field(5, ge=3)
     warmup: int = Field(1, ge=1)
 
+    def _axes(self) -> list[dict[str, Any]]:
+        return [{"variant": name} for name in (UNPRUNED, "one_vector", "all_queries")]
+
     @field_validator("prune")
     @classmethod
     def _learned(cls, value: PruneSpec) -> PruneSpec:
@@ -202,8 +225,7 @@ class ScoringSpec(MicrobenchSpec):
 class TrainingSpec(VariantsSpec):
     """Time and peak memory of a training step, and peak memory of a forward pass for inference.
 
-    A ViT-S unless told otherwise: all variants are in memory at once, and a ViT-L takes 5 GB with its gradients and
-    AdamW's moments. It prunes 16 tokens a block: at 8, its 12 blocks would keep more than half.
+    By default a ViT-S: all variants are in memory at once, and a ViT-L takes 5 GB with gradients and AdamW's moments.
     """
 
     cells: ClassVar[str] = "cropr.bench.training_step:training_cells"
@@ -224,16 +246,3 @@ MEASURES: dict[str, type[MicrobenchSpec]] = {
     "training": TrainingSpec,
 }
 """Kinds of measurement by name."""
-
-
-def _distinct(value: list[Any], least: int) -> list[Any]:
-    """The list as it is, checked.
-
-    Raises:
-        ValueError: a value twice, or a number below ``least``.
-    """
-    if len(set(value)) < len(value):
-        raise ValueError("give every value once")
-    if small := [number for number in value if isinstance(number, int) and number < least]:
-        raise ValueError(f"{small[0]} must be {least} or more")
-    return value

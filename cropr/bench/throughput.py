@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from cropr.bench.device import Unsupported, check, largest_batch, weights_dtype
-from cropr.bench.models import UNPRUNED, build_variants, model_metrics, random_images, token_trace
+from cropr.bench.device import check, weights_dtype
+from cropr.bench.models import build_variants, model_metrics, token_trace
 from cropr.bench.peak import matmul_peak
-from cropr.bench.specs import BenchSpec, Precision
-from cropr.bench.timing import Case, Outcome, Tell, against, no_progress, ratio, speed, time_interleaved
+from cropr.bench.specs import UNPRUNED, BenchSpec, Precision
+from cropr.bench.timing import Case, Tell, against, no_progress, ratio, speed, time_interleaved
 from cropr.pruning import flops
 from cropr.records import provenance
 from cropr.runtime import reuse_freed_memory
@@ -45,22 +43,15 @@ class Pair:
 
 
 def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
-    """Measure one row of a throughput table.
-
-    Args:
-        spec: both models, image size, batch, precision, attention, rounds.
-        device: torch's name of the device.
-        tick: called with a word on what comes next before each warm-up and each round.
+    """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 
     Returns:
         The record: ``metrics``, ``tokens`` of the pruned model, ``series`` (seconds per forward pass of either, round
-        by round), ``provenance`` with the attention kernels that ran. Metrics are flat numbers: times are medians over
-        rounds, ``*_iqr`` interquartile ranges, ``speedup_low`` and ``speedup_high`` a 95 % interval; ``mfu`` is model
-        FLOP utilisation; ``working_memory_mb`` is what a forward pass takes besides the weights, read in the second
-        warm-up pass, where there is one; ``batch_size`` is that of the spec or, where the device lacks the memory for
-        it, the half or less that fitted; ``base_*`` are those of the unpruned model. Of a detector, all this is of its
-        encoder; ``*_whole`` are with pyramid and heads, whose seconds, ``series.heads_seconds``, are added to either.
-        Where the device cannot run these, ``provenance.heads_unsupported`` says why.
+        by round), ``provenance`` with the attention kernels that ran. Metrics are medians over rounds, ``*_iqr`` their
+        interquartile ranges, ``*_low`` and ``*_high`` a 95 % interval, ``base_*`` those of the unpruned model;
+        ``working_memory_mb`` is the memory of a forward pass besides the weights, and ``batch_size`` the one that
+        fitted. Of a detector, all this is of its encoder; ``*_whole`` are with pyramid and heads, whose seconds are
+        added to either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
 
     Raises:
         Unsupported: the device cannot run this precision or kernel, or has no memory for one image.
@@ -72,13 +63,16 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
     reused = device == "cpu" and reuse_freed_memory()
     tell("build")
     pair = build(spec, device)
-    batch_size, (base, pruned, *rest) = largest_batch(spec.batch_size, partial(_attempt, spec, pair, device, tell))
+    timed = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tell)
+    batch_size, (base, pruned, *rest) = timed
+    base.require()
+    pruned.require()
     tell("matrix product")
     peak = matmul_peak(spec.precision, device)
     base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
-    base_metrics = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
+    unpruned = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
     metrics = {
-        **{f"base_{name}": value for name, value in base_metrics.items()},
+        **{f"base_{name}": value for name, value in unpruned.items()},
         **model_metrics(pair.pruned, pruned, batch_size, macs.total, peak),
         **against(base.seconds, pruned.seconds, base_macs.total / macs.total),
         "batch_size": batch_size,
@@ -136,36 +130,18 @@ def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
         [encoder + heads for encoder, heads in zip(series[name], series["heads_seconds"], strict=True)]
         for name in ("base_seconds", "seconds")
     )
-    return {
-        **ratio("speedup_whole", base, pruned),
-        "images_per_s_whole": speed(pruned, batch_size)["images_per_s"],
-        "base_images_per_s_whole": speed(base, batch_size)["images_per_s"],
-    }
+    speeds = (speed(seconds, batch_size)["images_per_s"] for seconds in (base, pruned))
+    names = ("base_images_per_s_whole", "images_per_s_whole")
+    return ratio("speedup_whole", base, pruned) | dict(zip(names, speeds, strict=True))
 
 
-def _attempt(spec: BenchSpec, pair: Pair, device: str, tell: Tell, batch_size: int) -> list[Outcome]:
-    """Time both with batches of this size, and the heads of a detector.
-
-    Raises:
-        Unsupported: the device cannot run either. Of heads that it cannot run, the outcome has the reason.
-    """
-    dtype = weights_dtype(spec.precision)
+def _cases(spec: BenchSpec, pair: Pair) -> list[Case]:
+    """Both models, and the heads of a detector."""
+    how: dict[str, Any] = {key: getattr(spec, key) for key in ("precision", "attention", "compile", "channels_last")}
     cases = [
-        Case(
-            name=name,
-            model=model,
-            images=random_images(batch_size, size, device, dtype, spec.channels_last),
-            precision=spec.precision,
-            attention=spec.attention,
-            compile=spec.compile,
-        )
+        Case(name=name, model=model, shape=(3, size, size), **how)
         for name, model, size in zip(("base", "pruned"), (pair.base, pair.pruned), pair.sizes, strict=True)
     ]
     if pair.heads is not None:
-        features = torch.randn(batch_size, *pair.heads.shape, generator=torch.Generator().manual_seed(0))
-        cases.append(Case(name="heads", model=pair.heads, images=features.to(device), precision=pair.heads_precision))
-    outcomes = time_interleaved(cases, spec.rounds, spec.warmup, device, tell)
-    for outcome in outcomes[:2]:
-        if outcome.unsupported is not None:
-            raise Unsupported(outcome.unsupported)
-    return outcomes
+        cases.append(Case(name="heads", model=pair.heads, shape=pair.heads.shape, precision=pair.heads_precision))
+    return cases

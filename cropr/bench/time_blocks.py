@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cropr.bench.attention import with_attention_kernel
-from cropr.bench.device import Unsupported, check, weights_dtype
+from cropr.bench.device import check, weights_dtype
 from cropr.bench.models import build_on_meta, random_weights
 from cropr.bench.specs import BlocksSpec
 from cropr.bench.timing import Tell, iqr, no_progress, time_passes
@@ -36,29 +36,16 @@ def block_cells(spec: BlocksSpec, device: str, tell: Tell) -> list[dict[str, Any
     ``cropr.bench.microbench.measure``.
 
     Returns:
-        One a count: ``tokens``, ``precision``, ``attention``, ``batch_size``, and either
-        ``seconds`` (round by round) with ``metrics`` (``block_s``, its ``block_s_iqr``, ``block_gmacs`` of one image),
-        or ``unsupported`` with the reason.
+        One a count: ``seconds`` (round by round) and ``metrics`` (``block_s``, its ``block_s_iqr``, ``block_gmacs`` of
+        one image).
     """
-    common = {"precision": spec.precision, "attention": spec.attention, "batch_size": spec.batch_size}
-    try:
-        series = time_blocks(spec, device, tell)
-    except Unsupported as error:
-        return [{"tokens": count, **common, "unsupported": str(error)} for count in sorted(spec.tokens)]
+    series = time_blocks(spec, device, tell)
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
-    return [
-        {
-            "tokens": count,
-            **common,
-            "seconds": seconds,
-            "metrics": {
-                "block_s": float(np.median(seconds)),
-                "block_s_iqr": iqr(np.asarray(seconds)),
-                "block_gmacs": cost.block(1, count) / 1e9,
-            },
-        }
-        for count, seconds in series.items()
-    ]
+    cells = []
+    for count, seconds in series.items():
+        spread = {"block_s": float(np.median(seconds)), "block_s_iqr": iqr(np.asarray(seconds))}
+        cells.append({"seconds": seconds, "metrics": spread | {"block_gmacs": cost.block(1, count) / 1e9}})
+    return cells
 
 
 def time_blocks(spec: BlocksSpec, device: str = "cpu", tell: Tell = no_progress) -> dict[int, list[float]]:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cropr.bench.attention import run_forced, with_attention_kernel
-from cropr.bench.device import Unsupported, check, first_line, synchronize
+from cropr.bench.device import Unsupported, check, first_line, largest_batch, noise, synchronize, weights_dtype
 from cropr.bench.memory import working_memory
 
 MIN_SAMPLE_S = 0.1
@@ -44,11 +44,12 @@ class Case:
     """For the progress bar."""
     model: nn.Module
     """In eval mode, on the device, in the precision's dtype."""
-    images: Tensor
-    """Its input: [B, 3, H, W], or of parts of a model, features."""
+    shape: tuple[int, int, int]
+    """Of one input: 3, H, W of an image, or of features."""
     precision: str = "fp32"
     attention: str = "auto"
     compile: bool = False
+    channels_last: bool = False
 
 
 @dataclass(slots=True)
@@ -65,37 +66,34 @@ class Outcome:
     unsupported: str | None = None
     """Why the device cannot run it."""
 
+    def require(self) -> None:
+        """Raises: Unsupported: the device cannot run the case."""
+        if self.unsupported is not None:
+            raise Unsupported(self.unsupported)
+
 
 def time_interleaved(
-    cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Tell = no_progress
-) -> list[Outcome]:
+    cases: Sequence[Case], batch_size: int, rounds: int, warmup: int, device: str, tell: Tell = no_progress
+) -> tuple[int, list[Outcome]]:
     """Try every case, then time those that run, in turn in every round.
 
     A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
 
     Args:
-        cases: with images of the batch size that is wanted.
+        batch_size: inputs a pass; halved for all cases until the device has the memory for it.
         rounds: readings a case.
         warmup: untimed passes of each case before them.
-        device: torch's name of the device.
-        tell: called with a word on what comes next.
+
+    Returns:
+        The batch size that fitted, and an outcome a case.
 
     Raises:
-        torch.OutOfMemoryError: the device has not the memory for these batches.
         ValueError: there is no such device.
     """
-    outcomes = [Outcome() for _ in cases]
-    clocks: dict[int, Clock] = {}
-    with torch.inference_mode():
-        for number, case in enumerate(cases):
-            tell(f"warm up {case.name}")
-            try:
-                clocks[number] = _prepare(case, outcomes[number], warmup, device)
-            except Unsupported as error:
-                outcomes[number].unsupported = str(error)
-        for number, seconds in interleave(clocks, rounds, tell).items():
-            outcomes[number].seconds = seconds
-    return outcomes
+    try:
+        return largest_batch(batch_size, partial(_time_batch, cases, rounds, warmup, device, tell))
+    except Unsupported as error:
+        return batch_size, [Outcome(unsupported=str(error)) for _ in cases]
 
 
 def time_passes(
@@ -110,11 +108,7 @@ def time_passes(
 
 
 def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progress) -> dict[Any, list[float]]:
-    """Read every clock once a round, in turn; every other round runs backwards: A B, B A, A B, ...
-
-    Returns:
-        Readings by name, in the order of rounds.
-    """
+    """Readings by name of clocks that take turns; every other round runs backwards: A B, B A, A B, ..."""
     seconds: dict[Any, list[float]] = {name: [] for name in clocks}
     for number in range(rounds if clocks else 0):
         tell(f"round {number + 1} of {rounds}")
@@ -126,11 +120,8 @@ def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progres
 def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Clock:
     """Finish the warm-up and repeat the pass in every reading until that is long enough.
 
-    Args:
-        forward: the pass that will be timed.
-        passes: untimed passes in all, the one that ran already included.
-        device: torch's name of the device.
-        first: seconds of that one. If it was fast, one more is run for an estimate without the cost of a first time.
+    ``passes`` are untimed, with the one that ran already in ``first`` seconds. If that was fast, one more is run for
+    an estimate without the cost of a first time.
     """
     once = first
     for _ in range(max(passes - 1, int(first < 10 * MIN_SAMPLE_S))):
@@ -190,7 +181,29 @@ def iqr(values: np.ndarray) -> float:
     return float(high - low)
 
 
-def _prepare(case: Case, outcome: Outcome, warmup: int, device: str) -> Clock:
+def _time_batch(
+    cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Tell, batch_size: int
+) -> list[Outcome]:
+    """Outcomes with batches of this size.
+
+    Raises:
+        torch.OutOfMemoryError: the device has not the memory for them.
+    """
+    outcomes = [Outcome() for _ in cases]
+    clocks: dict[int, Clock] = {}
+    with torch.inference_mode():
+        for number, case in enumerate(cases):
+            tell(f"warm up {case.name}")
+            try:
+                clocks[number] = _prepare(case, outcomes[number], batch_size, warmup, device)
+            except Unsupported as error:
+                outcomes[number].unsupported = str(error)
+        for number, seconds in interleave(clocks, rounds, tell).items():
+            outcomes[number].seconds = seconds
+    return outcomes
+
+
+def _prepare(case: Case, outcome: Outcome, batch_size: int, warmup: int, device: str) -> Clock:
     """Warm a case up; its kernels and its memory are written to ``outcome``.
 
     Raises:
@@ -198,7 +211,8 @@ def _prepare(case: Case, outcome: Outcome, warmup: int, device: str) -> Clock:
     """
     check(case.precision, device)
     model: Any = torch.compile(case.model, fullgraph=True, dynamic=False) if case.compile else case.model
-    forward = with_attention_kernel(case.attention, case.precision, device, partial(model, case.images))
+    inputs = noise(batch_size, case.shape, device, weights_dtype(case.precision), case.channels_last)
+    forward = with_attention_kernel(case.attention, case.precision, device, partial(model, inputs))
     with _refusals():
         begin = time.perf_counter()
         logits, outcome.kernels = run_forced(forward, case.attention, case.compile)

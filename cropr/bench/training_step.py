@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cropr.bench.device import Unsupported, check, largest_batch
+from cropr.bench.device import Unsupported, check, largest_batch, noise
 from cropr.bench.memory import working_memory
-from cropr.bench.models import NUM_CLASSES, UNPRUNED, build_on_meta, random_images, random_weights, weights_mb
-from cropr.bench.specs import TrainingSpec
+from cropr.bench.models import NUM_CLASSES, build_on_meta, megabytes, random_weights, weights_mb
+from cropr.bench.specs import UNPRUNED, TrainingSpec
 from cropr.bench.timing import Tell, against, clock, interleave, speed
 from cropr.pruning import flops
 from cropr.pruning.model import PrunedViT
@@ -29,28 +29,19 @@ def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str
     as of ``cropr.bench.microbench.measure``.
 
     Returns:
-        One a variant: ``variant``, ``precision``, ``batch_size`` (asked for), ``tokens``, and
-        either ``unsupported`` with the reason, or ``seconds`` (round by round) and ``metrics``: ``images_per_s`` of
-        training, ``speedup`` over the unpruned model with its interval and its ``mac_ratio`` (of the forward
-        pass, without what only training runs), ``state_mb`` (weights and the optimizer's moments),
-        ``training_memory_mb`` (state and the peak during a step: activations, gradients) and
-        ``inference_memory_mb`` (the deployed model's weights and the peak during its forward pass). Memory is left out
-        where the system keeps no count.
+        One a variant: ``tokens``, ``seconds`` (round by round) and ``metrics``: ``images_per_s`` of training,
+        ``speedup`` over the unpruned model with its interval and its ``mac_ratio`` (of the forward pass, without what
+        only training runs), ``state_mb`` (weights and the optimizer's moments), ``training_memory_mb`` (state and the
+        peak during a step: activations, gradients) and ``inference_memory_mb`` (the deployed model's weights and the
+        peak during its forward pass). Memory is left out where the system keeps no count.
     """
-    common = {"precision": spec.precision, "attention": "auto", "batch_size": spec.batch_size}
-    prunes = {UNPRUNED: PruneSpec(), **spec.variants}
-    try:
-        check(spec.precision, device)
-        if spec.precision == "fp16" and not device.startswith("cuda"):
-            raise Unsupported("precision fp16: training scales its loss on CUDA only; use fp32 or bf16")
-        fitted, trainees = largest_batch(spec.batch_size, partial(_attempt, spec, prunes, device, tell))
-    except Unsupported as error:
-        return [{"variant": name, **common, "unsupported": str(error)} for name in prunes]
+    check(spec.precision, device)
+    if spec.precision == "fp16" and not device.startswith("cuda"):
+        raise Unsupported("precision fp16: training scales its loss on CUDA only; use fp32 or bf16")
+    fitted, trainees = largest_batch(spec.batch_size, partial(_attempt, spec, device, tell))
     base = trainees[UNPRUNED]
     return [
         {
-            "variant": name,
-            **common,
             "tokens": list(trainee.model.token_trace),
             "seconds": trainee.seconds,
             "metrics": {
@@ -61,7 +52,7 @@ def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str
                 "step_ms": 1000 * fitted / found["images_per_s"],
             },
         }
-        for name, trainee in trainees.items()
+        for trainee in trainees.values()
     ]
 
 
@@ -77,7 +68,7 @@ class _Trainee:
         self.optimizer = create_optimizer(self.model, recipe)
         world = World(device=torch.device(device))
         self._step = Stepper(self.model, objective, self.optimizer, recipe, world)
-        self._images = random_images(batch_size, spec.image_size, device, torch.float32, channels_last=False)
+        self._images = noise(batch_size, (3, spec.image_size, spec.image_size), device, torch.float32)
         self._labels = torch.arange(batch_size, device=device) % NUM_CLASSES
         self._precision = spec.precision
         self.memory: dict[str, float] = {}
@@ -107,18 +98,17 @@ class _Trainee:
         self.step()
         self.optimizer.zero_grad(set_to_none=True)
         _, step = working_memory(self.step, device)
-        self.memory["state_mb"] = weights_mb(self.model) + _moments_mb(self.optimizer)
+        moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+        self.memory["state_mb"] = weights_mb(self.model) + megabytes(moments)
         if inference is not None and step is not None:
             self.memory["inference_memory_mb"] = inference
             self.memory["training_memory_mb"] = self.memory["state_mb"] + step
 
 
-def _attempt(
-    spec: TrainingSpec, prunes: dict[str, PruneSpec], device: str, tell: Tell, batch_size: int
-) -> dict[str, _Trainee]:
+def _attempt(spec: TrainingSpec, device: str, tell: Tell, batch_size: int) -> dict[str, _Trainee]:
     """Train all of them a few steps with batches of this size."""
     trainees = {}
-    for name, prune in prunes.items():
+    for name, prune in {UNPRUNED: PruneSpec(), **spec.variants}.items():
         tell(f"warm up {name}")
         trainees[name] = _Trainee(spec, prune, device, batch_size)
         trainees[name].warm_up(device)
@@ -126,9 +116,3 @@ def _attempt(
     for name, seconds in interleave(clocks, spec.rounds, tell).items():
         trainees[name].seconds = seconds
     return trainees
-
-
-def _moments_mb(optimizer: torch.optim.Optimizer) -> float:
-    """The optimizer's state, in 10^6 bytes."""
-    tensors = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors) / 1e6

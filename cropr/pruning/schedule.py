@@ -172,9 +172,9 @@ class Schedule:
         return {rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
 
     def describe(self) -> str:
-        """As the paper writes it: ``R=8`` (``R=8 +5 @ 1`` if the first module prunes 5 more), ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
+        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
 
-        Three or more blocks in a row are written as a range, ``R=9 @ 1-6``.
+        ``R=8 +5 @ 1``: the first module prunes 5 more. Three or more blocks in a row are a range, ``R=9 @ 1-6``.
         """
         if self.rule == "constant":
             extra = f" +{self.first_extra} @ 1" if self.first_extra > 1 else ""

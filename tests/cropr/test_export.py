@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -11,11 +11,14 @@ from torch import nn
 
 import cropr
 from cropr.cli import main
-from cropr.export import TENSORRT_TOPK, Exportable, Graph
+from cropr.export import TENSORRT_TOPK, Exportable, compare, inspect, open_session, to_onnx, to_program
 from cropr.pruning.model import DeployedViT
 from cropr.pruning.schedule import Schedule
 from cropr.records import read_record
 
+with_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")), reason="needs the ONNX packages"
+)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 HOSTS = {"vit": "vit_tiny_patch16_224", "eva": "eva02_tiny_patch14_224"}
 
@@ -56,24 +59,6 @@ def test_random_numbers_are_refused():
         Exportable(deployed("vit", reducer="random"))
 
 
-def test_largest_k():
-    assert Graph({}, topk=(9, 8, 8), reducing_scatters=()).largest_k == 9
-    assert Graph({}, topk=(), reducing_scatters=()).largest_k == 0
-
-
-def compiled_in_one_graph(host: str, backend: str, fusion: str = "llf", reducer: str = "cropr") -> None:
-    """``fullgraph`` raises at the first break of the graph; the result must be that of the model."""
-    torch.compiler.reset()
-    model = deployed(host, reducer, fusion)
-    found = torch.compile(model, fullgraph=True, backend=backend)(images(2))
-    torch.testing.assert_close(found, model(images(2)), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.model
-def test_vit_compiles_to_one_graph():
-    compiled_in_one_graph("vit", "eager")
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("fusion", ["llf", "none"])
@@ -81,29 +66,28 @@ def test_vit_compiles_to_one_graph():
 def test_every_host_compiles_to_one_graph(host, fusion, backend):
     if backend == "inductor" and torch._inductor.config.cpp.cxx[-1] is None:
         pytest.skip("no C++ compiler")
-    compiled_in_one_graph(host, backend, fusion)
+    torch.compiler.reset()
+    model = deployed(host, fusion=fusion)
+    found = torch.compile(model, fullgraph=True, backend=backend)(images(2))
+    torch.testing.assert_close(found, model(images(2)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("reducer", ["variance", "attn_topk", "non_salient", "random"])
 def test_every_reducer_compiles_to_one_graph(reducer):
-    model = deployed("vit", reducer)
     torch.compiler.reset()
-    assert torch.compile(model, fullgraph=True, backend="eager")(images(2)).shape == (2, 5)
+    compiled = torch.compile(deployed("vit", reducer), fullgraph=True, backend="eager")
+    assert compiled(images(2)).shape == (2, 5)
 
 
 @pytest.mark.model
+@with_onnx
 @pytest.mark.parametrize(
     ("host", "reducer", "fusion"),
     [("vit", "cropr", "llf"), ("vit", "cropr", "none"), ("eva", "cropr", "llf"), ("vit", "attn_topk", "llf"),
      ("vit", "variance", "none"), ("eva", "attn_topk", "none")],
 )  # fmt: skip
 def test_onnx_file_does_what_the_model_does(tmp_path, host, reducer, fusion):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from cropr.export import compare, inspect, open_session, to_onnx, to_program
-
     exportable = Exportable(deployed(host, reducer, fusion))
     program = to_program(exportable, 32)
     for batch in (1, 3):
@@ -128,11 +112,8 @@ def test_onnx_file_does_what_the_model_does(tmp_path, host, reducer, fusion):
 
 
 @pytest.mark.model
+@with_onnx
 def test_reducing_scatters_are_found(tmp_path):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from cropr.export import inspect, to_onnx
-
     class Adds(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             index = x.topk(2, dim=1).indices
@@ -147,11 +128,8 @@ def test_reducing_scatters_are_found(tmp_path):
 
 
 @pytest.mark.model
+@with_onnx
 def test_a_file_of_another_model_does_not_agree(tmp_path):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from cropr.export import compare, open_session, to_onnx, to_program
-
     exportable = Exportable(deployed("vit"))
     path = tmp_path / "model.onnx"
     to_onnx(to_program(exportable, 32), path, exportable.names)
@@ -163,9 +141,8 @@ def test_a_file_of_another_model_does_not_agree(tmp_path):
 
 
 @pytest.mark.model
+@with_onnx
 def test_command_exports_and_leaves_a_record(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     monkeypatch.setattr("cropr.bench.timing.MIN_SAMPLE_S", 0)
     out = tmp_path / "out"
     command = ["export", "--model", "test_vit", "--image-size", "64", "--rate", "2", "--out", str(out)]
@@ -181,7 +158,7 @@ def test_command_exports_and_leaves_a_record(tmp_path, monkeypatch):
     assert record["tokens"][0] == 17
 
 
-def test_command_refuses_what_it_cannot_export(tmp_path: Path, capsys):
+def test_command_refuses_what_it_cannot_export(tmp_path):
     assert main(["export", "--out", str(tmp_path)]) == 2
     assert main(["export", "--run", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
     assert main(["export", "--run", str(tmp_path), "--model", "vit_tiny_patch16_224", "--out", str(tmp_path)]) == 2

@@ -89,7 +89,7 @@ def test_published_counts_of_vit_large():
 
 @pytest.mark.model
 def test_published_counts_of_the_detector():
-    """EVA-02-L at 1536 px: 2790 and 1273 G are linear layers and convolutions alone. Then all products, and with heads."""
+    """EVA-02-L at 1536 px: 2790 and 1273 G are linear layers alone. Then all products, and with heads."""
     eva, spec = ModelSpec(name="eva02_large_patch14_224", args={"patch_size": 16}), DetModelSpec()
     pruned = PruneSpec(reducer="cropr", schedule=SQUARES, fusion="llf")
     dense, sparse = (flops.macs(build_on_meta(eva, p, 1536, spec).deploy()) for p in (PruneSpec(), pruned))

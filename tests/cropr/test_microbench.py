@@ -6,7 +6,8 @@ import pytest
 import torch
 from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
 
-from cropr.bench import models, profiling, scoring, sweep, time_blocks, training_step
+from cropr.bench import models, profiling, scoring, sweep, time_blocks, timing, training_step
+from cropr.bench.device import noise
 from cropr.bench.microbench import measure
 from cropr.bench.specs import MEASURES
 from cropr.cli import main
@@ -56,7 +57,7 @@ def test_defaults_are_complete_and_kinds_have_names_of_their_own():
     [
         ({"variants": {"unpruned": {}}}, "'unpruned' is measured in any case"),
         ({"precisions": ["fp32", "fp32"]}, "give every value once"),
-        ({"batch_sizes": [0, 4]}, "0 must be 1 or more"),
+        ({"batch_sizes": [0, 4]}, "greater than or equal to 1"),
     ],
 )
 def test_refuses_impossible_sweeps(changes, message):
@@ -104,8 +105,8 @@ def test_sweep_has_a_cell_for_every_combination(monkeypatch):
 def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
     seconds = iter([8.0, 4.0, 2.0, 1.0])  # unpruned and Cropr in the first setting, then in the second
 
-    def instead(cases, rounds, warmup, device, tell):
-        return [sweep.Outcome(seconds=[next(seconds)] * 3, kernels={"flash": 4}) for _ in cases]
+    def instead(cases, batch_size, rounds, warmup, device, tell):
+        return batch_size, [timing.Outcome(seconds=[next(seconds)] * 3, kernels={"flash": 4}) for _ in cases]
 
     monkeypatch.setattr(sweep, "time_interleaved", instead)
     asked = spec("sweep", precisions=["fp32", "bf16"], batch_sizes=[2], variants={"c": VARIANTS["cropr"]})
@@ -119,11 +120,11 @@ def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
 
 @pytest.mark.model
 def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
-    attempt = sweep._attempt
-    monkeypatch.setattr(sweep, "_attempt", lambda *a: starved() if a[-1] > 2 else attempt(*a))
+    attempt = timing._time_batch
+    monkeypatch.setattr(timing, "_time_batch", lambda *a: starved() if a[-1] > 2 else attempt(*a))
     cells = measure(spec("sweep", batch_sizes=[8]))["cells"]
     assert [(c["batch_size"], c["metrics"]["batch_size"]) for c in cells] == [(8, 2)] * 3
-    monkeypatch.setattr(sweep, "_attempt", starved)
+    monkeypatch.setattr(timing, "_time_batch", starved)
     cells = measure(spec("sweep", batch_sizes=[2]))["cells"]
     assert [c["unsupported"] for c in cells] == ["out of memory with a single image: CUDA out of memory"] * 3
 
@@ -160,16 +161,16 @@ def test_blocks_record():
 def test_parts_of_a_profile_add_up_to_the_whole():
     asked = spec("profile", batch_size=2)
     built = models.build_variants(asked.model, asked.variants, 64, "cpu", torch.float32)
-    model, noise = built["cropr_llf"], models.random_images(2, 64, "cpu", torch.float32, channels_last=False)
+    model, images = built["cropr_llf"], noise(2, (3, 64, 64), "cpu", torch.float32)
     with torch.inference_mode(), profiling.labelled(model), profiling.quiet_profile() as profile:  # noqa: SIM117
         with profiling.record_function("part:other"):
-            model(noise)
+            model(images)
     (root,) = [e for e in profile.function_events if e.name == "part:other" and e.cpu_parent is None]
     sums = profiling._sums(root, cuda=False)
     assert set(sums) == set(profiling.CATEGORIES)
     assert sum(sums.values()) == pytest.approx(root.cpu_time_total / 1e6)
     assert all(seconds > 0 for seconds in sums.values())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("model", [MODEL, EVA], ids=["vit", "eva"])
@@ -202,21 +203,14 @@ def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
     assert one["over_all_queries"] == pytest.approx(sorted(ratios)[1])
 
 
-def test_all_queries_score_as_the_training_form_does_and_a_wrong_fold_is_found(monkeypatch):
-    asked = spec("scoring")
-    found = scoring.build(asked, "cpu")
+def test_all_queries_score_as_the_training_form_does():
+    found = scoring.build(spec("scoring"), "cpu")
     one, every = (found[name].model.reducers["1"] for name in (scoring.ONE, scoring.ALL))
     tokens = Tokens.full(torch.randn(2, 17, 48), prefix=1)
     logits, _ = every.scorer(tokens.x)
     assert logits.shape == (2, 1, 16, 17)
     torch.testing.assert_close(every.score(tokens, Context()), logits.sum(dim=(1, 2))[:, 1:])
     torch.testing.assert_close(one.score(tokens, Context()), every.score(tokens, Context()), rtol=0, atol=1e-4)
-    assert scoring.score_difference(asked, found, "cpu") < scoring.ROUNDING
-    one.scorer.weight += 0.01
-    monkeypatch.setattr(scoring, "build", lambda *_: found)
-    monkeypatch.setattr(scoring, "time_interleaved", lambda *_: pytest.fail("timed"))
-    with pytest.raises(AssertionError, match="scores differ by"):
-        measure(asked)
     with pytest.raises(ValueError, match="queries are Cropr's"):
         spec("scoring", prune={"reducer": "random", "schedule": RATE})
 
