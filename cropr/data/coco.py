@@ -17,7 +17,8 @@ dictionaries, one an image, with torchvision's keys and conventions:
 Evaluation has the last three alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
 
 Skipped and counted (``Annotations.skipped``): instances whose box has no area within the image, or whose polygons all
-have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images without an instance, as the reference recipe does; evaluation keeps them.
+have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images
+without an instance, as the reference recipe does; evaluation keeps them.
 
 n instances of an image, S side of the padded image.
 """

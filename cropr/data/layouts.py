@@ -93,8 +93,7 @@ def _coco(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entr
 
 
 def _coco_index(root: Path, split: Split, entries: list[Entry]) -> int:
-    """Write the file of instances; returns its bytes. Annotation ids begin at 1: pycocotools takes a match with annotation 0
-    for no match."""
+    """Write the file of instances; returns its bytes. Ids begin at 1: pycocotools takes a match with 0 for none."""
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
     content = {
         "info": {"description": "Generated scenes of handwritten digits"},
