@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,19 +27,24 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "p
 """Packages whose version can change a number; those that are not installed are left out of the record."""
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: temporary name in the same directory, fsync, rename."""
-    path = Path(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name in the directory of ``path``; the file under it becomes ``path``, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
@@ -118,10 +124,8 @@ def package_versions() -> dict[str, str]:
     """Installed versions of ``PACKAGES``, read without importing them."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
@@ -151,11 +155,11 @@ def peak_memory_mb(device: str = "cpu") -> float:
 
 
 def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        import torch
+    if not device.startswith("cuda"):
+        return "cpu"
+    import torch
 
-        return torch.cuda.get_device_name(device)
-    return "cpu"
+    return torch.cuda.get_device_name(device)
 
 
 def _threads() -> int:

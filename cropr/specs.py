@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from textwrap import shorten
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -192,7 +193,8 @@ def _problems(error: ValidationError, model: type[BaseModel], values: Any) -> It
             yield f"{key} = {item['input']!r}: must be {RELATIONS[item['type']]} {limit:g}"
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            yield f"{key} = {item['input']!r}: {message}" if item["loc"] else message
+            value = shorten(repr(item["input"]), 100, placeholder=" ...")
+            yield f"{key} = {value}: {message}" if item["loc"] else message
 
 
 def _row_name(values: Any, location: tuple[Any, ...]) -> str | None:

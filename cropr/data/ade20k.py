@@ -29,12 +29,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.loading import ImageError, Samples, decode, some, standardise, unreadable
-from cropr.data.scenes import INCOMPLETE
-from cropr.tasks.segmentation import SegDataSpec
+from cropr.data.loading import ImageError, Samples, decode, require_folders, some, standardise, unreadable
+from cropr.tasks.segmentation import TASK, SegDataSpec
 
 FOLDER = "ADEChallengeData2016"
 SPLITS = ("training", "validation")
+"""Folders below ``images`` and ``annotations``."""
 IGNORE = 255
 """Label of pixels that count nowhere."""
 LONGEST = 4
@@ -66,7 +66,7 @@ def load_splits(root: str | Path) -> tuple[Split, Split]:
     Raises:
         FileNotFoundError: the root or a folder is missing.
         ValueError: a split without images, images without annotation, annotations without image, or a set of scenes
-            whose writing was interrupted. All of these at once.
+            whose writing was interrupted.
     """
     splits, problems = survey(Path(root))
     if problems:
@@ -75,13 +75,8 @@ def load_splits(root: str | Path) -> tuple[Split, Split]:
 
 
 def survey(root: Path) -> tuple[tuple[Split, Split], list[str]]:
-    """Both splits, and what is wrong with their folders; raises what ``load_splits`` raises beside that."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory; it should hold {FOLDER}/images and {FOLDER}/annotations")
-    if (root / INCOMPLETE).exists():
-        raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
-    inner = root / FOLDER if (root / FOLDER).is_dir() else root
-    problems: list[str] = []
+    """Both splits, and what is wrong within their folders. Raises what ``require_folders`` raises."""
+    inner, problems = require_folders(root, TASK, FOLDER), list[str]()
     training, validation = (_list(inner, name, problems) for name in SPLITS)
     return (training, validation), problems
 
@@ -105,11 +100,6 @@ def _list(root: Path, name: str, problems: list[str]) -> Split:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such directory; images belong into images/{{training,validation}}, "
-            "their maps of labels into annotations/{training,validation}"
-        )
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
 
@@ -156,16 +146,11 @@ def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, 
 class _Images(Samples):
     """Samples (epoch, index) -> (image [3, h, w], labels [H, W] uint8)."""
 
-    layout = "ade20k"
+    layout = TASK.layout
 
     def __init__(self, split: Split, num_classes: int, transform: Transform, seed: int | None) -> None:
-        super().__init__(str(split.root / "images" / split.name), seed)
-        self.split = split
-        self.num_classes = num_classes
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.split)
+        super().__init__(split, str(split.root / "images" / split.name), seed)
+        self.num_classes, self.transform = num_classes, transform
 
     def sample(self, index: int) -> Pair:
         """The transformed image and its labels."""

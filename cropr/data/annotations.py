@@ -1,14 +1,13 @@
 """COCO's annotation files (``instances_*.json``): reading, checking, and compact storage.
 
 A wrong id, size, box or segmentation is a finding that names the file and the id; all findings of a file come at once.
-Instances without area are counted and left out, and so are crowd regions.
+Instances without area are counted and left out. Crowd regions are left out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +51,6 @@ class Annotations:
     """Id and name, by ascending id; the label of entry k is k + 1."""
     skipped: int
     """Instances without area."""
-    crowds: int
-    """Crowd regions."""
     _packed: _Packed = field(repr=False)
 
     @property
@@ -119,22 +116,21 @@ def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str
     by_id = {image.id: image for image in listed}
     labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
     packed: dict[int, list[Instance]] = {}
-    counts: Counter[str] = Counter()
+    skipped = 0
     for entry in annotations.values():
         if not problems.annotation(entry, images, labels) or (image := by_id.get(entry["image_id"])) is None:
             continue
         if entry["iscrowd"]:
-            counts["crowd"] += 1
-        elif (instance := _instance(entry, image, labels)) is None:
-            counts["skipped"] += 1
+            continue
+        if (instance := _instance(entry, image, labels)) is None:
+            skipped += 1
         else:
             packed.setdefault(image.id, []).append(instance)
     result = Annotations(
         path,
         tuple(sorted(listed)),
         tuple((number, str(categories[number].get("name", number))) for number in labels),
-        counts["skipped"],
-        counts["crowd"],
+        skipped,
         _Packed(packed),
     )
     return result, problems.found

@@ -16,9 +16,9 @@ dictionaries, one an image, with torchvision's keys and conventions:
 
 Evaluation has the last three alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
 
-What is skipped and counted (``CocoSplit.skipped``): instances whose box has no area within the image, or whose polygons
-all have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either (``CocoSplit.crowds``).
-Training leaves out images without an instance, as the reference recipe does; evaluation keeps them.
+Skipped and counted (``Annotations.skipped``): instances whose box has no area within the image, or whose polygons all
+have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images
+without an instance, as the reference recipe does; evaluation keeps them.
 
 n instances of an image, S side of the padded image.
 """
@@ -40,11 +40,8 @@ from torchvision.transforms.v2 import functional as F
 
 from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
 from cropr.data.jitter import fit, jitter
-from cropr.data.loading import ImageError, Samples, decode, some, standardise
-from cropr.data.scenes import INCOMPLETE
-from cropr.tasks.detection import DetDataSpec
-
-SPLITS = ("train", "val")
+from cropr.data.loading import ImageError, Samples, decode, require_folders, some, standardise
+from cropr.tasks.detection import TASK, DetDataSpec
 
 
 class Target(TypedDict, total=False):
@@ -84,15 +81,6 @@ class CocoSplit:
         """Of an image; neither crowd regions nor what is skipped."""
         return self.annotations.instances(self.images[index].id)
 
-    def occupied(self) -> CocoSplit:
-        """The same without images that have no instance."""
-        return replace(self, images=tuple(image for image in self.images if self.annotations.count(image.id)))
-
-
-def annotation_file(root: Path, name: str) -> Path:
-    """Where the annotations of a split lie."""
-    return root / "annotations" / f"instances_{name}2017.json"
-
 
 def load_coco(root: str | Path, num_classes: int | None = None) -> tuple[CocoSplit, CocoSplit]:
     """Read the annotations of training and validation images. Nothing is decoded.
@@ -118,19 +106,13 @@ def survey_coco(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoS
         FileNotFoundError: the root, a folder or an annotation file is missing.
         ValueError: an annotation file that is not JSON, or a generated set whose writing was interrupted.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory; it should hold train2017/, val2017/ and annotations/")
-    if (root / INCOMPLETE).exists():
-        raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
+    require_folders(root, TASK)
     problems: list[str] = []
     splits = []
-    for name in SPLITS:
-        if not (folder := root / f"{name}2017").is_dir():
-            raise FileNotFoundError(f"{folder}: no such directory; images of COCO 2017 belong there")
-        annotations, found = read_annotations(annotation_file(root, name))
-        problems += found
+    for name in ("train", "val"):
+        annotations, found = read_annotations(root / "annotations" / f"instances_{name}2017.json")
         splits.append(CocoSplit(root, name, annotations, annotations.images))
-        problems += _missing_files(splits[-1])
+        problems += found + _missing_files(splits[-1])
     train, val = splits
     if not problems and (train.annotations.categories != val.annotations.categories):
         problems.append(f"{train.annotations.path} and {val.annotations.path} have different categories")
@@ -155,11 +137,8 @@ def _missing_files(split: CocoSplit) -> list[str]:
 
 def fingerprint(splits: Iterable[CocoSplit]) -> str:
     """Digest of the annotation files, which name the images."""
-    digest = hashlib.sha256()
-    for split in splits:
-        with split.annotations.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    digests = (hashlib.sha256(split.annotations.path.read_bytes()).digest() for split in splits)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 # Samples ------------------------------------------------------------------------------------------------------------
@@ -200,7 +179,7 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
 
 
 def read_pair(split: CocoSplit, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Image and masks, or what is wrong with either; see ``read_image`` and ``read_masks``."""
+    """Image and masks; see ``read_image`` and ``read_masks``."""
     return read_image(split, index), read_masks(split, index)
 
 
@@ -219,16 +198,14 @@ class TrainImages(Samples):
         ValueError: no image has an instance.
     """
 
-    layout = "coco"
+    layout = TASK.layout
 
     def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
-        super().__init__(str(split.folder), seed)
-        self.split, self.spec = split.occupied(), spec
-        if not len(self.split):
+        occupied = tuple(image for image in split.images if split.annotations.count(image.id))
+        if not occupied:
             raise ValueError(f"{split.annotations.path}: no image has an instance to train on")
-
-    def __len__(self) -> int:
-        return len(self.split)
+        super().__init__(replace(split, images=occupied), str(split.folder), seed)
+        self.spec = spec
 
     def sample(self, index: int) -> tuple[Tensor, Target]:
         """Image [3, S, S] and target; the latter may have no instance left."""
@@ -242,9 +219,7 @@ class TrainImages(Samples):
             "boxes": view.boxes,
             "labels": labels[view.kept],
             "masks": F.pad(view.masks, [0, 0, self.spec.image_size - width, self.spec.image_size - height]),
-            "image_id": listed.id,
-            "size": (height, width),
-            "original_size": (listed.height, listed.width),
+            **_sizes(listed, view.image),
         }
         return normalise(view.image, self.spec), target
 
@@ -252,26 +227,25 @@ class TrainImages(Samples):
 class EvalImages(Samples):
     """Every image, its longer side resized to S."""
 
-    layout = "coco"
+    layout = TASK.layout
 
     def __init__(self, split: CocoSplit, spec: DetDataSpec) -> None:
-        super().__init__(str(split.folder), None)
-        self.split, self.spec = split, spec
-
-    def __len__(self) -> int:
-        return len(self.split)
+        super().__init__(split, str(split.folder), None)
+        self.spec = spec
 
     def sample(self, index: int) -> tuple[Tensor, Target]:
         """Image [3, S, S]; of the target what is needed to bring predictions back to the file's pixels."""
-        listed = self.split.images[index]
         image = fit(read_image(self.split, index), self.spec.image_size)
-        height, width = image.shape[-2:]
-        target: Target = {
-            "image_id": listed.id,
-            "size": (height, width),
-            "original_size": (listed.height, listed.width),
-        }
-        return normalise(image, self.spec), target
+        return normalise(image, self.spec), _sizes(self.split.images[index], image)
+
+
+def _sizes(listed: CocoImage, seen: Tensor) -> Target:
+    """What brings predictions on the resized image ``seen`` [3, h, w] back to the file's pixels."""
+    return {
+        "image_id": listed.id,
+        "size": (seen.shape[-2], seen.shape[-1]),
+        "original_size": (listed.height, listed.width),
+    }
 
 
 def normalise(image: Tensor, spec: DetDataSpec) -> Tensor:

@@ -23,11 +23,9 @@ from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from cropr.data.loading import Samples, decode, some
-from cropr.data.scenes import INCOMPLETE
-from cropr.tasks.classification import DataSpec
+from cropr.data.loading import Samples, decode, require_folders, some
+from cropr.tasks.classification import TASK, DataSpec
 
-SPLITS = ("train", "val")
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -52,7 +50,7 @@ def load_splits(root: str | Path, num_classes: int | None = None) -> tuple[Split
     Raises:
         FileNotFoundError: the root or a split is missing.
         ValueError: no class folder, a folder without image, different folders in train and val, another number of
-            classes than ``num_classes``, or a set of scenes whose writing was interrupted. All of these at once.
+            classes than ``num_classes`` (all of these at once), or generated images whose writing was interrupted.
     """
     splits, problems = survey(Path(root), num_classes)
     if problems:
@@ -61,15 +59,9 @@ def load_splits(root: str | Path, num_classes: int | None = None) -> tuple[Split
 
 
 def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[Split, Split], list[str]]:
-    """Both splits, and what is wrong with their folders; raises what ``load_splits`` raises beside that."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory; it should hold train/<class>/* and val/<class>/*")
-    for name in SPLITS:
-        if not (root / name).is_dir():
-            raise FileNotFoundError(f"{root / name}: no such directory; images belong into {name}/<class>/*")
-    if (root / INCOMPLETE).exists():
-        raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
-    train, val = _list(root, "train"), _list(root, "val")
+    """Both splits, and what is wrong within their folders. Raises what ``require_folders`` raises."""
+    require_folders(root, TASK)
+    train, val = (_list(root, name) for name in TASK.folders)
     problems = []
     for split in (train, val):
         folder = root / split.name
@@ -110,8 +102,8 @@ def is_random(spec: DataSpec) -> bool:
 def train_transform(spec: DataSpec) -> Transform:
     """timm's training transform: RGB image -> [3, H, W], normalised.
 
-    Where nothing is random (``is_random``), the centre is taken as in evaluation without margin, and an image of the
-    right size is only normalised. Random erasing fills with noise, one box (the authors' recipe).
+    Where nothing is random (``is_random``): the centre crop of evaluation without its margin. Random erasing fills one
+    box with noise (the authors' recipe).
 
     Raises:
         ValueError: colour jitter beside an auto-augment policy, which timm would ignore.
@@ -154,12 +146,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 def eval_transform(spec: DataSpec) -> Transform:
     """timm's evaluation transform: shorter side resized to ``image_size / crop_pct``, centre crop, normalised."""
     return create_transform(
-        spec.image_size,
-        is_training=False,
-        crop_pct=spec.crop_pct,
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
+        spec.image_size, crop_pct=spec.crop_pct, interpolation=spec.interpolation, mean=spec.mean, std=spec.std
     )
 
 
@@ -171,24 +158,17 @@ def mixup(spec: DataSpec) -> Mixup | None:
     augment = spec.augment
     if not (augment.mixup or augment.cutmix):
         return None
-    return Mixup(
-        mixup_alpha=augment.mixup,
-        cutmix_alpha=augment.cutmix,
-        label_smoothing=augment.smoothing,
-        num_classes=spec.num_classes,
-    )
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=spec.num_classes)
 
 
 class _Images(Samples):
     """Samples (epoch, index) -> (image [3, H, W], label)."""
 
-    def __init__(self, split: Split, transform: Transform, seed: int | None) -> None:
-        super().__init__(str(split.root / split.name), seed)
-        self.split = split
-        self.transform = transform
+    layout = TASK.layout
 
-    def __len__(self) -> int:
-        return len(self.split)
+    def __init__(self, split: Split, transform: Transform, seed: int | None) -> None:
+        super().__init__(split, str(split.root / split.name), seed)
+        self.transform = transform
 
     def sample(self, index: int) -> tuple[Tensor, int]:
         """The transformed image and its label."""

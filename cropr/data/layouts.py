@@ -1,4 +1,4 @@
-"""Scenes on disk, in the layouts of ImageNet, ADE20k and COCO 2017: the very ones that the loaders of those sets read.
+"""Scenes on disk, in the layouts of ImageNet, ADE20k and COCO 2017.
 
     write(ScenesSpec(), "results/laptop/data/imagenet")
     write(ScenesSpec(objects=(1, 2)), "results/laptop/data/ade20k", "ade20k")
@@ -13,19 +13,18 @@ import json
 import multiprocessing
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cropr.data.scenes import CLASSES, INCOMPLETE, SPLITS, Array, Instance, Scene, Split, compose, fingerprint, verify
+from cropr.data.scenes import CLASSES, INCOMPLETE, SPLITS, Array, Scene, Split, compose, fingerprint, verify
 from cropr.records import RECORD, provenance, read_record, write_record
 from cropr.specs import ScenesSpec
 
@@ -34,131 +33,88 @@ PARALLEL_FROM = 1_000
 CHUNK = 200
 """Scenes that a worker writes at a time."""
 
-ADE_SPLITS: dict[Split, str] = {"train": "training", "val": "validation"}
-
 Entry = dict[str, Any]
-"""What a layout notes about a scene for its index."""
+"""What the index of a layout holds of a scene."""
+
+TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
+"""Folders of all layouts, which are removed before a set is written."""
+
+CATEGORIES = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
+"""COCO ids of the digits: with gaps, as in the public files."""
 
 
-class Layout(ABC):
-    """How scenes become files."""
+def _imagenet(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
+    """Class folders, and beside them the truth of the validation images, grey: the masks of ``Scene.mask``.
 
-    tops: ClassVar[tuple[str, ...]]
-    """Folders below the root; they are removed before a set is written."""
-    classes: ClassVar[int] = CLASSES
-
-    @abstractmethod
-    def folders(self) -> Iterator[str]:
-        """All folders below the root that hold files."""
-
-    @abstractmethod
-    def save(self, scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
-        """Write one scene; returns its bytes and what ``finish`` must know of it."""
-
-    def finish(self, root: Path, split: Split, entries: list[Entry]) -> int:
-        """Write the index of a split, if the layout has one; returns its bytes. ``entries``: in the order of scenes."""
-        return 0
-
-
-class ImageNet(Layout):
-    """Class folders, and beside them the truth of the validation images.
-
-    <root>/train/digit_<label>/<index>.png      RGB
-    <root>/val/digit_<label>/<index>.png
-    <root>/truth/val/digit_<label>/<index>.png  grey: the masks of ``Scene.mask``
+    <root>/{train,val}/digit_<label>/<index>.png
+    <root>/truth/val/digit_<label>/<index>.png
     """
-
-    tops = (*SPLITS, "truth")
-
-    def folders(self) -> Iterator[str]:
-        """See ``Layout``."""
-        for label in range(CLASSES):
-            yield from (f"{parent}/digit_{label}" for parent in (*SPLITS, "truth/val"))
-
-    def save(self, scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
-        """See ``Layout``."""
-        name = f"{split}/digit_{scene.label}/{index:06d}.png"
-        if split == "val":
-            _save(scene.mask, root / "truth" / name)
-        return _save(scene.image, root / name), {}
+    name = f"{split}/digit_{scene.label}/{index:06d}.png"
+    if split == "val":
+        _save(scene.mask, root / "truth" / name)
+    return _save(scene.image, root / name), {}
 
 
-class ADE20k(Layout):
-    """Images beside maps of labels: 1 is the background, 2 + d digit d (``Scene.semantic``). No pixel is 0, which in
-    ADE20k means that it is not labelled.
+def _ade20k(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
+    """Images beside grey maps of labels, ``Scene.semantic``: 1 is the background, 2 + d digit d.
 
-    <root>/ADEChallengeData2016/images/{training,validation}/<index>.png       RGB
-    <root>/ADEChallengeData2016/annotations/{training,validation}/<index>.png  grey
+    <root>/ADEChallengeData2016/{images,annotations}/{training,validation}/<index>.png
     """
-
-    tops = ("ADEChallengeData2016",)
-    classes = CLASSES + 1
-
-    def folders(self) -> Iterator[str]:
-        """See ``Layout``."""
-        for split in SPLITS:
-            yield from (f"ADEChallengeData2016/{kind}/{ADE_SPLITS[split]}" for kind in ("images", "annotations"))
-
-    def save(self, scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
-        """See ``Layout``."""
-        name, top = f"{ADE_SPLITS[split]}/{index:06d}.png", root / "ADEChallengeData2016"
-        return _save(scene.image, top / "images" / name) + _save(scene.semantic, top / "annotations" / name), {}
+    name, top = f"{'training' if split == 'train' else 'validation'}/{index:06d}.png", root / "ADEChallengeData2016"
+    return _save(scene.image, top / "images" / name) + _save(scene.semantic, top / "annotations" / name), {}
 
 
-class COCO(Layout):
+def _coco(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
     """Images, and a file of instances a split. Scenes without a digit are images without annotations.
 
     <root>/{train,val}2017/<index>.png
     <root>/annotations/instances_{train,val}2017.json
 
     Masks are uncompressed run-length codes, which pycocotools reads as it reads polygons. There are no crowd regions.
+    The entry is the image and its annotations, which have no ids yet.
     """
-
-    tops = ("train2017", "val2017", "annotations")
-    categories = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
-    """Ids of the digits: with gaps, as in the public files."""
-
-    def folders(self) -> Iterator[str]:
-        """See ``Layout``."""
-        yield from self.tops
-
-    def save(self, scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
-        """See ``Layout``; the entry is the image and its annotations, which have no ids yet."""
-        height, width, _ = scene.image.shape
-        name = f"{index:012d}.png"
-        entry = {
-            "image": {"id": index, "file_name": name, "height": height, "width": width},
-            "annotations": [self._annotation(instance, index) for instance in scene.instances],
-        }
-        return _save(scene.image, root / f"{split}2017" / name), entry
-
-    def _annotation(self, instance: Instance, image: int) -> Entry:
+    height, width, _ = scene.image.shape
+    name = f"{index:012d}.png"
+    annotations = []
+    for instance in scene.instances:
         left, top, right, bottom = instance.box
-        return {
-            "image_id": image,
-            "category_id": self.categories[instance.label],
-            "bbox": [left, top, right - left, bottom - top],
-            "area": int(instance.region.sum()),
-            "segmentation": {"size": list(instance.region.shape), "counts": run_lengths(instance.region)},
-            "iscrowd": 0,
-        }
-
-    def finish(self, root: Path, split: Split, entries: list[Entry]) -> int:
-        """The file of instances. Ids of annotations count from 1: pycocotools takes a match with 0 for none."""
-        annotations = [annotation for entry in entries for annotation in entry["annotations"]]
-        content = {
-            "info": {"description": "Generated scenes of handwritten digits"},
-            "images": [entry["image"] for entry in entries],
-            "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
-            "categories": [
-                {"id": category, "name": f"digit_{label}", "supercategory": "digit"}
-                for label, category in enumerate(self.categories)
-            ],
-        }
-        return (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+        annotations.append(
+            {
+                "image_id": index,
+                "category_id": CATEGORIES[instance.label],
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int(instance.region.sum()),
+                "segmentation": {"size": [height, width], "counts": run_lengths(instance.region)},
+                "iscrowd": 0,
+            }
+        )
+    image = {"id": index, "file_name": name, "height": height, "width": width}
+    return _save(scene.image, root / f"{split}2017" / name), {"image": image, "annotations": annotations}
 
 
-LAYOUTS: dict[str, Layout] = {"imagenet": ImageNet(), "ade20k": ADE20k(), "coco": COCO()}
+def _coco_index(root: Path, split: Split, entries: list[Entry]) -> int:
+    """Write the file of instances; returns its bytes. Ids begin at 1: pycocotools takes a match with 0 for none."""
+    annotations = [annotation for entry in entries for annotation in entry["annotations"]]
+    content = {
+        "info": {"description": "Generated scenes of handwritten digits"},
+        "images": [entry["image"] for entry in entries],
+        "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
+        "categories": [
+            {"id": category, "name": f"digit_{label}", "supercategory": "digit"}
+            for label, category in enumerate(CATEGORIES)
+        ],
+    }
+    path = root / "annotations" / f"instances_{split}2017.json"
+    path.parent.mkdir(exist_ok=True)
+    return path.write_text(json.dumps(content))
+
+
+LAYOUTS: dict[str, Callable[[Scene, Split, int, Path], tuple[int, Entry]]] = {
+    "imagenet": _imagenet,
+    "ade20k": _ade20k,
+    "coco": _coco,
+}
+"""Writer of one scene by layout: returns the bytes written, and the scene's entry in the index."""
 
 
 def run_lengths(region: NDArray[np.bool_]) -> list[int]:
@@ -184,36 +140,33 @@ def write(
     Raises:
         ValueError: impossible spec, or ``root`` holds something that is not a set of scenes.
     """
-    started, root, form = time.time(), Path(root), LAYOUTS[layout]
+    started, root = time.time(), Path(root)
     verify(spec)
     if layout == "imagenet" and spec.objects[0] < 1:
         raise ValueError(f"scenes: objects {spec.objects}: an image without a digit has no class; begin at 1")
     _clear(root)
-    for folder in form.folders():
-        (root / folder).mkdir(parents=True)
-    counts: dict[Split, int] = {"train": spec.train, "val": spec.val}
     chunks = [
         (spec, layout, split, range(start, min(start + CHUNK, count)), root)
-        for split, count in counts.items()
+        for split, count in zip(SPLITS, (spec.train, spec.val), strict=True)
         for start in range(0, count, CHUNK)
     ]
-    size = 0
-    entries: dict[Split, list[Entry]] = {split: [] for split in SPLITS}
+    size, entries = 0, dict[Split, list[Entry]](train=[], val=[])
     written = _run(chunks, workers if spec.train + spec.val >= PARALLEL_FROM else 1)
     for (_, _, split, indices, _), (some, found) in zip(chunks, written, strict=True):
         size += some
         entries[split] += found
         if progress:
             progress(len(indices))
-    size += sum(form.finish(root, split, entries[split]) for split in SPLITS)
-    metrics = {"train_images": spec.train, "val_images": spec.val, "classes": form.classes, "megabytes": size / 1e6}
+    if layout == "coco":
+        size += sum(_coco_index(root, split, entries[split]) for split in SPLITS)
+    classes = CLASSES + (layout == "ade20k")  # and the background
     record = {
         "kind": "data",
         "id": spec.digest(),
         "spec": spec.model_dump(mode="json"),
         "layout": layout,
         "seed": spec.seed,
-        "metrics": metrics,
+        "metrics": {"train_images": spec.train, "val_images": spec.val, "classes": classes, "megabytes": size / 1e6},
         "tokens": [],
         "series": {},
         "provenance": provenance(started, data_fingerprint=fingerprint(spec)),
@@ -231,7 +184,7 @@ def _clear(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     mark.write_text("This data set is being written, or its writing was interrupted. Write it again.\n")
     record.unlink(missing_ok=True)
-    for name in {top for form in LAYOUTS.values() for top in form.tops}:
+    for name in TOPS:
         shutil.rmtree(root / name, ignore_errors=True)
 
 
@@ -250,13 +203,14 @@ def _run(chunks: list[_Chunk], workers: int) -> Iterator[tuple[int, list[Entry]]
 def _write_chunk(chunk: _Chunk) -> tuple[int, list[Entry]]:
     """Write some scenes; returns their bytes and entries."""
     spec, layout, split, indices, root = chunk
-    saved = [LAYOUTS[layout].save(compose(spec, split, index), split, index, root) for index in indices]
+    saved = [LAYOUTS[layout](compose(spec, split, index), split, index, root) for index in indices]
     return sum(size for size, _ in saved), [entry for _, entry in saved]
 
 
 def _save(pixels: Array, path: Path) -> int:
     """PNG; returns its bytes. Lossless, so that every machine trains on the same pixels; level 1 reads as fast as
     JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = BytesIO()
     Image.fromarray(pixels).save(file, "png", compress_level=1)
     return path.write_bytes(file.getbuffer())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as F
+
+from cropr.data.scenes import INCOMPLETE
+from cropr.tasks.table import Task
 
 Collate = Callable[[list[Any]], Any]
 """Makes a batch (images, targets) of a list of (image, target)."""
@@ -69,6 +72,22 @@ def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
     return between.join([*names[:limit], *more])
 
 
+def require_folders(root: Path, task: Task, inner: str = "") -> Path:
+    """``root``, or its folder ``inner`` if there is one, after a check that it holds the folders of a task's layout.
+
+    Raises:
+        FileNotFoundError: the root or a folder is missing.
+        ValueError: generated images whose writing was interrupted.
+    """
+    if (root / INCOMPLETE).exists():
+        raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
+    top = root / inner if (root / inner).is_dir() else root
+    for folder in (top, *(top / name for name in task.folders)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such directory; {task.layout} has {', '.join(task.folders)}")
+    return top
+
+
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Python's, numpy's and torch's CPU generators seeded from ``entropy`` within, and as they were afterwards."""
@@ -89,32 +108,31 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
     """Samples (epoch, index) -> (image [3, H, W], target), random by (seed, epoch, index) alone.
 
     Args:
+        split: what ``sample`` reads; its length is the number of images.
         where: names the images in messages, for example their folder.
-        seed: of what is random in ``sample``; None where nothing is, which saves the time of seeding.
+        seed: of what is random in ``sample``; if None, nothing is, and no time is spent on seeding.
     """
 
-    layout: ClassVar[str] = "imagenet"
-    """As ``python -m cropr data check`` knows it."""
+    layout: ClassVar[str]
+    """As in ``python -m cropr data check --layout``."""
 
-    def __init__(self, where: str, seed: int | None) -> None:
-        self.where = where
-        self.seed = seed
+    def __init__(self, split: Sized, where: str, seed: int | None) -> None:
+        self.split: Any = split
+        self.where, self.seed = where, seed
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        return len(self.split)
 
     @abstractmethod
     def sample(self, index: int) -> tuple[Tensor, Any]:
-        """One image and its target, drawing from the global generators of Python, numpy and torch as it likes.
+        """One image and its target. May draw from the global generators of Python, numpy and torch.
 
         Raises:
             ImageError: a file of this sample cannot be used.
         """
 
     def kind(self, index: int) -> Hashable:
-        """Images of different kinds do not share a batch in evaluation, such as those of different sizes where they are
-        to be stacked."""
+        """Evaluation puts only images of one kind into a batch; for example, those of equal size can be stacked."""
         return None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
@@ -157,7 +175,6 @@ class TrainBatches:
         samples: Samples,
         batch_size: int,
         seed: int = 0,
-        *,
         collate: Collate = default_collate,
         **share: Unpack[Share],
     ) -> None:
@@ -175,11 +192,6 @@ class TrainBatches:
     def __len__(self) -> int:
         """Batches per epoch."""
         return self.count // self.batch_size
-
-    @property
-    def dropped(self) -> int:
-        """Images that every epoch leaves out, other ones each time, since they fill no batch."""
-        return self.count % self.batch_size
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of all images in this epoch's order, a function of (seed, epoch)."""
@@ -209,12 +221,7 @@ class EvalBatches:
     """
 
     def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        *,
-        collate: Collate = default_collate,
-        **share: Unpack[Share],
+        self, samples: Samples, batch_size: int, collate: Collate = default_collate, **share: Unpack[Share]
     ) -> None:
         assert samples.seed is None, "evaluation is not random"
         rank, world = _place(share)

@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from cropr.data.loading import some
+from cropr.records import replacing, write_text
 from cropr.training.optim import HOST
 
 WEIGHTS = "weights.safetensors"
@@ -32,7 +32,6 @@ AVERAGE = "average.safetensors"
 """A checkpoint's averaged weights."""
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 20
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
@@ -66,11 +65,13 @@ def save_checkpoint(
     save_weights(temporary / "model.safetensors", model)
     if average is not None:
         save_weights(temporary / AVERAGE, average)
-    _save_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
-    with (temporary / "state.json").open("w", encoding="utf-8") as file:
-        json.dump({**state, "step": step}, file, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+    tensors = {
+        f"{name}/{part}": tensor
+        for name, parameter in _trained(optimizer).items()
+        for part, tensor in optimizer.state.get(parameter, {}).items()
+    }
+    _save_tensors(temporary / "optimizer.safetensors", tensors)
+    write_text(temporary / "state.json", json.dumps({**state, "step": step}, sort_keys=True))
     temporary.rename(final)
     for older in root.glob("step_*"):
         if older != final:
@@ -96,12 +97,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     """
     load_weights(model, checkpoint / "model.safetensors")
     path = checkpoint / "optimizer.safetensors"
-    tensors = _read(path)
-    parameters = {
-        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
-    }
+    parameters = _trained(optimizer)
     optimizer.state.clear()
-    for key, tensor in tensors.items():
+    for key, tensor in _read(path).items():
         name, _, part = key.rpartition("/")
         if name not in parameters:
             raise ValueError(f"{path}: state of {name}, which the model does not train; this is another model's")
@@ -110,13 +108,10 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     return read_state(checkpoint)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """``<parameter>/<part>`` -> tensor, for example ``backbone.host.cls_token/exp_avg``."""
+def _trained(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Parameters of an optimizer by name."""
     return {
-        f"{name}/{part}": tensor
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for part, tensor in optimizer.state.get(parameter, {}).items()
+        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
     }
 
 
@@ -144,9 +139,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What ``load_initial`` did with the host's parameters."""
+class Loaded(NamedTuple):
+    """What ``load_initial`` did with the host's parameters: names."""
 
     loaded: tuple[str, ...]
     resampled: tuple[str, ...]
@@ -181,24 +175,24 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
     own = host.state_dict()
     resampled = _resample_positions(host, own, tensors)
     apart = {name for name in {*own, *tensors} if name.split(".")[0] in fresh and (name in own) != (name in tensors)}
-    if (heads := _classifier(own)) & set(tensors) and any(
-        name in tensors and tensors[name].shape != own[name].shape for name in heads
-    ):
+    heads = {name for name in own if name.startswith(("head.", "head_dist."))}
+    if any(tensors[name].shape != own[name].shape for name in heads & set(tensors)):
         apart |= heads
-    _require_match(
-        path,
-        {name: tensor for name, tensor in tensors.items() if name not in apart},
-        {name: tensor for name, tensor in own.items() if name not in apart},
-    )
+    found, wanted = ({name: tensor for name, tensor in all_.items() if name not in apart} for all_ in (tensors, own))
+    _require_match(path, found, wanted)
     loaded = tuple(name for name in own if name in tensors and name not in apart)
     host.load_state_dict({**own, **{name: tensors[name] for name in loaded}})
-    result = Loaded(
-        loaded,
-        resampled,
-        tuple(name for name in own if name in apart),
-        tuple(name for name in tensors if name in apart and name not in own),
+    ignored = tuple(name for name in tensors if name in apart and name not in own)
+    result = Loaded(loaded, resampled, tuple(name for name in own if name in apart), ignored)
+    _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(loaded))
+    texts = (
+        "interpolated to this patch grid",
+        "start fresh, since the file has none that fit",
+        "in the file only, ignored",
     )
-    _report(path, result)
+    for text, names in zip(texts, result[1:], strict=True):
+        if names:
+            _LOG.info("  %s: %s", text, some(names, ", "))
     return result
 
 
@@ -225,40 +219,20 @@ def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dic
     return (name,)
 
 
-def _classifier(own: Mapping[str, Tensor]) -> set[str]:
-    return {name for name in own if name.startswith(("head.", "head_dist."))}
-
-
-def _report(path: Path, result: Loaded) -> None:
-    _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(result.loaded))
-    for what, names in (
-        ("interpolated to this patch grid", result.resampled),
-        ("start fresh, the file does not fit them", result.fresh),
-        ("in the file only, ignored", result.ignored),
-    ):
-        if names:
-            _LOG.info("  %s: %s", what, _listed(names))
-
-
 def _require_match(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     problems = []
     if missing := [name for name in wanted if name not in found]:
-        problems.append(f"missing {len(missing)}: {_listed(missing)}")
+        problems.append(f"missing {len(missing)}: {some(missing, ', ')}")
     if unexpected := [name for name in found if name not in wanted]:
-        problems.append(f"unexpected {len(unexpected)}: {_listed(unexpected)}")
+        problems.append(f"unexpected {len(unexpected)}: {some(unexpected, ', ')}")
     if shapes := [
         f"{name} {list(found[name].shape)}, in the model {list(wanted[name].shape)}"
         for name in wanted
         if name in found and found[name].shape != wanted[name].shape
     ]:
-        problems.append(f"other shape {len(shapes)}: {_listed(shapes)}")
+        problems.append(f"other shape {len(shapes)}: {some(shapes, ', ')}")
     if problems:
         raise ValueError(f"{path} does not fit the model; " + "; ".join(problems))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -274,12 +248,5 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

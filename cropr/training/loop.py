@@ -11,20 +11,21 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from cropr.data.loading import TrainBatches
 from cropr.pruning.fusion import Fusion
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask, autocast
-from cropr.training.average import Average
 from cropr.training.checkpoint import (
     AVERAGE,
     latest_checkpoint,
@@ -54,16 +55,6 @@ class TrainingInterrupted(Exception):
     """A signal asked for an end; a checkpoint was written. ``args`` are message and signal number."""
 
 
-class Loader(Protocol):
-    """What the loop asks of the data: the batches of this process."""
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
-        """Images and targets of the epoch's batches from number ``start`` on."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """What does not change the result."""
@@ -81,7 +72,7 @@ class Settings:
 def fit(
     model: nn.Module,
     task: BatchTask,
-    loader: Loader,
+    loader: TrainBatches,
     recipe: RecipeSpec,
     seed: int,
     settings: Settings,
@@ -107,7 +98,7 @@ def fit(
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
     steps = len(loader)
     bar = Progress(run.total, run.step, steps, show=run.world.leads)
-    with run.log, StopRequest() as stop, bar as progress:
+    with closing(run.log.file), StopRequest() as stop, bar as progress:
         while run.step < run.total:
             try:
                 run.train_epoch(stop, progress)
@@ -118,12 +109,25 @@ def fit(
                 raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
             epoch, begun = divmod(run.step, steps)
             if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
-                with run.average.lent(model) if run.average else nullcontext():
+                with averaged(model, run.average):
                     run.history.append({"epoch": epoch, **evaluate()})
             run.save()
     if run.average:
-        run.average.hand_over(model)
+        model.load_state_dict(run.average.module.state_dict())
     return run.history
+
+
+@contextmanager
+def averaged(model: nn.Module, average: ModelEmaV3 | None) -> Iterator[None]:
+    """Within, ``model`` has the averaged weights, if there is an average; afterwards its own, bit for bit."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()} if average else {}
+    if average:
+        model.load_state_dict(average.module.state_dict())
+    try:
+        yield
+    finally:
+        if average:
+            model.load_state_dict(own)
 
 
 class _Run:
@@ -133,7 +137,7 @@ class _Run:
         self,
         model: nn.Module,
         task: BatchTask,
-        loader: Loader,
+        loader: TrainBatches,
         recipe: RecipeSpec,
         seed: int,
         settings: Settings,
@@ -146,7 +150,7 @@ class _Run:
         self.model, self.loader, self.recipe, self.seed = model, loader, recipe, seed
         self.settings, self.world = settings, world
         self.root = settings.out / CHECKPOINTS
-        self.average = None if recipe.ema is None else Average(model, recipe.ema)
+        self.average = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
         self.optimizer = create_optimizer(model, recipe)
         self.schedule = create_schedule(self.optimizer, recipe, len(loader))
         self.total = total_steps(recipe, len(loader))
@@ -175,7 +179,7 @@ class _Run:
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             line = _line(self.step, epoch, lr, result, seconds)
             self.log.write(line)
-            progress.advance(line)
+            progress.step(line)
             self._require_finite(result, epoch, lr)
             self.step += 1
             if result.stop:
@@ -191,11 +195,8 @@ class _Run:
         self._saved = time.monotonic()
         if self.world.leads:
             self.log.sync()
-            state = {
-                "identity": self.identity,
-                "history": self.history,
-                "scaler": self.stepper.scaler.state_dict(),
-            }
+            scaler = self.stepper.scaler.state_dict()
+            state = {"identity": self.identity, "history": self.history, "scaler": scaler}
             average = self.average.module if self.average else None
             save_checkpoint(self.root, self.step, self.model, self.optimizer, state, average)
 
@@ -262,19 +263,15 @@ class Stepper:
     def __init__(
         self, model: nn.Module, task: BatchTask, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
     ) -> None:
-        self.model = model
-        self.task = task
-        self.optimizer = optimizer
-        self.recipe = recipe
-        self.world = world
+        self.model, self.task, self.optimizer, self.recipe, self.world = model, task, optimizer, recipe, world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         self.overflows = 0
         # A fusion with weights is idle in steps that prune nothing, such as the first of a curriculum.
         fusions = (module for module in model.modules() if isinstance(module, Fusion))
         self._wrapped = world.wrap(model, idle=any(True for fusion in fusions for _ in fusion.parameters()))
         named = list(model.named_parameters())
-        self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
         self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
+        self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
 
     def __call__(self, images: Tensor, targets: Any, stop: Callable[[], bool] = lambda: False) -> StepResult:
         """Update the weights with one batch: images [B, 3, H, W], the task's targets. Waits for the device once.
@@ -292,7 +289,7 @@ class Stepper:
             clip(self._reducers, self.recipe.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Losses, the wish to stop and the norm in one transfer from the device.
+        # Losses, the request to stop and the norm in one transfer from the device.
         sums = world.sum(torch.cat((sums, sums.new_tensor([stop(), len(images)]))))
         loss, aux, wish, count, grad_norm = torch.cat((sums, norm.reshape(1).to(sums))).tolist()
         result = StepResult(
@@ -331,7 +328,7 @@ def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's and NumPy's global generators (timm's mixup draws from the latter) for one step."""
+    """Seed torch's and NumPy's global generators for one step; timm's mixup draws from NumPy's."""
     state = np.random.SeedSequence([seed, step, rank]).generate_state(2)
     torch.manual_seed(int(state[0]))
     np.random.seed(int(state[1]))

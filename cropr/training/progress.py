@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,36 +25,25 @@ class StepLog:
     """``log.jsonl``: one line a step, each step once, also over resumptions.
 
     Args:
-        path: the file; None writes nothing (all processes but the first).
+        path: the file; if None, nothing is written (all processes but the first).
         step: steps done; lines of later ones, which a killed run left, are dropped.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
-        self._file: TextIO | None = None
-        if path is None:
-            return
+        path = path or Path(os.devnull)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_before(path, step) if path.exists() else []
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""
-        if self._file:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
 
     def sync(self) -> None:
         """All lines so far are on disk when this returns: a checkpoint is never ahead of its log."""
-        if self._file:
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> StepLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+        os.fsync(self.file.fileno())
 
 
 def _lines_before(path: Path, step: int) -> list[str]:
@@ -70,47 +59,27 @@ def _lines_before(path: Path, step: int) -> list[str]:
     return kept
 
 
-class Progress:
-    """A bar on a terminal, else a log line every ``SECONDS`` and at the end of each epoch."""
+class Progress(Bar):
+    """A bar on a terminal, else a log line every ``SECONDS`` and at the end of each epoch; nothing without ``show``."""
 
     def __init__(self, total: int, done: int, steps_per_epoch: int, show: bool = True) -> None:
-        self._total = total
-        self._steps = steps_per_epoch
-        self._show = show
-        self._said = time.monotonic()
-        self._bar: Bar | None = None
+        self._total, self._steps, self._show, self._said = total, steps_per_epoch, show, time.monotonic()
         console = Console(stderr=True)
-        if show and console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-            )
-            self._bar = Bar(*columns, console=console, transient=True)
-            self._task = self._bar.add_task("training", total=total, completed=done, numbers="")
+        text, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
+        columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), numbers
+        super().__init__(*columns, console=console, transient=True, disable=not (show and console.is_terminal))
+        self._task = self.add_task("training", total=total, completed=done, numbers="")
 
-    def advance(self, line: dict[str, Any]) -> None:
+    def step(self, line: dict[str, Any]) -> None:
         """One step was done; ``line`` is its line of the log."""
         step = line["step"] + 1
         loss = "nan" if line["loss"] is None else f"{line['loss']:.3f}"
         numbers = f"loss {loss}, {line['images_per_s']:.3g} images/s"
-        if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
-        elif self._show and (step % self._steps == 0 or time.monotonic() - self._said > SECONDS):
+        self.update(self._task, completed=step, numbers=numbers)
+        due = step % self._steps == 0 or time.monotonic() - self._said > SECONDS
+        if self.disable and self._show and due:
             self._said = time.monotonic()
             _LOG.info("step %d of %d, epoch %d: %s", step, self._total, line["epoch"] + 1, numbers)
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
 
 
 class StopRequest:

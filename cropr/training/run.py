@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cropr.data.loading import Share
+from cropr.data.loading import Share, some
 from cropr.records import RECORD, provenance, read_record, write_record
 from cropr.tasks import open_task
 from cropr.tasks.base import EvaluationSettings, TaskRun, leaves
@@ -125,7 +125,7 @@ def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
     if mine != theirs:
         ours, its = dict(leaves(mine)), dict(leaves(theirs))
         differing = sorted(key for key in {*ours, *its} if ours.get(key) != its.get(key))
-        changes = "; ".join(f"{key} was {its.get(key)}, is {ours.get(key)}" for key in differing)
+        changes = some([f"{key} was {its.get(key)}, is {ours.get(key)}" for key in differing], limit=5)
         raise ValueError(f"{out} holds the record of another run: {changes}. Choose another --out, or delete it")
     return record
 

@@ -42,6 +42,6 @@ class TrainSpec(Spec):
         kind: type[Spec] | None = getattr(task, info.field_name)
         if kind is None:
             if value is not None:
-                raise ValueError(f"{task.name} has no {info.field_name}; leave it out")
+                raise ValueError(f"{task.name} has no {info.field_name}; leave it out (older specs had one)")
             return None
         return value if isinstance(value, kind) else check(kind, {} if value is None else value, kind.__name__)

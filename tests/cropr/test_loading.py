@@ -14,12 +14,11 @@ from cropr.data.loading import EvalBatches, ImageError, Samples, TrainBatches, s
 class Boxes(Samples):
     """Images whose side is their index, with a random number of boxes, as detection has them."""
 
-    def __init__(self, count: int = 10, seed: int | None = 0, broken: int | None = None) -> None:
-        super().__init__("boxes", seed)
-        self.count, self.broken = count, broken
+    layout = "coco"
 
-    def __len__(self) -> int:
-        return self.count
+    def __init__(self, count: int = 10, seed: int | None = 0, broken: int | None = None) -> None:
+        super().__init__(range(count), "boxes", seed)
+        self.broken = broken
 
     def sample(self, index: int) -> tuple[torch.Tensor, dict]:
         if index == self.broken:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from cropr import cli
 from cropr.cli.spec_flags import read_spec
 from cropr.records import read_record
-from cropr.tasks.classification.run import run as classification
+from cropr.tasks.classification import run as classification
 from cropr.training import run as runs
 from cropr.training.distributed import World
 from cropr.training.run import train
