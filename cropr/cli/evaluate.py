@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
 
     from cropr.data.loading import Share
-    from cropr.tasks import open_task
+    from cropr.tasks import TASKS, open_task
     from cropr.tasks.base import EvaluationSettings
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         }
     if args.out:
         write_record(args.out, record)
-    _show(record, weights, task.headline)
+    _show(record, weights, TASKS[spec.task].metrics)
 
 
 def _score(args: argparse.Namespace, started: float) -> None:
@@ -110,7 +111,8 @@ def _score(args: argparse.Namespace, started: float) -> None:
     if args.run_dir or args.spec or args.weights or args.data:
         raise ValueError("--predictions needs no model and no images; leave --run, --spec, --weights and --data out")
 
-    from cropr.tasks.detection.evaluation import FIGURES, score_file
+    from cropr.tasks.detection import FIGURES
+    from cropr.tasks.detection.evaluation import score_file
 
     metrics = score_file(args.predictions, args.annotations)
     if args.out:
@@ -146,12 +148,12 @@ def _what(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     return read_spec(args.spec), args.weights, args.seed or 0
 
 
-def _show(record: dict, weights: Path, headline: dict[str, str]) -> None:
+def _show(record: dict, weights: Path, labels: Mapping[str, str]) -> None:
     console = Console()
     console.print(str(weights), soft_wrap=True, highlight=False)
     table = Table("quantity", "value")
     for name, value in record["metrics"].items():
-        table.add_row(*((headline[name], f"{value:.2f} %") if name in headline else (name, f"{value:.6g}")))
+        table.add_row(*((labels[name], f"{value:.2f} %") if name in labels else (name, f"{value:.6g}")))
     table.add_row("tokens", ", ".join(map(str, record["tokens"])))
     console.print(table)
     if relevance := record["series"].get("relevance"):

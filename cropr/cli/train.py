@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(128 + (number or 15)) from None
         if world.leads:
             Console().print(
-                _summary(record, out, TASKS[spec.task].load(TASKS[spec.task].run).headline),
+                _summary(record, out, TASKS[spec.task].metrics),
                 soft_wrap=True,
                 highlight=False,
             )
@@ -96,7 +97,7 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     return spec_from_flags(args, len(split.classes), len(split), on_gpu)
 
 
-def _summary(record: dict, out: Path, headline: dict[str, str]) -> str:
+def _summary(record: dict, out: Path, labels: Mapping[str, str]) -> str:
     metrics = record["metrics"]
-    figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in headline.items())
+    figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in list(labels.items())[:2])
     return f"{figures} of {metrics['val_images']} images, {metrics['train_images_per_s']:.3g} training images/s: {out}"
