@@ -62,7 +62,7 @@ class EvaluationSettings:
 
 
 class BatchTask(ABC):
-    """What a training step does with a batch. Targets are a tensor [B, ...] unless a task overrides ``move`` and ``split``."""
+    """What a training step does with a batch. Targets are a tensor [B, ...] unless a task overrides the methods."""
 
     def move(self, targets: Any, device: torch.device) -> Any:
         """Targets on the device."""

@@ -90,9 +90,7 @@ def test_accuracy_by_hand_whatever_the_batch(batch):
     assert result.metrics["loss"] == pytest.approx(F.cross_entropy(LOGITS, torch.tensor([0, 1, 6])).item())
     assert result.series["relevance"] == []
     assert model.training
-    assert (
-        evaluate(Recorded(LOGITS[:, :3]), rows(3, [0, 1, 2], batch)).metrics["top5"] == 100
-    )  # there are three classes
+    assert evaluate(Recorded(LOGITS[:, :3]), rows(3, [0, 1, 2], batch)).metrics["top5"] == 100  # of three
 
 
 def test_no_image_is_an_error():

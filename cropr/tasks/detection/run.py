@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from cropr.training.specs import TrainSpec
 
 class Detection(TaskRun):
     """Images with boxes and masks, as COCO has them."""
-
-    headline: ClassVar[dict[str, str]] = {"box_ap": "box AP", "mask_ap": "mask AP"}
 
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         super().__init__(spec, root)
@@ -58,7 +56,7 @@ class Detection(TaskRun):
         """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
         images = EvalImages(self.splits[1], self.data)
         batches = EvalBatches(images, settings.batch_size, collate=collate, **share)
-        return evaluate(model, batches, self.splits[1].annotations, settings, self.detector.maskness)
+        return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
         """See ``BatchTask``."""
