@@ -28,7 +28,7 @@ def open_task(spec: TrainSpec, root: Path) -> TaskRun:
     """The run of a specification, with its images. Imports torch.
 
     Raises:
-        ValueError, FileNotFoundError: images that are not there, or others than the spec asks for.
+        ValueError, FileNotFoundError: images are missing or differ from those of the spec.
     """
     task = TASKS[spec.task]
     work: TaskRun = task.load(task.run)(spec, root)

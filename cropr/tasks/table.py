@@ -1,4 +1,4 @@
-"""What is known of a task before its code is imported; no torch."""
+"""The entry of a task; imports no torch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Task:
     data: type[ImagesSpec]
     """Describes its images."""
     detector: type[Spec] | None = None
-    """Describes what stands around the encoder; None where nothing does."""
+    """Describes pyramid and heads around the encoder; None without them."""
     layout: str
     """Name of the public layout that its images lie in."""
     folders: tuple[str, ...]
     """Folders of that layout, under the root."""
     metrics: Mapping[str, str]
-    """Metric -> label, in percent; rows are ranked by the first."""
+    """Metric in percent -> label, in order of importance; rows are ranked by the first."""
 
     def load(self, path: str) -> Any:
         """The class behind ``run`` or ``show``. Imports torch."""

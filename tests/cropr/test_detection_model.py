@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -17,7 +20,7 @@ from cropr.tasks.detection.cascade import match
 from cropr.tasks.detection.model import build_detector, losses
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import Anchors
-from cropr.tasks.detection.regions import BoxStage, RegionPooler, ScaleGradient
+from cropr.tasks.detection.regions import BoxStage, RegionPooler, scale_gradient
 from cropr.training.checkpoint import load_initial, save_weights
 
 DENSE = {"reducer": "none"}
@@ -188,6 +191,18 @@ def test_refuses_by_name():
         SimpleFeaturePyramid(16, 8, 16, (4, 1))
 
 
+def test_auxiliary_losses_by_hand():
+    """Two modules, two images, one query, two classes. An image without an object is a target like any other."""
+    even, sure = torch.zeros(2, 1, 2), torch.tensor([[[2.0, -2.0]], [[-2.0, -2.0]]])
+    targets = [{"labels": torch.tensor(labels, dtype=torch.int64)} for labels in ([1, 1], [])]
+    output = SimpleNamespace(losses={"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, encoded=SimpleNamespace(aux=()))
+    assert losses(output, targets, 2).aux.shape == (0,)
+    output.encoded.aux = (even, sure)
+    result = losses(output, targets, 2, aux_weight=2.0)
+    torch.testing.assert_close(result.aux, torch.tensor([math.log(2), math.log(1 + math.exp(-2))]))
+    torch.testing.assert_close(result.total, 3 + 2 * result.aux.sum())
+
+
 # The parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +243,7 @@ def test_pooler_reads_coordinates_and_chooses_the_level_by_size():
 
 
 def test_stage_by_hand():
-    stage = BoxStage(detector_spec(), CLASSES, 0.5, (10, 10, 5, 5))
+    stage = BoxStage(detector_spec(), CLASSES, 1)
     boxes = torch.tensor([[0.0, 0, 10, 20], [5, 5, 15, 15]])
     truth = torch.tensor([[1.0, 0, 11, 20], [0, 0, 0, 0]])
     deltas = torch.tensor([[1.0, 0, 0, 0], [3, 3, 3, 3]])  # 10 * 1 px / 10 px: exact for the first
@@ -252,7 +267,7 @@ def test_match_by_hand():
 
 def test_gradient_is_scaled_and_the_value_is_not():
     x = torch.randn(3, requires_grad=True)
-    y = ScaleGradient.apply(x, 0.25)
+    y = scale_gradient(x * 1, 0.25)
     assert torch.equal(x, y)
     y.sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 0.25))
@@ -262,7 +277,7 @@ def test_the_spec_of_published_size():
     """Heads of EVA-02-L's detector: 15.3 M parameters a box head, 7.8 M of the pyramid (reference)."""
     spec = DetModelSpec()
     with torch.device("meta"):
-        neck, stage = SimpleFeaturePyramid(1024, 256, 16), BoxStage(spec, 80, 0.5, (10, 10, 5, 5))
+        neck, stage = SimpleFeaturePyramid(1024, 256, 16), BoxStage(spec, 80, 1)
 
     def millions(module: nn.Module) -> float:
         return sum(p.numel() for p in module.parameters()) / 1e6

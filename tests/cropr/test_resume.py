@@ -268,7 +268,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
     assert spec["recipe"]["layer_decay"] == 0.8
     assert (spec["prune"]["reducer"], spec["prune"]["fusion"]) == ("cropr", "llf")
     line = capsys.readouterr().out
-    assert f"top-1 {record['metrics']['top1']:.2f} %" in line
+    assert f"Top-1 {record['metrics']['top1']:.2f} %" in line
     assert str(record_file.parent.relative_to(tmp_path)) in line
 
     for more in ([], ["--deployed"]):
@@ -278,7 +278,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
         evaluated = read_record(result)["metrics"]
         assert evaluated["top1"] == record["metrics"]["top1"]
         assert evaluated["loss"] == pytest.approx(record["metrics"]["loss"], abs=1e-5)
-        assert "top-1" in capsys.readouterr().out
+        assert "Top-1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

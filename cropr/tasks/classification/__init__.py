@@ -1,4 +1,4 @@
-"""Image classification: what its specs say, and where its code is; no torch."""
+"""Image classification: specs and the entry; imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AugmentSpec(Spec):
 
 
 class DataSpec(ImagesSpec):
-    """What the images are and how they are fed."""
+    """Images of classification and their transforms."""
 
     image_size: int = Field(224, ge=8)
     num_classes: int = Field(1000, ge=2)

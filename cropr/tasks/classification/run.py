@@ -5,9 +5,9 @@ B batch, N patch tokens, K kept, Q queries, M Cropr modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,36 @@ from cropr.training.specs import TrainSpec
 _ALONE = EvaluationSettings()
 
 
-class Classification(TaskRun):
+class Objective(BatchTask):
+    """Soft targets, mixing, losses.
+
+    Args:
+        data: gives mixup, cutmix, label smoothing and the number of classes.
+        aux_weight: weight of the sum of the auxiliary losses.
+    """
+
+    def __init__(self, data: DataSpec, aux_weight: float = 1.0) -> None:
+        self.data, self.aux_weight, self.mix = data, aux_weight, mixup(data)
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W], mixed in place if the data say so, and soft targets [B, classes]; draws from NumPy."""
+        if self.mix is not None:
+            return self.mix(images, labels)
+        return images, soft_target(labels, self.data.num_classes, self.data.augment.smoothing)
+
+    def loss(self, output: Output, target: Tensor) -> Losses:
+        """See ``losses``."""
+        return losses(output, target, self.aux_weight)
+
+
+class Classification(Objective, TaskRun):
     """Images in class folders, soft targets, mixing."""
 
-    headline: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
-
     def __init__(self, spec: TrainSpec, root: Path) -> None:
-        super().__init__(spec, root)
         assert isinstance(spec.data, DataSpec)
-        self.data = spec.data
+        TaskRun.__init__(self, spec, root)
+        Objective.__init__(self, spec.data, spec.prune.aux_weight)
         self.splits = load_splits(root, self.data.num_classes)
-        self.objective = Objective(self.data, spec.prune.aux_weight)
 
     def folder_fingerprint(self) -> str:
         """See ``TaskRun``."""
@@ -49,7 +68,7 @@ class Classification(TaskRun):
         """See ``TaskRun``.
 
         Raises:
-            ValueError: an odd share of a batch with mixup or cutmix, which mix pairs.
+            ValueError: mixup or cutmix, which mix pairs, with an odd number of images per process.
         """
         size, augment = self.spec.recipe.batch_size, self.data.augment
         batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, **share)
@@ -66,23 +85,10 @@ class Classification(TaskRun):
         """See ``TaskRun``; where the truth is known, ``series.relevance`` says where the kept tokens lie."""
         split = self.splits[1]
         batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
-        objects = object_map([split.paths[index] for index in batches.indices], self.data, patch_grid(model))
+        host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
+        paths = [split.paths[index] for index in batches.indices]
+        objects = object_map(paths, self.data, host.patch_embed.grid_size)
         return evaluate(model, batches, settings, objects)
-
-    def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W], perhaps mixed in place, and soft targets [B, classes]."""
-        return self.objective.prepare(images, targets)
-
-    def loss(self, output: Output, targets: Tensor) -> Losses:
-        """See ``losses``."""
-        return self.objective.loss(output, targets)
-
-
-def patch_grid(model: PrunedViT | DeployedViT) -> tuple[int, int]:
-    """Rows and columns of the patch grid that a model was built for."""
-    host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
-    rows, columns = host.patch_embed.grid_size
-    return rows, columns
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
@@ -101,31 +107,6 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     log_probability = torch.stack(output.aux).float().log_softmax(dim=-1)  # [M, B, Q, classes]
     aux = -(log_probability * target[:, None]).sum(dim=-1).mean(dim=(1, 2))
     return Losses(main + aux_weight * aux.sum(), main, aux)
-
-
-class Objective(BatchTask):
-    """Soft targets, mixing, losses.
-
-    Args:
-        data: gives mixup, cutmix, label smoothing and the number of classes.
-        aux_weight: weight of the sum of the auxiliary losses.
-    """
-
-    def __init__(self, data: DataSpec, aux_weight: float = 1.0) -> None:
-        self._mix = mixup(data)
-        self._classes = data.num_classes
-        self._smoothing = data.augment.smoothing
-        self._aux_weight = aux_weight
-
-    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W], perhaps mixed in place, and soft targets [B, classes]; draws from NumPy's generator."""
-        if self._mix is not None:
-            return self._mix(images, labels)
-        return images, soft_target(labels, self._classes, self._smoothing)
-
-    def loss(self, output: Output, target: Tensor) -> Losses:
-        """See ``losses``."""
-        return losses(output, target, self._aux_weight)
 
 
 def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
@@ -163,23 +144,29 @@ def evaluate(
     model.eval()
     torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    seen = 0
-    relevance = _Relevance()
+    sums, shares = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
+    seen, blocks = 0, [0]
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, settings.precision):
             output: Output = forward(images)
         sums += _counts(output.logits.float(), labels)
         if objects is not None:
-            relevance.add(output, objects[seen : seen + len(labels)].to(device))
+            shares = shares + _shares(output, objects[seen : seen + len(labels)].to(device))
+            blocks = [0, *output.kept]
         seen += len(labels)
     model.train(training)
     top1, top5, loss, count = settings.total(sums).tolist()
     if not count:
         raise ValueError("no image to evaluate: the validation set is empty")
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
-    return Evaluation(metrics, {"relevance": [] if objects is None else relevance.result(settings.total)})
+    if objects is None:
+        return Evaluation(metrics, {"relevance": []})
+    relevance = [
+        {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * alive / max(with_object, 1)}
+        for block, (kept, alive, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
+    ]
+    return Evaluation(metrics, {"relevance": relevance})
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:
@@ -201,37 +188,18 @@ def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> T
     return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
 
 
-class _Relevance:
-    """Sums of the two shares over images, per block."""
+def _shares(output: Output, on_object: Tensor) -> Tensor:
+    """[blocks, 4]: sums over images, for the input and after every pruning block, see ``evaluate``.
 
-    def __init__(self) -> None:
-        self.sums: dict[int, Tensor] = {}
+    The columns: share of the kept patches on the object, share of the object's patches kept (0 for an image without
+    one), images with an object, images.
 
-    def add(self, output: Output, on_object: Tensor) -> None:
-        """``on_object``: [B, N] bool."""
-        size = on_object.sum(dim=1)
-        everywhere = torch.arange(on_object.shape[1], device=on_object.device).expand_as(on_object)
-        for block, index in {0: everywhere, **output.kept}.items():
-            hit = on_object.gather(1, index).sum(dim=1).double()
-            shares = torch.stack(
-                (
-                    (hit / index.shape[1]).sum(),
-                    (hit / size.clamp(min=1)).sum(),  # an image without an object patch adds nothing
-                    (size > 0).sum().double(),
-                    torch.tensor(len(index), dtype=torch.float64, device=index.device),
-                )
-            )
-            self.sums[block] = self.sums.get(block, torch.zeros_like(shares)) + shares
-
-    def result(self, total: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
-        rows = []
-        for block, sums in self.sums.items():
-            on_object, alive, with_object, images = total(sums).tolist()
-            rows.append(
-                {
-                    "block": block,
-                    "kept_on_object": 100 * on_object / images,
-                    "object_kept": 100 * alive / max(with_object, 1),
-                }
-            )
-        return rows
+    Args:
+        on_object: [B, N] bool.
+    """
+    size, rows = on_object.sum(dim=1), []
+    for kept in (on_object, *(on_object.gather(1, index) for index in output.kept.values())):
+        hit = kept.sum(dim=1).double()
+        shares = (hit / kept.shape[1]).sum(), (hit / size.clamp(min=1)).sum()
+        rows.append(torch.stack([*shares, (size > 0).sum(), (size >= 0).sum()]))
+    return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation: what its specs say, and where its code is; no torch."""
+"""Object detection and instance segmentation: specs and the entry; imports no torch."""
 
 from __future__ import annotations
 
@@ -58,8 +58,6 @@ class DetModelSpec(Spec):
     """Overlap from which scores are lowered (soft, linearly) or boxes dropped (plain)."""
     min_score: float = Field(0.001, ge=0, lt=1)
     max_detections: int = Field(100, ge=1)
-    maskness: bool = False
-    """Mask AP ranks by score times the mask's mean probability inside it, as EVA-02's published mask AP does."""
 
     @model_validator(mode="after")
     def _levels(self) -> DetModelSpec:
@@ -70,6 +68,17 @@ class DetModelSpec(Spec):
         return self
 
 
+FIGURES = {
+    "ap": "AP",
+    "ap50": "AP at IoU 0.5",
+    "ap75": "AP at IoU 0.75",
+    **{f"ap_{size}": f"AP, {size}" for size in ("small", "medium", "large")},
+    **{f"ar{most}": f"AR, {most} an image" for most in (1, 10, 100)},
+    **{f"ar_{size}": f"AR, {size}" for size in ("small", "medium", "large")},
+}
+"""pycocotools' twelve, in its order, with labels. AP: mean over IoU 0.50 to 0.95; AR: recall with 1, 10, 100 detections
+an image and category; small: below 32^2 pixels of area, large: above 96^2."""
+
 TASK = Task(
     name="detection",
     run="cropr.tasks.detection.run:Detection",
@@ -78,5 +87,5 @@ TASK = Task(
     detector=DetModelSpec,
     layout="coco",
     folders=("train2017", "val2017", "annotations"),
-    metrics={"box_ap": "Box AP", "mask_ap": "Mask AP"},
+    metrics={f"{k}_{name}": f"{k.capitalize()} {label}" for name, label in FIGURES.items() for k in ("box", "mask")},
 )

@@ -1,4 +1,4 @@
-"""The encoder of a detector: a plain ViT with windows, pruned, that ends in a map.
+"""The encoder of a detector: a pruned plain ViT with windows, whose output is a map.
 
 B batch, C channels.
 """
@@ -24,11 +24,10 @@ from cropr.tasks.detection import DetModelSpec
 class Encoder(PrunedViT):
     """``logits`` of its output are the map [B, C, rows, columns]: the last block's tokens in their places.
 
-    Args:
-        backbone, schedule, reducers, fusion: as of ``PrunedViT``.
+    Arguments as of ``PrunedViT``.
 
     Raises:
-        ValueError: tokens are pruned and not brought back: the pyramid needs all.
+        ValueError: pruning without fusion; the pyramid needs all tokens.
     """
 
     def __init__(
@@ -62,13 +61,13 @@ def build_encoder(
 
     Args:
         model: a timm ViT or EVA-02; it is built without prefix tokens, norm after the last block and classifier.
-        detector: gives the windows; what stands around the encoder is of no concern.
+        detector: gives the windows.
         num_outputs: of the auxiliary heads.
         image_size: pixels that the host is built for, a side or height and width.
 
     Raises:
         TypeError: a host that cannot have windows, by name.
-        ValueError: a schedule that leaves no whole windows, or tokens that are pruned and not brought back.
+        ValueError: a schedule that leaves no whole windows, or pruning without fusion.
     """
     arguments: dict[str, Any] = {
         "num_classes": 0,
@@ -80,8 +79,11 @@ def build_encoder(
     }
     host: Any = timm.create_model(model.name, img_size=image_size, **arguments)
     if pretrained:
-        arguments["class_token"] = True
-        _take_weights(host, timm.create_model(model.name, pretrained, img_size=image_size, **arguments))
+        # timm loads positions only into a model with as many prefix tokens as they were made for.
+        donor = timm.create_model(model.name, pretrained, img_size=image_size, **{**arguments, "class_token": True})
+        weights = {name: tensor for name, tensor in donor.state_dict().items() if name != "cls_token"}
+        weights["pos_embed"] = weights["pos_embed"][:, -host.pos_embed.shape[1] :]
+        host.load_state_dict(weights)
     host.norm, host.fc_norm = nn.Identity(), nn.Identity()
     backbone = windowed(host, detector.window, detector.global_blocks)
     schedule = Schedule.from_config(spec.schedule)
@@ -93,16 +95,3 @@ def build_encoder(
             if name.startswith("drop_path"):
                 setattr(host.blocks[-1], name, nn.Identity())
     return encoder
-
-
-def _take_weights(host: nn.Module, donor: nn.Module) -> None:
-    """Weights of a pretrained model that has a class token: that token goes, and its row of the positions.
-
-    timm loads positions only into a model with as many prefix tokens as they were made for.
-    """
-    weights: dict[str, Tensor] = {name: tensor for name, tensor in donor.state_dict().items() if name != "cls_token"}
-    prefix = (
-        weights["pos_embed"].shape[1] - host.get_parameter("pos_embed").shape[1]
-    )  # none where patches alone have any
-    weights["pos_embed"] = weights["pos_embed"][:, prefix:]
-    host.load_state_dict(weights)

@@ -6,9 +6,9 @@
     fast = detector.deploy()
 
 Images are normalised. Each is padded with zeros at the right and the bottom to one canvas, the square that the model
-was built for: what is found in an image does not depend on its batch. Larger images have a canvas of their own.
+was built for, so that detections do not depend on the batch. Larger images have larger canvases.
 
-B batch, C channels of the encoder, G objects of an image, M detections.
+B batch, C channels of the encoder, G objects of an image, K classes without background, Q queries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from cropr.pruning.reducers import Reducer
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.base import Losses
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.auxiliary import auxiliary_losses, present_classes
 from cropr.tasks.detection.cascade import CascadeHeads, Detections
 from cropr.tasks.detection.encoder import Encoder, build_encoder
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
@@ -45,30 +44,27 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class DetectionOutput:
-    """What a forward pass gives."""
+    """Output of a forward pass."""
 
     losses: dict[str, Tensor]
-    """Scalars, unweighted, by name, in training mode; else empty. Their sum is the main loss."""
+    """Scalars by name in training mode, else empty. Their sum is the main loss."""
     detections: list[Detections]
-    """One an image, in evaluation mode; else empty."""
+    """One an image in evaluation mode, else empty."""
     encoded: Output
-    """Of the encoder; ``logits`` is its map [B, C, rows, columns], ``aux`` and ``kept`` as of any pruned model."""
+    """Of the encoder; ``logits`` is its map [B, C, rows, columns]."""
 
 
 class Detector(Encoder):
     """Encoder and heads. Made by ``build_detector``; ``deploy`` gives its inference form.
 
     Args:
-        encoder: a pruned windowed ViT, whose parts become this model's own.
-        neck: makes the pyramid.
-        rpn: makes proposals.
-        heads: what is in them.
+        encoder: a pruned windowed ViT; this model takes its parts.
         canvas: height and width that images are padded to; larger images to multiples of ``multiple``.
-        multiple: pixels; a canvas of so many holds whole windows and whole places of the coarsest level.
+        multiple: pixels; the windows and the coarsest level need sides that are multiples of it.
     """
 
     inherits: ClassVar[tuple[str, ...]] = ("neck", "rpn", "heads")
-    """Parts that a run takes over from the run that it starts from, beside the encoder's host."""
+    """Parts that a run takes from its initial run, in addition to the encoder's host."""
 
     def __init__(
         self,
@@ -77,15 +73,12 @@ class Detector(Encoder):
         rpn: ProposalNetwork,
         heads: CascadeHeads,
         canvas: Size,
-        multiple: Size,
+        multiple: int,
     ) -> None:
         reducers = {int(block): cast(Reducer, reducer) for block, reducer in encoder.reducers.items()}
         super().__init__(encoder.backbone, encoder.schedule, reducers, encoder.fusion)
-        self.neck = neck
-        self.rpn = rpn
-        self.heads = heads
-        self.canvas = canvas
-        self.multiple = multiple
+        self.neck, self.rpn, self.heads = neck, rpn, heads
+        self.canvas, self.multiple = canvas, multiple
 
     def forward(  # type: ignore[override]
         self,
@@ -99,8 +92,8 @@ class Detector(Encoder):
             images: [B, 3, H, W] or B times [3, H_b, W_b].
             targets: torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W]. In
                 training only.
-            sizes: of the images within H x W; what lies beyond is padding. By default the targets' ``size``, else
-                there is no padding yet.
+            sizes: height and width of each image within H x W, without padding. By default the targets' ``size``,
+                else H and W.
 
         Raises:
             ValueError: training without targets.
@@ -112,11 +105,11 @@ class Detector(Encoder):
         encoded = self.encode(batch)
         levels = self.neck(encoded.logits)
         proposals, losses = self.rpn.propose(ImageList(batch, sizes), levels, targets)
-        regions = levels[:-1]
         if self.training:
             assert targets is not None
-            return DetectionOutput({**losses, **self.heads.losses(regions, proposals, sizes, targets)}, [], encoded)
-        return DetectionOutput({}, self.heads.detect(regions, proposals, sizes), encoded)
+            losses |= self.heads.losses(levels[:-1], proposals, sizes, targets)
+            return DetectionOutput(losses, [], encoded)
+        return DetectionOutput({}, self.heads.detect(levels[:-1], proposals, sizes), encoded)
 
     def encode(self, images: Tensor) -> Output:
         """The encoder alone, on images [B, 3, H, W] that hold whole windows; ``logits`` is its map."""
@@ -124,7 +117,7 @@ class Detector(Encoder):
 
     @torch.no_grad()
     def detect(self, images: Tensor | Sequence[Tensor], sizes: Sequence[Size] | None = None) -> list[Detections]:
-        """What is found in each image, whatever the sizes of the others; arguments as of ``forward``.
+        """Detections of each image, independent of the other images; arguments as of ``forward``.
 
         Boxes are in pixels of the image as given, masks [M, 28, 28] are probabilities within their box.
         """
@@ -145,16 +138,12 @@ class Detector(Encoder):
         return Detector(encoder, neck, rpn, heads, self.canvas, self.multiple).requires_grad_(False).eval()
 
     def _canvas(self, image: Tensor) -> Size:
-        height, width = (
-            max(floor, -(-edge // step) * step)
-            for floor, edge, step in zip(self.canvas, image.shape[-2:], self.multiple, strict=True)
-        )
-        return height, width
+        height, width = (_round_up(edge, self.multiple) for edge in image.shape[-2:])
+        return max(self.canvas[0], height), max(self.canvas[1], width)
 
     def _pad(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """[B, 3, H, W] on one canvas, with zeros: the mean colour of normalised images."""
-        canvases = [self._canvas(image) for image in images]
-        height, width = max(size[0] for size in canvases), max(size[1] for size in canvases)
+        height, width = (max(sides) for sides in zip(*(self._canvas(image) for image in images), strict=True))
         padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
         return torch.stack(padded)
 
@@ -178,28 +167,43 @@ def build_detector(
         TypeError: a host that cannot have windows, by name.
         ValueError: a schedule that leaves no whole windows, a pruned model without fusion, levels that do not fit.
     """
-    patch = _patch_size(model)
+    patch = model.args.get("patch_size")
+    if patch is None:
+        with torch.device("meta"):
+            host: Any = timm.create_model(model.name, **model.args)
+        patch, columns = host.patch_embed.patch_size
+        assert patch == columns
     multiple = patch * math.lcm(detector.window, max(1, round(1 / detector.scales[-1])))
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    canvas = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
+    canvas = (_round_up(height, multiple), _round_up(width, multiple))
     encoder = build_encoder(model, spec, detector, num_classes, canvas, pretrained)
     neck = SimpleFeaturePyramid(encoder.backbone.dim, detector.channels, patch, detector.scales)
     rpn = ProposalNetwork(detector, neck.strides)
     heads = CascadeHeads(detector, num_classes, neck.strides[:-1])
-    return Detector(encoder, neck, rpn, heads, canvas, (multiple, multiple))
+    return Detector(encoder, neck, rpn, heads, canvas, multiple)
 
 
 def losses(output: DetectionOutput, targets: Sequence[Target], num_classes: int, aux_weight: float = 1.0) -> Losses:
     """Sum of all losses of the detector (each has weight 1), plus the weighted sum of the auxiliary losses.
 
+    Cropr modules predict the set of classes in the image, after cropping (paper, section 3: one query, sigmoid BCE).
+    The paper does not give the reduction; ours is the mean over images, queries and classes.
+
     Args:
         output: of a model in training mode.
-        targets: as given to it. Cropr modules learn which classes they hold (paper, section 3).
-        num_classes: without background.
+        targets: as given to it, with ``labels`` [n] from 1 to K.
+        num_classes: K.
         aux_weight: weight of the sum of the auxiliary losses.
     """
     main = torch.stack(tuple(output.losses.values())).sum()
-    aux = auxiliary_losses(output.encoded.aux, present_classes(targets, num_classes))
+    if not output.encoded.aux:
+        return Losses(main, main, main.new_empty(0))
+    logits = torch.stack(tuple(output.encoded.aux)).float()  # [modules, B, Q, K]
+    present = torch.zeros(len(targets), num_classes, device=logits.device)
+    for row, target in zip(present, targets, strict=True):
+        row[target["labels"] - 1] = 1.0
+    present = present[:, None].expand_as(logits)
+    aux = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=(1, 2, 3))
     return Losses(main + aux_weight * aux.sum(), main, aux)
 
 
@@ -209,12 +213,5 @@ def _sizes(images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None) 
     return [(image.shape[-2], image.shape[-1]) for image in images]
 
 
-def _patch_size(model: ModelSpec) -> int:
-    """Of a model that is not built yet: the canvas, which it is built for, depends on it."""
-    if "patch_size" in model.args:
-        return int(model.args["patch_size"])
-    with torch.device("meta"):
-        host: Any = timm.create_model(model.name, **model.args)
-    rows, columns = host.patch_embed.patch_size
-    assert rows == columns
-    return int(rows)
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

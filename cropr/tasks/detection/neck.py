@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Each level is resampled from the same map by itself; no top-down path (ViTDet, Li et al., 2022).
+    """Each level is resampled from the same map; no top-down path (ViTDet, Li et al., 2022).
 
     Args:
         dim: C.

@@ -1,28 +1,25 @@
-"""Which boxes of an image are reported: soft non-maximum suppression, and the plain one, class by class.
+"""Choice of the detections of an image: soft and plain non-maximum suppression, class by class.
 
-All classes share their boxes, as class-agnostic regression gives them, so one matrix of overlaps serves all of them.
+All classes have the same boxes, as class-agnostic regression gives them, so that one matrix of overlaps is enough.
 
-R boxes of an image, K classes without background, M detections that are left.
+R boxes of an image, K classes without background, M remaining detections.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
-Decay = Literal["linear", "gaussian"]
-
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """Detections that are left, by falling score."""
+    """Remaining detections, by falling score."""
 
     index: Tensor
-    """[M] int64, which boxes."""
+    """[M] int64, rows of the boxes."""
     labels: Tensor
     """[M] int64, from 1 to K."""
     scores: Tensor
@@ -31,57 +28,41 @@ class Picks:
 
 @torch.no_grad()
 def nms(boxes: Tensor, scores: Tensor, *, threshold: float = 0.5, min_score: float = 0.05, limit: int = 100) -> Picks:
-    """Plain suppression: of two boxes of one class that overlap by more than ``threshold``, the better one stays.
+    """Plain suppression: of two boxes of a class with an IoU above ``threshold``, the higher score stays.
 
     Args:
         boxes: [R, 4], left, top, right, bottom.
         scores: [R, K], one a class; the background is left out.
-        threshold: intersection over union.
         min_score: scores up to it are dropped before.
-        limit: detections an image, the best ones.
+        limit: number of detections, those with the highest scores.
     """
     index, column = (scores > min_score).nonzero(as_tuple=True)
     values = scores[index, column]
-    # Overlaps in fp32, whatever the precision of the network: half a pixel is lost above 1024 in fp16.
+    # Overlaps in fp32 under any precision of the network: fp16 is off by half a pixel above 1024.
     kept = batched_nms(boxes[index].float(), values.float(), column, threshold)[:limit]
     return Picks(index[kept], column[kept] + 1, values[kept])
 
 
 @torch.no_grad()
 def soft_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    *,
-    decay: Decay = "linear",
-    threshold: float = 0.6,
-    sigma: float = 0.5,
-    min_score: float = 1e-3,
-    limit: int = 100,
+    boxes: Tensor, scores: Tensor, *, threshold: float = 0.6, min_score: float = 1e-3, limit: int = 100
 ) -> Picks:
-    """Soft suppression (Bodla et al., 2017): the best box stays, and lowers the scores of those that it overlaps.
+    """Linear soft suppression (Bodla et al., 2017): a picked box multiplies scores of overlapping boxes by 1 - IoU.
 
-    All classes advance in lock-step, one box each at a time: ``limit`` steps of a few operations on [K, R] instead of
-    a loop over up to K R boxes. Within a class scores are picked in falling order, so that the ``limit`` best of the
-    image are among the first ``limit`` of each class.
+    Each of ``limit`` steps picks one box of every class, with a few operations on [K, R] instead of a loop over up to
+    K R boxes. Within a class scores are picked in falling order, so that the ``limit`` best of the image are among the
+    first ``limit`` of each class.
 
     Args:
         boxes: [R, 4], left, top, right, bottom.
-        scores: [R, K], one a class; the background is left out. Not negative.
-        decay: ``linear`` multiplies by 1 - IoU above ``threshold``, ``gaussian`` by exp(-IoU^2 / ``sigma``).
-        min_score: 0 or more; a box ends when its score has come down to it. EVA-02's results: linear, 0.6, 1e-3.
-        limit: detections an image, the best ones.
-
-    Raises:
-        ValueError: unknown decay.
+        scores: [R, K], one a class, without background; not negative.
+        threshold: IoU above which scores are multiplied.
+        min_score: 0 or more; a box is dropped when its score is no larger. EVA-02's results: 0.6, 1e-3.
+        limit: number of detections, those with the highest scores.
     """
-    if decay not in ("linear", "gaussian"):
-        raise ValueError(f"decay={decay!r}: choose linear or gaussian")
     index = (scores > min_score).any(dim=1).nonzero()[:, 0]
     overlap = box_iou(boxes[index].float(), boxes[index].float())
-    if decay == "linear":
-        factors = torch.where(overlap > threshold, 1 - overlap, 1.0)
-    else:
-        factors = torch.exp(-overlap.square() / sigma)
+    factors = torch.where(overlap > threshold, 1 - overlap, 1.0)
     left = scores[index].float().t().contiguous()  # [K, R]
     steps, columns = min(limit, len(index)), torch.arange(left.shape[0], device=left.device)
     rows = index.new_empty(steps, len(left))

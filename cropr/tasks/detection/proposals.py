@@ -1,4 +1,4 @@
-"""Where objects may be: torchvision's region proposal network with the anchors and losses of EVA-02's detector.
+"""torchvision's region proposal network with the anchors and losses of EVA-02's detector.
 
 Three things differ from torchvision's own: anchors are not rounded to pixels and take their strides from the pyramid
 instead of guessing them from sizes; losses are L1 and BCE over a fixed number of samples; boxes are computed in float32
@@ -63,8 +63,8 @@ class Anchors(AnchorGenerator):
 class _Head(RPNHead):
     """Two 3 x 3 convolutions shared by all levels; logits and deltas in float32.
 
-    torchvision starts all layers with a standard deviation of 0.01, which suits 256 channels: with 16, what passes two
-    convolutions is a hundredth. The convolutions start by their width instead, as those of the other heads do.
+    torchvision initialises all layers with a standard deviation of 0.01, which suits 256 channels; with 16, two
+    convolutions divide their input by 100. Here the convolutions start by their width, as those of the other heads do.
     """
 
     def __init__(self, channels: int, anchors: int) -> None:
@@ -82,8 +82,10 @@ class ProposalNetwork(RegionProposalNetwork):
     """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``."""
 
     def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
-        before = {"training": spec.proposals_train[0], "testing": spec.proposals_test[0]}
-        after = {"training": spec.proposals_train[1], "testing": spec.proposals_test[1]}
+        before, after = (
+            {"training": train, "testing": test}
+            for train, test in zip(spec.proposals_train, spec.proposals_test, strict=True)
+        )
         super().__init__(
             Anchors(spec.anchor_sizes, strides),
             _Head(spec.channels, len(RATIOS)),

@@ -1,4 +1,4 @@
-"""What is in a region: pooling from the pyramid, box stages, mask head.
+"""Heads for regions: pooling from the pyramid, box stages, mask head.
 
 R regions of a batch, D channels of the pyramid, K classes without background. Labels run from 1 to K; 0 is background.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import LayerNorm2d
@@ -16,17 +15,13 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from cropr.tasks.detection import DetModelSpec
 
-if TYPE_CHECKING:
-    from cropr.data.coco import Target
-
 BOX_SIZE, MASK_SIZE = 7, 14
-"""Places a side that a region is pooled to; masks come out at twice theirs."""
+"""Side of the grid that a region is pooled to; masks have twice theirs."""
 
 
 class RegionPooler:
@@ -37,8 +32,7 @@ class RegionPooler:
 
     Args:
         strides: of the levels, powers of 2, finest first.
-        size: a region of this many pixels a side ...
-        stride: ... is pooled from the level with this stride.
+        size: side in pixels of a region that is pooled from the level of ``stride``.
     """
 
     def __init__(self, strides: Sequence[int], size: int, stride: int) -> None:
@@ -60,19 +54,15 @@ class RegionPooler:
 
 
 class BoxStage(nn.Module):
-    """One stage of the cascade: what a region is, and a better box for it, the same for all classes.
+    """One stage of the cascade: classes of the regions, and refined boxes, the same for all classes.
 
     Args:
-        threshold: overlap with an object from which a region counts as that object.
-        weights: scale of the four deltas, for left/right, up/down, width, height.
+        number: of the stage, from 1; the scale of its deltas (x, y, width, height) grows with it.
     """
 
-    def __init__(
-        self, spec: DetModelSpec, num_classes: int, threshold: float, weights: tuple[float, float, float, float]
-    ) -> None:
+    def __init__(self, spec: DetModelSpec, num_classes: int, number: int) -> None:
         super().__init__()
-        self.threshold = threshold
-        self.coder = BoxCoder(weights)
+        self.coder = BoxCoder((10.0 * number, 10.0 * number, 5.0 * number, 5.0 * number))
         convolutions = [spec.channels] * spec.box_convs
         self.head = FastRCNNConvFCHead(
             (spec.channels, BOX_SIZE, BOX_SIZE), convolutions, [spec.box_width], norm_layer=LayerNorm2d
@@ -97,12 +87,12 @@ class BoxStage(nn.Module):
     def loss(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over all regions, and L1 of the deltas of those on an object over the number of all.
+        """Mean cross-entropy of the regions, and L1 of the deltas of those on an object divided by the number of all.
 
         Args:
             boxes: [R, 4].
             labels: [R], 0 for background.
-            truth: [R, 4], the object's box; of no effect where the label is 0.
+            truth: [R, 4], the object's box; not used where the label is 0.
         """
         regions = max(len(labels), 1)
         positive = labels > 0
@@ -128,28 +118,9 @@ class MaskHead(nn.Sequential):
     def forward(self, pooled: Tensor) -> Tensor:
         return super().forward(pooled).float()
 
-    @staticmethod
-    def loss(logits: Tensor, boxes: list[Tensor], matched: list[Tensor], targets: Sequence[Target]) -> Tensor:
-        """BCE of the masks of the true classes, against the true masks cut out by the boxes; 0 without regions."""
-        masks = [target["masks"] for target in targets]
-        labels = [target["labels"] - 1 for target in targets]
-        return maskrcnn_loss(logits, boxes, masks, labels, matched)
 
-    @staticmethod
-    def probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-        """[R, 28, 28]: mask of the class that a region was given, from 1 to K."""
-        rows = torch.arange(len(labels), device=labels.device)
-        return logits[rows, labels - 1].sigmoid()
-
-
-class ScaleGradient(torch.autograd.Function):
-    """Identity with a scaled gradient: all stages together send as much into the pyramid as one alone would."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, scale: float) -> Tensor:
-        context.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * context.scale, None
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """``x``, its gradient scaled from here on."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * scale)  # type: ignore[no-untyped-call]
+    return x

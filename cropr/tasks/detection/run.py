@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from cropr.training.specs import TrainSpec
 class Detection(TaskRun):
     """Images with boxes and masks, as COCO has them."""
 
-    headline: ClassVar[dict[str, str]] = {"box_ap": "box AP", "mask_ap": "mask AP"}
-
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         super().__init__(spec, root)
         assert isinstance(spec.data, DetDataSpec)
@@ -37,10 +35,8 @@ class Detection(TaskRun):
 
     def build(self, pretrained: bool = False) -> Detector:
         """See ``TaskRun``."""
-        spec = self.spec
-        return build_detector(
-            spec.model, spec.prune, self.detector, self.data.num_classes, self.data.image_size, pretrained
-        )
+        model, prune, data = self.spec.model, self.spec.prune, self.data
+        return build_detector(model, prune, self.detector, data.num_classes, data.image_size, pretrained)
 
     def load_published(self, model: Detector, path: Path) -> bool:
         """The published EVA-02 detectors, as their authors saved them (``.pth``)."""
@@ -58,30 +54,25 @@ class Detection(TaskRun):
         """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
         images = EvalImages(self.splits[1], self.data)
         batches = EvalBatches(images, settings.batch_size, collate=collate, **share)
-        return evaluate(model, batches, self.splits[1].annotations, settings, self.detector.maskness)
+        return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
         """See ``BatchTask``."""
-        return [_move(target, device) for target in targets]
+        moved = []
+        for target in targets:
+            tensors = {k: v.to(device, non_blocking=True) for k, v in target.items() if isinstance(v, Tensor)}
+            moved.append(cast(Target, {**target, **tensors}))
+        return moved
 
     def split(self, targets: list[Target], parts: int) -> Sequence[list[Target]]:
         """See ``BatchTask``."""
-        places = torch.arange(len(targets)).tensor_split(parts)
-        return [[targets[place] for place in part.tolist()] for part in places]
+        return [[targets[place] for place in part] for part in torch.arange(len(targets)).tensor_split(parts)]
 
     def forward(self, model: Any, images: Tensor, targets: list[Target]) -> DetectionOutput:
-        """See ``BatchTask``; the detector's losses arise within."""
+        """See ``BatchTask``; the detector computes its losses itself."""
         output: DetectionOutput = model(images, targets)
         return output
 
     def loss(self, output: DetectionOutput, targets: list[Target]) -> Losses:
         """See ``cropr.tasks.detection.model.losses``."""
         return losses(output, targets, self.data.num_classes, self.spec.prune.aux_weight)
-
-
-def _move(target: Target, device: torch.device) -> Target:
-    moved = {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in target.items()
-    }
-    return cast(Target, moved)

@@ -1,4 +1,4 @@
-"""Semantic segmentation: what its specs say, and where its code is; no torch."""
+"""Semantic segmentation: specs and the entry; imports no torch."""
 
 from __future__ import annotations
 

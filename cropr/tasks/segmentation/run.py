@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from cropr.training.specs import TrainSpec
 
 class Segmentation(TaskRun):
     """Images with label maps, as ADE20k has them."""
-
-    headline: ClassVar[dict[str, str]] = {"miou": "mIoU", "macc": "mean accuracy", "aacc": "pixel accuracy"}
 
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         super().__init__(spec, root)
