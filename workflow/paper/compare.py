@@ -10,44 +10,49 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cropr.records import read_record
-from workflow.paper.load import metric_by_seed
-from workflow.paper.quantities import ACCURACIES, COSTS, quantity
-from workflow.paper.stats import difference_interval, mean_interval
+from workflow.paper.records import load_manifest, load_records
+from workflow.paper.stats import mean_interval, paired_difference, with_interval
+
+COSTS = {
+    "loss": ("Validation loss", 3),
+    "tpr": ("Pruned patches (%)", 1),
+    "step_ms": ("Training step (ms)", 0),
+    "parameters_training_only": ("Parameters of training alone", 0),
+}
+"""What stands below the metrics of the task: label and digits."""
 
 
-def comparison(manifest: dict[str, Any], row: str) -> Table:
+def comparison(artefact: str, row: str, results: str | Path) -> Table:
     """A line for every metric: baseline, row, difference.
 
     Args:
-        manifest: as ``Grid.manifest`` makes it; the training records of both rows must exist.
-        row: compared with the manifest's baseline.
+        artefact: name of a table with a baseline.
+        row: compared with the baseline; the training records of both must exist, others need not.
+        results: folder of a scale.
 
     Raises:
-        ValueError: a row that the manifest lacks or that has not run.
+        ValueError: a row that the table lacks or that has not run.
         FileNotFoundError: a record is missing.
     """
-    rows = {entry["row"]: entry for entry in manifest["rows"]}
-    if missing := [name for name in (manifest["baseline"], row) if not rows.get(name, {}).get("records")]:
-        raise ValueError(f"row {missing[0]!r} has no training records; choose among {', '.join(rows)}")
-    entries = [rows[manifest["baseline"]], rows[row]]
-    base, ours = ({int(record["seed"]): record for record in map(read_record, entry["records"])} for entry in entries)
-    seeds = sorted(base.keys() & ours.keys())
+    manifest = load_manifest(artefact, results)
+    baseline, rows = manifest["baseline"], {entry["row"]: entry for entry in manifest["rows"]}
+    if missing := [name for name in (baseline, row) if not rows.get(name, {}).get("records")]:
+        raise ValueError(f"row {missing[0]!r} has no training records; choose one of {', '.join(rows)}")
+    runs = load_records(artefact, results, rows=(baseline, row))
+    seeds = sorted(runs["seed"].unique())
     table = Table(title=f"{manifest['title']}, scale {manifest['scale']}, seeds {', '.join(map(str, seeds))}")
-    for column in ("", *(entry["label"] for entry in entries), "difference"):
+    for column in ("", rows[baseline]["label"], rows[row]["label"], "difference"):
         table.add_column(column, justify="right" if column else "left")
-    for metric in (*ACCURACIES, *COSTS):
-        left, right = metric_by_seed(ours, metric), metric_by_seed(base, metric)
-        if left.keys() & right.keys():
-            digits = quantity(metric).digits + (metric in ACCURACIES)
-            means = [mean_interval(list(side.values())).format(digits) for side in (right, left)]
-            difference = difference_interval(left, right).format(digits, signed=True)
-            table.add_row(quantity(metric).title, *means, difference)
+    metrics = {name: (f"{label} (%)", 2) for name, label in manifest["metrics"].items()} | COSTS
+    for metric, (label, digits) in metrics.items():
+        if metric in runs and runs[metric].notna().all():
+            means = with_interval(mean_interval(runs, metric), digits)
+            difference = with_interval(paired_difference(runs, metric, baseline), digits, signed=True)
+            table.add_row(label, means[baseline], means[row], difference[row])
     table.caption = "[95 % interval over seeds]" if len(seeds) > 1 else "one seed: no interval; SEEDS=3 gives one"
     return table
 
@@ -62,7 +67,7 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 120  # a log has no width of its own
     try:
-        console.print(comparison(read_record(args.manifest), args.row))
+        console.print(comparison(args.manifest.stem, args.row, args.manifest.resolve().parents[1]))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

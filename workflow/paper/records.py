@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load_records(artefact: str, results: str | Path) -> pd.DataFrame:
-    """Training runs: one line per row and seed.
+def load_records(artefact: str, results: str | Path, rows: Collection[str] | None = None) -> pd.DataFrame:
+    """Training runs: one line per row and seed; of these ``rows`` alone, if given.
 
     Returns:
         What the row is (``FACTS``), ``seed``, every metric of the record, ``tpr`` (patches pruned, percent), and
@@ -76,7 +77,7 @@ def load_records(artefact: str, results: str | Path) -> pd.DataFrame:
         FileNotFoundError: a record is missing; with the command that makes it.
     """
     manifest, lines = load_manifest(artefact, results), []
-    for row in _ran(manifest):
+    for row in _ran(manifest, rows):
         for path in row["records"]:
             record = _read(manifest, path, results)
             metrics = {"tpr": _pruned_share(record), **record["metrics"]}
@@ -235,8 +236,9 @@ def rerun(artefact: str, results: str | Path) -> Markdown:
     return Markdown(f"```sh\n{command}\n```")
 
 
-def _ran(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in manifest["rows"] if row["why"] is None]
+def _ran(manifest: dict[str, Any], names: Collection[str] | None = None) -> list[dict[str, Any]]:
+    rows = (row for row in manifest["rows"] if names is None or row["row"] in names)
+    return [row for row in rows if row["why"] is None]
 
 
 def _facts(row: dict[str, Any], paper: bool = False) -> dict[str, Any]:
