@@ -61,8 +61,7 @@ def test_speed_is_decided_by_rounds(tmp_path, seconds, verdict):
 def test_claims_are_about_rows_that_exist():
     for claim in load_claims():
         rows = {row["row"] for row in row_configs(claim.artefact)}
-        # reactivation's row was named none_pruned before the grid followed
-        assert {claim.left, claim.right or claim.left} <= rows | {"cropr_no_fusion"}
+        assert {claim.left, claim.right or claim.left} <= rows
         assert (EXPERIMENTS / f"{claim.artefact}.yaml").is_file()
 
 

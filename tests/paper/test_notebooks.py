@@ -57,10 +57,9 @@ def test_code_holds_no_published_or_measured_value(name):
 
 @pytest.mark.parametrize("name", METRIC)
 def test_has_one_parameter_and_imports_one_package(name):
-    tagged, source = [], code(REPOSITORY / "notebooks" / f"{name}.ipynb")
-    for cell in nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            tagged.append(cell.source)
+    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
+    cells, source = nbformat.read(path, as_version=4).cells, code(path)
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == ['results = "results/laptop"']
     imported = re.findall(r"from (workflow\S*|cropr\S*) import", "\n".join(source))
     assert imported == ["workflow.paper"]

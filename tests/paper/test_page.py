@@ -15,7 +15,7 @@ def results(tmp_path):
     for name in ("imagenet_methods", "ade20k"):
         write_results(tmp_path, name)
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "ade20k.csv").write_text("name,mIoU\n<Cropr>,1.0\n")
+    (tmp_path / "tables" / "ade20k.md").write_text("| name | mIoU |\n| --- | --- |\n| <Cropr> |  |\n")
     assert page.main(["--results", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
     return tmp_path
 
@@ -45,13 +45,13 @@ def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factor
     (root / "README.md").write_text("a\n<!-- headline -->\nold\n<!-- end -->\nb\n")
     (root / "docs" / "rendered").mkdir(parents=True)
     (root / "docs" / "rendered" / "gone.csv").write_text("")
-    snapshot.main(["--results", str(results), "--root", str(root)])
+    snapshot.main([str(results), "--root", str(root)])
     text = (root / "README.md").read_text()
     table = (results / "tables" / "headline.md").read_text()
     assert text == f"a\n<!-- headline -->\n{table}<!-- end -->\nb\n"
     assert snapshot.with_headline(text, table) == text
     copied = {path.name for path in (root / "docs" / "rendered").iterdir()}
-    assert copied == {"ade20k.csv", "claims.csv", "claims.md", "headline.md"}
+    assert copied == {"ade20k.md", "claims.csv", "claims.md", "headline.md"}
     with pytest.raises(ValueError, match="no lines"):
         snapshot.with_headline("a", table)
     with pytest.raises(FileNotFoundError, match="not finished"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
     for name in names:
         manifest = load_manifest(name, results)
         entry = {key: manifest[key] for key in ("artefact", "title", "question")}
-        entry |= {"figure": _figure(results, name), "table": _table(results / "tables" / f"{name}.csv")}
+        entry |= {"figure": _figure(results, name), "table": _table(results / "tables" / f"{name}.md")}
         sections.setdefault(manifest["section"], []).append(entry)
     manifest = load_manifest(names[0], results)
     environment = Environment(
@@ -132,11 +133,12 @@ def _figure(results: Path, name: str) -> str | None:
 
 
 def _table(path: Path) -> Markup | None:
-    """The artefact's main table as HTML; None if it has none."""
+    """A pipe table as HTML; None if the artefact has none."""
     if not path.is_file():
         return None
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return Markup(frame.to_html(index=False, border=0, escape=True))
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in path.read_text(encoding="utf-8").splitlines()]
+    head, _, *cells = [[cell.strip().replace(r"\|", "|") for cell in line] for line in lines]
+    return Markup(pd.DataFrame(cells, columns=head).to_html(index=False, border=0))
 
 
 if __name__ == "__main__":

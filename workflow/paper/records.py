@@ -215,7 +215,7 @@ def setting(artefact: str, results: str | Path) -> Markdown:
         record = _read(manifest, path, results)
         spec, metrics = record["spec"], record["metrics"]
         lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
-                     f"{metrics['val_images']} validation images, {spec['recipe']['epochs']} epochs.")  # fmt: skip
+                     f"{metrics['val_images']} validation images, epochs: {spec['recipe']['epochs']}.")  # fmt: skip
     if path := next((row["bench"] for row in rows if row["bench"]), None):
         record = _read(manifest, path, results)
         spec = record["spec"]

@@ -1,6 +1,6 @@
 """Copy a finished scale to ``docs/rendered/`` and its headline table into the README.
 
-    python -m workflow.paper.snapshot --results results/laptop
+    python -m workflow.paper.snapshot results/laptop
 
 Copies executed notebooks, tables and PNG figures. In README.md, the text between ``<!-- headline -->`` and
 ``<!-- end -->`` becomes ``tables/headline.md``; nothing else of the README is touched.
@@ -23,7 +23,7 @@ _HEADLINE = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->)", re.DOTALL)
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="folder of a finished scale")
+    parser.add_argument("results", type=Path, help="folder of a finished scale")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="repository with README.md and docs/")
     args = parser.parse_args(argv)
     copy(args.results, args.root / "docs" / "rendered")
