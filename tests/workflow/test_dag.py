@@ -118,7 +118,7 @@ def test_editing_what_a_notebook_reads_trains_nothing(
     ("file", "rerun", "kept"),
     [
         ("cropr/training/loop.py", {"pretrain", "train", "maps"}, {"data", "bench"}),
-        ("cropr/tasks/segmentation/run.py", {"pretrain", "train"}, {"data", "bench", "microbench"}),
+        ("cropr/tasks/segmentation/model.py", {"pretrain", "train"}, {"data", "bench", "microbench"}),
         ("cropr/bench/throughput.py", {"bench"}, {"data", "train", "maps"}),
         ("workflow/paper/grid.py", set(), {"data", "train", "bench", "microbench", "notebook", "report"}),
     ],

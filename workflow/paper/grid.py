@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,8 @@ class Grid:
 
     def priority(self, run: str) -> int:
         """Greater for runs that an earlier artefact waits for."""
-        return self._priorities.get(run, 0)
+        ranked = enumerate(reversed(self.artefacts.values()), start=1)
+        return max((rank for rank, artefact in ranked if any(row.run == run for row in artefact.rows)), default=0)
 
     def comparable(self) -> list[str]:
         """``artefact/row`` of every row that runs and has a baseline."""
@@ -141,13 +141,6 @@ class Grid:
             raise ValueError(f"row = {row!r}: {problem}; choose one of {', '.join(self.comparable())}")
         artefact, _, name = found[0].partition("/")
         return artefact, name
-
-    @cached_property
-    def _priorities(self) -> dict[str, int]:
-        ranks: dict[str, int] = {}
-        for rank, artefact in enumerate(reversed(self.artefacts.values()), start=1):
-            ranks |= {row.run: rank for row in artefact.rows if row.run}
-        return ranks
 
 
 def load_grid(
