@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
 # Before torch is imported, and for every process that a test starts: tests run side by side, and numbers must not
@@ -26,24 +25,3 @@ def _seed() -> None:
 def root() -> Path:
     """The repository."""
     return Path(__file__).parents[1]
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Writes a small manifest and its records; see ``synthetic.write_small``."""
-    from synthetic import write_small
-
-    return partial(write_small, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def ci(tmp_path_factory):
-    """All artefacts of the real grid at the smallest scale, with made-up numbers: one seed, and three."""
-    from synthetic import write_results
-
-    from workflow.paper.load import load
-
-    return {
-        seeds: {name: load(path) for name, path in write_results(tmp_path_factory.mktemp("ci"), "ci", seeds).items()}
-        for seeds in (1, 3)
-    }

@@ -40,7 +40,7 @@ TORCH_FREE = (
     "cli",
 )
 ALGORITHM = ("tokens", "scorer", "reducers", "fusion")
-FOR_NOTEBOOKS = {"pandas", "matplotlib", "seaborn", "great_tables", "scipy", "IPython"}
+FOR_NOTEBOOKS = {"pandas", "matplotlib", "seaborn", "scipy", "IPython"}
 FOREIGN = {"snakemake", "papermill", "nbformat", "nbconvert", "nbclient", "jupyter_client", "notebooks", "workflow"}
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from workflow.paper import run_notebook as runner
+
 ROOT = Path(__file__).parents[2]
-RUNNER = ROOT / "workflow/run_notebook.py"
 PICTURE = """
 import base64
 from IPython.display import Image, display
@@ -24,16 +23,6 @@ display(Image(base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )))
 """
-
-
-@pytest.fixture(scope="module")
-def runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_notebook", RUNNER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def notebook(path: Path, *sources: str) -> Path:
@@ -49,10 +38,10 @@ def notebook(path: Path, *sources: str) -> Path:
 
 
 def run(source: Path, out: Path, **parameters: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RUNNER), str(source), "--params", json.dumps(parameters)]
+    command = [sys.executable, "-m", "workflow.paper.run_notebook", str(source), "--params", json.dumps(parameters)]
     command += ["--executed", str(out / "log.ipynb"), "--notebook", str(out / "page.ipynb")]
     return subprocess.run(
-        [*command, "--html", str(out / "page.html")], capture_output=True, text=True, check=False, timeout=300
+        [*command, "--html", str(out / "page.html")], capture_output=True, text=True, check=False, timeout=300, cwd=ROOT
     )
 
 
@@ -92,7 +81,7 @@ def test_failed_notebook_is_kept_and_not_published(tmp_path: Path) -> None:
     assert not (tmp_path / "out/page.html").exists()
 
 
-def test_unknown_parameter_is_refused(tmp_path: Path, runner: ModuleType) -> None:
+def test_unknown_parameter_is_refused(tmp_path: Path) -> None:
     source = notebook(tmp_path / "page.ipynb")
     with pytest.raises(ValueError, match="no parameter nmae; it has number, name"):
         runner.execute(source, tmp_path / "out.ipynb", {"nmae": "x"})
@@ -101,7 +90,7 @@ def test_unknown_parameter_is_refused(tmp_path: Path, runner: ModuleType) -> Non
     assert not (tmp_path / "out.ipynb").exists()
 
 
-def test_scrubbing_leaves_pictures_alone(runner: ModuleType) -> None:
+def test_scrubbing_leaves_pictures_alone() -> None:
     cell = new_code_cell("x = 1", metadata={"papermill": {"duration": 1.5}, "tags": ["keep"]})
     cell.outputs = [
         nbformat.v4.new_output(
@@ -116,7 +105,7 @@ def test_scrubbing_leaves_pictures_alone(runner: ModuleType) -> None:
     assert scrubbed.metadata["papermill"] == {"parameters": {"a": 1}}
 
 
-def test_pictures_keep_their_alt_text(tmp_path: Path, runner: ModuleType) -> None:
+def test_pictures_keep_their_alt_text(tmp_path: Path) -> None:
     content = nbformat.read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
     for cell, alt in zip(content.cells[2:], ({"alt": 'Top-1 of "Cropr" > 80 & rising'}, {}), strict=True):
         cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": alt})]
@@ -126,7 +115,7 @@ def test_pictures_keep_their_alt_text(tmp_path: Path, runner: ModuleType) -> Non
     assert "No description" in (second["alt"] or "")  # nbconvert says so itself
 
 
-def test_page_of_a_notebook_loads_nothing(tmp_path: Path, runner: ModuleType) -> None:
+def test_page_of_a_notebook_loads_nothing(tmp_path: Path) -> None:
     content = nbformat.read(notebook(tmp_path / "page.ipynb", "x = 1"), as_version=4)
     before = nbformat.writes(content)
     page = runner.render(content, "Title")

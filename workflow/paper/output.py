@@ -39,7 +39,8 @@ OTHER = "#5f5f5f"
 
 
 def use_style() -> None:
-    """Fonts, grid and size that all figures share."""
+    """Fonts, grid and size that all figures share; frames show whole texts."""
+    pd.set_option("display.max_colwidth", 200)
     sns.set_theme(style="whitegrid", rc=_RC)
 
 

@@ -1,264 +1,145 @@
-"""One offline page to start reading from: claims with verdicts, a picture and a link for each notebook, the runs.
+"""Write ``report.html``, the tables of claims and the headline table of a scale.
 
-    python -m workflow.paper.page --manifests results/laptop/manifests/*.json --out results/laptop/report.html
+    python -m workflow.paper.page --results results/laptop --out results/laptop/report.html
 
-Everything that the page shows lies inside of it; links to the notebooks' pages and figures are relative.
+The page lies beside the folders ``notebooks``, ``tables`` and ``figures`` and links into them; it loads nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import io
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import json
+import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from cropr.records import write_text
-from workflow.paper import setting, text
-from workflow.paper.claims import OUTCOMES, Judgement, judge_all, load_claims
-from workflow.paper.load import Artefact, Record, load, make_command
-from workflow.paper.names import row_names
-from workflow.paper.quantities import TASKS, quantity
-from workflow.paper.tables import claims_table
-from workflow.paper.template import PAGE
+from workflow.paper.claims import verdicts
+from workflow.paper.output import to_markdown
+from workflow.paper.records import REPOSITORY, load_manifest, load_published, load_records, load_speed, setting
+from workflow.paper.stats import mean_interval, median_interval, with_interval, write
 
-THUMBNAIL = (1000, 1500)
-"""Pixels at most; the full figure is a link away. Tall figures are cut at the bottom."""
-_LOG = logging.getLogger("cropr")
+TEMPLATES = REPOSITORY / "workflow" / "report"
+SIGNS = {"holds": "✓", "contradicted": "✗", "undecided": "?"}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the page says of an artefact."""
-
-    question: str
-    figures: tuple[str, ...]
-    """Figures shown, by what follows the artefact's name in theirs; empty for a figure that has its very name."""
-    sentences: tuple[Callable[[Artefact], str], ...] = (text.coverage,)
-
-
-_METHODS = (text.coverage, text.accuracy, text.speed)
-ENTRIES = {
-    "imagenet_methods": Entry(
-        "Does it matter which patches are pruned, and does the saved arithmetic turn into speed?",
-        ("trade_off", "speed"),
-        _METHODS,
-    ),
-    "ablations": Entry("What is each part of the Cropr module worth?", ("forest",), (text.ablations,)),
-    "pruning_maps": Entry("Which patches does each method drop, and when?", ("",)),
-    "relevance": Entry("Do the kept patches lie on the object?", ("curves",), (text.relevance,)),
-    "ade20k": Entry("Does pruning hurt where every pixel wants a label?", ("trade_off", "speed"), _METHODS),
-    "reactivation": Entry("What brings pruned patches back?", ("forest",), (text.ablations,)),
-    "pruning_maps_segmentation": Entry("Which patches go where every pixel wants a label, and what comes back?", ("",)),
-    "coco": Entry("How many patches can go before boxes and masks get worse?", ("trade_off", "speed"), _METHODS),
-    "pruning_maps_detection": Entry("Which patches does a detector drop, and which objects does it still find?", ("",)),
-    "precision": Entry("Does pruning still pay on top of low precision and fused attention?", ("throughput",)),
-    "alignment": Entry("What does a token count off by one cost?", ("curve",)),
-    "breakeven": Entry("From which batch and model size on does pruning pay?", ("batches",)),
-    "profile": Entry("Where does the time of a pruned forward pass go?", ("parts",)),
-    "memory": Entry("What does pruning save in training?", ("bars",)),
-    "plan": Entry("Which schedule meets a budget, and is its speed what was foretold?", ("predicted",)),
-}
-"""By artefact; others have coverage alone."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as the page shows it."""
-
-    name: str
-    source: str
-    """``data:`` address."""
-    link: str
-    """Relative path of the full figure."""
-    cut: bool
-    """Whether its lower part is missing here."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the page says of one notebook."""
-
-    name: str
-    title: str
-    question: str
-    link: str | None
-    """Relative path of the notebook's page; None if it is not there."""
-    sentences: list[Markup]
-    pictures: list[Picture]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line. Returns 0, or 2 with one message for an error of the user's."""
-    parser = argparse.ArgumentParser(prog="workflow.paper.page", description="Write the page to start reading from.")
-    parser.add_argument("--manifests", type=Path, nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--claims", type=Path, default=Path("config/claims.yaml"), metavar="FILE")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--claims-table", type=Path, metavar="FILE", help="the claims with their verdicts, as Markdown")
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line. Returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="folder of a scale, with its manifests")
+    parser.add_argument("--out", type=Path, required=True, help="page to write")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        artefacts = [load(manifest) for manifest in args.manifests]
-        judgements = judge_all(load_claims(args.claims), by_name(artefacts))
-        write_text(args.out, render(artefacts, judgements, args.out.parent))
-        if args.claims_table:
-            write_text(args.claims_table, claims_table(judgements).markdown())
-    except (ValueError, FileNotFoundError) as error:
-        _LOG.error("error: %s", error)
-        return 2
-    _LOG.info("wrote %s", args.out)
+    names = artefacts(args.results)
+    tables, claims = args.results / "tables", claims_table(args.results, names)
+    write_text(tables / "claims.csv", claims.to_csv(index=False, lineterminator="\n"))
+    write_text(tables / "claims.md", to_markdown(claims))
+    write_text(tables / "headline.md", headline(args.results, names))
+    write_text(args.out, render(args.results, names, claims))
     return 0
 
 
-def render(artefacts: Sequence[Artefact], judgements: Sequence[Judgement], folder: Path) -> str:
-    """The page as HTML.
+def artefacts(results: Path) -> list[str]:
+    """Artefacts of the scale, in the order that their YAML files give."""
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in (results / "manifests").glob("*.json")]
+    return [manifest["artefact"] for manifest in sorted(manifests, key=lambda manifest: manifest["order"])]
 
-    Args:
-        artefacts: of one scale, in the order of reading.
-        judgements: what they say about the claims.
-        folder: where the page will lie; links start there.
-    """
-    first = artefacts[0]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(PAGE).render(
-        scale=first.manifest.scale,
-        seeds=len(first.manifest.seeds),
-        scope=_inline(setting.scope(first)),
-        settings=[(name, [_inline(part) for part in value.split("<br>")]) for name, value in setting.settings(first)],
-        claims=[_claim(judgement) for judgement in judgements],
-        verdicts=_inline(text.verdicts(judgements)),
-        sections=[_section(artefact, folder) for artefact in artefacts],
-        runs=inventory(artefacts),
-        commands=[(artefact.manifest.title, make_command(artefact.manifest)) for artefact in artefacts],
-        everything=make_command(first.manifest, ""),
+
+def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
+    """Verdicts of all claims: notebook, claim, measured, claimed, verdict, why, source."""
+    parts = []
+    for name in names:
+        if load_manifest(name, results)["metrics"]:  # microbenchmarks have no rows to compare
+            found = verdicts(name, results)
+            found.insert(0, "notebook", name)
+            parts.append(found)
+    return pd.concat(parts, ignore_index=True)
+
+
+def headline(results: Path, names: list[str]) -> str:
+    """The README's table as Markdown: published beside measured, of the notebook that compares methods on each task."""
+    lines: list[dict[str, str]] = []
+    captions: dict[str, None] = {}
+    seen: set[str] = set()
+    for name in names:
+        manifest = load_manifest(name, results)
+        if manifest["metrics"] and manifest["task"] not in seen:  # microbenchmarks have no metrics
+            seen.add(manifest["task"])
+            lines += _headline(manifest, results)
+            captions |= dict.fromkeys(setting(name, results).splitlines()[1:])
+    about = "\n".join(f"* {line.strip()}" for line in captions)
+    return f"{to_markdown(pd.DataFrame(lines))}\n{about}\n"
+
+
+def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
+    """Lines of the rows of which the paper has an accuracy or a speed-up."""
+    name, (metric, label) = manifest["artefact"], next(iter(manifest["metrics"].items()))
+    value = load_published(name).set_index(["row", "quantity"])["value"]
+    runs, speed = load_records(name, results), load_speed(name, results)
+    accuracy = with_interval(mean_interval(runs, metric)) if len(runs) else pd.Series(dtype=object)
+    speedup = with_interval(median_interval(speed, "speedup"), digits=2) if len(speed) else pd.Series(dtype=object)
+    return [
+        {
+            "paper's model": manifest["paper_model"],
+            "pruning": row["paper_name"],
+            "metric": f"{label} (%)",
+            "published": write(value.get((row["row"], metric), float("nan"))),
+            "measured, small model": accuracy.get(row["row"], ""),
+            "published speed-up": write(value.get((row["row"], "speedup"), float("nan"))),
+            "measured speed-up": speedup.get(row["row"], ""),
+        }
+        for row in manifest["rows"]
+        if row["why"] is None and ((row["row"], metric) in value or (row["row"], "speedup") in value)
+    ]
+
+
+def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
+    """The page."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        manifest = load_manifest(name, results)
+        entry = {key: manifest[key] for key in ("artefact", "title", "question")}
+        entry |= {"figure": _figure(results, name), "table": _table(results / "tables" / f"{name}.md")}
+        sections.setdefault(manifest["section"], []).append(entry)
+    manifest = load_manifest(names[0], results)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(
+        scale=manifest["scale"],
+        seeds=", ".join(map(str, manifest["seeds"])),
+        devices=_devices(results, names),
+        counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in SIGNS},
+        signs=SIGNS,
+        claims=claims.to_dict("records"),
+        sections=sections,
     )
 
 
-def by_name(artefacts: Sequence[Artefact]) -> dict[str, Artefact]:
-    """The artefacts of one page.
-
-    Raises:
-        ValueError: none, or of several scales.
-    """
-    scales = {artefact.manifest.scale for artefact in artefacts}
-    if len(scales) != 1:
-        raise ValueError(f"a page shows one scale, got {', '.join(sorted(scales)) or 'no manifest'}")
-    return {artefact.manifest.artefact: artefact for artefact in artefacts}
+def _devices(results: Path, names: list[str]) -> list[str]:
+    """Devices on which speed was measured."""
+    frames = [load_speed(name, results) for name in names if load_manifest(name, results)["metrics"]]
+    return sorted({device for frame in frames if "device" in frame for device in frame["device"]})
 
 
-def inventory(artefacts: Iterable[Artefact]) -> list[dict[str, str]]:
-    """Every record once: what it is, which rows use it, seed, result, wall time, peak memory, commit, path."""
-    found: dict[str, dict[str, Any]] = {}
-    for artefact in artefacts:
-        accuracy, speed = row_names(artefact), row_names(artefact, "speed")
-        for row in artefact.manifest.rows:
-            if not row.available:
-                continue
-            trained = zip(row.records, artefact.runs.get(row.row, {}).values(), strict=False)
-            files = [(path, record, accuracy) for path, record in trained]
-            if row.bench is not None:
-                files.append((row.bench, artefact.benches[row.row], speed))
-            for path, record, names in files:
-                short = _relative(path, artefact.manifest.results)
-                used = artefact.manifest.artefact, names[row.row]
-                found.setdefault(short, {"record": record, "rows": []})["rows"].append(used)
-    return [_run(path, entry["record"], entry["rows"]) for path, entry in found.items()]
+def _figure(results: Path, name: str) -> str | None:
+    """The artefact's main figure as a data URI; None if it has none."""
+    path = results / "figures" / f"{name}.png"
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else None
 
 
-def _run(path: str, record: Record, rows: Sequence[tuple[str, str]]) -> dict[str, str]:
-    origin, metrics = record["provenance"], record["metrics"]
-    train = record["kind"] == "train"
-    name = TASKS[record["spec"].get("task", "classification")].primary if train else "speedup"
-    entry = quantity(name)
-    result = f"{entry.label} {entry.write(format(metrics[name], f'.{entry.digits}f'))}" if name in metrics else ""
-    return {
-        "kind": {"train": "training", "bench": "throughput", "lab": "laboratory"}.get(
-            record["kind"], str(record["kind"])
-        ),
-        "rows": rows[0][1] + (f" and {len(rows) - 1} more" if len(rows) > 1 else ""),
-        "all_rows": "; ".join(f"{artefact}: {name}" for artefact, name in rows),
-        "seed": str(record["seed"]) if train else "",
-        "result": result,
-        "time": _duration(origin.get("wall_s")),
-        "memory": f"{origin['peak_memory_mb']:,.0f} MB" if origin.get("peak_memory_mb") else "",
-        "commit": str(origin.get("commit") or "none")[:10] + ("+" if origin.get("dirty") else ""),
-        "path": path,
-    }
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def _claim(judgement: Judgement) -> dict[str, str]:
-    return {
-        "text": judgement.claim.text,
-        "source": judgement.claim.source,
-        "needed": judgement.claim.relation,
-        "measured": judgement.measured,
-        "outcome": judgement.verdict.outcome,
-        "verdict": OUTCOMES[judgement.verdict.outcome],
-        "reason": judgement.verdict.reason,
-    }
-
-
-def _section(artefact: Artefact, folder: Path) -> Section:
-    name = artefact.manifest.artefact
-    entry = ENTRIES.get(name, Entry("", ("",)))
-    results = artefact.root / artefact.manifest.results
-    page = results / "notebooks" / f"{name}.html"
-    files = [results / "figures" / f"{'_'.join(filter(None, (name, figure)))}.png" for figure in entry.figures]
-    return Section(
-        name,
-        artefact.manifest.title,
-        entry.question,
-        _relative(page, folder) if page.is_file() else None,
-        [_inline(sentence(artefact)) for sentence in entry.sentences],
-        [_picture(file, folder) for file in files if file.is_file()],
-    )
-
-
-def _picture(path: Path, folder: Path) -> Picture:
-    """A smaller copy of a figure, embedded."""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-        width = min(THUMBNAIL[0], small.width)
-        small = small.resize((width, round(small.height * width / small.width)), Image.Resampling.LANCZOS)
-        cut = small.height > THUMBNAIL[1]
-        small = small.crop((0, 0, width, min(small.height, THUMBNAIL[1])))
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Picture(path.stem.replace("_", " "), source, _relative(path, folder), cut)
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def _inline(markdown: str) -> Markup:
-    """The little Markdown that ``text`` writes inside of a sentence: bold and code."""
-    html = str(Markup.escape(markdown))
-    for mark, tag in (("**", "strong"), ("`", "code")):
-        parts = html.split(mark)
-        html = parts[0] + "".join(
-            f"<{tag}>{part}" if number % 2 else f"</{tag}>{part}" for number, part in enumerate(parts[1:], start=1)
-        )
-    return Markup(html)
+def _table(path: Path) -> Markup | None:
+    """A pipe table as HTML; None if the artefact has none."""
+    if not path.is_file():
+        return None
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in path.read_text(encoding="utf-8").splitlines()]
+    head, _, *cells = [[cell.strip().replace(r"\|", "|") for cell in line] for line in lines]
+    return Markup(pd.DataFrame(cells, columns=head).to_html(index=False, border=0))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -106,7 +106,8 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
     """Measurements of speed: one line per row and round.
 
     Returns:
-        What the row is (``schedule`` is that of the timed model), ``round``, ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
+        What the row is (``schedule`` is that of the timed model), ``round``,
+        ``base_seconds`` (unpruned), ``seconds``, ``speedup`` of that round,
         ``speedup_over_mac_ratio`` (percent), ``speedup_whole`` for models with heads, and the record's other metrics,
         the same in all rounds: ``mac_ratio``, ``images_per_s``, ``batch_size``, ...
     """
@@ -213,7 +214,7 @@ def setting(artefact: str, results: str | Path) -> Markdown:
         record = _read(manifest, path, results)
         spec, metrics = record["spec"], record["metrics"]
         lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
-                     f"{metrics['val_images']} validation images, {spec['recipe']['epochs']} epochs.")  # fmt: skip
+                     f"{metrics['val_images']} validation images, epochs: {spec['recipe']['epochs']}.")  # fmt: skip
     if path := next((row["bench"] for row in rows if row["bench"]), None):
         record = _read(manifest, path, results)
         spec = record["spec"]

@@ -1,6 +1,6 @@
 """Execute one notebook with papermill and publish it as ``.ipynb`` and as a page that opens without a network.
 
-    python workflow/run_notebook.py notebooks/ablations.ipynb --params '{"manifest": "...", "results": "..."}'
+    python -m workflow.paper.run_notebook notebooks/ablations.ipynb --params '{"results": "results/laptop"}'
         --executed logs/ablations.ipynb --notebook results/ablations.ipynb --html results/ablations.html
 
 Parameters keep their JSON types, and names that the notebook does not have are refused. The executed copy is written
@@ -21,9 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cropr.records import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 300
-"""Seconds for the kernel to start: importing torch on a busy machine takes its time."""
+"""Seconds for the kernel to start."""
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 _TEX = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", re.DOTALL)
 
@@ -82,8 +84,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"{source} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The kernel of this environment, even where the user's home has one of the same name; and plain text in logs.
-    os.environ.update(JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1", NO_COLOR="1")
+    # The kernel of this environment, even if the user's home has one of the same name; and plain text in logs.
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ.update(JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1", NO_COLOR="1", PYTHONPATH=paths)
     papermill.execute_notebook(
         str(source),
         str(target),
@@ -101,8 +104,8 @@ def publish(executed: Path, notebook: Path, page: Path) -> None:
     import nbformat
 
     content = scrub(nbformat.read(executed, as_version=4))
-    _write(notebook, nbformat.writes(content) + "\n")
-    _write(page, render(content, notebook.stem))
+    write_text(notebook, nbformat.writes(content) + "\n")
+    write_text(page, render(content, notebook.stem))
 
 
 def scrub(notebook: Any) -> Any:
@@ -154,13 +157,6 @@ def _without_formulas(cell: Any, formulas: dict[str, str]) -> Any:
 
     cell["source"] = _TEX.sub(replace, cell.source)
     return cell
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

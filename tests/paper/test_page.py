@@ -1,0 +1,77 @@
+"""The report page, the headline table and the snapshot."""
+
+import re
+
+import pytest
+from synthetic import write_results
+
+from workflow.paper import page, snapshot
+from workflow.paper.records import load_manifest, load_records, load_speed, not_run, rerun
+from workflow.paper.stats import mean_interval, median_interval, with_interval
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name in ("imagenet_methods", "ade20k"):
+        write_results(tmp_path, name)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "ade20k.md").write_text("| name | mIoU |\n| --- | --- |\n| <Cropr> |  |\n")
+    assert page.main(["--results", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
+    return tmp_path
+
+
+def test_page_shows_every_artefact_and_claim_and_loads_nothing(results):
+    html = (results / "report.html").read_text()
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', html)
+    assert {"notebooks/ade20k.html", "notebooks/imagenet_methods.html"} <= set(re.findall(r'href="([^"#]+)"', html))
+    assert "&lt;Cropr&gt;" in html, "tables are escaped"
+    claims = (results / "tables" / "claims.csv").read_text().splitlines()
+    assert html.count('class="verdict ') == len(claims) - 1
+    assert len((results / "tables" / "claims.md").read_text().splitlines()) == len(claims) + 1
+
+
+def test_headline_is_written_by_the_same_formatter(results):
+    lines = (results / "tables" / "headline.md").read_text().splitlines()
+    accuracy = with_interval(mean_interval(load_records("ade20k", results), "miou"))["cropr"]
+    speed = with_interval(median_interval(load_speed("ade20k", results), "speedup"), digits=2)["cropr"]
+    (line,) = [line for line in lines if "mIoU" in line and "| Cropr" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3:] == ["56.6", accuracy, "2.0", speed]
+    assert "Made-up CPU" in "\n".join(lines)
+
+
+def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factory):
+    root = tmp_path_factory.mktemp("repository")
+    (root / "README.md").write_text("a\n<!-- headline -->\nold\n<!-- end -->\nb\n")
+    (root / "docs" / "rendered").mkdir(parents=True)
+    (root / "docs" / "rendered" / "gone.csv").write_text("")
+    snapshot.main([str(results), "--root", str(root)])
+    text = (root / "README.md").read_text()
+    table = (results / "tables" / "headline.md").read_text()
+    assert text == f"a\n<!-- headline -->\n{table}<!-- end -->\nb\n"
+    assert snapshot.with_headline(text, table) == text
+    copied = {path.name for path in (root / "docs" / "rendered").iterdir()}
+    assert copied == {"ade20k.md", "claims.csv", "claims.md", "headline.md"}
+    with pytest.raises(ValueError, match="no lines"):
+        snapshot.with_headline("a", table)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        snapshot.copy(root, root / "docs")
+
+
+def test_names_tell_rows_of_one_label_apart(results):
+    names = [row["name"] for row in load_manifest("imagenet_methods", results)["rows"]]
+    assert len(set(names)) == len(names)
+    assert "Random" in names
+
+
+def test_rows_that_have_not_run_are_named_once(results):
+    text = not_run("imagenet_methods", results)
+    assert text.count("not implemented yet") == 1
+    assert not_run("ade20k", results) == ""
+    assert "ade20k --config scale=ci seeds=3" in rerun("ade20k", results)
+
+
+def test_pruned_patches_are_counted_without_prefix_tokens(results):
+    runs = load_records("ade20k", results).set_index(["row", "seed"])
+    assert runs.loc[("cropr", 0), "tpr"] == 50.0  # 17 tokens with one prefix, 9 in the end: 8 of 16 patches
+    assert runs.loc[("none", 0), "tpr"] == 0.0
