@@ -7,9 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
-
 from cropr.bench.planner import FAMILIES
 from cropr.bench.roofline import PAPER
+
 from cropr.bench.specs import PlanSpec
 from cropr.records import write_record
 from workflow.paper import plan_page
