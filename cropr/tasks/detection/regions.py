@@ -122,5 +122,5 @@ class MaskHead(nn.Sequential):
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """``x``, its gradient scaled from here on."""
     if x.requires_grad:
-        x.register_hook(lambda gradient: gradient * scale)  # type: ignore[no-untyped-call]
+        x.register_hook(lambda gradient: gradient * scale)
     return x
