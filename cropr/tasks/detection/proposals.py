@@ -82,10 +82,6 @@ class ProposalNetwork(RegionProposalNetwork):
     """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``."""
 
     def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
-        before, after = (
-            {"training": train, "testing": test}
-            for train, test in zip(spec.proposals_train, spec.proposals_test, strict=True)
-        )
         super().__init__(
             Anchors(spec.anchor_sizes, strides),
             _Head(spec.channels, len(RATIOS)),
@@ -93,8 +89,8 @@ class ProposalNetwork(RegionProposalNetwork):
             bg_iou_thresh=0.3,
             batch_size_per_image=spec.rpn_samples,
             positive_fraction=0.5,
-            pre_nms_top_n=before,
-            post_nms_top_n=after,
+            pre_nms_top_n={"training": spec.proposals_train[0], "testing": spec.proposals_test[0]},
+            post_nms_top_n={"training": spec.proposals_train[1], "testing": spec.proposals_test[1]},
             nms_thresh=0.7,
         )
 

@@ -1,4 +1,4 @@
-"""From windows to whole images: predictions for images of any size by a model that sees windows of one size.
+"""Predictions for images of any size by a model for windows of one size.
 
 B images of one size, C classes, H and W pixels of an image, S side of a window. A ``Forward`` gives logits [B, C, S, S]
 for images [B, 3, S, S]. Images are normalised before, so that padding with zeros is padding with the mean colour.
@@ -20,24 +20,16 @@ Forward = Callable[[Tensor], Tensor]
 def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDataSpec) -> Tensor:
     """Logits [B, C, H, W] for images as ``cropr.data.ade20k.EvalImages`` gives them.
 
+    ``spec.evaluation`` is ``single`` for the authors' evaluation (pad to one window, predict, crop the padding off,
+    enlarge the logits bilinearly), or ``slide`` for ``predict_sliding``.
+
     Args:
-        images: [B, 3, h, w].
+        images: [B, 3, h, w]; for ``single`` resized so that the longer side is ``spec.image_size``.
         size: H and W of their maps.
-        spec: says whether windows slide.
     """
-    if spec.evaluation == "single":
-        return predict_single(forward, images, spec.image_size, size)
-    return predict_sliding(forward, images, spec.image_size, spec.stride or spec.image_size)
-
-
-def predict_single(forward: Forward, images: Tensor, window: int, size: tuple[int, int]) -> Tensor:
-    """The authors' evaluation: pad to one window, predict, crop the padding off, enlarge the logits bilinearly.
-
-    Args:
-        images: [B, 3, h, w], resized so that the longer side is ``window``.
-        size: H and W of the logits [B, C, H, W] to return, those of the original images.
-    """
-    logits = _forward_padded(forward, images, window)
+    if spec.evaluation == "slide":
+        return predict_sliding(forward, images, spec.image_size, spec.stride or spec.image_size)
+    logits = _forward_padded(forward, images, spec.image_size)
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
@@ -52,7 +44,8 @@ def predict_sliding(forward: Forward, images: Tensor, window: int, stride: int) 
     """
     if stride > window:
         raise ValueError(f"stride {stride} leaves gaps between windows of {window} px; lower it to at most {window}")
-    tops, lefts = (_starts(side, window, stride) for side in images.shape[-2:])
+    ends = (max(side - window, 0) for side in images.shape[-2:])
+    tops, lefts = ([*range(0, end, stride), end] for end in ends)
     total, times = torch.zeros(()), torch.zeros(images.shape[-2:], device=images.device)
     for top in tops:
         for left in lefts:
@@ -63,12 +56,6 @@ def predict_sliding(forward: Forward, images: Tensor, window: int, stride: int) 
             total[area] += logits
             times[area[1:]] += 1
     return total / times
-
-
-def _starts(side: int, window: int, stride: int) -> list[int]:
-    """First pixels of the windows along a side."""
-    last = max(side - window, 0)
-    return [*range(0, last, stride), last]
 
 
 def _forward_padded(forward: Forward, images: Tensor, window: int) -> Tensor:

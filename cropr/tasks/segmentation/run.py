@@ -66,11 +66,5 @@ class Segmentation(TaskRun):
             counts += confusion(logits.argmax(dim=1), labels.to(device), self.data.num_classes)
             images += len(batch)
         model.train(training)
-        result = scores(settings.total(counts))
-        metrics = {
-            "miou": result.miou,
-            "macc": result.mean_accuracy,
-            "aacc": result.pixel_accuracy,
-            "val_images": int(settings.total(images)),
-        }
-        return Evaluation(metrics, {"iou": list(result.iou)})
+        metrics, iou = scores(settings.total(counts))
+        return Evaluation({**metrics, "val_images": int(settings.total(images))}, {"iou": iou})
