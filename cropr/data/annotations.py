@@ -105,22 +105,21 @@ def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
 
 def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str]]:
     """As ``read_annotations``, for a file that ``read_content`` has read."""
-    problems = _Problems(path)
-    categories = problems.unique("categories", content["categories"])
-    images = problems.unique("images", content["images"])
-    annotations = problems.unique("annotations", content["annotations"])
-    for kind, found in (("image", images), ("annotation", annotations), ("category", categories)):
-        if not found and not problems.found:
-            problems.found.append(f"{path}: lists no {kind}")
-    listed = [image for entry in images.values() if (image := problems.image(entry))]
-    by_id = {image.id: image for image in listed}
+    problems: list[str] = []
+    categories, images, annotations = (
+        _by_id(key, content[key], problems) for key in ("categories", "images", "annotations")
+    )
+    for kind, entries in (("image", images), ("annotation", annotations), ("category", categories)):
+        if not entries and not problems:
+            problems.append(f"lists no {kind}")
+    by_id = {number: image for number, entry in images.items() if (image := _image(entry, problems))}
     labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
     packed: dict[int, list[Instance]] = {}
     skipped = 0
     for entry in annotations.values():
-        if not problems.annotation(entry, images, labels) or (image := by_id.get(entry["image_id"])) is None:
-            continue
-        if entry["iscrowd"]:
+        if wrong := _wrong(entry, images, labels):
+            problems.append(f"annotation {entry['id']}: {wrong}")
+        if wrong or (image := by_id.get(entry["image_id"])) is None or entry["iscrowd"]:
             continue
         if (instance := _instance(entry, image, labels)) is None:
             skipped += 1
@@ -128,12 +127,12 @@ def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str
             packed.setdefault(image.id, []).append(instance)
     result = Annotations(
         path,
-        tuple(sorted(listed)),
+        tuple(sorted(by_id.values())),
         tuple((number, str(categories[number].get("name", number))) for number in labels),
         skipped,
         _Packed(packed),
     )
-    return result, problems.found
+    return result, [f"{path}: {problem}" for problem in problems]
 
 
 def read_content(path: Path) -> dict[str, Any]:
@@ -154,45 +153,29 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-class _Problems:
-    """Findings in one file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: list[str] = []
-
-    def unique(self, what: str, entries: Iterable[Any]) -> dict[int, dict[str, Any]]:
-        """Entries by id; those without a number as id, or with one that was there before, are findings."""
-        result: dict[int, dict[str, Any]] = {}
-        for position, entry in enumerate(entries):
-            number = entry.get("id") if isinstance(entry, dict) else None
-            if not _is_integer(number):
-                self.found.append(f"{self.path}: {what}[{position}]: its id is {number!r}, not a whole number")
-            elif number in result:
-                self.found.append(f"{self.path}: {what}[{position}]: id {number} was there before")
-            else:
-                result[number] = entry
-        return result
-
-    def image(self, entry: Mapping[str, Any]) -> CocoImage | None:
-        """The image of an entry."""
-        name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
-        if not isinstance(name, str) or not name:
-            self.found.append(f"{self.path}: image {entry['id']}: file_name is {name!r}, not a name")
-        elif not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
-            self.found.append(f"{self.path}: image {entry['id']}: height {height!r} and width {width!r} are no pixels")
+def _by_id(what: str, entries: Iterable[Any], problems: list[str]) -> dict[int, dict[str, Any]]:
+    """Entries by id. An id that is no whole number, or that an earlier entry has, is a problem."""
+    result: dict[int, dict[str, Any]] = {}
+    for position, entry in enumerate(entries):
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not _is_integer(number):
+            problems.append(f"{what}[{position}]: its id is {number!r}, not a whole number")
+        elif number in result:
+            problems.append(f"{what}[{position}]: id {number} was there before")
         else:
-            return CocoImage(entry["id"], name, height, width)
-        return None
+            result[number] = entry
+    return result
 
-    def annotation(
-        self, entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], labels: Mapping[int, int]
-    ) -> bool:
-        """Whether nothing is wrong with it."""
-        wrong = _wrong(entry, images, labels)
-        if wrong:
-            self.found.append(f"{self.path}: annotation {entry['id']}: {wrong}")
-        return not wrong
+
+def _image(entry: Mapping[str, Any], problems: list[str]) -> CocoImage | None:
+    name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
+    if not isinstance(name, str) or not name:
+        problems.append(f"image {entry['id']}: file_name is {name!r}, not a name")
+    elif not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
+        problems.append(f"image {entry['id']}: height {height!r} and width {width!r} are not positive whole numbers")
+    else:
+        return CocoImage(entry["id"], name, height, width)
+    return None
 
 
 def _wrong(entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], labels: Mapping[int, int]) -> str | None:

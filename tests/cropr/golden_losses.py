@@ -1,6 +1,6 @@
 """The first ten losses of a tiny run: any change of arithmetic, order or augmentation shows in them.
 
-PYTHONPATH=.:tests python tests/golden_losses.py      remakes assets/losses/tiny_cropr.json, after a change meant to
+PYTHONPATH=.:tests/cropr python tests/cropr/golden_losses.py      writes assets/losses/tiny_cropr.json again
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import tempfile
 from pathlib import Path
 
 import tiny
-import torch
 
-from cropr.build import build_model
 from cropr.data.imagenet import load_splits
 from cropr.tasks.classification.run import Objective
 from cropr.training.loop import Settings, fit
@@ -25,10 +23,15 @@ def run(directory: Path) -> dict[str, list[float]]:
     """Train in ``directory``, fp32 on the CPU; ``loss`` and ``aux_loss`` of the first steps."""
     spec = tiny.spec(data__augment={"hflip": 0.5, "mixup": 0.8, "smoothing": 0.1})
     images, _ = load_splits(tiny.write_folder(directory / "images"))
-    torch.manual_seed(0)
-    model = build_model(spec.model, spec.prune, tiny.CLASSES, 32)
-    fit(model, Objective(spec.data), tiny.batches(images, spec), spec.recipe, 0, Settings(out=directory / "run"))
-    lines = [json.loads(line) for line in (directory / "run" / "log.jsonl").read_text().splitlines()[:STEPS]]
+    fit(
+        tiny.model(spec),
+        Objective(spec.data),
+        tiny.batches(images, spec),
+        spec.recipe,
+        0,
+        Settings(out=directory / "run"),
+    )
+    lines = tiny.log_lines(directory / "run")[:STEPS]
     return {key: [round(line[key], 6) for line in lines] for key in ("loss", "aux_loss")}
 
 

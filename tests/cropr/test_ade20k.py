@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import equal
 from torchvision import tv_tensors
 
 from cropr.cli import main
@@ -67,46 +69,31 @@ def train_batches(split, spec: SegDataSpec, size: int, seed: int = 0, **share) -
     return TrainBatches(TrainImages(split, spec, seed), size, seed, **share)
 
 
-def equal(a, b) -> bool:
-    a, b = list(a), list(b)
-    return len(a) == len(b) > 0 and all(
-        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
-    )
-
-
 # Folders
 
 
 def test_pairs_are_listed_by_name_from_either_folder(root):
-    assert load_splits(root) == load_splits(root / FOLDER)
-    train, val = load_splits(root)
-    assert (train.name, val.name, len(train), len(val)) == ("training", "validation", 6, 6)
-    assert train.images[2] == root / FOLDER / "images" / "training" / "2.png"
-    assert train.annotations[2] == root / FOLDER / "annotations" / "training" / "2.png"
-
-
-def test_jpeg_images_and_foreign_files(root):
     folder = root / FOLDER / "images" / "training"
     (folder / "1.png").rename(folder / "1.JPEG")
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.txt").write_text("x")
-    assert [path.name for path in load_splits(root)[0].images][1] == "1.JPEG"
+    assert load_splits(root) == load_splits(root / FOLDER)
+    train, val = load_splits(root)
+    assert (train.name, val.name, len(train), len(val)) == ("training", "validation", 6, 6)
+    assert train.images[1] == folder / "1.JPEG"
+    assert train.annotations[1] == root / FOLDER / "annotations" / "training" / "1.png"
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda r: r.rename(r.with_name("gone")), FileNotFoundError, r"no such directory; it should hold ADEChall"),
-        (
-            lambda r: (r / "images/validation").rename(r / "images/val"),
-            FileNotFoundError,
-            r"images/validation: no such directory; images belong into images/\{training,validation\}",
-        ),
-        (lambda r: (r / "annotations/training/3.png").unlink(), ValueError, r"no annotation \(<name>.png\) of 3.png$"),
+        (lambda r: r.rename(r.with_name("gone")), FileNotFoundError, r"no such directory"),
+        (lambda r: (r / "images/validation").rename(r / "x"), FileNotFoundError, r"images/validation: no such"),
+        (lambda r: (r / "annotations/training/3.png").unlink(), ValueError, r"no annotation .* of 3.png$"),
         (lambda r: (r / "images/training/3.png").unlink(), ValueError, r"no image of the annotations 3.png$"),
         (lambda r: save(r / "images/training/3.jpg", np.zeros((4, 4, 3))), ValueError, r"share a name: 3.jpg, 3.png"),
         (lambda r: [p.unlink() for p in (r / "images/training").iterdir()], ValueError, r"images/training: no image; "),
-        (lambda r: (r / INCOMPLETE).touch(), ValueError, r"writing this set was interrupted"),
+        (lambda r: (r / INCOMPLETE).touch(), ValueError, r"interrupted"),
     ],
 )
 def test_broken_folders_are_refused_by_name(root, damage, error, message):
@@ -133,9 +120,10 @@ def test_palettes_give_their_indices(tmp_path):
 @pytest.mark.parametrize(
     ("pixels", "mode", "message"),
     [
-        (np.zeros((4, 4, 3)), None, r"one 8-bit channel, grey or palette .*; this is RGB"),
+        (np.zeros((4, 4, 3)), None, r"this is RGB"),
         (np.zeros((4, 4)), "1", r"this is 1"),
-        (np.full((4, 4), 6), None, r"label 6, but there are 5 classes \(labels 1 to 5, 0 for none\)"),
+        (np.zeros((4, 4)), "I;16", r"this is I;16"),
+        (np.full((4, 4), 6), None, r"label 6, but there are 5 classes"),
         (np.full((4, 4), 255), None, r"label 255, but there are 5 classes"),
     ],
 )
@@ -145,15 +133,9 @@ def test_annotations_of_a_wrong_kind_are_refused(tmp_path, pixels, mode, message
         decode_map(tmp_path / "a.png", 5)
 
 
-def test_sixteen_bits_are_refused(tmp_path):
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="this is I;16"):
-        decode_map(tmp_path / "a.png", 5)
-
-
 def test_check_lists_all_that_cannot_be_used(root, caplog):
+    assert main(["data", "check", str(root), "--layout", "ade20k"]) == 0  # any label will do
     assert check(root, 5, "ade20k").images == {"training": 6, "validation": 6}
-    assert main(["data", "check", str(root), "--layout", "ade20k", "--classes", "5"]) == 0
     top = root / FOLDER
     save(top / "annotations/training/0.png", np.zeros((16, 16, 3)))
     save(top / "annotations/training/1.png", np.zeros((16, 17)))
@@ -162,23 +144,10 @@ def test_check_lists_all_that_cannot_be_used(root, caplog):
     (top / "annotations/validation/5.png").unlink()
     report = check(root, 5, "ade20k")
     assert len(report.bad) == 4
-    assert report.bad[1].endswith(
-        f"images/training/1.png: 16 x 16 px, its annotation {top}/annotations/training/1.png 17 x 16 px; "
-        "they must be equal"
-    )
-    assert report.problems == (f"{top}/annotations/validation: no annotation (<name>.png) of 5.png",)
+    assert re.search(r"training/1.png: 16 x 16 px, its annotation .*/1.png 17 x 16 px", report.bad[1])
+    assert [problem.endswith("of 5.png") for problem in report.problems] == [True]
     assert main(["data", "check", str(root), "--layout", "ade20k", "--classes", "5"]) == 2
-    assert "4 of 11 images cannot be used" in caplog.text
-
-
-def test_without_a_number_of_classes_any_label_will_do(root):
-    assert main(["data", "check", str(root), "--layout", "ade20k"]) == 0
-
-
-def test_training_names_the_file(root):
-    save(root / FOLDER / "annotations/training/1.png", np.full((16, 16), 9))
-    with pytest.raises(ImageError, match=r"training/1.png: label 9, .*; python -m cropr data check --layout ade20k "):
-        list(train_batches(load_splits(root)[0], PLAIN, 6).epoch(0))
+    assert "4 of 11 images" in caplog.text
 
 
 # Training transforms
@@ -195,13 +164,6 @@ def test_with_everything_off_images_of_the_right_size_are_only_normalised(root):
             expected, expected_labels = labelled((16, 16), index)
             torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(expected).float())
             assert torch.equal(labels, torch.from_numpy((expected_labels - 1).astype(np.uint8)))
-
-
-def test_values_are_normalised_with_the_mean_of_the_spec():
-    image = tv_tensors.Image(torch.full((3, 16, 16), 255, dtype=torch.uint8))
-    labels = tv_tensors.Mask(torch.zeros(16, 16, dtype=torch.uint8))
-    spec = PLAIN.model_copy(update={"mean": (0.5, 0.5, 0.0), "std": (0.5, 0.25, 1.0)})
-    assert TrainTransform(spec)(image, labels)[0][:, 0, 0].tolist() == [1, 2, 1]
 
 
 def test_image_and_labels_stay_together(root):
@@ -347,12 +309,6 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(root, world):
         seen += numbers
     assert sorted(seen) == list(range(6))
     assert max(sizes) == 2
-
-
-def test_an_unreadable_annotation_is_named_in_evaluation(root):
-    (root / FOLDER / "annotations/validation/2.png").write_bytes(b"")
-    with pytest.raises(ImageError, match=r"annotations/validation/2.png: cannot be read as an image"):
-        list(EvalBatches(EvalImages(load_splits(root)[1], PLAIN), 2))
 
 
 # Scenes

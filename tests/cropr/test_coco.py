@@ -22,7 +22,6 @@ from cropr.data.coco import (
     load_coco,
     read_image,
     read_masks,
-    survey_coco,
 )
 from cropr.data.jitter import fit, jitter, view_window
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches
@@ -279,19 +278,6 @@ def test_names_the_file_and_the_id(tmp_path, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_coco(tmp_path)
     assert path.name in str(raised.value)
-
-
-def test_lists_all_findings_at_once(tmp_path):
-    def change(content):
-        first(content, image_id=999)
-        content["annotations"][1].update(category_id=4)
-        content["images"][0].update(file_name="missing.png")
-
-    edit(tmp_path, change)
-    _, problems = survey_coco(tmp_path)
-    assert len(problems) == 3
-    with pytest.raises(ValueError, match=r"(?s)999.*category_id 4.*missing.png"):
-        load_coco(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 from contextlib import suppress
 from fractions import Fraction
@@ -15,7 +13,6 @@ import torch
 from test_fusion import images, segmenter
 
 import cropr
-from cropr.build import build_model
 from cropr.data.imagenet import load_splits
 from cropr.pruning.model import PrunedViT
 from cropr.pruning.schedule import Schedule, ramp
@@ -68,12 +65,9 @@ def test_part_epochs_and_short_runs_rise_by_the_step(epochs):
     assert shares[total // 2 - 1] == 1 == shares[-1]
 
 
-def test_a_run_of_two_steps_has_no_ramp():
+def test_two_steps_and_runs_without_curriculum_have_no_ramp():
     assert [ramp(0, 1), ramp(0, 2), ramp(1, 2)] == [1, 1, 1]
-
-
-def test_off_unless_asked_for():
-    assert {pruning_share(RecipeSpec(epochs=4), step, 5) for step in range(20)} == {1}
+    assert {pruning_share(RecipeSpec(epochs=4), step, 5) for step in range(20)} == {1}  # without a curriculum
 
 
 # Schedules ----------------------------------------------------------------------------------------------------------
@@ -137,20 +131,6 @@ def test_without_learning_reducers_share_zero_is_the_host_itself():
 # The run ------------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Objective):
-    """Asks the process to stop in step ``at``."""
-
-    def __init__(self, data, at):
-        super().__init__(data)
-        self.left = at
-
-    def prepare(self, images, labels):
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        self.left -= 1
-        return super().prepare(images, labels)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return load_splits(tiny.write_folder(tmp_path_factory.mktemp("images")))[0]
@@ -158,8 +138,7 @@ def folder(tmp_path_factory):
 
 def train(spec, folder, out, task=None):
     """Trained weights, and the patches alive after the first block in each step."""
-    torch.manual_seed(0)
-    model = build_model(spec.model, spec.prune, tiny.CLASSES, 32)
+    model = tiny.model(spec)
     alive = []
     model.register_forward_hook(lambda _, inputs, output: alive.append(output.kept[1].shape[1]))
     batches = tiny.batches(folder, spec)
@@ -175,18 +154,11 @@ def test_a_resumed_run_goes_on_with_the_right_rate(folder, tmp_path, epochs, ste
     expected, whole = train(spec, folder, tmp_path / "undisturbed")
     if epochs == 5:  # shares 0, 2/3 and 1: rates 0, 2 and 4
         assert whole == 6 * [16] + 6 * [13] + 18 * [11]
-    _, first = train(spec, folder, tmp_path / "run", Interrupted(spec.data, steps - 1))
+    _, first = train(spec, folder, tmp_path / "run", tiny.Signalled(spec.data, steps - 1, signal.SIGTERM))
     weights, second = train(spec, folder, tmp_path / "run")
     assert len(first) == steps
     assert first + second == whole
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
-
-
-def test_a_rate_that_rises_is_learnt_with(folder, tmp_path):
-    train(tiny.spec(recipe__epochs=4, recipe__curriculum=True), folder, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert all(line["aux_loss"] is not None for line in lines)
-    assert lines[-1]["aux_loss"] < lines[0]["aux_loss"]
 
 
 def test_the_public_name_takes_no_curriculum():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import equal
 
 from cropr.cli import main
 from cropr.data.check import check
@@ -62,52 +63,34 @@ def numbers(batches) -> list[int]:
     return [round(float(image[0, 0, 0]) * 255) for images, _ in batches for image in images]
 
 
-def equal(a, b) -> bool:
-    a, b = list(a), list(b)
-    return len(a) == len(b) > 0 and all(
-        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
-    )
-
-
 # Folders
 
 
-def test_splits_are_listed_by_class(root):
+def test_splits_are_listed_by_class_without_hidden_folders_and_other_files(root):
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "ant" / "notes.txt").write_text("x")
     train, val = load_splits(root, num_classes=3)
     assert train.classes == val.classes == CLASSES
     assert train.labels == (0,) * 7 + (1,) * 7 + (2,) * 7
     assert val.paths[4] == str(root / "val" / "bee" / "1.png")
 
 
-def test_hidden_folders_and_other_files_are_no_classes_and_no_images(root):
-    (root / "train" / ".ipynb_checkpoints").mkdir()
-    (root / "train" / "ant" / "notes.txt").write_text("x")
-    assert len(load_splits(root, 3)[0]) == 21
-
-
-def remove(path: Path) -> None:
-    for child in path.rglob("*"):
-        if child.is_file():
-            child.unlink()
+def move(root: Path, one: str, other: str, empty: bool = False) -> None:
+    (root / one).rename(root / other)
+    if empty:
+        (root / one).mkdir()
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda r: r.rename(r.with_name("gone")), FileNotFoundError, r"no such directory; it should hold train"),
-        (
-            lambda r: (r / "val").rename(r / "test"),
-            FileNotFoundError,
-            r"/val: no such directory; images belong into val",
-        ),
-        (lambda r: (r / "val").rename(r / "x") and (r / "val").mkdir(), ValueError, r"/val: no class folder"),
-        (lambda r: remove(r / "train" / "bee"), ValueError, r"/train: no image in bee; remove the folder or put"),
-        (
-            lambda r: (r / "val" / "cat").rename(r / "val" / "dog"),
-            ValueError,
-            r"train that val lacks: cat; .*lacks: dog",
-        ),
-        (lambda r: (r / INCOMPLETE).touch(), ValueError, r"writing this set was interrupted; write it again"),
+        (lambda r: r.rename(r.with_name("gone")), FileNotFoundError, r"set: no such directory"),
+        (lambda r: move(r, "val", "test"), FileNotFoundError, r"/val: no such directory"),
+        (lambda r: move(r, "val", "x", empty=True), ValueError, r"/val: no class folder"),
+        (lambda r: move(r, "train/bee", "x", empty=True), ValueError, r"/train: no image in bee"),
+        (lambda r: move(r, "val/cat", "val/dog"), ValueError, r"train that val lacks: cat; .*lacks: dog"),
+        (lambda r: (r / INCOMPLETE).touch(), ValueError, r"interrupted"),
+        (lambda r: None, ValueError, r"has 3 classes, the settings say 1000; set num_classes to 3"),
     ],
 )
 def test_broken_folders_are_refused_by_name(tmp_path, root, damage, error, message):
@@ -117,12 +100,7 @@ def test_broken_folders_are_refused_by_name(tmp_path, root, damage, error, messa
         (root / split).rename(inner / split)
     damage(inner)
     with pytest.raises(error, match=message):
-        load_splits(inner)
-
-
-def test_number_of_classes_must_be_the_one_of_the_settings(root):
-    with pytest.raises(ValueError, match=r"has 3 classes, the settings say 1000; set num_classes to 3"):
-        load_splits(root, 1000)
+        load_splits(inner, 1000)
 
 
 # Images
@@ -145,12 +123,6 @@ def test_all_modes_become_rgb(tmp_path):
         decoded = decode(tmp_path / name)
         assert decoded.mode == "RGB"
         assert np.abs(np.asarray(decoded).astype(int) - 200).max() <= 2, name
-
-
-def test_a_png_under_the_name_of_a_jpeg_is_read(tmp_path):
-    grey = Image.fromarray(np.full((4, 4), 7, np.uint8))
-    grey.save(tmp_path / "n.JPEG", format="png")
-    assert decode(tmp_path / "n.JPEG").size == (4, 4)
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -188,22 +160,17 @@ def test_training_names_the_unreadable_image_in_one_line(root, workers):
 def test_check_lists_all_bad_files_at_once(root, caplog):
     assert check(root, 3).images == {"train": 21, "val": 9}
     assert main(["data", "check", str(root), "--classes", "3"]) == 0
-    for index in range(7):
-        for name in CLASSES:
-            truncate(root / "train" / name / f"{index}.png")
-    truncate(root / "val" / "bee" / "0.png")
+    for path in (*(root / "train").glob("*/*.png"), root / "val" / "bee" / "0.png"):
+        truncate(path)
     (root / "val" / "cat").rename(root / "val" / "dog")
     seen = []
     report = check(root, progress=lambda done, total: seen.append((done, total)))
-    assert len(report.bad) == 22
+    assert (len(report.bad), len(report.problems), seen[-1]) == (22, 2, (30, 30))
     assert report.bad[-1].startswith(str(root / "val" / "bee" / "0.png"))
-    assert len(report.problems) == 2
-    assert seen[-1] == (30, 30)
     assert main(["data", "check", str(root)]) == 2
-    assert "22 of 30 images cannot be used" in caplog.text
+    assert "22 of 30 images" in caplog.text
     assert "train that val lacks: cat" in caplog.text
     assert caplog.text.count("cannot be read as an image") == 20
-    assert "and 2 more files" in caplog.text
 
 
 # Transforms
@@ -333,7 +300,6 @@ def test_order_depends_on_seed_and_epoch(root):
     orders = [train_batches(train, spec(), 4, seed=s).order(e).tolist() for s, e in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order) == list(range(21)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert orders[0] == train_batches(train, spec(RICH), 7, seed=0).order(0).tolist()
 
 
 # Batches
@@ -368,13 +334,7 @@ def test_evaluation_sees_every_image_exactly_once(root, world):
         assert len(list(part)) == len(part)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "world", "message"),
-    [
-        (22, 1, r"has 21 images, fewer than one batch of 22; lower batch_size to at most 21"),
-        (10, 4, r"batch_size 10 does not divide into 4 processes"),
-    ],
-)
+@pytest.mark.parametrize(("batch_size", "world", "message"), [(22, 1, "at most 21"), (10, 4, "into 4 processes")])
 def test_impossible_batches_are_refused(root, batch_size, world, message):
     with pytest.raises(ValueError, match=message):
         train_batches(load_splits(root)[0], spec(), batch_size, world=world)

