@@ -66,7 +66,7 @@ def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[Split, Spl
     for split in (train, val):
         folder = root / split.name
         if not split.classes:
-            problems.append(f"{folder}: no class folder; images belong into {split.name}/<class>/*")
+            problems.append(f"{folder}: no class folder; put images into {split.name}/<class>/")
         filled = set(split.labels)
         if empty := [name for label, name in enumerate(split.classes) if label not in filled]:
             problems.append(f"{folder}: no image in {some(empty, ', ')}; remove the folder or put images there")

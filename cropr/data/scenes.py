@@ -84,11 +84,6 @@ class Scene:
         return self.instances[0].label
 
     @property
-    def box(self) -> tuple[int, int, int, int]:
-        """Of the first digit."""
-        return self.instances[0].box
-
-    @property
     def semantic(self) -> Array:
         """[H, W], as in ADE20k's files: 1 for the background, fragments included, and 2 + d in the region of digit d.
         There is no 0, which would mean that a pixel is not labelled."""

@@ -80,7 +80,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint with the most steps below ``root``, None if there is none."""
+    """The checkpoint with the most steps in ``root``; None if there is none."""
     return max(root.glob("step_*"), default=None)
 
 

@@ -24,7 +24,7 @@ SMALL = ScenesSpec(image_size=32, train=20, val=10, distractors=3)
 def assert_same(a: scenes.Scene, b: scenes.Scene) -> None:
     np.testing.assert_array_equal(a.image, b.image)
     np.testing.assert_array_equal(a.mask, b.mask)
-    assert (a.label, a.box) == (b.label, b.box)
+    assert (a.label, a.instances[0].box) == (b.label, b.instances[0].box)
 
 
 def test_a_scene_does_not_depend_on_what_was_composed_before():
@@ -55,7 +55,7 @@ def test_training_and_validation_digits_are_apart_and_all_are_used():
 def test_mask_and_box_say_where_the_digit_is():
     for index in range(60):
         scene = compose(SPEC, "train", index)
-        mask, (left, top, right, bottom) = scene.mask, scene.box
+        mask, (left, top, right, bottom) = scene.mask, scene.instances[0].box
         assert (scene.image.shape, scene.image.dtype, scene.label) == ((64, 64, 3), np.uint8, index % 10)
         assert {0, OBJECT} <= set(np.unique(mask)) <= {0, DISTRACTOR, OBJECT}
         assert max(right - left, bottom - top) <= 24
@@ -67,7 +67,7 @@ def test_mask_and_box_say_where_the_digit_is():
 def test_the_inside_of_a_zero_belongs_to_its_region():
     for index in range(0, 200, 10):
         scene = compose(SPEC, "train", index)
-        left, top, right, bottom = scene.box
+        left, top, right, bottom = scene.instances[0].box
         assert scene.mask[(top + bottom) // 2, (left + right) // 2] == OBJECT
 
 
@@ -80,7 +80,7 @@ def test_the_class_is_readable_where_the_box_is_and_nowhere_else():
 
     def features(split: str, index: int, elsewhere: bool) -> np.ndarray:
         scene = compose(SPEC, split, index)
-        left, top, right, bottom = scene.box
+        left, top, right, bottom = scene.instances[0].box
         if elsewhere:
             left, right = (0, right - left) if left >= right - left else (64 - (right - left), 64)
         crop = Image.fromarray(scene.image).convert("L").crop((left, top, right, bottom)).resize((8, 8))
