@@ -13,7 +13,8 @@ from PIL import Image
 
 from cropr.data.imagenet import Split, TrainImages
 from cropr.data.loading import TrainBatches
-from cropr.pruning.model import PrunedViT, build_model
+from cropr.build import build_model
+from cropr.pruning.model import PrunedViT
 from cropr.tasks.classification.run import Objective
 from cropr.training.specs import TrainSpec
 
