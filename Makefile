@@ -41,8 +41,8 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
-snapshot: ## copy the executed notebooks of a finished run to docs/rendered/, their numbers to the README
-	$(PYTHON) -m workflow.paper.snapshot results/$(SCALE)
+snapshot: $(READY) ## copy the executed notebooks of a finished run to docs/rendered/, their numbers to the README
+	$(RUN) workflow.paper.snapshot results/$(SCALE)
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) --dist loadfile -m "not gpu"
