@@ -2,7 +2,7 @@
 
     python -m workflow.paper.snapshot results/laptop
 
-Copies executed notebooks, tables and PNG figures. In README.md, the text between ``<!-- headline -->`` and
+Copies executed notebooks, tables and PNG figures, and lists them in ``docs/rendered/README.md``. In README.md, the text between ``<!-- headline -->`` and
 ``<!-- end -->`` becomes ``tables/headline.md``; nothing else of the README is touched.
 """
 
@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 
 from cropr.records import write_text
-from workflow.paper.records import REPOSITORY
+from workflow.paper.page import artefacts
+from workflow.paper.records import REPOSITORY, load_manifest
 
 FILES = ("notebooks/*.ipynb", "tables/*.md", "tables/*.csv", "figures/*.png")
 _HEADLINE = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="folder of a finished scale")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="repository with README.md and docs/")
     args = parser.parse_args(argv)
-    copy(args.results, args.root / "docs" / "rendered")
+    target = args.root / "docs" / "rendered"
+    copy(args.results, target)
+    write_text(target / "README.md", index(args.results))
     readme = args.root / "README.md"
     table = (args.results / "tables" / "headline.md").read_text(encoding="utf-8")
     write_text(readme, with_headline(readme.read_text(encoding="utf-8"), table))
@@ -44,11 +47,29 @@ def copy(results: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for pattern in FILES:
         for old in target.glob(Path(pattern).name):
-            if old.name != "README.md":
-                old.unlink()
+            old.unlink()
     for pattern in FILES:
         for new in sorted(results.glob(pattern)):
             shutil.copyfile(new, target / new.name)
+
+
+def index(results: Path) -> str:
+    """List of the notebooks with their questions, by section, as Markdown."""
+    manifests = [load_manifest(name, results) for name in artefacts(results)]
+    seeds = ", ".join(map(str, manifests[0]["seeds"]))
+    lines = [
+        "# Rendered notebooks",
+        "",
+        f"A copy of a finished run of the scale `{manifests[0]['scale']}`, seeds {seeds}. `make snapshot` makes it from",
+        f"`{manifests[0]['results']}/`. Every notebook names its device and ends with the command that makes it again.",
+        "How to read the numbers: [reading.md](../reading.md). Claims and verdicts: [claims.md](claims.md).",
+    ]
+    for section in dict.fromkeys(manifest["section"] for manifest in manifests):
+        lines += ["", f"## {section}", ""]
+        for manifest in (one for one in manifests if one["section"] == section):
+            name = manifest["artefact"]
+            lines.append(f"* [{name}]({name}.ipynb) ([table]({name}.md)): {manifest['question']}")
+    return "\n".join(lines) + "\n"
 
 
 def with_headline(text: str, table: str) -> str:
