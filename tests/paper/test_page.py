@@ -51,7 +51,7 @@ def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factor
     assert text == f"a\n<!-- headline -->\n{table}<!-- end -->\nb\n"
     assert snapshot.with_headline(text, table) == text
     copied = {path.name for path in (root / "docs" / "rendered").iterdir()}
-    assert copied == {"ade20k.md", "claims.csv", "claims.md", "headline.md"}
+    assert copied == {"README.md", "ade20k.md", "claims.csv", "claims.md", "headline.md"}
     with pytest.raises(ValueError, match="no lines"):
         snapshot.with_headline("a", table)
     with pytest.raises(FileNotFoundError, match="not finished"):
