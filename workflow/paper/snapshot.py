@@ -2,8 +2,8 @@
 
     python -m workflow.paper.snapshot results/laptop
 
-Copies executed notebooks, tables and PNG figures, and lists them in ``docs/rendered/README.md``. In README.md, the text between ``<!-- headline -->`` and
-``<!-- end -->`` becomes ``tables/headline.md``; nothing else of the README is touched.
+Copies executed notebooks, tables and PNG figures, and lists them in ``docs/rendered/README.md``. In README.md, the text
+between ``<!-- headline -->`` and ``<!-- end -->`` becomes ``tables/headline.md``; nothing else of it is touched.
 """
 
 from __future__ import annotations
