@@ -6,6 +6,8 @@ torchrun --nproc-per-node 8 -m cropr train ...                 one process a GPU
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cropr.runtime import reuse_freed_memory
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +115,26 @@ def _repeatable(kind: str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+
+
+# Names and numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def reuse_freed_memory() -> bool:
+    """Let the C allocator keep large freed blocks for the next allocation instead of returning them to the system.
+
+    glibc may otherwise map large tensors afresh in every pass, and the kernel zeroes their pages again: more of them
+    for the larger activations of an unpruned model, which would flatter pruning. Measured on six blocks of a ViT-B/16
+    with batches of 4: 16,500 minor page faults a pass unpruned and 9,400 pruned without these settings, none with them.
+
+    Returns:
+        Whether the settings were taken; False on systems without glibc, where nothing changes.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 64 << 20}
+        return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
+    except (OSError, AttributeError):
+        _LOG.debug("no glibc mallopt here; allocator left as it is")
+        return False

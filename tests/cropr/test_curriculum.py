@@ -18,8 +18,8 @@ from cropr.pruning.model import PrunedViT
 from cropr.pruning.schedule import Schedule, ramp
 from cropr.specs import RecipeSpec
 from cropr.tasks.classification.run import Objective
-from cropr.training.curriculum import pruning_share
 from cropr.training.loop import Settings, TrainingInterrupted, fit
+from cropr.training.optim import pruning_share
 
 
 def rates(epochs, rate, steps_per_epoch=5):

@@ -12,9 +12,9 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
 
 import cropr
-from cropr.bench import flops
 from cropr.data.ade20k import IGNORE
 from cropr.data.layouts import write
+from cropr.pruning import flops
 from cropr.pruning.model import Output
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens

@@ -13,7 +13,8 @@ from cropr.pruning.schedule import Schedule, attended, total_pruning_ratio
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks import TASKS
 from cropr.tasks.detection import DetModelSpec
-from workflow.paper.grid import Artefact, Grid, load_grid, shipped
+from workflow.paper.grid import Artefact, Grid, load_grid
+from workflow.paper.sources import shipped
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
