@@ -86,35 +86,24 @@ def start(device: str | None = None, threads: int | None = None) -> Iterator[Wor
         raise ValueError(f"--device {kind}: choose cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave the option out to train on the CPU")
-    place = torch.device("cpu")
-    if kind == "cpu":
-        reuse_freed_memory()
-    else:
+    place, size = torch.device("cpu"), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-    size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
-        with _repeatable(kind):
-            yield World(distributed.get_rank(), size, place) if size > 1 else World(device=place)
-    finally:
-        if size > 1:
-            distributed.destroy_process_group()
-
-
-@contextmanager
-def _repeatable(kind: str) -> Iterator[None]:
-    """Deterministic kernels on the CPU, where they cost nothing; on CUDA they would replace fast ones."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if kind == "cpu":
+    if kind == "cpu":  # deterministic kernels cost nothing here; on CUDA they would replace fast ones
+        reuse_freed_memory()
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        yield
+        yield World(distributed.get_rank(), size, place) if size > 1 else World(device=place)
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        if size > 1:
+            distributed.destroy_process_group()
 
 
 # Names and numbers of glibc's malloc.h.

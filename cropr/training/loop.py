@@ -30,14 +30,7 @@ from torch import nn
 from cropr.data.loading import TrainBatches
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask
-from cropr.training.checkpoint import (
-    AVERAGE,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_state,
-    save_checkpoint,
-)
+from cropr.training.checkpoint import AVERAGE, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from cropr.training.distributed import World
 from cropr.training.optim import (
     Stepper,
@@ -214,17 +207,14 @@ class _Run:
 
     @property
     def last_checkpoint(self) -> str:
-        """In words."""
         return f"last checkpoint: {latest_checkpoint(self.root) or 'none yet'}"
 
     def _resume(self, checkpoint: Path) -> None:
         """Model and optimizer in the state of a checkpoint."""
-        theirs = read_state(checkpoint)["identity"]
+        theirs = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]
         if different := [key for key in self.identity if theirs.get(key) != self.identity[key]]:
             changes = "; ".join(f"{key} was {theirs.get(key)}, is {self.identity[key]}" for key in different)
-            raise ValueError(
-                f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it to start again"
-            )
+            raise ValueError(f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it")
         state = load_checkpoint(checkpoint, self.model, self.optimizer)
         if self.average:
             load_weights(self.average.module, checkpoint / AVERAGE)
@@ -238,7 +228,7 @@ class _Run:
         what = None
         if not math.isfinite(result.loss):
             what = f"the loss is {result.loss}"
-        elif result.aux_loss is not None and not math.isfinite(result.aux_loss):
+        elif not math.isfinite(result.aux_loss or 0):
             what = f"the auxiliary loss is {result.aux_loss}"
         elif self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0):
             what = f"the gradient norm is {result.grad_norm}"
@@ -264,30 +254,22 @@ def summarise(log: Path) -> dict[str, float]:
 def _line(step: int, epoch: int, lr: float, result: StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
     """A line of the log. Numbers that are not finite become null, which JSON has."""
     numbers = {"loss": result.loss, "aux_loss": result.aux_loss, "grad_norm": result.grad_norm}
-    return {
-        "step": step,
-        "epoch": epoch,
-        "lr": lr,
-        **{key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()},
-        "images": result.images,
-        "images_per_s": round(result.images / sum(seconds), 2),
-        "data_ms": round(1000 * seconds[0], 3),
-        "step_ms": round(1000 * seconds[1], 3),
-    }
+    finite = {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
+    speed = {"images": result.images, "images_per_s": round(result.images / sum(seconds), 2)}
+    times = {key: round(1000 * value, 3) for key, value in zip(("data_ms", "step_ms"), seconds, strict=True)}
+    return {"step": step, "epoch": epoch, "lr": lr, **finite, **speed, **times}
 
 
 class StepLog:
-    """``log.jsonl``: one line a step, each step once, also over resumptions.
+    """``log.jsonl`` at ``path`` (None: written by another process): one line a step, each once, also over resumptions.
 
-    Args:
-        path: the file; if None, nothing is written (all processes but the first).
-        step: steps done; lines of later ones, which a killed run left, are dropped.
+    ``step`` steps are done; lines of later ones, which a killed run left, are dropped.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
         path = path or Path(os.devnull)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_before(path, step) if path.exists() else []
+        kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 
@@ -299,19 +281,6 @@ class StepLog:
     def sync(self) -> None:
         """All lines so far are on disk when this returns: a checkpoint is never ahead of its log."""
         os.fsync(self.file.fileno())
-
-
-def _lines_before(path: Path, step: int) -> list[str]:
-    """Whole lines of steps before ``step``; what a kill cut short is left out."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            number = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            break
-        if number < step:
-            kept.append(line)
-    return kept
 
 
 class Progress(Bar):
@@ -340,11 +309,8 @@ class Progress(Bar):
 class StopRequest:
     """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; a second one ends at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self) -> None:
         self.requested: int | None = None
-        self._before: dict[int, Any] = {}
 
     @property
     def name(self) -> str:
@@ -352,7 +318,7 @@ class StopRequest:
         return signal.Signals(self.requested).name if self.requested else "another process"
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -361,5 +327,4 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        self.__exit__()

@@ -128,8 +128,8 @@ def pruning_share(recipe: RecipeSpec, step: int, steps_per_epoch: int) -> Fracti
     It rises with each epoch, as the authors' segmentation does: R_e = floor(R e / (E / 2 - 1)) tokens a module in epoch
     e of E, and R from the middle on. It is a function of the step alone, so a resumed run goes on with the right one.
     Evaluation always prunes by the whole schedule. At rate 0 ours prunes nothing, where the authors' first module still
-    removes its extra token. Runs of part epochs, and those of less than three, for which the
-    authors' formula has no ramp, rise with each step instead.
+    removes its extra token. Runs of part epochs and those of less than three, for which the formula has no ramp, rise
+    with each step instead.
     """
     if not recipe.curriculum:
         return Fraction(1)
@@ -140,18 +140,14 @@ def pruning_share(recipe: RecipeSpec, step: int, steps_per_epoch: int) -> Fracti
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Numbers of one step, over all processes."""
+    """Numbers of one step, over all processes: the main loss, the mean auxiliary loss (None without Cropr modules), the
+    gradient norm of encoder and head before clipping, whether a process was asked to stop, images of the step."""
 
     loss: float
-    """Main loss."""
     aux_loss: float | None
-    """Mean over the Cropr modules; None without any."""
     grad_norm: float
-    """Of the encoder and its head, before clipping."""
     stop: bool
-    """Some process was asked to stop."""
     images: int
-    """Of the optimizer step, over all processes."""
 
 
 class Stepper:
@@ -213,9 +209,9 @@ class Stepper:
                 with autocast(self.world.device, self.recipe.precision):
                     output = self.task.forward(self._wrapped, x, y)
                 losses = self.task.loss(output, y)
-                share = len(x) / len(images)
+                share, aux = len(x) / len(images), losses.aux.detach()
                 self.scaler.scale(losses.total * share).backward()
-            sums += share * torch.stack((losses.main.detach(), _mean(losses.aux.detach())))
+            sums += share * torch.stack((losses.main.detach(), aux.mean() if aux.numel() else aux.new_zeros(())))
         return sums
 
 
@@ -233,7 +229,3 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     state = np.random.SeedSequence([seed, step, rank]).generate_state(2)
     torch.manual_seed(int(state[0]))
     np.random.seed(int(state[1]))
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if values.numel() else values.new_zeros(())

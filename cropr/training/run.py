@@ -16,7 +16,7 @@ from torch import nn
 from cropr.data.loading import Share, some
 from cropr.records import RECORD, provenance, read_record, write_record
 from cropr.tasks import open_task
-from cropr.tasks.base import Evaluation, EvaluationSettings, TaskRun, leaves
+from cropr.tasks.base import Evaluation, EvaluationSettings, TaskRun, differences
 from cropr.training.checkpoint import WEIGHTS, latest_checkpoint, load_initial, save_weights
 from cropr.training.distributed import World
 from cropr.training.loop import CHECKPOINTS, LOG, Settings, fit, summarise
@@ -116,9 +116,7 @@ def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
     mine = {"seed": seed, "spec": spec.model_dump(mode="json")}
     theirs = {"seed": record.get("seed"), "spec": record.get("spec")}
     if mine != theirs:
-        ours, its = dict(leaves(mine)), dict(leaves(theirs))
-        differing = sorted(key for key in {*ours, *its} if ours.get(key) != its.get(key))
-        changes = some([f"{key} was {its.get(key)}, is {ours.get(key)}" for key in differing], limit=5)
+        changes = some([f"{key} was {its}, is {ours}" for key, ours, its in differences(mine, theirs)], limit=5)
         raise ValueError(f"{out} holds the record of another run: {changes}. Choose another --out, or delete it")
     return record
 
