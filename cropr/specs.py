@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import shorten
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -147,6 +147,7 @@ class RecipeSpec(Spec):
         return self.base_lr * self.batch_size / 256
 
 
+Namer = Callable[[str], str | None]
 RELATIONS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -159,13 +160,14 @@ class Refused(ValueError):
         self.problems = problems
 
 
-def check(model: type[Model], values: Any, where: str) -> Model:
+def check(model: type[Model], values: Any, where: str, name: Namer = lambda _: None) -> Model:
     """Validate values.
 
     Args:
         model: of pydantic.
         values: keys and values.
         where: they stand, such as a file's name; begins every line of an error.
+        name: a reader's name for what a dotted key stands in, such as a row of a list; None for most.
 
     Raises:
         Refused: a line for every problem: where, key, value, and what is allowed.
@@ -173,14 +175,14 @@ def check(model: type[Model], values: Any, where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise Refused(where, list(_problems(error, model, values))) from None
+        raise Refused(where, list(_problems(error, model, name))) from None
 
 
-def _problems(error: ValidationError, model: type[BaseModel], values: Any) -> Iterator[str]:
+def _problems(error: ValidationError, model: type[BaseModel], name: Namer) -> Iterator[str]:
     for item in error.errors():
         key = ".".join(map(str, item["loc"])) or "it"
-        if row := _row_name(values, item["loc"]):
-            key += f" (row {row})"
+        if called := name(key):
+            key += f" ({called})"
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, Refused):
             yield from (f"{key}.{problem}" for problem in inner.problems)
@@ -195,14 +197,6 @@ def _problems(error: ValidationError, model: type[BaseModel], values: Any) -> It
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             value = shorten(repr(item["input"]), 100, placeholder=" ...")
             yield f"{key} = {value}: {message}" if item["loc"] else message
-
-
-def _row_name(values: Any, location: tuple[Any, ...]) -> str | None:
-    """Name of the table row that a location runs through: ``rows.3`` tells a reader little."""
-    if len(location) > 1 and location[0] == "rows" and isinstance(location[1], int):
-        row = values["rows"][location[1]]
-        return row.get("row") if isinstance(row, Mapping) else None
-    return None
 
 
 def _siblings(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LINES = {"cropr": 11_000, "cropr/pruning": 3_000, "workflow": 6_000, "tests": 10_500}
 """Lines of .py and .smk files, at most."""
 FILE, FUNCTION = 400, 60
-ONE_ROW = 35
+ONE_ROW = 42
 """Modules that a reader enters who follows one row from its YAML to its table, at most."""
 LAYERS = ("pruning", "specs", "data", "tasks", "training", "bench", "cli")
 """Packages and modules of ``cropr``, lowest first: each imports only itself and those before it."""
@@ -55,7 +55,7 @@ def foreign(file: Path) -> set[str]:
 
 def layer(module: str) -> int:
     """Position in ``LAYERS``; -1 for what any module may import. Specs and tables of tasks belong to the specs."""
-    table = module in ("cropr.tasks", "cropr.tasks.table", *(f"cropr.tasks.{name}" for name in TASKS))
+    table = module in ("cropr.tasks", *(f"cropr.tasks.{name}" for name in TASKS))
     part = "specs" if table or module.endswith(".specs") else f"{module}.".split(".")[1]
     return LAYERS.index(part) if part in LAYERS else -1
 
@@ -104,8 +104,12 @@ def entered(notebook: Path) -> list[str]:
 
 def test_few_modules_lie_on_the_way_of_one_row() -> None:
     entries = ["workflow.paper.grid", "workflow.paper.sources", "cropr.__main__", "cropr.cli.train"]
-    entries += [TASKS["classification"].run.partition(":")[0], str(REDUCERS["cropr"].module)]
-    found = closure(*entries, *entered(ROOT / "notebooks/imagenet_methods.ipynb"), without=frozenset())
+    entries += [
+        TASKS["classification"].run.partition(":")[0],
+        str(REDUCERS["cropr"].module),
+        "cropr.pruning.backbones.vit",
+    ]
+    found = closure(*entries, *entered(ROOT / "notebooks/imagenet_methods.ipynb"), without=frozenset(), by_name=False)
     assert len(found) <= ONE_ROW, sorted(found)
 
 

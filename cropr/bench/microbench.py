@@ -10,7 +10,7 @@ from cropr.bench.device import Unsupported
 from cropr.bench.specs import MicrobenchSpec
 from cropr.bench.timing import Tell, no_progress
 from cropr.records import provenance
-from cropr.runtime import reuse_freed_memory
+from cropr.training.distributed import reuse_freed_memory
 
 
 def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from cropr.pruning.flops import Cost
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule
 from cropr.records import provenance
-from cropr.runtime import reuse_freed_memory
 from cropr.specs import PruneSpec
+from cropr.training.distributed import reuse_freed_memory
 
 TOLERANCE = 0.03
 """Largest relative difference between target and measured speed-up."""

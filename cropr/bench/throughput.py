@@ -21,7 +21,7 @@ from cropr.bench.specs import UNPRUNED, BenchSpec, Precision
 from cropr.bench.timing import Case, Tell, against, no_progress, ratio, speed, time_interleaved
 from cropr.pruning import flops
 from cropr.records import provenance
-from cropr.runtime import reuse_freed_memory
+from cropr.training.distributed import reuse_freed_memory
 
 if TYPE_CHECKING:
     from cropr.bench.heads import Heads

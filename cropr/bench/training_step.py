@@ -20,8 +20,7 @@ from cropr.tasks.base import autocast
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import Objective
 from cropr.training.distributed import World
-from cropr.training.loop import Stepper
-from cropr.training.optim import create_optimizer
+from cropr.training.optim import Stepper, create_optimizer
 
 
 def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as F
 
 from cropr.data.scenes import INCOMPLETE
-from cropr.tasks.table import Task
+from cropr.tasks import Task
 
 Collate = Callable[[list[Any]], Any]
 """Makes a batch (images, targets) of a list of (image, target)."""

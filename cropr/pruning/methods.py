@@ -53,18 +53,20 @@ class Method:
         return getattr(import_module(module), name)
 
 
-def _entries(file: Path) -> Iterator[Method]:
-    """Methods that a source file declares in ``METHODS``."""
+def declared(file: Path, table: str) -> Iterator[tuple[str, str, Any]]:
+    """Module, key and value of each entry of the literal ``table`` of a source file in this package."""
     module = ".".join(["cropr", "pruning", *file.relative_to(_HERE).with_suffix("").parts])
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHODS":
-            for name, entry in ast.literal_eval(node.value).items():
-                kind = entry.pop("class")
-                yield Method(name=name, path=f"{module}:{kind}" if kind else None, **entry)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == table:
+            yield from ((module, key, value) for key, value in ast.literal_eval(node.value).items())
 
 
 def _table(files: list[Path]) -> dict[str, Method]:
-    return {method.name: method for file in files for method in _entries(file)}
+    found = {}
+    for module, name, entry in (one for file in files for one in declared(file, "METHODS")):
+        kind = entry.pop("class")
+        found[name] = Method(name=name, path=f"{module}:{kind}" if kind else None, **entry)
+    return found
 
 
 REDUCERS: dict[str, Method] = {

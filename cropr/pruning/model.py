@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.pruning import fusion as fusions
-from cropr.pruning.backbones import Backbone, adapt
+from cropr.pruning.backbones.base import Backbone, adapt
 from cropr.pruning.fusion import Fusion
+from cropr.pruning.fusion import create as create_fusion
 from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
-from cropr.pruning.reducers import Context, Reducer, Reduction, create
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, create
 from cropr.pruning.schedule import Schedule, attended, trace
 from cropr.pruning.tokens import Tokens
 
@@ -239,7 +239,7 @@ def prune(
     choose(FUSIONS, "fusion", fusion)
     sites = schedule.sites(backbone.depth, before_last_block(fusion))
     outputs: int = num_outputs or getattr(backbone.host, "num_classes", 0) or 0
-    bring_back = fusions.create(fusion, backbone.dim, outputs, sites)
+    bring_back = create_fusion(fusion, backbone.dim, outputs, sites)
     if reducer == "none":
         if sites:
             raise ValueError(f"reducer 'none' with a schedule that prunes ({schedule}); use rate 0 or name a reducer")

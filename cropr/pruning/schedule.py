@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
+from itertools import groupby
 from math import floor
 from typing import Any, Literal
 
@@ -57,8 +58,6 @@ class Schedule:
                 raise ValueError(f"{number} tokens to prune after block {block}: must be 0 or more")
             if self.rule == "kept" and number < 1:
                 raise ValueError(f"{number} tokens to keep after block {block}: must be 1 or more")
-
-    # Constructors -----------------------------------------------------------------------------------------------
 
     @classmethod
     def constant(cls, rate: int, first_extra: int = 1, align: int = 1) -> Schedule:
@@ -164,12 +163,9 @@ class Schedule:
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of ``from_config``, with plain JSON types."""
-        values = asdict(self)
-        rule = values.pop("rule")
-        if rule == "constant":
-            values.pop("at")
-            return {rule: values}
-        return {rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
+        if self.rule == "constant":
+            return {"constant": {"rate": self.rate, "first_extra": self.first_extra, "align": self.align}}
+        return {self.rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
 
     def describe(self) -> str:
         """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
@@ -184,15 +180,8 @@ class Schedule:
         text = numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)
         return {"stages": "R=", "fraction": "", "kept": "K="}[self.rule] + f"{text} @ {blocks}"
 
-    # Use --------------------------------------------------------------------------------------------------------
-
     def resolve(
-        self,
-        num_patches: int,
-        depth: int,
-        fusion: bool = False,
-        prefix: int = 0,
-        share: Fraction = Fraction(1),
+        self, num_patches: int, depth: int, fusion: bool = False, prefix: int = 0, share: Fraction = Fraction(1)
     ) -> tuple[int, ...]:
         """Patch tokens alive after each block and its reducer.
 
@@ -213,12 +202,10 @@ class Schedule:
         """
         last = depth - 2 if fusion else depth - 1
         wanted = self._wanted(num_patches, max(last, 0), share)
-        counts = []
-        alive = num_patches
+        counts, alive = [], num_patches
         for block in range(1, depth + 1):
             if block in wanted:
-                aligned = -(-(wanted[block] + prefix) // self.align) * self.align - prefix
-                alive = min(alive, aligned)
+                alive = min(alive, -(-(wanted[block] + prefix) // self.align) * self.align - prefix)
             counts.append(alive)
         if fusion:
             counts[-1] = num_patches
@@ -245,8 +232,7 @@ class Schedule:
             if not (rate := floor(self.rate * share)):
                 return {}
             return {b: num_patches - self.first_extra - rate * b for b in range(1, last + 1)}
-        wanted = {}
-        alive = num_patches
+        wanted, alive = {}, num_patches
         for block, number in self.at:
             if block > last:
                 raise ValueError(
@@ -299,12 +285,8 @@ def total_pruning_ratio(counts: tuple[int, ...], num_patches: int) -> float:
 
 def _ranges(blocks: list[int]) -> str:
     """``1-6`` for blocks in a row, ``6,12,18`` for others."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
+    found = groupby(enumerate(blocks), lambda item: item[1] - item[0])
+    runs = [[block for _, block in run] for _, run in found]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 

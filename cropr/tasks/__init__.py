@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cropr.tasks.table import Task
+from cropr.specs import ImagesSpec, Spec
 
 if TYPE_CHECKING:
     from cropr.tasks.base import TaskRun
     from cropr.training.specs import TrainSpec
 
-__all__ = ["TASKS", "Task", "open_task"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Entry of a task. Each package in ``cropr.tasks`` holds one, named ``TASK``."""
+
+    name: str
+    """As in specs and configuration."""
+    run: str
+    """``module:Class`` of its ``TaskRun``."""
+    show: str
+    """``module:Class`` of its ``cropr.show.Answers``, for pruning maps."""
+    data: type[ImagesSpec]
+    """Describes its images."""
+    detector: type[Spec] | None = None
+    """Describes pyramid and heads around the encoder; None without them."""
+    layout: str
+    """Name of the public layout that its images lie in."""
+    folders: tuple[str, ...]
+    """Folders of that layout, under the root."""
+    metrics: Mapping[str, str]
+    """Metric in percent -> label, in order of importance; rows are ranked by the first."""
+
+    def load(self, path: str) -> Any:
+        """The class behind ``run`` or ``show``. Imports torch."""
+        module, _, name = path.partition(":")
+        return getattr(import_module(module), name)
+
 
 _PACKAGES = sorted(file.parent.name for file in Path(__file__).parent.glob("*/__init__.py"))
 

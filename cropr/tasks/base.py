@@ -146,9 +146,8 @@ def scenes_fingerprint(root: Path, scenes: ScenesSpec) -> str:
         ValueError: the scenes in ``root`` differ from those of the spec.
     """
     record = read_record(root / RECORD)
-    mine, theirs = dict(leaves(scenes.model_dump(mode="json"))), dict(leaves(record["spec"]))
-    if differing := sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)):
-        changes = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} in the spec" for key in differing)
+    if found := differences(scenes.model_dump(mode="json"), record["spec"]):
+        changes = "; ".join(f"{key} is {its} there, {ours} in the spec" for key, ours, its in found)
         raise ValueError(f"{root} holds other scenes than spec.data.scenes asks for: {changes}")
     return str(record["provenance"]["data_fingerprint"])
 
@@ -157,6 +156,12 @@ def names_fingerprint(root: Path, paths: Iterable[str | Path]) -> str:
     """Fingerprint of images by the names of their files below ``root``."""
     names = "".join(f"{Path(path).relative_to(root).as_posix()}\n" for path in paths)
     return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def differences(mine: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
+    """Dotted keys of nested mappings whose values differ, with both values; None for a key that one of them lacks."""
+    ours, its = dict(leaves(mine)), dict(leaves(theirs))
+    return [(key, ours.get(key), its.get(key)) for key in sorted({*ours, *its}) if ours.get(key) != its.get(key)]
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

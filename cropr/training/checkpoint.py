@@ -34,9 +34,6 @@ AVERAGE = "average.safetensors"
 _LOG = logging.getLogger(__name__)
 
 
-# Checkpoints --------------------------------------------------------------------------------------------------------
-
-
 def save_checkpoint(
     root: Path,
     step: int,
@@ -48,10 +45,8 @@ def save_checkpoint(
     """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory.
 
     Args:
-        root: directory of the run's checkpoints.
         step: optimizer steps done.
-        model: unwrapped model, as in ``parameter_groups``.
-        optimizer: its groups carry ``names``.
+        optimizer: of ``create_optimizer``; its groups carry ``names``.
         state: JSON; whatever else the loop needs to go on.
         average: model with the averaged weights, where the recipe has an average.
     """
@@ -84,11 +79,6 @@ def latest_checkpoint(root: Path) -> Path | None:
     return max(root.glob("step_*"), default=None)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-
-
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put model and optimizer into the state of a checkpoint; returns its JSON part.
 
@@ -105,7 +95,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
             raise ValueError(f"{path}: state of {name}, which the model does not train; this is another model's")
         parameter = parameters[name]
         optimizer.state[parameter][part] = tensor.to(parameter.device)
-    return read_state(checkpoint)
+    return dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -113,9 +103,6 @@ def _trained(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     return {
         name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
     }
-
-
-# Weights ------------------------------------------------------------------------------------------------------------
 
 
 def save_weights(path: Path, model: nn.Module, spec: str | None = None) -> None:
@@ -140,15 +127,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 class Loaded(NamedTuple):
-    """What ``load_initial`` did with the host's parameters: names."""
+    """What ``load_initial`` did with the host's parameters. ``resampled`` are positions interpolated to another
+    patch grid, also among ``loaded``; ``fresh`` keep their initial values; ``ignored`` are in the file only."""
 
     loaded: tuple[str, ...]
     resampled: tuple[str, ...]
-    """Positions that were interpolated to another patch grid; also in ``loaded``."""
     fresh: tuple[str, ...]
-    """Left at their initial values."""
     ignored: tuple[str, ...]
-    """In the file only."""
 
 
 def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loaded:
@@ -220,22 +205,18 @@ def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dic
 
 
 def _require_match(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    problems = []
-    if missing := [name for name in wanted if name not in found]:
-        problems.append(f"missing {len(missing)}: {some(missing, ', ')}")
-    if unexpected := [name for name in found if name not in wanted]:
-        problems.append(f"unexpected {len(unexpected)}: {some(unexpected, ', ')}")
-    if shapes := [
-        f"{name} {list(found[name].shape)}, in the model {list(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
-    ]:
-        problems.append(f"other shape {len(shapes)}: {some(shapes, ', ')}")
+    differing = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "other shape": [
+            f"{name} {list(found[name].shape)}, in the model {list(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    problems = [f"{what} {len(names)}: {some(names, ', ')}" for what, names in differing.items() if names]
     if problems:
         raise ValueError(f"{path} does not fit the model; " + "; ".join(problems))
-
-
-# Files --------------------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> dict[str, Tensor]:

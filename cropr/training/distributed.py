@@ -6,6 +6,8 @@ torchrun --nproc-per-node 8 -m cropr train ...                 one process a GPU
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cropr.runtime import reuse_freed_memory
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,32 +86,44 @@ def start(device: str | None = None, threads: int | None = None) -> Iterator[Wor
         raise ValueError(f"--device {kind}: choose cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave the option out to train on the CPU")
-    place = torch.device("cpu")
-    if kind == "cpu":
-        reuse_freed_memory()
-    else:
+    place, size = torch.device("cpu"), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-    size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if kind == "cpu":  # deterministic kernels cost nothing here; on CUDA they would replace fast ones
+        reuse_freed_memory()
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        with _repeatable(kind):
-            yield World(distributed.get_rank(), size, place) if size > 1 else World(device=place)
+        yield World(distributed.get_rank(), size, place) if size > 1 else World(device=place)
     finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
         if size > 1:
             distributed.destroy_process_group()
 
 
-@contextmanager
-def _repeatable(kind: str) -> Iterator[None]:
-    """Deterministic kernels on the CPU, where they cost nothing; on CUDA they would replace fast ones."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if kind == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+# Names and numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def reuse_freed_memory() -> bool:
+    """Let the C allocator keep large freed blocks for the next allocation instead of returning them to the system.
+
+    glibc may otherwise map large tensors afresh in every pass, and the kernel zeroes their pages again: more of them
+    for the larger activations of an unpruned model, which would flatter pruning. Measured on six blocks of a ViT-B/16
+    with batches of 4: 16,500 minor page faults a pass unpruned and 9,400 pruned without these settings, none with them.
+
+    Returns:
+        Whether the settings were taken; False on systems without glibc, where nothing changes.
+    """
     try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        libc = ctypes.CDLL(None)
+        settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 64 << 20}
+        return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
+    except (OSError, AttributeError):
+        _LOG.debug("no glibc mallopt here; allocator left as it is")
+        return False

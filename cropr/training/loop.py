@@ -9,40 +9,45 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from cropr.data.loading import TrainBatches
-from cropr.pruning.fusion import Fusion
 from cropr.specs import RecipeSpec
-from cropr.tasks.base import BatchTask, autocast
-from cropr.training.checkpoint import (
-    AVERAGE,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_state,
-    save_checkpoint,
-)
-from cropr.training.curriculum import pruning_share
+from cropr.tasks.base import BatchTask
+from cropr.training.checkpoint import AVERAGE, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from cropr.training.distributed import World
-from cropr.training.optim import create_optimizer, create_schedule, total_steps
-from cropr.training.progress import Progress, StepLog, StopRequest
+from cropr.training.optim import (
+    Stepper,
+    StepResult,
+    create_optimizer,
+    create_schedule,
+    pruning_share,
+    seed_step,
+    total_steps,
+)
 
 CHECKPOINTS = "checkpoint"
 LOG = "log.jsonl"
 OVERFLOWS = 30
 """fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
+LOG_SECONDS = 30
+"""Between two log lines where there is no terminal."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -202,17 +207,14 @@ class _Run:
 
     @property
     def last_checkpoint(self) -> str:
-        """In words."""
         return f"last checkpoint: {latest_checkpoint(self.root) or 'none yet'}"
 
     def _resume(self, checkpoint: Path) -> None:
         """Model and optimizer in the state of a checkpoint."""
-        theirs = read_state(checkpoint)["identity"]
+        theirs = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]
         if different := [key for key in self.identity if theirs.get(key) != self.identity[key]]:
             changes = "; ".join(f"{key} was {theirs.get(key)}, is {self.identity[key]}" for key in different)
-            raise ValueError(
-                f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it to start again"
-            )
+            raise ValueError(f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it")
         state = load_checkpoint(checkpoint, self.model, self.optimizer)
         if self.average:
             load_weights(self.average.module, checkpoint / AVERAGE)
@@ -226,7 +228,7 @@ class _Run:
         what = None
         if not math.isfinite(result.loss):
             what = f"the loss is {result.loss}"
-        elif result.aux_loss is not None and not math.isfinite(result.aux_loss):
+        elif not math.isfinite(result.aux_loss or 0):
             what = f"the auxiliary loss is {result.aux_loss}"
         elif self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0):
             what = f"the gradient norm is {result.grad_norm}"
@@ -235,103 +237,6 @@ class _Run:
                 f"{what} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
                 "Lower recipe.base_lr, lengthen recipe.warmup_epochs or set recipe.clip_grad"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """Numbers of one step, over all processes."""
-
-    loss: float
-    """Main loss."""
-    aux_loss: float | None
-    """Mean over the Cropr modules; None without any."""
-    grad_norm: float
-    """Of the encoder and its head, before clipping."""
-    stop: bool
-    """Some process was asked to stop."""
-    images: int
-    """Of the optimizer step, over all processes."""
-
-
-class Stepper:
-    """One optimizer step: forward, backward over micro-batches, clipping, update.
-
-    Gradients of the encoder and of what pruning adds for training are clipped apart from each other, so that the
-    auxiliary losses do not reach the encoder that way either.
-    """
-
-    def __init__(
-        self, model: nn.Module, task: BatchTask, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
-    ) -> None:
-        self.model, self.task, self.optimizer, self.recipe, self.world = model, task, optimizer, recipe, world
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
-        self.overflows = 0
-        # A fusion with weights is idle in steps that prune nothing, such as the first of a curriculum.
-        fusions = (module for module in model.modules() if isinstance(module, Fusion))
-        self._wrapped = world.wrap(model, idle=any(True for fusion in fusions for _ in fusion.parameters()))
-        named = list(model.named_parameters())
-        self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
-        self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
-
-    def __call__(self, images: Tensor, targets: Any, stop: Callable[[], bool] = lambda: False) -> StepResult:
-        """Update the weights with one batch: images [B, 3, H, W], the task's targets. Waits for the device once.
-
-        ``stop`` says whether this process was asked to stop; the result, whether any was.
-        """
-        device, world = self.world.device, self.world
-        images, targets = images.to(device, non_blocking=True), self.task.move(targets, device)
-        images, targets = self.task.prepare(images, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = self._backward(images, targets)
-        self.scaler.unscale_(self.optimizer)
-        norm = clip(self._encoder, self.recipe.clip_grad)
-        if self._reducers:
-            clip(self._reducers, self.recipe.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        # Losses, the request to stop and the norm in one transfer from the device.
-        sums = world.sum(torch.cat((sums, sums.new_tensor([stop(), len(images)]))))
-        loss, aux, wish, count, grad_norm = torch.cat((sums, norm.reshape(1).to(sums))).tolist()
-        result = StepResult(
-            loss / world.size, aux / world.size if self._reducers else None, grad_norm, wish > 0, int(count)
-        )
-        self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
-        return result
-
-    def _backward(self, images: Tensor, targets: Any) -> Tensor:
-        """Gradients of the mean over the batch, in micro-batches; [2]: main loss and mean auxiliary loss."""
-        count = self.recipe.accumulate
-        pairs = zip(images.tensor_split(count), self.task.split(targets, count), strict=True)
-        parts = [(x, y) for x, y in pairs if len(x)]
-        sums = torch.zeros(2, device=images.device)
-        for number, (x, y) in enumerate(parts, start=1):
-            last = number == len(parts)
-            # Processes average their gradients once a step, with the last part.
-            quiet = nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync()  # type: ignore[operator]
-            with quiet:
-                with autocast(self.world.device, self.recipe.precision):
-                    output = self.task.forward(self._wrapped, x, y)
-                losses = self.task.loss(output, y)
-                share = len(x) / len(images)
-                self.scaler.scale(losses.total * share).backward()
-            sums += share * torch.stack((losses.main.detach(), _mean(losses.aux.detach())))
-        return sums
-
-
-def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """Norm of the gradients, which are scaled down to ``limit`` if they exceed it; None for no limit."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's and NumPy's global generators for one step; timm's mixup draws from NumPy's."""
-    state = np.random.SeedSequence([seed, step, rank]).generate_state(2)
-    torch.manual_seed(int(state[0]))
-    np.random.seed(int(state[1]))
 
 
 def summarise(log: Path) -> dict[str, float]:
@@ -349,17 +254,77 @@ def summarise(log: Path) -> dict[str, float]:
 def _line(step: int, epoch: int, lr: float, result: StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
     """A line of the log. Numbers that are not finite become null, which JSON has."""
     numbers = {"loss": result.loss, "aux_loss": result.aux_loss, "grad_norm": result.grad_norm}
-    return {
-        "step": step,
-        "epoch": epoch,
-        "lr": lr,
-        **{key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()},
-        "images": result.images,
-        "images_per_s": round(result.images / sum(seconds), 2),
-        "data_ms": round(1000 * seconds[0], 3),
-        "step_ms": round(1000 * seconds[1], 3),
-    }
+    finite = {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
+    speed = {"images": result.images, "images_per_s": round(result.images / sum(seconds), 2)}
+    times = {key: round(1000 * value, 3) for key, value in zip(("data_ms", "step_ms"), seconds, strict=True)}
+    return {"step": step, "epoch": epoch, "lr": lr, **finite, **speed, **times}
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if values.numel() else values.new_zeros(())
+class StepLog:
+    """``log.jsonl`` at ``path`` (None: written by another process): one line a step, each once, also over resumptions.
+
+    ``step`` steps are done; lines of later ones, which a killed run left, are dropped.
+    """
+
+    def __init__(self, path: Path | None, step: int) -> None:
+        path = path or Path(os.devnull)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """All lines so far are on disk when this returns: a checkpoint is never ahead of its log."""
+        os.fsync(self.file.fileno())
+
+
+class Progress(Bar):
+    """A bar on a terminal, else a log line every 30 s and at the end of each epoch; nothing without ``show``."""
+
+    def __init__(self, total: int, done: int, steps_per_epoch: int, show: bool = True) -> None:
+        self._total, self._steps, self._show, self._said = total, steps_per_epoch, show, time.monotonic()
+        console = Console(stderr=True)
+        text, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
+        columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), numbers
+        super().__init__(*columns, console=console, transient=True, disable=not (show and console.is_terminal))
+        self._task = self.add_task("training", total=total, completed=done, numbers="")
+
+    def step(self, line: dict[str, Any]) -> None:
+        """One step was done; ``line`` is its line of the log."""
+        step = line["step"] + 1
+        loss = "nan" if line["loss"] is None else f"{line['loss']:.3f}"
+        numbers = f"loss {loss}, {line['images_per_s']:.3g} images/s"
+        self.update(self._task, completed=step, numbers=numbers)
+        due = step % self._steps == 0 or time.monotonic() - self._said > LOG_SECONDS
+        if self.disable and self._show and due:
+            self._said = time.monotonic()
+            _LOG.info("step %d of %d, epoch %d: %s", step, self._total, line["epoch"] + 1, numbers)
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The signal's name."""
+        return signal.Signals(self.requested).name if self.requested else "another process"
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.requested = number
+        self.__exit__()

@@ -1,20 +1,31 @@
-"""AdamW with layer decay, and the learning rate of every step (reference recipe, section 3.1).
+"""One optimizer step: AdamW with layer decay, the step's learning rate, pruning rate and gradients.
 
+The recipe is the authors' (reference, section 3.1).
 A model of depth L has L + 2 levels: the stem (patch embedding, positions, prefix tokens) is level 0, block l level l,
 all else level L + 1 with scale 1: final norms, head, and what pruning adds for training.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
+from cropr.pruning.fusion import Fusion
+from cropr.pruning.schedule import ramp
 from cropr.specs import RecipeSpec
+from cropr.tasks.base import BatchTask, autocast
+from cropr.training.distributed import World
 
 HOST = "backbone.host."
 """Prefix of the host model's parameters in a ``PrunedViT``."""
@@ -109,3 +120,112 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_
     if recipe.decay == "cosine":
         return CosineLRScheduler(optimizer, **shape)
     return PolyLRScheduler(optimizer, power=POWERS[recipe.decay], **shape)
+
+
+def pruning_share(recipe: RecipeSpec, step: int, steps_per_epoch: int) -> Fraction:
+    """Share of the schedule in force at an optimizer step, which counts from 0; 1 without a curriculum.
+
+    It rises with each epoch, as the authors' segmentation does: R_e = floor(R e / (E / 2 - 1)) tokens a module in epoch
+    e of E, and R from the middle on. It is a function of the step alone, so a resumed run goes on with the right one.
+    Evaluation always prunes by the whole schedule. At rate 0 ours prunes nothing, where the authors' first module still
+    removes its extra token. Runs of part epochs and those of less than three, for which the formula has no ramp, rise
+    with each step instead.
+    """
+    if not recipe.curriculum:
+        return Fraction(1)
+    if recipe.epochs >= 3 and recipe.epochs == int(recipe.epochs):
+        return ramp(step // steps_per_epoch, int(recipe.epochs))
+    return ramp(step, total_steps(recipe, steps_per_epoch))
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Numbers of one step, over all processes: the main loss, the mean auxiliary loss (None without Cropr modules), the
+    gradient norm of encoder and head before clipping, whether a process was asked to stop, images of the step."""
+
+    loss: float
+    aux_loss: float | None
+    grad_norm: float
+    stop: bool
+    images: int
+
+
+class Stepper:
+    """One optimizer step: forward, backward over micro-batches, clipping, update.
+
+    Gradients of the encoder and of what pruning adds for training are clipped apart from each other, so that the
+    auxiliary losses do not reach the encoder that way either.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: BatchTask, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
+    ) -> None:
+        self.model, self.task, self.optimizer, self.recipe, self.world = model, task, optimizer, recipe, world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        self.overflows = 0
+        # A fusion with weights is idle in steps that prune nothing, such as the first of a curriculum.
+        fusions = (module for module in model.modules() if isinstance(module, Fusion))
+        self._wrapped = world.wrap(model, idle=any(True for fusion in fusions for _ in fusion.parameters()))
+        named = list(model.named_parameters())
+        self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
+        self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]
+
+    def __call__(self, images: Tensor, targets: Any, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """Update the weights with one batch: images [B, 3, H, W], the task's targets. Waits for the device once.
+
+        ``stop`` says whether this process was asked to stop; the result, whether any was.
+        """
+        device, world = self.world.device, self.world
+        images, targets = images.to(device, non_blocking=True), self.task.move(targets, device)
+        images, targets = self.task.prepare(images, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self._backward(images, targets)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip(self._encoder, self.recipe.clip_grad)
+        if self._reducers:
+            clip(self._reducers, self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # Losses, the request to stop and the norm in one transfer from the device.
+        sums = world.sum(torch.cat((sums, sums.new_tensor([stop(), len(images)]))))
+        loss, aux, wish, count, grad_norm = torch.cat((sums, norm.reshape(1).to(sums))).tolist()
+        result = StepResult(
+            loss / world.size, aux / world.size if self._reducers else None, grad_norm, wish > 0, int(count)
+        )
+        self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
+        return result
+
+    def _backward(self, images: Tensor, targets: Any) -> Tensor:
+        """Gradients of the mean over the batch, in micro-batches; [2]: main loss and mean auxiliary loss."""
+        count = self.recipe.accumulate
+        pairs = zip(images.tensor_split(count), self.task.split(targets, count), strict=True)
+        parts = [(x, y) for x, y in pairs if len(x)]
+        sums = torch.zeros(2, device=images.device)
+        for number, (x, y) in enumerate(parts, start=1):
+            last = number == len(parts)
+            # Processes average their gradients once a step, with the last part.
+            quiet = nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync()  # type: ignore[operator]
+            with quiet:
+                with autocast(self.world.device, self.recipe.precision):
+                    output = self.task.forward(self._wrapped, x, y)
+                losses = self.task.loss(output, y)
+                share, aux = len(x) / len(images), losses.aux.detach()
+                self.scaler.scale(losses.total * share).backward()
+            sums += share * torch.stack((losses.main.detach(), aux.mean() if aux.numel() else aux.new_zeros(())))
+        return sums
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Norm of the gradients, which are scaled down to ``limit`` if they exceed it; None for no limit."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's and NumPy's global generators for one step; timm's mixup draws from NumPy's."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))

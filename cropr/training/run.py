@@ -6,6 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from cropr.data.loading import Share, some
 from cropr.records import RECORD, provenance, read_record, write_record
 from cropr.tasks import open_task
-from cropr.tasks.base import EvaluationSettings, TaskRun, leaves
+from cropr.tasks.base import Evaluation, EvaluationSettings, TaskRun, differences
 from cropr.training.checkpoint import WEIGHTS, latest_checkpoint, load_initial, save_weights
 from cropr.training.distributed import World
 from cropr.training.loop import CHECKPOINTS, LOG, Settings, fit, summarise
@@ -60,30 +61,14 @@ def train(
     torch.manual_seed(seed)
     model = _initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None).to(world.device)
     share = Share(rank=world.rank, world=world.size, workers=workers, pin_memory=world.device.type == "cuda")
-    settings = EvaluationSettings(
-        batch_size=max(1, spec.recipe.batch_size // (spec.recipe.accumulate * world.size)),
-        device=world.device,
-        precision=spec.recipe.precision,
-        seed=seed,
-        total=world.sum,
-        gather=world.gather,
+    evaluate = _evaluation(task, model, seed, world, share)
+    identity = {"spec": spec.digest(), "data": task.fingerprint, "init": _fingerprint(init)}
+    settings = Settings(
+        out=out, identity=identity, checkpoint_minutes=checkpoint_minutes, evaluate_every=evaluate_every
     )
-    history = fit(
-        model,
-        task,
-        task.batches(seed, **share),
-        spec.recipe,
-        seed,
-        Settings(
-            out=out,
-            identity={"spec": spec.digest(), "data": task.fingerprint, "init": _fingerprint(init)},
-            checkpoint_minutes=checkpoint_minutes,
-            evaluate_every=evaluate_every,
-        ),
-        world,
-        lambda: task.evaluate(model, settings, **share).metrics,
-    )
-    result = task.evaluate(model, settings, **share)
+    batches = task.batches(seed, **share)
+    history = fit(model, task, batches, spec.recipe, seed, settings, world, lambda: evaluate().metrics)
+    result = evaluate()
     record = {
         "kind": "train",
         "id": spec.digest(),
@@ -96,19 +81,27 @@ def train(
     }
     if world.leads:
         record["metrics"] |= summarise(out / LOG)
-        record["provenance"] = provenance(
-            started,
-            device=str(world.device),
-            precision=spec.recipe.precision,
-            data_fingerprint=task.fingerprint,
-            processes=world.size,
-            workers=workers,
-        )
+        where = {"device": str(world.device), "precision": spec.recipe.precision, "data_fingerprint": task.fingerprint}
+        record["provenance"] = provenance(started, **where, processes=world.size, workers=workers)
         save_weights(out / WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
         shutil.rmtree(out / CHECKPOINTS)
     world.wait()
     return record
+
+
+def _evaluation(task: TaskRun, model: Any, seed: int, world: World, share: Share) -> Callable[[], Evaluation]:
+    """The evaluation of a model as it is when this is called, on the images of this process."""
+    recipe = task.spec.recipe
+    settings = EvaluationSettings(
+        batch_size=max(1, recipe.batch_size // (recipe.accumulate * world.size)),
+        device=world.device,
+        precision=recipe.precision,
+        seed=seed,
+        total=world.sum,
+        gather=world.gather,
+    )
+    return lambda: task.evaluate(model, settings, **share)
 
 
 def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
@@ -123,9 +116,7 @@ def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
     mine = {"seed": seed, "spec": spec.model_dump(mode="json")}
     theirs = {"seed": record.get("seed"), "spec": record.get("spec")}
     if mine != theirs:
-        ours, its = dict(leaves(mine)), dict(leaves(theirs))
-        differing = sorted(key for key in {*ours, *its} if ours.get(key) != its.get(key))
-        changes = some([f"{key} was {its.get(key)}, is {ours.get(key)}" for key in differing], limit=5)
+        changes = some([f"{key} was {its}, is {ours}" for key, ours, its in differences(mine, theirs)], limit=5)
         raise ValueError(f"{out} holds the record of another run: {changes}. Choose another --out, or delete it")
     return record
 

@@ -12,14 +12,12 @@ import tiny
 import torch
 from test_fusion import images, segmenter
 
-import cropr
 from cropr.data.imagenet import load_splits
-from cropr.pruning.model import PrunedViT
 from cropr.pruning.schedule import Schedule, ramp
 from cropr.specs import RecipeSpec
 from cropr.tasks.classification.run import Objective
-from cropr.training.curriculum import pruning_share
 from cropr.training.loop import Settings, TrainingInterrupted, fit
+from cropr.training.optim import pruning_share
 
 
 def rates(epochs, rate, steps_per_epoch=5):
@@ -159,10 +157,3 @@ def test_a_resumed_run_goes_on_with_the_right_rate(folder, tmp_path, epochs, ste
     assert len(first) == steps
     assert first + second == whole
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
-
-
-def test_the_public_name_takes_no_curriculum():
-    """A model made by hand prunes by its whole schedule."""
-    model = cropr.prune(segmenter("none").backbone, Schedule.constant(3), reducer_options={"num_queries": 1})
-    assert isinstance(model, PrunedViT)
-    assert [index.shape[1] for index in model.train()(images()).kept.values()] == [12, 9, 6]

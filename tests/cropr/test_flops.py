@@ -11,7 +11,7 @@ import cropr
 from cropr.bench.heads import Heads
 from cropr.bench.models import build_on_meta
 from cropr.pruning import flops
-from cropr.pruning.backbones.windowed import windowed
+from cropr.pruning.backbones.windows import windowed
 from cropr.pruning.schedule import Schedule, attended
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec

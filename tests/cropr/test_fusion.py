@@ -64,11 +64,6 @@ def test_entries_name_the_place_of_their_class():
         assert method.place == (method.load().place if method.path else None)
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown fusion 'concatenate'.*" + ".*".join(fusions.FUSIONS)):
-        fusions.create("concatenate", 8, 2, (1,))
-
-
 @pytest.mark.parametrize(("fusion", "last"), [("llf", 2), ("llf_no_self", 2), ("concat", 3), ("exit", 3), ("none", 3)])
 def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
     model = segmenter(fusion)
@@ -256,6 +251,3 @@ def test_images_with_one_label_pool_over_all_tokens(fusion):
     assert output.tokens.num_patches == 16
     assert output.logits.shape == (2, 5)
     torch.testing.assert_close(model.deploy()(images()), output.logits, rtol=0, atol=1e-6)
-
-
-# Cost ---------------------------------------------------------------------------------------------------------------

@@ -166,8 +166,3 @@ def test_an_entry_lists_the_options_of_its_class(name):
     assert set(method.training_only) <= set(method.options)
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert PruneSpec(reducer=name, options=defaults).options == defaults
-
-
-def test_unknown_reducer_lists_the_known():
-    with pytest.raises(ValueError, match="unknown reducer 'evit'.*" + ".*".join(REDUCERS)):
-        create("evit", DIM, 4)

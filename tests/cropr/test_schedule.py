@@ -67,11 +67,6 @@ def test_alignment_rounds_up_and_never_prunes_more(align):
         assert before <= after < before + align
 
 
-@pytest.mark.parametrize(("fusion", "last"), [(True, 22), (False, 23)])
-def test_constant_sites_leave_room_for_the_last_block(fusion, last):
-    assert Schedule.constant(8).sites(24, fusion) == tuple(range(1, last + 1))
-
-
 @pytest.mark.parametrize(
     ("config", "same"),
     [

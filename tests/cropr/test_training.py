@@ -19,15 +19,12 @@ from cropr.tasks.classification.run import Objective
 from cropr.training.distributed import World
 from cropr.training.loop import (
     Settings,
-    Stepper,
     TrainingDiverged,
     TrainingInterrupted,
-    clip,
     fit,
-    seed_step,
     summarise,
 )
-from cropr.training.optim import create_optimizer
+from cropr.training.optim import Stepper, clip, create_optimizer, seed_step
 
 WORLD = World()
 

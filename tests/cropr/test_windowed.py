@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cropr
 from cropr.pruning.backbones import windowed
-from cropr.pruning.backbones.windowed import window_order
+from cropr.pruning.backbones.windows import window_order
 from cropr.pruning.model import PrunedViT
 from cropr.pruning.schedule import Schedule
 

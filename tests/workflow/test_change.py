@@ -51,7 +51,7 @@ class Adapter(ViTBackbone):
         pass
 
 
-ADAPTERS = {Host: Adapter}
+ADAPTERS = {"cropr.pruning.backbones.toy.Host": "Adapter"}
 '''
 
 

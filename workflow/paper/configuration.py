@@ -1,15 +1,19 @@
-"""The keys of the files under ``config/``. Errors name file, key, value and what is allowed. No torch."""
+"""The files under ``config/``, read and checked. Errors name file, key, value and what is allowed. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cropr.specs import RecipeSpec
+from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
+from cropr.pruning.schedule import Schedule, attended
+from cropr.specs import ImagesSpec, ModelSpec, RecipeSpec, check
+from cropr.tasks import TASKS
 
 Pool = Literal["avg", "cls"]
 Need = Literal["train", "bench", "maps", "truth", "microbench"]
@@ -182,8 +186,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        FileNotFoundError: no such file; the message lists the files beside it.
-        ValueError: not YAML, or no mapping.
+        FileNotFoundError, ValueError: no such file, with the files beside it; not YAML, or no mapping.
     """
     if not path.is_file():
         beside = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
@@ -221,3 +224,177 @@ def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> 
     if not parsed or len(set(parsed)) < len(parsed) or min(parsed) < 0:
         raise ValueError(f"{name} = {seeds!r}: give a number of seeds (3 means 0, 1, 2) or a list such as 0,2,5")
     return parsed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A row at a scale; manifests contain it as it is. A microbenchmark has ``row``, ``label`` and ``bench`` only."""
+
+    row: str
+    label: str
+    reducer: str | None = None
+    fusion: str | None = None
+    schedule: str | None = None
+    """As text, like the other columns of a table."""
+    pool: str | None = None
+    image_size: int | None = None
+    aux_weight: float | None = None
+    options: str | None = None
+    paper_schedule: str | None = None
+    """Schedule of the model whose speed is measured, if that is the paper's."""
+    why: str | None = None
+    """Why it does not run; None for a row that does."""
+    run: str | None = None
+    """Id of its training run."""
+    records: tuple[str, ...] = ()
+    """Paths of the training records, one a seed, relative to the repository like all paths."""
+    bench: str | None = None
+    """Path of the record of its speed measurement or microbenchmark."""
+    maps: str | None = None
+    """Path of its pruning maps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A scale, and the file it comes from, for error messages."""
+
+    name: str
+    config: ScaleConfig
+    source: str
+
+
+def read_scale(folder: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Scale:
+    """Read and check a scale; ``overrides`` are laid over its file."""
+    file = folder / "scales" / f"{name}.yaml"
+    source = f"{file} with overrides" if overrides else str(file)
+    return Scale(name, check(ScaleConfig, merge(read_yaml(file), overrides or {}), source), source)
+
+
+def read_artefacts(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
+    """The artefacts of the tasks that a scale has, in their order."""
+    configs = {file.stem: _read_artefact(file) for file in (folder / "experiments").glob("*.yaml")}
+    ordered = sorted(configs.items(), key=lambda item: (item[1].order, item[0]))
+    return {name: config for name, config in ordered if config.is_microbench or config.task in scale.tasks}
+
+
+def _read_artefact(file: Path) -> ArtefactConfig:
+    values = read_yaml(file)
+    rows = enumerate(values["rows"] if isinstance(values.get("rows"), list) else ())
+    names = {f"rows.{place}": f"row {row['row']}" for place, row in rows if isinstance(row, dict) and "row" in row}
+    return check(ArtefactConfig, values, str(file), lambda key: names.get(".".join(key.split(".")[:2])))
+
+
+class TaskAtScale:
+    """What a scale says of a task, checked.
+
+    Raises:
+        ValueError: the scale lacks the task, or model, data and detector do not fit together.
+    """
+
+    def __init__(self, task: str, scale: Scale, root: Path | None) -> None:
+        if task not in scale.config.tasks:
+            raise ValueError(f"{scale.source}: tasks has no {task}; it has {', '.join(scale.config.tasks)}")
+        self.task, self.config, self.source = TASKS[task], scale.config.tasks[task], f"{scale.source}: tasks.{task}"
+        self.data = self._data(root)
+        self.detector = self._detector()
+
+    def model(self, row: RowConfig, pretrained: bool) -> ModelSpec:
+        """Model of a row; ``pretrained`` False drops the tag of the weights and stochastic depth."""
+        model = self.config.model
+        args = model.args | model.pools[row.pool]
+        if pretrained:
+            return ModelSpec(name=model.name, args=args, drop_path=model.drop_path)
+        return ModelSpec(name=model.name.partition(".")[0], args=args)
+
+    def image_size(self, row: RowConfig) -> int:
+        """Pixels a side."""
+        return self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size
+
+    def schedule(self, where: str, row: RowConfig) -> Schedule:
+        """The schedule that a row names, checked against model and image size.
+
+        Raises:
+            ValueError: a name that the scale lacks, or a schedule that does not fit.
+        """
+        config, model = self.config, self.config.model
+        if row.fusion not in FUSIONS:
+            raise ValueError(f"{where}: fusion = {row.fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+        if row.reducer == "none" and row.schedule != "none":
+            names = ", ".join(name for name in REDUCERS if name != "none")
+            raise ValueError(f"{where}: schedule = {row.schedule!r} without a reducer; choose one of {names}")
+        for key, value, known, place in (
+            ("pool", row.pool, model.pools, "model.pools"),
+            ("image_size", row.image_size, config.image_sizes, "image_sizes"),
+            ("schedule", row.schedule, {"none": {}, **config.schedules}, "schedules"),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"{where}: {key} = {value!r}: {self.source} has {', '.join(known)} in {place}")
+        named = config.schedules.get(row.schedule, {"constant": {"rate": 0}})
+        try:
+            return self._checked(Schedule.from_config(named), row)
+        except (ValueError, TypeError, AttributeError) as error:
+            key = f"{self.source}.schedules.{row.schedule} = {named}"
+            raise ValueError(f"{key}: {error} (needed by {where})") from None
+
+    def _checked(self, schedule: Schedule, row: RowConfig) -> Schedule:
+        """The schedule; refuses counts that the model, or the windows of a detector, cannot have."""
+        model, size, window = self.config.model, self.image_size(row), getattr(self.detector, "window", 1)
+        if size % (step := model.patch_size * window):
+            raise ValueError(f"image size {size} must be a multiple of {step}: patch size x window of the detector")
+        patches, fused = (size // model.patch_size) ** 2, before_last_block(row.fusion)
+        counts = schedule.resolve(patches, model.depth, fused, model.prefix)
+        for block, count in enumerate(attended(counts, patches, fused), start=1):
+            if count % window**2 and block not in getattr(self.detector, "global_blocks", ()):
+                raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {window**2}")
+        return schedule
+
+    def _data(self, root: Path | None) -> ImagesSpec:
+        values = {key: value for key, value in self.config.data.items() if key != "root"}
+        if values.get("num_classes", 0) is None:
+            if root is None or self.task.name != "classification":
+                raise ValueError(f"{self.source}.data.num_classes is missing; only your own class folders are counted")
+            classes = values["num_classes"] = sum(entry.is_dir() for entry in (root / "train").iterdir())
+            if classes < 2:
+                raise ValueError(f"{root / 'train'} has {classes} class folders; it needs two or more")
+        return check(self.task.data, values, f"{self.source}.data")
+
+    def _detector(self) -> Any:
+        """What stands around the encoder; None for a task without it."""
+        kind, values, depth = self.task.detector, self.config.detector, self.config.model.depth
+        if kind is None:
+            if values is not None:
+                raise ValueError(f"{self.source}.detector: {self.task.name} has no detector; leave this key out")
+            return None
+        detector: Any = check(kind, values or {}, f"{self.source}.detector")
+        blocks = detector.global_blocks
+        if depth not in blocks or min(blocks) < 1 or max(blocks) > depth:
+            raise ValueError(
+                f"{self.source}.detector.global_blocks = {list(blocks)}: blocks count from 1 to model.depth = {depth}, "
+                "and the last must be among them"
+            )
+        return detector
+
+
+def find_root(task: str, scale: Scale, roots: Mapping[str, Path | None]) -> Path | None:
+    """The user's folder of a task, with its subfolders checked; None if images are generated.
+
+    Raises:
+        ValueError: neither generated nor named, or not given.
+        FileNotFoundError: a subfolder is missing.
+    """
+    data, folders, source = scale.config.tasks[task].data, TASKS[task].folders, f"{scale.source}: tasks.{task}.data"
+    if (key := data.get("root")) is None:
+        if data.get("scenes") is None:
+            raise ValueError(f"{source}: give scenes (generated) or root (one of {', '.join(roots)})")
+        return None
+    if key not in roots:
+        raise ValueError(f"{source}.root = {key!r}: choose one of {', '.join(roots)}")
+    root, needed = roots[key], f"a folder with {', '.join(folders)}"
+    if root is None:
+        raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
+    for name in folders:
+        if not (root / name).is_dir():
+            raise FileNotFoundError(
+                f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"
+            )
+    return root

@@ -12,18 +12,32 @@ its DAG from this.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cropr.bench.specs import BenchSpec
-from cropr.specs import ScenesSpec, Spec, check
+from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
+from cropr.pruning.methods import REDUCERS
+from cropr.pruning.schedule import Schedule
+from cropr.specs import PruneSpec, RecipeSpec, ScenesSpec, Spec, check
 from cropr.tasks import TASKS
 from cropr.training.specs import TrainSpec
-from workflow.paper.configuration import ArtefactConfig, RowConfig, ScaleConfig, merge, parse_seeds, read_yaml
-from workflow.paper.resolving import Resolver, Row, Scale
+from workflow.paper.configuration import (
+    ArtefactConfig,
+    Row,
+    RowConfig,
+    Scale,
+    ScaleConfig,
+    TaskAtScale,
+    find_root,
+    merge,
+    parse_seeds,
+    read_artefacts,
+    read_scale,
+)
+
+UNPRUNED = RowConfig(row="none", label="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +179,9 @@ def load_grid(
         FileNotFoundError: no such scale; or a data root without the folders that it needs.
     """
     folder, given = Path(config), roots or {}
-    own, paper = _scale(folder, scale, overrides), _scale(folder, "paper")
+    own, paper = read_scale(folder, scale, overrides), read_scale(folder, "paper")
     chosen_seeds = parse_seeds(own.config.seeds if seeds is None else seeds)
-    artefacts = _artefacts(folder, own.config)
+    artefacts = read_artefacts(folder, own.config)
     needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_microbench))
     lacking = tuple(task for task in needed if _folder_missing(own.config, task, given))
     if lacking == needed:  # nothing would remain: the first of them says what is missing
@@ -178,10 +192,7 @@ def load_grid(
             resolver.open(task)
     resolved = {}
     for name, artefact in artefacts.items():
-        rows = (
-            () if artefact.task in lacking and not artefact.is_microbench else _rows(folder, name, artefacts, resolver)
-        )
-        if rows:
+        if rows := _rows(folder, name, artefacts, resolver):
             published = folder / "published" / f"{name}.csv"
             resolved[name] = Artefact(name, artefact, str(published) if published.is_file() else None, rows)
     _verify_names(own, resolved, resolver)
@@ -199,21 +210,6 @@ def load_grid(
     )
 
 
-def _scale(folder: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Scale:
-    file = folder / "scales" / f"{name}.yaml"
-    source = f"{file} with overrides" if overrides else str(file)
-    return Scale(name, check(ScaleConfig, merge(read_yaml(file), overrides or {}), source), source)
-
-
-def _artefacts(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
-    """The artefacts of the tasks that a scale has, in their order."""
-    configs = {
-        file.stem: check(ArtefactConfig, read_yaml(file), str(file)) for file in (folder / "experiments").glob("*.yaml")
-    }
-    ordered = sorted(configs.items(), key=lambda item: (item[1].order, item[0]))
-    return {name: config for name, config in ordered if config.is_microbench or config.task in scale.tasks}
-
-
 def _folder_missing(scale: ScaleConfig, task: str, roots: Mapping[str, Path | None]) -> bool:
     """Whether a folder of the user's is needed and not given; a key that does not exist is refused later."""
     key = scale.tasks[task].data.get("root")
@@ -221,12 +217,13 @@ def _folder_missing(scale: ScaleConfig, task: str, roots: Mapping[str, Path | No
 
 
 def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], resolver: Resolver) -> tuple[Row, ...]:
-    """Rows of an artefact; none if it needs a truth that the data do not hold, or has no row at this scale."""
+    """Rows of an artefact; none if its images or a truth that it needs are missing, or if it has none at this scale."""
     file, artefact = folder / "experiments" / f"{name}.yaml", artefacts[name]
     if artefact.is_microbench:
         here = [row for row in artefact.rows if row.scales is None or resolver.scale.name in row.scales]
         return tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in here)
-    if "truth" in artefact.needs and resolver.tasks[artefact.task].data.scenes is None:
+    task = resolver.tasks.get(artefact.task)
+    if task is None or ("truth" in artefact.needs and task.data.scenes is None):
         return ()
     rows = []
     for row in artefact.rows:
@@ -278,12 +275,126 @@ def _source(task: str, resolver: Resolver) -> Source:
     )
 
 
-def shipped(path: str | Path, digest: str) -> bool:
-    """Whether the weights file exists and was made by the run of this digest, as its safetensors header says."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-            return bool(json.loads(file.read(size))["__metadata__"]["spec"] == digest)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+class Resolver:
+    """Rows to specifications, which it collects by id."""
+
+    def __init__(self, scale: Scale, paper: Scale, seeds: tuple[int, ...], roots: Mapping[str, Path | None]) -> None:
+        self.scale, self.paper, self.seeds, self.results = scale, paper, seeds, f"results/{scale.name}"
+        self.given = roots
+        self.runs: dict[str, TrainSpec] = {}
+        self.benches: dict[str, BenchSpec] = {}
+        self.microbenches: dict[str, Spec] = {}
+        self.names: dict[str, str] = {}
+        self.tasks: dict[str, TaskAtScale] = {}
+        self.measured: dict[str, TaskAtScale] = {}
+        self.roots: dict[str, Path | None] = {}
+        self.pretrains: dict[str, TrainSpec] = {}
+
+    def open(self, task: str) -> None:
+        """Read what the scale says of a task. Rows of that task need it."""
+        root = self.roots[task] = find_root(task, self.scale, self.given)
+        own = self.tasks[task] = TaskAtScale(task, self.scale, root)
+        self.measured[task] = TaskAtScale(task, self.paper, root) if own.config.bench.model == "paper" else own
+        if own.config.pretrain is not None:
+            self.pretrains[task] = self._train(own, own.config.pretrain.recipe, UNPRUNED, PruneSpec(), "random")
+
+    def row(self, where: str, name: str, listed: RowConfig, meant: RowConfig, task: str, needs: Collection[str]) -> Row:
+        """Resolve a row.
+
+        Args:
+            where: file and row, for error messages.
+            name: ``artefact/row``.
+            listed: the row itself, which gives name and label.
+            meant: the row that says what is run: another one if ``use`` names it.
+            task: of its artefact.
+            needs: what its artefact reads.
+
+        Raises:
+            ValueError: a name that does not exist, or a schedule that does not fit.
+        """
+        own, measured = self.tasks[task], self.measured[task]
+        schedule, why = own.schedule(where, meant), None
+        if meant.reducer not in REDUCERS:
+            if (why := meant.why) is None:
+                raise ValueError(
+                    f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, or say why "
+                    "it does not exist yet (key why)"
+                )
+        elif meant.scales is not None and self.scale.name not in meant.scales:
+            why = f"left out at the {self.scale.name} scale"
+        run, bench, settings = None, None, own.config.bench
+        if why is None:
+            prune = _prune(where, meant, schedule)
+            init = self.pretrains[task].digest() if task in self.pretrains else "timm"
+            run = self._keep(self.runs, name, self._train(own, own.config.recipe, meant, prune, init))
+            if "bench" in needs and listed.row in (settings.rows or [listed.row]):
+                bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
+        return Row(
+            row=listed.row,
+            label=listed.label,
+            reducer=meant.reducer,
+            fusion=meant.fusion,
+            schedule=schedule.describe(),
+            pool=meant.pool,
+            image_size=own.image_size(meant),
+            aux_weight=meant.aux_weight,
+            options=", ".join(f"{key}={value}" for key, value in meant.options.items()),
+            paper_schedule=measured.schedule(where, meant).describe() if settings.model == "paper" else None,
+            why=why,
+            run=run,
+            records=tuple(f"{self.results}/runs/{run}/seed{seed}/record.json" for seed in self.seeds) if run else (),
+            bench=f"{self.results}/bench/{bench}/record.json" if bench else None,
+            maps=f"{self.results}/maps/{run}/seed{self.seeds[0]}.npz" if run and "maps" in needs else None,
+        )
+
+    def microbench(self, where: str, name: str, row: RowConfig) -> Row:
+        """Resolve a row that is a microbenchmark or a plan.
+
+        Raises:
+            ValueError: no such measurement, or settings that it does not have.
+        """
+        kinds: dict[str, type[Spec]] = dict(MEASURES) | {"plan": PlanSpec}
+        if row.measure is None or row.measure not in kinds:
+            raise ValueError(f"{where}: measure = {row.measure!r}: choose one of {', '.join(kinds)}")
+        kind, settings = kinds[row.measure], row.settings
+        for key in (name.partition("/")[0], name):
+            settings = merge(settings, self.scale.config.microbench.get(key, {}))
+        if "measure" in kind.model_fields:
+            settings = {**settings, "measure": row.measure}
+        spec = self._keep(self.microbenches, name, check(kind, settings, f"{where}: settings"))
+        return Row(row=row.row, label=row.label, bench=f"{self.results}/microbench/{spec}/record.json")
+
+    def _keep(self, table: dict[str, Any], name: str, spec: Spec) -> str:
+        """Add a specification to its table; its id."""
+        table[spec.digest()] = spec
+        self.names.setdefault(spec.digest(), name)
+        return spec.digest()
+
+    def _train(self, own: TaskAtScale, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
+        return TrainSpec(
+            task=own.task.name,
+            model=own.model(row, pretrained=True),
+            prune=prune,
+            data=own.data.model_copy(update={"image_size": own.image_size(row)}),
+            detector=own.detector,
+            recipe=recipe,
+            init=init,
+        )
+
+    def _bench(self, where: str, own: TaskAtScale, measured: TaskAtScale, row: RowConfig) -> BenchSpec:
+        """Speed of the deployed form of a row, on the measured model, which needs no trained weights."""
+        dropped = {"options": {k: v for k, v in row.options.items() if k not in REDUCERS[row.reducer].training_only}}
+        prune = _prune(where, row.model_copy(update=dropped | {"aux_weight": 1.0}), measured.schedule(where, row))
+        return BenchSpec(
+            model=measured.model(row, pretrained=False),
+            prune=prune,
+            detector=measured.detector,
+            image_size=measured.data.image_size,
+            pruned_image_size=measured.image_size(row) if row.image_size else None,
+            **own.config.bench.model_dump(exclude={"model", "rows"}),
+        )
+
+
+def _prune(where: str, row: RowConfig, schedule: Schedule) -> PruneSpec:
+    values = row.model_dump(include={"reducer", "options", "fusion", "aux_weight"})
+    return check(PruneSpec, values | {"schedule": schedule.to_config()}, where)

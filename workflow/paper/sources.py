@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-_GRID_SIDE = ("configuration", "grid", "resolving", "sources")
+_GRID_SIDE = ("configuration", "grid", "sources")
 _NO_NOTEBOOK = ("__init__", "compare", "page", "snapshot", *_GRID_SIDE)
 NEUTRAL = frozenset(
     {
@@ -29,7 +30,6 @@ NEUTRAL = frozenset(
         "cropr.tasks.classification",
         "cropr.tasks.detection",
         "cropr.tasks.segmentation",
-        "cropr.tasks.table",
         "cropr.training.specs",
         "workflow",
         "workflow.paper",
@@ -40,8 +40,8 @@ NEUTRAL = frozenset(
 
 _BODIES = ("body", "handlers", "orelse", "finalbody", "cases")
 
-SCANNED = ("cropr.pruning.backbones",)
-"""Packages that import all their modules by scanning their folder."""
+BY_NAME = {"cropr.pruning.backbones.base": "cropr.pruning.backbones"}
+"""Module -> the package whose modules it imports when a host needs them. A digest holds all of them."""
 
 NOTEBOOK_MODULES = tuple(
     f"workflow.paper.{file.stem}"
@@ -77,8 +77,21 @@ def code_digest(*names: str | None) -> str:
     return digest.hexdigest()[:10]
 
 
-def closure(*modules: str, without: frozenset[str] = NEUTRAL) -> set[str]:
+def shipped(path: str | Path, digest: str) -> bool:
+    """Whether the weights file exists and was made by the run of this digest, as its safetensors header says."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            return bool(json.loads(file.read(size))["__metadata__"]["spec"] == digest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def closure(*modules: str, without: frozenset[str] = NEUTRAL, by_name: bool = True) -> set[str]:
     """The modules and all that they import of this repository, except ``without`` and what only those import.
+
+    ``by_name`` False leaves out the modules that ``BY_NAME`` adds.
 
     Raises:
         ValueError: no such module.
@@ -89,17 +102,16 @@ def closure(*modules: str, without: frozenset[str] = NEUTRAL) -> set[str]:
         if (module := waiting.pop()) not in seen and module not in without:
             seen.add(module)
             waiting += imports(module)
+            if by_name and module in BY_NAME:
+                folder = ROOT.joinpath(*BY_NAME[module].split("."))
+                waiting += [f"{BY_NAME[module]}.{file.stem}" for file in folder.glob("*.py") if file.stem != "__init__"]
     return seen
 
 
 @cache
 def imports(module: str) -> tuple[str, ...]:
     """Modules of this repository that a module imports when it runs, not those under ``if TYPE_CHECKING``."""
-    found = _imported([_tree(module)])
-    if module in SCANNED:
-        folder = ROOT.joinpath(*module.split("."))
-        found += [f"{module}.{file.stem}" for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(_imported([_tree(module)])))
 
 
 def _imported(nodes: Iterable[ast.AST]) -> list[str]:

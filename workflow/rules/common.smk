@@ -4,8 +4,7 @@ import hashlib
 from cropr.pruning.methods import REDUCERS
 from cropr.tasks import TASKS
 from workflow.paper.configuration import read_yaml
-from workflow.paper.grid import shipped
-from workflow.paper.sources import NOTEBOOK_MODULES, code_digest
+from workflow.paper.sources import NOTEBOOK_MODULES, code_digest, shipped
 
 CLAIMS = read_yaml(Path("config/claims.yaml"))["claims"]
 # Weights in the repository that were made by the very run that would make them here.

@@ -1,35 +1,20 @@
-"""Adapters to host libraries: a file each, which lists the classes that it adapts in ``ADAPTERS``.
-
-To add one, add its file. Any other model is refused by name.
-"""
-
-from __future__ import annotations
+"""Adapters to host libraries: a file each, imported when a model needs it. To add one, add its file (see ``base``)."""
 
 from importlib import import_module
-from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from cropr.pruning.backbones.base import Backbone, adapt
 
-from cropr.pruning.backbones.base import Backbone
-from cropr.pruning.backbones.eva import EvaBackbone
-from cropr.pruning.backbones.vit import ViTBackbone
-from cropr.pruning.backbones.windowed import WindowedBackbone, windowed
+if TYPE_CHECKING:
+    from cropr.pruning.backbones.eva import EvaBackbone
+    from cropr.pruning.backbones.vit import ViTBackbone
+    from cropr.pruning.backbones.windows import WindowedBackbone, windowed
 
 __all__ = ["Backbone", "EvaBackbone", "ViTBackbone", "WindowedBackbone", "adapt", "windowed"]
-
-_ADAPTERS: dict[type[nn.Module], type[Backbone]] = {}
-for _found in iter_modules(__path__):
-    _ADAPTERS |= getattr(import_module(f"{__name__}.{_found.name}"), "ADAPTERS", {})
+_FILES = {"EvaBackbone": "eva", "ViTBackbone": "vit", "WindowedBackbone": "windows", "windowed": "windows"}
 
 
-def adapt(host: nn.Module) -> Backbone:
-    """The adapter for a model of a host library.
-
-    Raises:
-        TypeError: no adapter for this model or its blocks, with the supported ones.
-    """
-    for kind, adapter in _ADAPTERS.items():
-        if isinstance(host, kind):
-            return adapter(host)
-    supported = [f"{kind.__module__.partition('.')[0]} {kind.__name__}" for kind in _ADAPTERS]
-    raise TypeError(f"no adapter for {type(host).__name__}; supported: {supported}")
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -1,14 +1,22 @@
-"""What the pruned model asks of a host, and the numbers around it."""
+"""What the pruned model asks of a host, and which adapter fits a host.
+
+An adapter's file declares the classes that it adapts as a literal, so that only the file that is needed is imported:
+``ADAPTERS = {"timm.models.vision_transformer.VisionTransformer": "ViTBackbone"}``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cropr.pruning.methods import declared
 from cropr.pruning.tokens import Tokens
 
 
@@ -143,6 +151,28 @@ class Backbone(nn.Module):
         drop = getattr(self.host, "patch_drop", None)
         if drop is not None and not isinstance(drop, nn.Identity):
             raise self._refuse("patch dropout (patch_drop_rate > 0)")
+
+
+def adapt(host: nn.Module) -> Backbone:
+    """The adapter for a model of a host library.
+
+    Raises:
+        TypeError: no adapter for this model or its blocks, with the supported ones.
+    """
+    for kind in type(host).__mro__:
+        if found := _adapters().get(f"{kind.__module__}.{kind.__qualname__}"):
+            module, adapter = found
+            backbone: Backbone = getattr(import_module(module), adapter)(host)
+            return backbone
+    supported = [f"{name.partition('.')[0]} {name.rpartition('.')[2]}" for name in _adapters()]
+    raise TypeError(f"no adapter for {type(host).__name__}; supported: {supported}")
+
+
+@cache
+def _adapters() -> dict[str, tuple[str, str]]:
+    """Dotted name of a host's class -> module and name of its adapter."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return {host: (module, name) for file in files for module, host, name in declared(file, "ADAPTERS")}
 
 
 def cls_row(logits: Tensor, scale: float, prefix: int) -> Tensor:

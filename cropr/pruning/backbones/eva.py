@@ -71,4 +71,4 @@ def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
 
 
-ADAPTERS = {timm_eva.Eva: EvaBackbone}
+ADAPTERS = {"timm.models.eva.Eva": "EvaBackbone"}

@@ -64,4 +64,4 @@ class ViTBackbone(Backbone):
         self._verify_common(timm_vit.VisionTransformer, _BLOCKS)
 
 
-ADAPTERS = {timm_vit.VisionTransformer: ViTBackbone}
+ADAPTERS = {"timm.models.vision_transformer.VisionTransformer": "ViTBackbone"}

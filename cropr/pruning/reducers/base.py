@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cropr.pruning.methods import REDUCERS, choose
 from cropr.pruning.tokens import Tokens
 
 
@@ -83,3 +84,23 @@ def select(tokens: Tokens, score: Tensor, keep: int, want_pruned: bool) -> Reduc
     position = torch.arange(alive, device=score.device).expand(batch, -1)
     kept = position.new_zeros(batch, keep + 1).scatter(1, rank, position)[:, :keep]
     return Reduction(kept=tokens.keep(kept), pruned=tokens.cut(pruned) if want_pruned else None)
+
+
+def create(name: str, dim: int, num_outputs: int, **options: Any) -> Reducer:
+    """Make the reducer of one block.
+
+    Args:
+        name: one of ``cropr.pruning.methods.REDUCERS`` but ``none``.
+        dim: channels of the tokens.
+        num_outputs: outputs of an auxiliary head, where it has one.
+        options: keyword arguments of the reducer.
+
+    Raises:
+        ValueError: unknown name or option, with the known ones.
+    """
+    method = choose(REDUCERS, "reducer", name)
+    if unknown := sorted(set(options) - set(method.options)):
+        allowed = ", ".join(method.options) or "none"
+        raise ValueError(f"reducer {name!r} has no option {', '.join(unknown)}; it has {allowed}")
+    reducer: Reducer = method.load()(dim, num_outputs, **options)
+    return reducer

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from cropr.specs import ImagesSpec, Spec
-from cropr.tasks.table import Task
+from cropr.tasks import Task
 
 
 class AugmentSpec(Spec):

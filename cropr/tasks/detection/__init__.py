@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cropr.specs import ImagesSpec, Range, Spec
-from cropr.tasks.table import Task
+from cropr.tasks import Task
 
 
 class DetDataSpec(ImagesSpec):
