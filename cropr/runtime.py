@@ -1,11 +1,12 @@
-"""Settings of the process that a job runs in."""
+"""What every job does with its process and its result."""
 
 from __future__ import annotations
 
 import ctypes
-import logging
+from typing import Any
 
-logger = logging.getLogger(__name__)
+from cropr.records import provenance
+from cropr.specs import Spec
 
 # Names and numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -26,5 +27,10 @@ def reuse_freed_memory() -> bool:
         settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 64 << 20}
         return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
     except (OSError, AttributeError):
-        logger.debug("no glibc mallopt here; allocator left as it is")
         return False
+
+
+def make_record(kind: str, spec: Spec, started: float, found: dict[str, Any], **origin: Any) -> dict[str, Any]:
+    """The record of a job: kind, id, spec and provenance (``started`` and ``origin``) around what it found."""
+    told = provenance(started, **{"precision": getattr(spec, "precision", None), **origin})
+    return {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), **found, "provenance": told}

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr
-from cropr.bench import flops
+from cropr.pruning import flops
 from cropr.pruning import fusion as fusions
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
 
 import cropr
-from cropr.bench import flops
+from cropr.pruning import flops
 from cropr.data.ade20k import IGNORE
 from cropr.data.layouts import write
 from cropr.pruning.model import Output
