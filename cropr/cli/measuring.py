@@ -47,9 +47,8 @@ def spec_from_flags(args: argparse.Namespace, kind: type[Kind], together: Collec
     if args.spec:
         flags.require_lone_spec(args, ({*flags.PRUNING, *values} - {*together}))
         return flags.make_spec({**flags.read_values(args.spec), **flags.given(args, together)}, kind=kind)
-    return flags.make_spec(
-        {**values, "model": {"name": flags.require_model(args)}, "prune": flags.pruning(args)}, kind=kind
-    )
+    values |= {"model": {"name": flags.require_model(args)}, "prune": flags.pruning(args)}
+    return flags.make_spec(values, kind=kind)
 
 
 def show_cells(title: str, record: Mapping[str, Any], keys: Sequence[str]) -> None:

@@ -25,16 +25,6 @@ from cropr.training.specs import TrainSpec
 Kind = TypeVar("Kind", bound=Spec)
 PRUNING = ("model", "reducer", "rate", "schedule", "fusion")
 """Names of the flags that ``add_pruning_flags`` adds."""
-TEXTS = {
-    "image_size": "pixels a side of the images",
-    "batch_size": "images per forward pass",
-    "precision": "a cast of the models, or autocast: amp_*",
-    "attention": "attention kernel to force; auto: torch chooses",
-    "rounds": "timed rounds of all models",
-    "warmup": "untimed passes before them; 2 to read memory",
-    "targets": "speed-ups to reach, one or several",
-}
-"""Help of flags whose field has no docstring."""
 LAYOUTS = tuple(task.layout for task in TASKS.values())
 
 # Flags --------------------------------------------------------------------------------------------------------------
@@ -49,7 +39,7 @@ def add_fields(
     """A flag for each field that holds a number, a word, a switch, or several numbers or words.
 
     Args:
-        spec: its fields. The docstring below a field is the help of its flag, else ``TEXTS``.
+        spec: its fields. The docstring below a field is the help of its flag.
         names: these fields only; all by default.
         defaults: field -> default for the help, where a verb has its own.
     """
@@ -57,7 +47,7 @@ def add_fields(
         options = _options(field.annotation)
         if options is None or (names is not None and name not in names):
             continue
-        text = field.description or TEXTS.get(name, name.replace("_", " "))
+        text = field.description or name.replace("_", " ")
         text = " ".join(text.replace("`", "").split()).removesuffix(".")
         text = text[0].lower() + text[1:]
         default = (defaults or {}).get(name, None if field.is_required() else field.default)
