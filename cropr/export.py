@@ -52,13 +52,8 @@ def export(
 ) -> dict[str, Any]:
     """Write ``model.pt2`` and ``model.onnx``, check the latter against PyTorch, and time both.
 
-    Args:
-        model: deployed, float32, on the CPU.
-        folder: of the files.
-        batch_size: images of the check and of the timing.
-        rounds: readings of every clock.
-        against_unpruned: also export the unpruned host, to a file that is deleted again, and time it in turn.
-        tell: called with each next step.
+    ``model`` is deployed, float32, on the CPU; ``batch_size`` images are checked and timed. With ``against_unpruned``
+    the unpruned host is also exported, to a file that is deleted again, and timed in turn.
 
     Returns:
         ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a logit,
@@ -71,13 +66,7 @@ def export(
     exportable, host = Exportable(model), model.model.backbone.host
     size = host.patch_embed.img_size[0]
     images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
-    folder.mkdir(parents=True, exist_ok=True)
-    tell("torch.export")
-    program = to_program(exportable, size)
-    torch.export.save(program, folder / PT2)
-    tell("ONNX")
-    to_onnx(program, folder / ONNX, exportable.names)
-    graph = inspect(folder / ONNX)
+    graph = _write(exportable, size, folder, tell)
     tell("run the file")
     session = open_session(folder / ONNX, torch.get_num_threads())
     agreement = compare(exportable, session, images)
@@ -111,6 +100,17 @@ def export(
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
         metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
     return {"metrics": metrics, "operators": graph.operators, "series": seconds}
+
+
+def _write(model: Exportable, size: int, folder: Path, tell: Tell) -> Graph:
+    """Write both files; returns the properties of the ONNX graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("torch.export")
+    program = to_program(model, size)
+    torch.export.save(program, folder / PT2)
+    tell("ONNX")
+    to_onnx(program, folder / ONNX, model.names)
+    return inspect(folder / ONNX)
 
 
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
