@@ -1,4 +1,4 @@
-"""A deployed model as a file for other programs: ``torch.export`` and ONNX, and a check of the file by running it.
+"""A deployed model as a file for other programs: ``torch.export`` and ONNX; the file is checked and timed.
 
 The graph has a dynamic batch and a fixed image size. Its outputs are the logits and, per block that prunes, the raster
 indices of the patches alive after it: ``logits``, ``kept_1``, ``kept_2``, ... All shapes but the batch are static: a
@@ -11,11 +11,13 @@ B batch, K kept, R pruned.
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,100 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cropr.pruning.model import DeployedViT
+from cropr.bench.timing import Tell, against, no_progress, speed, time_passes
+from cropr.pruning import flops
+from cropr.pruning.model import DeployedViT, prune
 from cropr.pruning.reducers.select import Random
+from cropr.pruning.schedule import Schedule
 
 TENSORRT_TOPK = 3840
 """Largest k of TensorRT's Top-K, as its users report it (github.com/NVIDIA/TensorRT, issues 4244 and 4390)."""
 TOLERANCE = 1e-4
 """Largest difference of a logit between the file and PyTorch that counts as agreement, float32."""
+ONNX, PT2 = "model.onnx", "model.pt2"
+"""Names of the files."""
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_LOG = logging.getLogger(__name__)
+
+
+def export(
+    model: DeployedViT,
+    folder: Path,
+    batch_size: int = 4,
+    rounds: int = 5,
+    against_unpruned: bool = False,
+    tell: Tell = no_progress,
+) -> dict[str, Any]:
+    """Write ``model.pt2`` and ``model.onnx``, check the latter against PyTorch, and time both.
+
+    ``model`` is deployed, float32, on the CPU; ``batch_size`` images are checked and timed. With ``against_unpruned``
+    the unpruned host is also exported, to a file that is deleted again, and timed in turn.
+
+    Returns:
+        ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a logit,
+        largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` of the ONNX graph by
+        type, and ``series`` (seconds a batch, round by round).
+
+    Raises:
+        ValueError: a reducer that cannot be exported, a missing package, or a file that does not agree with PyTorch.
+    """
+    exportable, host = Exportable(model), model.model.backbone.host
+    size = host.patch_embed.img_size[0]
+    images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    graph = _write(exportable, size, folder, tell)
+    tell("run the file")
+    session = open_session(folder / ONNX, torch.get_num_threads())
+    agreement = compare(exportable, session, images)
+    if not agreement.holds:
+        raise ValueError(
+            f"{folder / ONNX} does not agree with PyTorch: the same tokens for {agreement.same_tokens} of "
+            f"{agreement.images} images, logits differ by up to {agreement.logits:.2g}; do not deploy it"
+        )
+    inputs = {"images": images.numpy()}
+    passes = {"onnx": partial(session.run, ["logits"], inputs), "torch": partial(model, images)}
+    if against_unpruned:
+        passes["base_onnx"] = partial(_unpruned_session(model, size, tell).run, ["logits"], inputs)
+    with torch.inference_mode():
+        seconds = time_passes(passes, rounds, "cpu", tell)
+    metrics = {
+        # With what stands beside a file under its name: external weights.
+        **{
+            f"{name.partition('.')[2]}_mb": sum(f.stat().st_size for f in folder.glob(f"{name}*")) / 1e6
+            for name in (ONNX, PT2)
+        },
+        "images": agreement.images,
+        "same_tokens": agreement.same_tokens,
+        "logits_difference": agreement.logits,
+        "largest_k": max(graph.topk, default=0),
+        "topk": len(graph.topk),
+        "reducing_scatters": len(graph.reducing_scatters),
+        **{f"{name}_ms": float(np.median(values)) * 1e3 for name, values in seconds.items()},
+    }
+    if against_unpruned:
+        base, mac_ratio = seconds["base_onnx"], flops.macs(host).total / flops.macs(model).total
+        metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
+        metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
+    return {"metrics": metrics, "operators": graph.operators, "series": seconds}
+
+
+def _write(model: Exportable, size: int, folder: Path, tell: Tell) -> Graph:
+    """Write both files; returns the properties of the ONNX graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("torch.export")
+    program = to_program(model, size)
+    torch.export.save(program, folder / PT2)
+    tell("ONNX")
+    to_onnx(program, folder / ONNX, model.names)
+    return inspect(folder / ONNX)
+
+
+def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
+    """The host alone in onnxruntime; its file is deleted when this returns."""
+    base = Exportable(DeployedViT(prune(model.model.backbone.host, Schedule.constant(0), "none")).eval())
+    tell("unpruned")
+    with tempfile.TemporaryDirectory() as folder:
+        to_onnx(to_program(base, size), Path(folder) / ONNX, base.names)
+        return open_session(Path(folder) / ONNX, torch.get_num_threads())
 
 
 class Exportable(nn.Module):
@@ -74,11 +162,6 @@ class Graph:
     reducing_scatters: tuple[str, ...]
     """Names of scatter nodes with a reduction."""
 
-    @property
-    def largest_k(self) -> int:
-        """The largest k; 0 without a Top-K."""
-        return max(self.topk, default=0)
-
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -104,12 +187,8 @@ def to_program(model: Exportable, image_size: int) -> torch.export.ExportedProgr
 
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[str]) -> None:
-    """Write an exported program as ONNX, with input ``images``; weights over 2 GB go to a file beside it.
-
-    Args:
-        program: of ``to_program``.
-        path: the file to write.
-        names: of the outputs.
+    """Write a program of ``to_program`` as ONNX, with input ``images`` and the named outputs; weights over 2 GB go to a
+    file beside it.
 
     Raises:
         ValueError: a package is missing, with the command that installs it.
@@ -125,7 +204,7 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[s
 
 
 def inspect(path: Path) -> Graph:
-    """Read the operators of an ONNX file; its weights are not loaded."""
+    """Read the operators of an ONNX file, without its weights, and warn of those that TensorRT refuses."""
     need()
     import onnx
 
@@ -141,6 +220,10 @@ def inspect(path: Path) -> Graph:
             reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
             if reduction != "none":
                 scatters.append(f"{node.name or node.op_type} ({reduction})")
+    if scatters:
+        _LOG.warning("scatters with a reduction, which TensorRT refuses: %s", ", ".join(scatters))
+    if max(topk, default=0) > TENSORRT_TOPK:
+        _LOG.warning("a Top-K of k = %d is above TensorRT's limit of %d", max(topk), TENSORRT_TOPK)
     operators = Counter(node.op_type for node in graph.node)
     return Graph(dict(operators.most_common()), tuple(topk), tuple(scatters))
 

@@ -18,7 +18,10 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cropr.specs import Spec
 
 RECORD = "record.json"
 """Name of the file in the job's directory."""
@@ -77,6 +80,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a record, its top level is a {type(record).__name__}")
     return record
+
+
+def make_record(kind: str, spec: Spec, started: float, found: dict[str, Any], **origin: Any) -> dict[str, Any]:
+    """The record of a job: kind, id, spec and provenance (``started`` and ``origin``) around what it found."""
+    told = provenance(started, **{"precision": getattr(spec, "precision", None), **origin})
+    return {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), **found, "provenance": told}
 
 
 def provenance(

@@ -1,4 +1,4 @@
-"""In which precision a device computes, and the refusal of what it cannot.
+"""In which precision a device computes, the refusal of what it cannot, and the memory of one piece of work.
 
 A precision is a cast of model and images (``fp32``, ``bf16``, ``fp16``) or mixed (``amp_bf16``, ``amp_fp16``): weights
 in fp32 under torch's autocast, which is the paper's AMP. Autocast is entered anew for every forward pass and casts
@@ -7,9 +7,12 @@ every weight on the way, as programs do that enter it once a batch; a cast model
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +23,7 @@ Result = TypeVar("Result")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda", "mps")
 
+_PROC = Path("/proc/self")
 _LOG = logging.getLogger(__name__)
 
 
@@ -121,3 +125,38 @@ def largest_batch(batch_size: int, attempt: Callable[[int], Result]) -> tuple[in
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def working_memory(work: Callable[[], Result], device: str) -> tuple[Result, float | None]:
+    """Run ``work`` and return its result, and the peak of memory over what was in use before, in 10^6 bytes.
+
+    On CUDA the allocator's count, on the CPU under Linux the resident size of the process; None elsewhere.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        return result, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if device != "cpu" or not _reset_peak():
+        return work(), None
+    before_mb = _status("VmRSS")
+    result = work()
+    return result, max(0.0, _status("VmHWM") - before_mb)
+
+
+def _reset_peak() -> bool:
+    """Give freed memory back, so that it counts again when it is used, and forget the peak so far."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        (_PROC / "clear_refs").write_text("5")  # man 5 proc: resets the peak resident size
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _status(key: str) -> float:
+    """A size in MB from the process's status."""
+    lines = (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))

@@ -9,17 +9,13 @@ from typing import Any
 from cropr.bench.device import Unsupported
 from cropr.bench.specs import MicrobenchSpec
 from cropr.bench.timing import Tell, no_progress
-from cropr.records import provenance
+from cropr.records import make_record
 from cropr.training.distributed import reuse_freed_memory
 
 
-def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
-    """Measure what ``spec`` describes.
-
-    Args:
-        spec: one of ``cropr.bench.specs.MEASURES``.
-        device: torch's name of the device.
-        tick: called with a word on what comes next.
+def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell = no_progress) -> dict[str, Any]:
+    """Measure what ``spec``, one of ``MEASURES``, describes, on a device by torch's name; ``tick`` is called with each
+    next step.
 
     Returns:
         The record. Its ``cells`` are the spec's places in their order, each with either ``metrics`` and ``seconds``, or
@@ -33,17 +29,10 @@ def measure(spec: MicrobenchSpec, device: str = "cpu", tick: Tell | None = None)
     reused = device == "cpu" and reuse_freed_memory()
     places = spec.places()
     try:
-        results = getattr(import_module(module), name)(spec, device, tick or no_progress)
+        results = getattr(import_module(module), name)(spec, device, tick)
     except Unsupported as error:
         results = [{"unsupported": str(error)}] * len(places)
     cells = [place | result for place, result in zip(places, results, strict=True)]
-    return {
-        "kind": "microbench",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)},
-        "cells": cells,
-        "provenance": provenance(
-            started, device=device, precision=getattr(spec, "precision", None), freed_memory_reused=reused
-        ),
-    }
+    metrics = {"cells": len(cells), "measured": sum("metrics" in cell for cell in cells)}
+    found = {"metrics": metrics, "cells": cells}
+    return make_record("microbench", spec, started, found, device=device, freed_memory_reused=reused)

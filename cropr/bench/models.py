@@ -7,7 +7,9 @@ memory, so that nothing but pruning differs and a ViT-L with its variants takes 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -16,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cropr.bench.peak import utilisation
+from cropr.bench.device import arithmetic_dtype, kind_of
 from cropr.bench.specs import UNPRUNED
-from cropr.bench.timing import Outcome, speed
+from cropr.bench.timing import Outcome, clock, speed
 from cropr.build import build_model
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
@@ -27,6 +29,10 @@ from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000
 """ImageNet-1k's."""
+SIZES = {"cpu": (1024, 2048), "mps": (2048, 4096), "cuda": (4096, 8192)}
+"""Rows and columns of the products that give a device's peak; the fastest size counts."""
+SECONDS = 0.25
+"""Time that each size is given, at least three products."""
 
 
 def build_variants(
@@ -129,11 +135,12 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
 
 
 def model_metrics(model: nn.Module, outcome: Outcome, batch_size: int, macs: int, peak: float) -> dict[str, float]:
-    """Metrics of one model alone: speed, multiply-adds (of one image), utilisation and memory."""
+    """Metrics of one model alone: speed, multiply-adds of one image, memory, and utilisation ``mfu``: FLOPs of the
+    forward pass, two a multiply-add, over its time and over the ``peak`` of ``matmul_peak``."""
     found = speed(outcome.seconds, batch_size) | {"gmacs": macs / 1e9, "weights_mb": weights_mb(model)}
     if outcome.working_memory_mb is not None:
         found["working_memory_mb"] = outcome.working_memory_mb
-    return found | {"mfu": utilisation(macs, found["images_per_s"], peak)}
+    return found | {"mfu": 2 * macs * found["images_per_s"] / peak}
 
 
 def token_trace(model: nn.Module) -> list[int]:
@@ -142,3 +149,27 @@ def token_trace(model: nn.Module) -> list[int]:
         return list(model.model.token_trace)
     host: Any = model
     return [host.patch_embed.num_patches + host.num_prefix_tokens] * (len(host.blocks) + 1)
+
+
+def matmul_peak(precision: str, device: str) -> float:
+    """FLOPs per second of the best square product on this device, in this number format, with these threads; measured
+    once a process."""
+    return _peak(arithmetic_dtype(precision), device, torch.get_num_threads())
+
+
+@cache
+def _peak(dtype: torch.dtype, device: str, threads: int) -> float:
+    return max(_rate(size, dtype, device) for size in SIZES[kind_of(device)])
+
+
+@torch.inference_mode()
+def _rate(size: int, dtype: torch.dtype, device: str) -> float:
+    """FLOPs per second of a product of two square matrices: the best reading, this being a peak."""
+    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    product = partial(torch.mm, a, b, out=torch.empty_like(a))
+    clock(product, 1, device)
+    seconds: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(seconds) < 3 or time.perf_counter() < end:
+        seconds.append(clock(product, 1, device))
+    return 2 * size**3 / min(seconds)

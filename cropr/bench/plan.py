@@ -19,7 +19,7 @@ from cropr.bench.timing import Tell, no_progress
 from cropr.pruning.flops import Cost
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule
-from cropr.records import provenance
+from cropr.records import make_record
 from cropr.specs import PruneSpec
 from cropr.training.distributed import reuse_freed_memory
 
@@ -29,13 +29,9 @@ ATTEMPTS = 6
 """Schedules measured for one target at most."""
 
 
-def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
-    """Plan every target; with ``spec.verify``, measure and correct.
-
-    Args:
-        spec: model, targets and how to measure.
-        device: torch's name of the device.
-        tick: called with a word on what comes next.
+def measure(spec: PlanSpec, device: str = "cpu", tick: Tell = no_progress) -> dict[str, Any]:
+    """Plan every target; with ``spec.verify``, measure and correct on a device by torch's name; ``tick`` is called with
+    each next step.
 
     Returns:
         The record: ``cells``, one a target: ``schedule`` as text, ``config`` as ``Schedule.from_config`` reads it,
@@ -47,22 +43,15 @@ def measure(spec: PlanSpec, device: str = "cpu", tick: Tell | None = None) -> di
         ValueError: timm has no such model, or there is no such device.
     """
     started = time.time()
-    tell = tick or no_progress
     reused = device == "cpu" and reuse_freed_memory()
-    tell("count multiply-adds")
+    tick("count multiply-adds")
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
     searches = [_Search(spec, cost, target) for target in spec.targets]
     while spec.verify and (pending := [search for search in searches if search.pending]):
-        _measure(spec, pending, device, tell)
+        _measure(spec, pending, device, tick)
     cells = [search.cell() for search in searches]
-    return {
-        "kind": "plan",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": {"targets": len(cells), "reached": sum(cell["reached"] for cell in cells)},
-        "cells": cells,
-        "provenance": provenance(started, device=device, precision=spec.precision, freed_memory_reused=reused),
-    }
+    found = {"metrics": {"targets": len(cells), "reached": sum(cell["reached"] for cell in cells)}, "cells": cells}
+    return make_record("plan", spec, started, found, device=device, freed_memory_reused=reused)
 
 
 class _Search:
@@ -151,15 +140,9 @@ def _measure(spec: PlanSpec, searches: list[_Search], device: str, tell: Tell) -
         for name, search in pending.items()
         if search.pending
     }
-    sweep = SweepSpec(
-        measure="sweep",
-        model=spec.model,
-        image_size=spec.image_size,
-        variants=variants,
-        batch_sizes=[spec.batch_size],
-        precisions=[spec.precision],
-        rounds=spec.rounds,
-    )
+    same: dict[str, Any] = {key: getattr(spec, key) for key in ("model", "image_size", "rounds")}
+    how = {"batch_sizes": [spec.batch_size], "precisions": [spec.precision]}
+    sweep = SweepSpec(measure="sweep", variants=variants, **same, **how)
     for place, cell in zip(sweep.places(), sweep_cells(sweep, device, tell), strict=True):
         if place["variant"] in pending:
             pending[place["variant"]].take(cell)

@@ -39,12 +39,8 @@ _COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
 
 
 def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Profile the unpruned model and every variant; arguments and errors as of ``cropr.bench.microbench.measure``.
-
-    Returns:
-        One a variant: ``tokens``, ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``,
-        ``pruning_share``, ``gmacs``).
-    """
+    """A cell a variant: ``tokens``, ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``,
+    ``pruning_share``, ``gmacs``); arguments and errors as of ``cropr.bench.microbench.measure``."""
     check(spec.precision, device)
     dtype = weights_dtype(spec.precision)
     tell("build")

@@ -59,22 +59,16 @@ def scoring_cells(spec: ScoringSpec, device: str, tell: Tell) -> list[dict[str, 
     shape = (3, spec.image_size, spec.image_size)
     cases = [Case(name=name, model=model, shape=shape, **how) for name, model in models.items()]
     fitted, timed = time_interleaved(cases, spec.batch_size, spec.rounds, spec.warmup, device, tell)
-    for outcome in timed:
-        outcome.require()
-    outcomes = dict(zip(models, timed, strict=True))
+    seconds = {name: outcome.require().seconds for name, outcome in zip(models, timed, strict=True)}
     macs = {name: flops.macs(model).total for name, model in models.items()}
     cells: list[dict[str, Any]] = []
-    for name, outcome in outcomes.items():
-        metrics = {
-            **speed(outcome.seconds, fitted),
-            **against(outcomes[UNPRUNED].seconds, outcome.seconds, macs[UNPRUNED] / macs[name]),
-            "batch_size": fitted,
-            "gmacs": macs[name] / 1e9,
-        }
+    for (name, model), outcome in zip(models.items(), timed, strict=True):
+        metrics = speed(outcome.seconds, fitted) | {"batch_size": fitted, "gmacs": macs[name] / 1e9}
+        metrics |= against(seconds[UNPRUNED], outcome.seconds, macs[UNPRUNED] / macs[name])
         if name == ONE:
-            metrics |= ratio("over_all_queries", outcomes[ALL].seconds, outcome.seconds)
+            metrics |= ratio("over_all_queries", seconds[ALL], outcome.seconds)
             metrics["kept_in_both"] = kept_in_both(spec, models, device)
-        cell = {"tokens": token_trace(models[name]), "metrics": metrics, "seconds": outcome.seconds}
+        cell = {"tokens": token_trace(model), "metrics": metrics, "seconds": outcome.seconds}
         cells.append(cell | {"attention_calls": outcome.kernels})
     return cells
 

@@ -6,7 +6,7 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 from __future__ import annotations
 
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -37,6 +37,7 @@ def _distinct(value: Any) -> Any:
 Distinct = AfterValidator(_distinct)
 """No value twice."""
 Positive = Annotated[int, Field(ge=1)]
+Rounds = Annotated[int, Field(ge=3)]
 
 Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
 """Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
@@ -46,22 +47,33 @@ Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
 """Attention kernel that is forced; ``auto`` leaves the choice to torch."""
 
 
-class BenchSpec(Spec):
-    """One throughput measurement: unpruned and pruned model, interleaved in one process."""
+class _Compared(Spec):
+    """What measurements of a pruned model beside the unpruned one share."""
 
     model: ModelSpec
     prune: PruneSpec
+    image_size: int = Field(224, ge=8)
+    """Pixels a side of the images."""
+    batch_size: Positive = 4
+    """Images per forward pass."""
+    precision: Precision = "fp32"
+    """A cast of the models, or autocast: amp_*."""
+    rounds: Rounds = 7
+    """Timed rounds of all models."""
+
+
+class BenchSpec(_Compared):
+    """One throughput measurement: unpruned and pruned model, interleaved in one process."""
+
     detector: DetModelSpec | None = None
     """The encoder of this detector, with its windows, is compared; pyramid and heads are timed beside it. None: a
     classifier."""
-    image_size: int = 224
     pruned_image_size: int | None = None
     """Image size of the second model where it differs: an unpruned model on a smaller image is a baseline, too."""
-    batch_size: int = Field(4, ge=1)
-    precision: Precision = "fp32"
-    rounds: int = Field(7, ge=3)
-    warmup: int = Field(1, ge=1)
+    warmup: Positive = 1
+    """Untimed passes before the rounds; 2 to read memory."""
     attention: Attention = "auto"
+    """Attention kernel to force; auto: torch chooses."""
     compile: bool = False
     """Run both models through ``torch.compile``, in one graph."""
     channels_last: bool = False
@@ -74,23 +86,15 @@ class BenchSpec(Spec):
         return self
 
 
-class PlanSpec(Spec):
-    """Which schedules reach these speed-ups on one device? See ``cropr.bench.plan``."""
+class PlanSpec(_Compared):
+    """Which schedules reach these speed-ups on one device? That of ``prune`` is the result: it stays at rate 0."""
 
-    model: ModelSpec
-    prune: PruneSpec
-    """Reducer and fusion. The schedule is the result: it stays at rate 0."""
-    image_size: int = Field(224, ge=8)
-    batch_size: int = Field(4, ge=1)
-    precision: Precision = "fp32"
-    align: int = Field(1, ge=1)
+    align: Positive = 1
     """Token counts, prefix included, are rounded up to a multiple of this."""
-    targets: Annotated[tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...], Distinct] = Field(
-        (1.5,), min_length=1
-    )
-    """Speed-ups over the unpruned model, each 1 or more."""
-    rounds: int = Field(7, ge=3)
-    """Readings of every clock."""
+    targets: Annotated[
+        tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...], Distinct, Field(min_length=1)
+    ] = (1.5,)
+    """Speed-ups over the unpruned model, one or several, each 1 or more."""
     verify: bool = False
     """Measure the schedules and correct them; otherwise a target is a ratio of multiply-adds."""
 
@@ -154,8 +158,8 @@ class SweepSpec(VariantsSpec):
     precisions: Annotated[list[Precision], Distinct] = Field(["fp32"], min_length=1)
     attentions: Annotated[list[Attention], Distinct] = Field(["auto"], min_length=1)
     channels_last: bool = False
-    rounds: int = Field(3, ge=3)
-    warmup: int = Field(1, ge=1)
+    rounds: Rounds = 3
+    warmup: Positive = 1
 
     def places(self) -> list[dict[str, Any]]:
         keys = ("batch_size", "precision", "attention", "variant")
@@ -172,10 +176,10 @@ class BlocksSpec(MicrobenchSpec):
         [n for m in (64, 128, 192) for n in range(m - 8, m + 9)], min_length=4
     )
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
-    batch_size: int = Field(2, ge=1)
+    batch_size: Positive = 2
     precision: Precision = "fp32"
     attention: Attention = "auto"
-    rounds: int = Field(5, ge=3)
+    rounds: Rounds = 5
 
     def _axes(self) -> list[dict[str, Any]]:
         return [{"tokens": count} for count in sorted(self.tokens)]
@@ -186,7 +190,7 @@ class ProfileSpec(VariantsSpec):
 
     cells: ClassVar[str] = "cropr.bench.profiling:profile_cells"
     measure: Literal["profile"]
-    batch_size: int = Field(4, ge=1)
+    batch_size: Positive = 4
     precision: Precision = "fp32"
     attention: Attention = "auto"
     passes: int = Field(3, ge=1)
@@ -205,11 +209,11 @@ class ScoringSpec(MicrobenchSpec):
     prune: PruneSpec = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 40}}, fusion="llf")
     queries: int | None = Field(None, ge=1)
     """Of every module; None for one a patch, as in segmentation."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: Positive = 1
     precision: Precision = "bf16"
     attention: Attention = "auto"
-    rounds: int = Field(5, ge=3)
-    warmup: int = Field(1, ge=1)
+    rounds: Rounds = 5
+    warmup: Positive = 1
 
     def _axes(self) -> list[dict[str, Any]]:
         return [{"variant": name} for name in (UNPRUNED, "one_vector", "all_queries")]
@@ -232,17 +236,14 @@ class TrainingSpec(VariantsSpec):
     measure: Literal["training"]
     model: ModelSpec = ModelSpec(name="vit_small_patch16_224", args={"global_pool": "avg"})
     variants: dict[str, PruneSpec] = Field(_cropr(16), min_length=1)
-    batch_size: int = Field(8, ge=1)
+    batch_size: Positive = 8
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """As a recipe's: bf16 and fp16 are autocast."""
-    rounds: int = Field(3, ge=3)
+    rounds: Rounds = 3
 
 
 MEASURES: dict[str, type[MicrobenchSpec]] = {
-    "sweep": SweepSpec,
-    "blocks": BlocksSpec,
-    "profile": ProfileSpec,
-    "scoring": ScoringSpec,
-    "training": TrainingSpec,
+    str(get_args(kind.model_fields["measure"].annotation)[0]): kind
+    for kind in (SweepSpec, BlocksSpec, ProfileSpec, ScoringSpec, TrainingSpec)
 }
 """Kinds of measurement by name."""

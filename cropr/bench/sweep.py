@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from cropr.bench.device import DTYPES, Unsupported, check, weights_dtype
-from cropr.bench.models import build_variants, model_metrics, token_trace
-from cropr.bench.peak import matmul_peak
+from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
 from cropr.bench.specs import UNPRUNED, SweepSpec
 from cropr.bench.timing import Case, Tell, against, ratio, time_interleaved
 from cropr.pruning import flops

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cropr.bench.device import check, weights_dtype
-from cropr.bench.models import build_variants, model_metrics, token_trace
-from cropr.bench.peak import matmul_peak
+from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
 from cropr.bench.specs import UNPRUNED, BenchSpec, Precision
 from cropr.bench.timing import Case, Tell, against, no_progress, ratio, speed, time_interleaved
 from cropr.pruning import flops
-from cropr.records import provenance
+from cropr.records import make_record
 from cropr.training.distributed import reuse_freed_memory
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Pair:
     heads_precision: Precision
 
 
-def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> dict[str, Any]:
+def measure(spec: BenchSpec, device: str = "cpu", tick: Tell = no_progress) -> dict[str, Any]:
     """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 
     Returns:
@@ -58,16 +57,14 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
         ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     started = time.time()
-    tell = tick or no_progress
     check(spec.precision, device)
     reused = device == "cpu" and reuse_freed_memory()
-    tell("build")
+    tick("build")
     pair = build(spec, device)
-    timed = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tell)
+    timed = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tick)
     batch_size, (base, pruned, *rest) = timed
-    base.require()
-    pruned.require()
-    tell("matrix product")
+    base.require(), pruned.require()
+    tick("matrix product")
     peak = matmul_peak(spec.precision, device)
     base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
     unpruned = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
@@ -90,15 +87,8 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell | None = None) -> d
             whole = (base_macs.total + heads_macs) / (macs.total + heads_macs)
             metrics |= _whole(series, batch_size) | {"mac_ratio_whole": whole}
     origin |= {"attention": {"base": base.kernels, "pruned": pruned.kernels}, "freed_memory_reused": reused}
-    return {
-        "kind": "bench",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "metrics": metrics,
-        "tokens": token_trace(pair.pruned),
-        "series": series,
-        "provenance": provenance(started, device=device, precision=spec.precision, **origin),
-    }
+    found = {"metrics": metrics, "tokens": token_trace(pair.pruned), "series": series}
+    return make_record("bench", spec, started, found, device=device, **origin)
 
 
 def build(spec: BenchSpec, device: str) -> Pair:

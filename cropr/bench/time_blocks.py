@@ -32,13 +32,8 @@ DEPTH = 4
 
 
 def block_cells(spec: BlocksSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Measure one block at every token count, in turn in every round; arguments and errors as of
-    ``cropr.bench.microbench.measure``.
-
-    Returns:
-        One a count: ``seconds`` (round by round) and ``metrics`` (``block_s``, its ``block_s_iqr``, ``block_gmacs`` of
-        one image).
-    """
+    """A cell a count: ``seconds`` (round by round) and ``metrics`` (``block_s``, ``block_s_iqr``, ``block_gmacs`` of an
+    image); arguments and errors as of ``cropr.bench.microbench.measure``."""
     series = time_blocks(spec, device, tell)
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
     cells = []

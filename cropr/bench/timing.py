@@ -20,8 +20,16 @@ import torch
 from torch import nn
 
 from cropr.bench.attention import run_forced, with_attention_kernel
-from cropr.bench.device import Unsupported, check, first_line, largest_batch, noise, synchronize, weights_dtype
-from cropr.bench.memory import working_memory
+from cropr.bench.device import (
+    Unsupported,
+    check,
+    first_line,
+    largest_batch,
+    noise,
+    synchronize,
+    weights_dtype,
+    working_memory,
+)
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
@@ -66,10 +74,11 @@ class Outcome:
     unsupported: str | None = None
     """Why the device cannot run it."""
 
-    def require(self) -> None:
-        """Raises: Unsupported: the device cannot run the case."""
+    def require(self) -> Outcome:
+        """Itself. Raises: Unsupported: the device cannot run the case."""
         if self.unsupported is not None:
             raise Unsupported(self.unsupported)
+        return self
 
 
 def time_interleaved(
@@ -78,11 +87,8 @@ def time_interleaved(
     """Try every case, then time those that run, in turn in every round.
 
     A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
-
-    Args:
-        batch_size: inputs a pass; halved for all cases until the device has the memory for it.
-        rounds: readings a case.
-        warmup: untimed passes of each case before them.
+    ``batch_size``, the inputs of a pass, is halved for all cases until the device has the memory for it. Each case has
+    ``warmup`` untimed passes and ``rounds`` readings.
 
     Returns:
         The batch size that fitted, and an outcome a case.

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cropr.bench.device import Unsupported, check, largest_batch, noise
-from cropr.bench.memory import working_memory
+from cropr.bench.device import Unsupported, check, largest_batch, noise, working_memory
 from cropr.bench.models import NUM_CLASSES, build_on_meta, megabytes, random_weights, weights_mb
 from cropr.bench.specs import UNPRUNED, TrainingSpec
 from cropr.bench.timing import Tell, against, clock, interleave, speed

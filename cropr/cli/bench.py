@@ -17,11 +17,10 @@ examples:
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from cropr.bench.specs import BenchSpec
-from cropr.cli.output import measured, origin, say, show_metrics
-from cropr.cli.spec_flags import add_measuring_flags, spec_from_flags
+from cropr.cli.measuring import add_measuring_flags, measured, origin, spec_from_flags
+from cropr.cli.spec_flags import number, say, show_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,23 +35,16 @@ def run(args: argparse.Namespace) -> None:
     from cropr.bench.throughput import measure
 
     record = measured(args, spec, measure)
-    if record["metrics"]:
-        show(record)
-
-
-def show(record: dict[str, Any]) -> None:
-    """Print a record."""
-    metrics, spec, told = record["metrics"], record["spec"], record["provenance"]
-    batch = f"batch {metrics['batch_size']}"
-    if metrics["batch_size"] != spec["batch_size"]:
-        batch += f" (out of memory with {spec['batch_size']})"
-    name = spec["model"]["name"] + (", encoder of a detector" if spec["detector"] else "")
-    pruned = f"{spec['prune']['reducer']} + {spec['prune']['fusion']}"
-    show_metrics(f"{name}, {spec['image_size']} px, {spec['precision']}, {batch}; value: {pruned}", metrics)
+    if not (metrics := record["metrics"]):
+        return
+    batch, told = f"batch {metrics['batch_size']}", record["provenance"]
+    if metrics["batch_size"] != spec.batch_size:
+        batch += f" (out of memory with {spec.batch_size})"
+    name = spec.model.name + (", encoder of a detector" if spec.detector else "")
+    pruned = f"{spec.prune.reducer} + {spec.prune.fusion}"
+    show_metrics(f"{name}, {spec.image_size} px, {spec.precision}, {batch}; value: {pruned}", metrics)
     if reason := told.get("heads_unsupported"):
         say(f"heads not measured: {reason}")
-    kernels = (
-        f"{name} {calls} x {kernel}" for name, used in told["attention"].items() for kernel, calls in used.items()
-    )
-    say(f"tokens: {record['tokens'][0]} to {min(record['tokens'])}; attention kernels: {', '.join(kernels) or 'none'}")
-    say(f"{spec['rounds']} rounds on {origin(record)}")
+    kernels = [f"{name} {n} x {kernel}" for name, used in told["attention"].items() for kernel, n in used.items()]
+    say(f"tokens: {number(record['tokens'])}; attention kernels: {', '.join(kernels) or 'none'}")
+    say(f"{spec.rounds} rounds on {origin(record)}")

@@ -17,9 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cropr.cli.spec_flags import add_fields, given, make_spec, read_values
+from cropr.cli.spec_flags import LAYOUTS, add_fields, given, make_spec, read_values
 from cropr.specs import ScenesSpec
-from cropr.tasks import TASKS
 
 CONSOLE = Console(stderr=True)
 
@@ -29,19 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     scenes = verbs.add_parser("scenes", help="write the embedded data set")
     scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; an earlier set is replaced")
-    _add_layout(scenes)
     scenes.add_argument("--spec", metavar="JSON", help="a ScenesSpec, or a file that holds one; flags go over it")
     add_fields(scenes, ScenesSpec)
     scenes.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     check = verbs.add_parser("check", help="read every image of a folder and list those that cannot be used")
     check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*, or --layout's")
-    _add_layout(check)
     check.add_argument("--classes", type=int, metavar="N", help="number of classes that there should be")
-
-
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    layouts = [task.layout for task in TASKS.values()]
-    parser.add_argument("--layout", choices=layouts, default="imagenet", help="folders of (default imagenet)")
+    for verb in (scenes, check):
+        verb.add_argument("--layout", choices=LAYOUTS, default="imagenet", help="folders of (default imagenet)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,10 +65,7 @@ def _check(args: argparse.Namespace) -> None:
     with _progress() as bar:
         task = bar.add_task("reading", total=None)
         report = check(
-            args.root,
-            args.classes,
-            args.layout,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            args.root, args.classes, args.layout, lambda done, total: bar.update(task, completed=done, total=total)
         )
     report.raise_for_problems()
     images = ", ".join(f"{count} {split}" for split, count in report.images.items())

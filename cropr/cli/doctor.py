@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cropr import __version__
-from cropr.cli.output import say
-from cropr.records import cpu_model, provenance
+from cropr.cli.spec_flags import LAYOUTS, parse, say
+from cropr.records import provenance
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic", "snakemake", "papermill")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _LONG = ("cpu_info", "pip_packages", "conda_packages", "pip_version")
 """What is not shown of ``torch.utils.collect_env``."""
@@ -36,9 +35,8 @@ Report = dict[str, dict[str, Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    config = Path("config/config.yaml")
-    parser.add_argument("--config", type=Path, default=config, help="file that names the data roots")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that the workflow writes to")
+    parser.add_argument("--config", type=Path, default="config/config.yaml", help="file that names the data roots")
+    parser.add_argument("--results", type=Path, default="results", help="folder that the workflow writes to")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -57,23 +55,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def collect(config: Path, results: Path) -> Report:
-    """Facts about this machine and this installation, as sections of plain JSON values. Nothing is written.
+    """Facts about this computer and this installation, as sections of plain JSON values. Nothing is written.
 
     Args:
         config: the workflow's configuration; may be missing.
         results: the workflow's output folder; may be missing.
     """
-    software: dict[str, Any] = {"cropr": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            software[name] = version(name)
-        except PackageNotFoundError:
-            software[name] = None
     here = provenance(time.time())
+    software = {"cropr": __version__, "python": here["python"], **here["packages"]}
+    software |= {name: version(name) for name in ("snakemake", "papermill") if find_spec(name)}
     software |= {"commit": here["commit"], "uncommitted_changes": here["dirty"]}
     software["conda_environment_active"] = "CONDA_PREFIX" in os.environ
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"platform": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count(), "cores_usable": usable}
+    machine = {"platform": here["platform"], "cpu": here["cpu"], "cores": os.cpu_count(), "cores_usable": usable}
     machine |= {name: os.environ.get(name) for name in VARIABLES}
     return {"software": software, "torch": _torch(), "machine": machine, "folders": _folders(config, results)}
 
@@ -104,28 +98,24 @@ def _torch() -> dict[str, Any]:
     except (ImportError, OSError) as error:  # absent, or one of its libraries does not load
         return {"usable": False, "reason": str(error)}
     settings = {"threads": torch.get_num_threads(), "cpu_kernels": torch.backends.cpu.get_cpu_capability()}
-    found = {name: value for name, value in get_env_info()._asdict().items() if name not in _LONG}
-    return {"usable": True, **settings, **found}
+    return {"usable": True, **settings, **{k: v for k, v in get_env_info()._asdict().items() if k not in _LONG}}
 
 
 def _folders(config: Path, results: Path) -> dict[str, Any]:
-    import yaml
-
-    from cropr.tasks import TASKS
-
     existing = next(folder for folder in (results.absolute(), *results.absolute().parents) if folder.exists())
-    values, problem = None, None
+    values, problem = {}, None
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        values = parse(config.read_text(encoding="utf-8"), str(config))
+    except (OSError, ValueError) as error:
         problem = f"{config}: {error}"
-    names = ("folder", *(task.layout for task in TASKS.values()))
-    roots = {name: Path(values[name]) for name in names if isinstance(values, dict) and values.get(name)}
-    readable = {name: root.is_dir() and os.access(root, os.R_OK | os.X_OK) for name, root in roots.items()}
+    roots = {name: Path(values[name]) for name in ("folder", *LAYOUTS) if values.get(name)}
     return {
         "config": str(config),
         "config_error": problem,
-        "data_roots": {name: {"path": str(root), "readable": readable[name]} for name, root in roots.items()},
+        "data_roots": {
+            name: {"path": str(root), "readable": root.is_dir() and os.access(root, os.R_OK | os.X_OK)}
+            for name, root in roots.items()
+        },
         "results": str(results),
         "results_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         "disk_free_gb": round(shutil.disk_usage(existing).free / 1e9, 1),

@@ -14,56 +14,54 @@ import argparse
 import time
 from pathlib import Path
 
-from cropr.cli.output import say, show_metrics, show_table
-from cropr.cli.spec_flags import add_machine_flags, read_spec, trained_run
-from cropr.records import provenance, write_record
+from cropr.cli import spec_flags as flags
+from cropr.records import make_record, provenance, write_record
 from cropr.tasks import TASKS, open_task
-from cropr.training.specs import TrainSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="directory of a finished training run")
+    flags.add_run_flags(parser)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec, with --weights instead of --run")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, training form")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the images, in the layout of the task")
-    parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="detections in COCO's result format, instead of a model"
-    )
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO's truth, with --predictions")
-    parser.add_argument(
-        "--save-predictions",
-        type=Path,
-        metavar="FILE",
-        help="of detection: write what was found, as COCO's result file",
-    )
+    for flag, text in (
+        ("--weights", "safetensors, training form"),
+        ("--predictions", "detections in COCO's result format, instead of a model"),
+        ("--annotations", "COCO's truth, with --predictions"),
+        ("--save-predictions", "of detection: write what was found, as COCO's result file"),
+        ("--out", "write a record there"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="FILE", help=text)
     parser.add_argument("--deployed", action="store_true", help="evaluate the inference form")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a record there")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default 64")
-    parser.add_argument("--seed", type=int, metavar="N", help="of random reducers (default: the run's)")
-    add_machine_flags(parser)
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default 0)")
+    flags.add_machine_flags(parser, workers=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print a table, write a record if asked to."""
     started = time.time()
     if args.predictions or args.annotations:
-        _score(args, started)
-        return
-    spec, weights, seed = _what(args)
+        return _score(args, started)
+    if args.run_dir and (args.spec or args.weights):
+        raise ValueError("--run says which spec and weights; leave --spec and --weights out")
+    if not args.run_dir and not (args.spec and args.weights):
+        raise ValueError(
+            "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
+            "or --predictions FILE with --annotations FILE"
+        )
+    own = () if args.run_dir else (flags.read_spec(args.spec), args.weights, args.seed or 0)
+    spec, weights, seed = own or flags.trained_run(args)
     if args.data is None:
         raise ValueError("name the images with --data DIR")
     if args.save_predictions and spec.task != "detection":
         raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
 
     from cropr.data.loading import Share
     from cropr.tasks.base import EvaluationSettings
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
     with start(args.device, args.threads) as world:
         task = open_task(spec, args.data)
         model = task.build()
@@ -82,27 +80,18 @@ def run(args: argparse.Namespace) -> None:
         share = Share(rank=world.rank, world=world.size, workers=args.workers)
         result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings, **share)
         if not world.leads:
-            return
+            return None
         metrics, tokens = {**result.metrics, "deployed": int(args.deployed)}, list(model.token_trace)
-        record = {
-            "kind": "evaluate",
-            "id": spec.digest(),
-            "spec": spec.model_dump(mode="json"),
-            "seed": seed,
-            "metrics": metrics,
-            "tokens": tokens,
-            "series": result.series,
-            "provenance": provenance(
-                started, device=str(world.device), precision=precision, data_fingerprint=task.fingerprint
-            ),
-        }
-    if args.out:
-        write_record(args.out, record)
-    show_metrics(str(weights), metrics, TASKS[spec.task].metrics)
-    say(f"tokens: {', '.join(map(str, tokens))}")
+        found = {"seed": seed, "metrics": metrics, "tokens": tokens, "series": result.series}
+        origin = {"device": str(world.device), "precision": precision, "data_fingerprint": task.fingerprint}
+        if args.out:
+            write_record(args.out, make_record("evaluate", spec, started, found, **origin))
+    flags.show_metrics(str(weights), metrics, TASKS[spec.task].metrics)
+    flags.say(f"tokens: {', '.join(map(str, tokens))}")
     if relevance := result.series.get("relevance"):
-        rows = [{name.replace("_", " "): f"{value:.4g}" for name, value in row.items()} for row in relevance]
-        show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", rows)
+        rows = [{name.replace("_", " "): flags.number(value) for name, value in row.items()} for row in relevance]
+        flags.show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", rows)
+    return None
 
 
 def _score(args: argparse.Namespace, started: float) -> None:
@@ -112,31 +101,11 @@ def _score(args: argparse.Namespace, started: float) -> None:
     if args.run_dir or args.spec or args.weights or args.data:
         raise ValueError("--predictions needs no model and no images; leave --run, --spec, --weights and --data out")
 
-    from cropr.tasks.detection.evaluation import FIGURES, score_file
+    from cropr.tasks.detection.evaluation import score_file
 
     metrics = score_file(args.predictions, args.annotations)
     if args.out:
         files = {"predictions": str(args.predictions), "annotations": str(args.annotations)}
         write_record(args.out, {"kind": "score", "files": files, "metrics": metrics, "provenance": provenance(started)})
-    kinds = [kind for kind in ("box", "mask") if any(name.startswith(kind) for name in metrics)]
-    rows = []
-    for figure in FIGURES:
-        values = {kind: metrics.get(f"{kind}_{figure}") for kind in kinds}
-        texts = {kind: "no such object" if value is None else f"{value:.2f}" for kind, value in values.items()}
-        rows.append({"quantity, %": figure, **texts})
-    show_table(str(args.predictions), rows)
-
-
-def _what(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
-    """Spec, weights and seed."""
-    if args.run_dir and (args.spec or args.weights):
-        raise ValueError("--run says which spec and weights; leave --spec and --weights out")
-    if args.run_dir:
-        spec, weights, seed = trained_run(args.run_dir)
-        return spec, weights, seed if args.seed is None else args.seed
-    if not (args.spec and args.weights):
-        raise ValueError(
-            "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
-            "or --predictions FILE with --annotations FILE"
-        )
-    return read_spec(args.spec), args.weights, args.seed or 0
+    labels = {name: text for name, text in TASKS["detection"].metrics.items() if f"{name.split('_')[0]}_ap" in metrics}
+    flags.show_metrics(str(args.predictions), {name: metrics.get(name) for name in labels}, labels)

@@ -20,11 +20,10 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from cropr.bench.specs import MEASURES
-from cropr.cli.output import measured, origin, say, show_cells
-from cropr.cli.spec_flags import add_machine_flags, make_spec, read_values
+from cropr.cli.measuring import add_record_flags, measured, show_cells
+from cropr.cli.spec_flags import make_spec, read_values
 
 _KEYS = (
     "variant", "precision", "attention", "batch_size", "tokens", "images_per_s", "speedup", "speedup_over_mac_ratio",
@@ -37,12 +36,9 @@ _KEYS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("measure", choices=sorted(MEASURES), help="what to measure")
-    parser.add_argument("--spec", metavar="FILE", help="its specification as JSON or YAML file, or as JSON")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of it, such as batch_size=8"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
-    add_machine_flags(parser)
+    text = "change one value of the specification, such as batch_size=8"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    add_record_flags(parser, parser, "specification")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,5 +51,4 @@ def run(args: argparse.Namespace) -> None:
     from cropr.bench.microbench import measure
 
     record = measured(args, spec, measure)
-    show_cells(f"{spec.measure}: {spec.model.name}, {spec.image_size} px", record["cells"], _KEYS)
-    say(origin(record))
+    show_cells(f"{spec.measure}: {spec.model.name}, {spec.image_size} px", record, _KEYS)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 
 from cropr.bench.specs import PlanSpec
-from cropr.cli.output import measured, origin, say, show_cells
-from cropr.cli.spec_flags import add_measuring_flags, spec_from_flags
+from cropr.cli.measuring import add_measuring_flags, measured, show_cells, spec_from_flags
 
 _KEYS = ("target", "schedule", "predicted", "speedup", "speedup_low", "speedup_high", "rounds", "reached")
 
@@ -33,5 +32,4 @@ def run(args: argparse.Namespace) -> None:
     from cropr.bench.plan import measure
 
     record = measured(args, spec, measure)
-    show_cells(f"{spec.model.name}, {spec.image_size} px; predicted: MAC ratio", record.get("cells", []), _KEYS)
-    say(origin(record))
+    show_cells(f"{spec.model.name}, {spec.image_size} px; predicted: MAC ratio", record, _KEYS)

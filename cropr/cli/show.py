@@ -14,32 +14,25 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropr.cli.output import say
-from cropr.cli.spec_flags import add_machine_flags, trained_run
+from cropr.cli.spec_flags import add_machine_flags, add_run_flags, say, trained_run
+from cropr.records import replacing
 
 if TYPE_CHECKING:
     from cropr.show import Answers, Shown
 
 _LOG = logging.getLogger(__name__)
-_DRAWN = {"image": "images", "prediction": "prediction", "truth": "truth"}
-"""Attribute of ``Shown`` -> array of the file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument(
-        "--run", type=Path, required=True, dest="run_dir", metavar="DIR", help="directory of a finished training run"
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the images, in the layout of the task")
+    add_run_flags(parser, required=True)
     parser.add_argument("--images", type=int, default=8, metavar="N", help="validation images to show (default 8)")
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="this picture instead; repeatable")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, .npz")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw all panels in one .png")
-    parser.add_argument("--seed", type=int, metavar="N", help="of random reducers (default: the run's)")
     add_machine_flags(parser)
 
 
@@ -50,11 +43,12 @@ def run(args: argparse.Namespace) -> None:
     for file in args.image or ():
         if not file.is_file():
             raise FileNotFoundError(f"--image {file}: no such file")
-    spec, weights, seed = trained_run(args.run_dir)
+    spec, weights, seed = trained_run(args)
 
+    import numpy as np
     import torch
 
-    from cropr.show import panels
+    from cropr.show import choose, panels
     from cropr.tasks import TASKS
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
@@ -64,11 +58,15 @@ def run(args: argparse.Namespace) -> None:
         answers: Answers = task.load(task.show)(spec, args.data)
         load_weights(answers.model, weights)
         answers.model.to(world.device)
-        torch.manual_seed(seed if args.seed is None else args.seed)
+        items: list[Any] = [*map(str, args.image)] if args.image else choose(answers.labels, args.images)
+        if len(items) < args.images and not args.image:
+            _LOG.warning("%s: only %d validation images of %d", args.data, len(items), args.images)
+        torch.manual_seed(seed)
         with torch.inference_mode():
-            shown = [answers.show(item, world.device) for item in _items(args, answers)]
+            shown = [answers.show(item, world.device) for item in items]
     arrays = to_arrays(shown, spec.task, answers.model.backbone.depth)
-    _save(args.out, arrays)
+    with replacing(args.out) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         panels(arrays).save(args.picture)
@@ -89,7 +87,8 @@ def to_arrays(shown: list[Shown], task: str, depth: int) -> dict[str, Any]:
     from cropr.show import draw_map, grid_map
 
     after = [grid_map(one.output)[0].cpu() for one in shown]
-    drawn = {name: [getattr(one, attribute) for one in shown] for attribute, name in _DRAWN.items()}
+    drawn = {name: [getattr(one, name) for one in shown] for name in ("image", "prediction", "truth")}
+    drawn["images"] = drawn.pop("image")
     drawn["map"] = [draw_map(one.image, blocks, depth) for one, blocks in zip(shown, after, strict=True)]
     return {
         **{name: torch.stack(all_).permute(0, 2, 3, 1).numpy() for name, all_ in drawn.items() if all_[0] is not None},
@@ -100,29 +99,3 @@ def to_arrays(shown: list[Shown], task: str, depth: int) -> dict[str, Any]:
         "prediction_text": np.array([one.prediction_text for one in shown], dtype=np.str_),
         "task": np.array(task),
     }
-
-
-def _items(args: argparse.Namespace, answers: Answers) -> list[int] | list[str]:
-    """The user's pictures, or numbers of validation images."""
-    from cropr.show import choose
-
-    if args.image:
-        return [str(path) for path in args.image]
-    chosen = choose(answers.labels, args.images)
-    if len(chosen) < args.images:
-        _LOG.warning("%s: only %d validation images of %d", args.data, len(chosen), args.images)
-    return chosen
-
-
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays as compressed npz without pickles, whole or not at all."""
-    import numpy as np
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,28 +8,24 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from cropr.pruning.methods import FUSIONS, REDUCERS
 from cropr.specs import Spec, check
+from cropr.tasks import TASKS
 from cropr.training.specs import TrainSpec
 
 Kind = TypeVar("Kind", bound=Spec)
 PRUNING = ("model", "reducer", "rate", "schedule", "fusion")
 """Names of the flags that ``add_pruning_flags`` adds."""
-TEXTS = {
-    "image_size": "pixels a side of the images",
-    "batch_size": "images per forward pass",
-    "precision": "a cast of the models, or autocast: amp_*",
-    "attention": "attention kernel to force; auto: torch chooses",
-    "rounds": "timed rounds of all models",
-    "warmup": "untimed passes before them; 2 to read memory",
-    "targets": "speed-ups to reach, one or several",
-}
-"""Help of flags whose field has no docstring."""
+LAYOUTS = tuple(task.layout for task in TASKS.values())
 
 # Flags --------------------------------------------------------------------------------------------------------------
 
@@ -43,7 +39,7 @@ def add_fields(
     """A flag for each field that holds a number, a word, a switch, or several numbers or words.
 
     Args:
-        spec: its fields. The docstring below a field is the help of its flag, else ``TEXTS``.
+        spec: its fields. The docstring below a field is the help of its flag.
         names: these fields only; all by default.
         defaults: field -> default for the help, where a verb has its own.
     """
@@ -51,7 +47,7 @@ def add_fields(
         options = _options(field.annotation)
         if options is None or (names is not None and name not in names):
             continue
-        text = field.description or TEXTS.get(name, name.replace("_", " "))
+        text = field.description or name.replace("_", " ")
         text = " ".join(text.replace("`", "").split()).removesuffix(".")
         text = text[0].lower() + text[1:]
         default = (defaults or {}).get(name, None if field.is_required() else field.default)
@@ -102,40 +98,27 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
     return group
 
 
-def add_machine_flags(parser: argparse._ActionsContainer) -> None:
-    """``--device`` and ``--threads``."""
+def add_machine_flags(parser: argparse._ActionsContainer, workers: bool = False) -> None:
+    """``--device`` and ``--threads``; with ``workers``, also ``--workers``."""
     parser.add_argument("--device", help="cpu, cuda; to measure also cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
+    if workers:
+        text = "processes that decode images (default 0)"
+        parser.add_argument("--workers", type=int, default=0, metavar="N", help=text)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """A finished training run, its seed, and the images that its model runs on."""
+    text = "directory of a finished training run"
+    parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", required=required, help=text)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the images, in the layout of the task")
+    parser.add_argument("--seed", type=int, metavar="N", help="of random reducers (default: the run's)")
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Flags that the user gave, of those named, with their values."""
     values = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None and value is not False}
-
-
-def add_measuring_flags(parser: argparse.ArgumentParser, kind: type[Spec], schedule: bool = True) -> None:
-    """What every verb that measures has; ``spec_from_flags`` reads it."""
-    text = f"a {kind.__name__} as JSON or YAML file, or as JSON; instead of flags"
-    parser.add_argument("--spec", metavar="FILE", help=text)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
-    add_pruning_flags(parser, schedule)
-    how = parser.add_argument_group("measurement")
-    add_fields(how, kind)
-    add_machine_flags(how)
-
-
-def spec_from_flags(args: argparse.Namespace, kind: type[Kind], together: Collection[str] = ()) -> Kind:
-    """The specification of a measurement that ``--spec`` or the flags describe; ``together``: flags that go with both.
-
-    Raises:
-        ValueError: flags that do not go together, or a value that is not allowed.
-    """
-    values = given(args, kind.model_fields)
-    if args.spec:
-        require_lone_spec(args, ({*PRUNING, *values} - {*together}))
-        return make_spec({**read_values(args.spec), **given(args, together)}, kind=kind)
-    return make_spec({**values, "model": {"name": require_model(args)}, "prune": pruning(args)}, kind=kind)
 
 
 def require_lone_spec(args: argparse.Namespace, names: Iterable[str], fix: str = "") -> None:
@@ -197,20 +180,6 @@ def require_known(name: str) -> str:
 # Specifications -----------------------------------------------------------------------------------------------------
 
 
-def read_spec(
-    text: str,
-    overrides: Iterable[str] = (),
-    kind: type[Kind] = TrainSpec,  # type: ignore[assignment]
-) -> Kind:
-    """A spec from a JSON or YAML file, or from JSON itself; ``overrides`` are ``recipe.epochs=3`` and the like.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON or YAML, or a value that is not allowed: key, value and what is.
-    """
-    return make_spec(read_values(text), overrides, kind)
-
-
 def read_values(text: str) -> dict[str, Any]:
     """Keys and values of a spec, unchecked, from a JSON or YAML file, or from JSON itself.
 
@@ -255,8 +224,13 @@ def make_spec(
     return check(kind, values, "spec")
 
 
-def trained_run(folder: Path) -> tuple[TrainSpec, Path, int]:
-    """Specification, weights and seed of a finished training run.
+def read_spec(text: str, overrides: Iterable[str] = ()) -> TrainSpec:
+    """The ``make_spec`` of ``read_values``: a training run's specification from a file or JSON."""
+    return make_spec(read_values(text), overrides)
+
+
+def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
+    """Specification, weights and seed (if given, that of the flags) of the run that ``--run`` names.
 
     Raises:
         FileNotFoundError: no such directory, or no record in it.
@@ -265,12 +239,13 @@ def trained_run(folder: Path) -> tuple[TrainSpec, Path, int]:
     from cropr.records import read_record
     from cropr.training.checkpoint import WEIGHTS
 
+    folder: Path = args.run_dir
     if not folder.is_dir():
         raise FileNotFoundError(f"--run {folder}: no such directory")
     record = read_record(folder)
     if record["kind"] != "train":
         raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
-    return make_spec(record["spec"]), folder / WEIGHTS, record["seed"]
+    return make_spec(record["spec"]), folder / WEIGHTS, given(args, ["seed"]).get("seed", record["seed"])
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
@@ -288,3 +263,43 @@ def parse(text: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys and values, found {type(values).__name__}")
     return values
+
+
+# Terminal -----------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """One line, whatever the width of the terminal."""
+    Console().print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """A title and a table of rows, column -> text; all rows have the columns of the first."""
+    say(title)
+    table = Table(*(rows[0] if rows else ()), box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+def show_metrics(title: str, metrics: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
+    """A table of metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and
+    the ends of an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
+    labels, rows = labels or {}, []
+    paired = any(name.startswith("base_") for name in metrics)
+    for name, value in metrics.items():
+        if name.startswith("base_") or (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in metrics):
+            continue
+        text = "no such object" if value is None else number(value) + " %" * (name in labels)
+        if f"{name}_low" in metrics:
+            text += f" [{number(metrics[f'{name}_low'])}, {number(metrics[f'{name}_high'])}]"
+        base = {"unpruned": number(metrics.get(f"base_{name}"))} if paired else {}
+        rows.append({"quantity": labels.get(name, name.replace("_", " ")), **base, "value": text})
+    show_table(title, rows)
+
+
+def number(value: Any) -> str:
+    """A value as text: four digits, - for none, and ``197 to 19`` for the token counts of all blocks."""
+    if isinstance(value, list):
+        return f"{value[0]} to {min(value)}"
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,60 +21,43 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cropr.cli.output import say
-from cropr.cli.spec_flags import (
-    PRUNING,
-    add_fields,
-    add_machine_flags,
-    add_pruning_flags,
-    given,
-    make_spec,
-    pruning,
-    read_spec,
-    require_known,
-    require_lone_spec,
-    require_model,
-)
+from cropr.cli import spec_flags as flags
 from cropr.specs import ModelSpec, RecipeSpec
 from cropr.training.specs import TrainSpec
 
 _LOG = logging.getLogger(__name__)
 _RECIPE = ("epochs", "batch_size", "accumulate", "precision")
-_FLAGS = (*PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
+_FLAGS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
 """Flags that stand for parts of a spec."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="holds train/<class>/* and val/<class>/*"
-    )
+    data = "holds train/<class>/* and val/<class>/*"
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
-    parser.add_argument(
-        "--init", type=Path, metavar="WEIGHTS", help="start from this safetensors file or run directory"
-    )
+    parser.add_argument("--init", type=Path, metavar="FILE", help="start from these safetensors, or a run's directory")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key of the spec")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
-    add_fields(add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
+    flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
     recipe = parser.add_argument_group("recipe")
-    add_fields(recipe, RecipeSpec, _RECIPE, {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"})
+    flags.add_fields(
+        recipe, RecipeSpec, _RECIPE, {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"}
+    )
     recipe.add_argument("--lr", type=float, metavar="LR", help="peak learning rate (default 1e-3 per 256 images)")
     recipe.add_argument("--image-size", type=int, metavar="PX", help="default: the model's own")
     recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
     machine = parser.add_argument_group("machine (none of these changes the result on a CPU)")
-    add_machine_flags(machine)
-    machine.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default 0)")
-    machine.add_argument(
-        "--checkpoint-minutes", type=float, default=10, metavar="M", help="default 10, and every epoch"
-    )
+    flags.add_machine_flags(machine, workers=True)
+    machine.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help="default 10; also per epoch")
     machine.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="epochs; default: at the end only")
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
-    require_lone_spec(args, _FLAGS, "; change single keys with --set")
-    spec = read_spec(args.spec, args.set) if args.spec else None
+    flags.require_lone_spec(args, _FLAGS, "; change single keys with --set")
+    spec = flags.read_spec(args.spec, args.set) if args.spec else None
 
     from cropr.tasks import TASKS
     from cropr.training.distributed import start
@@ -87,17 +70,9 @@ def run(args: argparse.Namespace) -> None:
         spec = spec or _spec_for_folder(args, on_gpu=world.device.type == "cuda")
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
         try:
-            record = train(
-                spec,
-                args.seed,
-                args.data,
-                out,
-                world=world,
-                init=args.init,
-                workers=args.workers,
-                checkpoint_minutes=args.checkpoint_minutes,
-                evaluate_every=args.evaluate_every,
-            )
+            names = ("init", "workers", "checkpoint_minutes", "evaluate_every")
+            how = {name: getattr(args, name) for name in names}
+            record = train(spec, args.seed, args.data, out, world=world, **how)
         except TrainingInterrupted as stop:
             message, number = stop.args
             _LOG.error("%s; the same command continues from there", message)
@@ -106,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             metrics, labels = record["metrics"], list(TASKS[spec.task].metrics.items())[:2]
             figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in labels)
             speed = f"{metrics['train_images_per_s']:.3g} training images/s"
-            say(f"{figures} of {metrics['val_images']} images, {speed}: {out}")
+            flags.say(f"{figures} of {metrics['val_images']} images, {speed}: {out}")
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
@@ -118,16 +93,16 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     from cropr.data.imagenet import load_splits
 
     split, _ = load_splits(args.data)
-    name = require_known(require_model(args))
+    name = flags.require_known(flags.require_model(args))
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
     batch = args.batch_size if args.batch_size is not None else min(64, len(split))
     values = {
-        "model": {"name": name, "drop_path": 0.1, **given(args, ["drop_path"])},
-        "prune": pruning(args),
+        "model": {"name": name, "drop_path": 0.1, **flags.given(args, ["drop_path"])},
+        "prune": flags.pruning(args),
         "data": {
             **_input_of(name),
-            **given(args, ["image_size"]),
+            **flags.given(args, ["image_size"]),
             "num_classes": len(split.classes),
             "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "smoothing": 0.1},
         },
@@ -137,12 +112,12 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
             "precision": "bf16" if on_gpu else "fp32",
             "clip_grad": 1.0,
             **({} if args.lr is None or batch < 1 else {"base_lr": args.lr * 256 / batch}),
-            **given(args, _RECIPE),
+            **flags.given(args, _RECIPE),
             "batch_size": batch,
         },
         "init": "timm" if args.pretrained else _initial_id(args.init) if args.init else "random",
     }
-    return make_spec(values, args.set)
+    return flags.make_spec(values, args.set)
 
 
 def _initial_id(path: Path) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cropr.bench import peak, timing
+from cropr.bench import models, timing
 
 MODEL = {"name": "vit_tiny_patch16_224", "args": {"depth": 4, "embed_dim": 48, "num_heads": 3}}
 RATE = {"constant": {"rate": 3}}
@@ -18,6 +18,6 @@ on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), re
 def instant(monkeypatch):
     """One forward pass a round; bfloat16 also on CPUs that are slow in it."""
     monkeypatch.setattr(timing, "MIN_SAMPLE_S", 0)
-    monkeypatch.setattr(peak, "SIZES", {"cpu": (16,), "cuda": (16,)})
-    monkeypatch.setattr(peak, "SECONDS", 0)
+    monkeypatch.setattr(models, "SIZES", {"cpu": (16,), "cuda": (16,)})
+    monkeypatch.setattr(models, "SECONDS", 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)

@@ -319,8 +319,8 @@ def test_the_command_scores_a_file(annotations, tmp_path, capsys):
     command = ["evaluate", "--predictions", str(predictions), "--annotations", str(annotations)]
     assert cli.main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "ap75" in printed
-    assert "100.00" in printed
+    assert "Box AP at IoU 0.75" in printed
+    assert "100 %" in printed
     assert "no such object" in printed
     record = read_record(out)
     assert (record["kind"], record["metrics"]["mask_ap"]) == ("score", pytest.approx(100))

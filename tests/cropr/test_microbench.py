@@ -254,7 +254,7 @@ def test_training_in_half_precision_is_refused_without_a_gpu(monkeypatch):
 
 @pytest.mark.model
 def test_command_writes_a_record_that_it_reads_again(tmp_path):
-    verb = ["lab", "sweep", "--device", "cpu"]
+    verb = ["microbench", "sweep", "--device", "cpu"]
     text = spec("sweep", attentions=["flash", "efficient"]).model_dump_json()
     first, again = tmp_path / "a", tmp_path / "b"
     assert main([*verb, "--spec", text, "--out", str(first)]) == 0

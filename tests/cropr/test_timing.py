@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cropr.bench import memory, peak, timing
+from cropr.bench import device, models, timing
 from cropr.bench.device import Unsupported, check, largest_batch, mixed
 
 
@@ -67,11 +67,12 @@ def test_bootstrap_has_the_width_that_theory_gives():
 
 def test_utilisation_and_peak_by_hand(monkeypatch):
     # 5 GMAC an image are 10 GFLOP; 2 images a second are 20 GFLOP/s, a fifth of 100.
-    assert peak.utilisation(5e9, images_per_s=2.0, peak=100e9) == pytest.approx(0.2)
+    found = models.model_metrics(torch.nn.Linear(1, 1), timing.Outcome(seconds=[0.5] * 3), 1, macs=5e9, peak=100e9)
+    assert found["mfu"] == pytest.approx(0.2)
     readings = iter([9.0, 0.5, 0.25, 0.5])  # the first is the warm-up
-    monkeypatch.setattr(peak, "clock", lambda *_: next(readings))
-    monkeypatch.setattr(peak, "SECONDS", 0)
-    assert peak._rate(8, torch.float32, "cpu") == pytest.approx(2 * 8**3 / 0.25)
+    monkeypatch.setattr(models, "clock", lambda *_: next(readings))
+    monkeypatch.setattr(models, "SECONDS", 0)
+    assert models._rate(8, torch.float32, "cpu") == pytest.approx(2 * 8**3 / 0.25)
 
 
 def test_working_memory_counts_what_the_work_takes_and_gives_back():
@@ -79,15 +80,15 @@ def test_working_memory_counts_what_the_work_takes_and_gives_back():
         return float(torch.ones(megabytes * 250_000).sum())
 
     work(1)
-    (_, small), (_, large) = (memory.working_memory(lambda size=size: work(size), "cpu") for size in (8, 80))
+    (_, small), (_, large) = (device.working_memory(lambda size=size: work(size), "cpu") for size in (8, 80))
     if small is None:
         pytest.skip("this system keeps no count that can be reset")
     assert large - small == pytest.approx(72, rel=0.2)
 
 
 def test_working_memory_is_unknown_where_nobody_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "absent")
-    assert memory.working_memory(lambda: 7, "cpu") == (7, None)
+    monkeypatch.setattr(device, "_PROC", tmp_path / "absent")
+    assert device.working_memory(lambda: 7, "cpu") == (7, None)
 
 
 class Hungry:

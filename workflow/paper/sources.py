@@ -21,7 +21,7 @@ NEUTRAL = frozenset(
         "cropr",
         "cropr.bench.specs",
         "cropr.cli",
-        "cropr.cli.output",
+        "cropr.cli.measuring",
         "cropr.cli.spec_flags",
         "cropr.pruning.methods",
         "cropr.records",
