@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cropr.build import build_model
 from cropr.data.imagenet import Split, TrainImages
 from cropr.data.loading import TrainBatches
-from cropr.build import build_model
 from cropr.pruning.model import PrunedViT
 from cropr.tasks.classification.run import Objective
 from cropr.training.specs import TrainSpec
