@@ -1,15 +1,8 @@
 """Semantic segmentation in ADE20k's layout: ``images`` and ``annotations``, each with ``training`` and ``validation``.
 
-    train, val = load_splits(root)
-    batches = TrainBatches(TrainImages(train, spec, seed=0), 8, seed=0)
-    for images, maps in batches.epoch(3, start=17):
-        ...
-
 The root is ``ADEChallengeData2016`` or the folder that holds it. The annotation of ``images/training/a.jpg`` is
 ``annotations/training/a.png``: one 8-bit channel, grey or palette, where 0 is not labelled and classes count from 1.
 Maps that leave this module count classes from 0 and have ``IGNORE`` where there is no label.
-
-What a sample and an order depend on: see ``cropr.data.loading``. H and W are pixels.
 """
 
 from __future__ import annotations
@@ -83,20 +76,19 @@ def survey(root: Path) -> tuple[tuple[Split, Split], list[str]]:
 
 def _list(root: Path, name: str, problems: list[str]) -> Split:
     """Pairs of a split by name without suffix; hidden files and files of other kinds are passed over."""
-    images = _files(root / "images" / name, IMG_EXTENSIONS)
-    annotations = _files(root / "annotations" / name, (".png",))
-    if not images:
-        problems.append(f"{root / 'images' / name}: no image")
+    pictures, maps = root / "images" / name, root / "annotations" / name
+    images, found = _files(pictures, IMG_EXTENSIONS), {file.stem: file for file in _files(maps, (".png",))}
     counts = Counter(file.stem for file in images)
+    if not images:
+        problems.append(f"{pictures}: no image")
     if double := sorted(file.name for file in images if counts[file.stem] > 1):
-        problems.append(f"{root / 'images' / name}: images that share a name: {some(double, ', ')}")
-    found, wanted = {file.stem: file for file in annotations}, set(counts)
+        problems.append(f"{pictures}: images that share a name: {some(double, ', ')}")
     if missing := [file.name for file in images if file.stem not in found]:
-        problems.append(f"{root / 'annotations' / name}: no annotation (<name>.png) of {some(missing, ', ')}")
-    if lost := [file.name for stem, file in found.items() if stem not in wanted]:
-        problems.append(f"{root / 'images' / name}: no image of the annotations {some(lost, ', ')}")
-    pairs = [(file, found[file.stem]) for file in images if file.stem in found]
-    return Split(root, name, tuple(image for image, _ in pairs), tuple(annotation for _, annotation in pairs))
+        problems.append(f"{maps}: no annotation (<name>.png) of {some(missing, ', ')}")
+    if lost := [file.name for stem, file in found.items() if stem not in counts]:
+        problems.append(f"{pictures}: no image of the annotations {some(lost, ', ')}")
+    paired = tuple(file for file in images if file.stem in found)
+    return Split(root, name, paired, tuple(found[file.stem] for file in paired))
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -117,9 +109,7 @@ def decode_map(path: str | Path, num_classes: int) -> NDArray[np.uint8]:
     except Exception as error:  # as in ``decode``
         raise unreadable(path, error) from None
     if mode not in ("L", "P"):
-        raise ImageError(
-            f"{path}: an annotation has one 8-bit channel, grey or palette (Pillow's L or P); this is {mode}"
-        )
+        raise ImageError(f"{path}: an annotation has one 8-bit channel (Pillow's L or P); this is {mode}")
     if (highest := int(labels.max())) > num_classes:
         raise ImageError(
             f"{path}: label {highest}, but there are {num_classes} classes (labels 1 to {num_classes}, 0 for none); "
@@ -136,46 +126,25 @@ def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, 
     """
     path, annotation = split.images[index], split.annotations[index]
     image, labels = decode(path), decode_map(annotation, num_classes)
-    height, width = labels.shape
-    if image.size != (width, height):
-        sizes = f"{image.width} x {image.height} px, its annotation {annotation} {width} x {height} px"
+    if image.size != (size := labels.shape[::-1]):
+        sizes = f"{image.width} x {image.height} px, its annotation {annotation} {size[0]} x {size[1]} px"
         raise ImageError(f"{path}: {sizes}; they must be equal")
     return image, labels
 
 
-class _Images(Samples):
-    """Samples (epoch, index) -> (image [3, h, w], labels [H, W] uint8)."""
-
-    layout = TASK.layout
-
-    def __init__(self, split: Split, num_classes: int, transform: Transform, seed: int | None) -> None:
-        super().__init__(split, str(split.root / "images" / split.name), seed)
-        self.num_classes, self.transform = num_classes, transform
-
-    def sample(self, index: int) -> Pair:
-        """The transformed image and its labels."""
-        image, labels = read_pair(self.split, index, self.num_classes)
-        return self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels)))
-
-
-class TrainImages(_Images):
-    """Images [3, S, S] and maps [S, S] uint8, S the image size of the spec.
-
-    Where nothing is random (``is_random``), the transform is that of evaluation.
-    """
-
-    def __init__(self, split: Split, spec: SegDataSpec, seed: int) -> None:
-        random = is_random(spec)
-        transform = TrainTransform(spec) if random else EvalTransform(spec)
-        super().__init__(split, spec.num_classes, transform, seed if random else None)
-
-
-class EvalImages(_Images):
+class EvalImages(Samples):
     """Images [3, h, w] and maps [H, W] uint8; h, w are H, W with sliding windows, else the longer is the image size of
     the spec."""
 
-    def __init__(self, split: Split, spec: SegDataSpec) -> None:
-        super().__init__(split, spec.num_classes, EvalTransform(spec), None)
+    layout = TASK.layout
+
+    def __init__(self, split: Split, spec: SegDataSpec, seed: int | None = None) -> None:
+        super().__init__(split, spec, seed)
+        self.transform: Transform = EvalTransform(spec) if seed is None else TrainTransform(spec)
+
+    def sample(self, index: int) -> Pair:
+        image, labels = read_pair(self.split, index, self.spec.num_classes)
+        return self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels)))
 
     def kind(self, index: int) -> tuple[int, int] | None:
         """Width and height by the head of the file; None if it cannot be read, which loading it will report."""
@@ -184,6 +153,13 @@ class EvalImages(_Images):
                 return image.size
         except Exception:  # as in ``decode``
             return None
+
+
+class TrainImages(EvalImages):
+    """Images [3, S, S] and maps [S, S] uint8, S the image size of the spec; as in evaluation if nothing is random."""
+
+    def __init__(self, split: Split, spec: SegDataSpec, seed: int) -> None:
+        super().__init__(split, spec, seed if is_random(spec) else None)
 
 
 def is_random(spec: SegDataSpec) -> bool:
@@ -219,10 +195,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Normalised image [3, h, w], and labels [H, W] as they are.
-
-    For single windows the longer side becomes the image size of the spec, for sliding ones h, w are H, W.
-    """
+    """Normalised image [3, h, w], and labels [H, W] as they are; see ``EvalImages``."""
 
     def __init__(self, spec: SegDataSpec) -> None:
         self.spec = spec

@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
+
+LISTS = ("categories", "images", "annotations")
 
 Segmentation = list[list[float]] | dict[str, Any]
 """Polygons, or RLE with ``size`` and ``counts`` (compressed to text, or a list of run lengths)."""
@@ -51,27 +53,17 @@ class Annotations:
     """Id and name, by ascending id; the label of entry k is k + 1."""
     skipped: int
     """Instances without area."""
-    _packed: _Packed = field(repr=False)
+    instances: Packed = field(repr=False)
+    """By the id of their image."""
 
     @property
     def category_ids(self) -> tuple[int, ...]:
         """Category of label k + 1 at position k."""
         return tuple(number for number, _ in self.categories)
 
-    def count(self, image_id: int) -> int:
-        """Instances of an image."""
-        return self._packed.count(image_id)
 
-    def instances(self, image_id: int) -> list[Instance]:
-        """Of an image, in the order of the file."""
-        return [
-            Instance(number, label, (left, top, right, bottom), segmentation)
-            for number, label, (left, top, right, bottom), segmentation in self._packed[image_id]
-        ]
-
-
-class _Packed:
-    """Instances by image as text in one array.
+class Packed:
+    """Instances by image, in the order of the file, as text in one array.
 
     COCO's 860,000 as Python objects take gigabytes, and every worker process that reads them gets a copy of its own,
     since reading changes their reference counts.
@@ -84,13 +76,15 @@ class _Packed:
         self._place = {image: (position, len(group)) for position, (image, group) in enumerate(instances.items())}
 
     def count(self, image: int) -> int:
+        """Number of instances, without reading them."""
         return self._place.get(image, (0, 0))[1]
 
-    def __getitem__(self, image: int) -> list[Any]:
+    def __getitem__(self, image: int) -> list[Instance]:
         if image not in self._place:
             return []
         position = self._place[image][0]
-        return json.loads(self._text[self._ends[position] : self._ends[position + 1]].tobytes())
+        group = json.loads(self._text[self._ends[position] : self._ends[position + 1]].tobytes())
+        return [Instance(number, label, tuple(box), segmentation) for number, label, box, segmentation in group]
 
 
 def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
@@ -106,19 +100,22 @@ def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
 def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str]]:
     """As ``read_annotations``, for a file that ``read_content`` has read."""
     problems: list[str] = []
-    categories, images, annotations = (
-        _by_id(key, content[key], problems) for key in ("categories", "images", "annotations")
-    )
+    categories, images, annotations = (_by_id(key, content[key], problems) for key in LISTS)
     for kind, entries in (("image", images), ("annotation", annotations), ("category", categories)):
         if not entries and not problems:
             problems.append(f"lists no {kind}")
-    by_id = {number: image for number, entry in images.items() if (image := _image(entry, problems))}
+    problems += [f"image {number}: {wrong}" for number, entry in images.items() if (wrong := _wrong_image(entry))]
+    by_id = {
+        number: CocoImage(number, entry["file_name"], entry["height"], entry["width"])
+        for number, entry in images.items()
+        if not _wrong_image(entry)
+    }
     labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
     packed: dict[int, list[Instance]] = {}
     skipped = 0
-    for entry in annotations.values():
+    for number, entry in annotations.items():
         if wrong := _wrong(entry, images, labels):
-            problems.append(f"annotation {entry['id']}: {wrong}")
+            problems.append(f"annotation {number}: {wrong}")
         if wrong or (image := by_id.get(entry["image_id"])) is None or entry["iscrowd"]:
             continue
         if (instance := _instance(entry, image, labels)) is None:
@@ -130,7 +127,7 @@ def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str
         tuple(sorted(by_id.values())),
         tuple((number, str(categories[number].get("name", number))) for number in labels),
         skipped,
-        _Packed(packed),
+        Packed(packed),
     )
     return result, [f"{path}: {problem}" for problem in problems]
 
@@ -158,7 +155,7 @@ def _by_id(what: str, entries: Iterable[Any], problems: list[str]) -> dict[int, 
     result: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
-        if not _is_integer(number):
+        if type(number) is not int:
             problems.append(f"{what}[{position}]: its id is {number!r}, not a whole number")
         elif number in result:
             problems.append(f"{what}[{position}]: id {number} was there before")
@@ -167,29 +164,27 @@ def _by_id(what: str, entries: Iterable[Any], problems: list[str]) -> dict[int, 
     return result
 
 
-def _image(entry: Mapping[str, Any], problems: list[str]) -> CocoImage | None:
-    name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
+def _wrong_image(entry: Mapping[str, Any]) -> str | None:
+    name, *sides = (entry.get(key) for key in ("file_name", "height", "width"))
     if not isinstance(name, str) or not name:
-        problems.append(f"image {entry['id']}: file_name is {name!r}, not a name")
-    elif not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
-        problems.append(f"image {entry['id']}: height {height!r} and width {width!r} are not positive whole numbers")
-    else:
-        return CocoImage(entry["id"], name, height, width)
+        return f"file_name is {name!r}, not a name"
+    if not all(type(side) is int and side > 0 for side in sides):
+        return f"height {sides[0]!r} and width {sides[1]!r} are not positive whole numbers"
     return None
 
 
 def _wrong(entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], labels: Mapping[int, int]) -> str | None:
     """What is wrong with an annotation, None if nothing is."""
     image, category, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
-    if not _is_integer(image) or image not in images:
+    if type(image) is not int or image not in images:
         return f"image_id {image!r} is not among the images"
-    if not _is_integer(category) or category not in labels:
+    if type(category) is not int or category not in labels:
         return f"category_id {category!r} is not among the categories"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"bbox is {box!r}, not four numbers (left, top, width, height)"
+    if wrong := wrong_box(box):
+        return wrong
     if entry.get("iscrowd") not in (0, 1):
         return f"iscrowd is {entry.get('iscrowd')!r}, not 0 or 1"
-    if not _is_number(entry.get("area")):
+    if not is_number(entry.get("area")):
         return f"area is {entry.get('area')!r}, not a number; evaluation by size needs it"
     return _wrong_segmentation(entry.get("segmentation"), images[image])
 
@@ -219,9 +214,12 @@ def _instance(entry: Mapping[str, Any], image: CocoImage, labels: Mapping[int, i
     return Instance(entry["id"], labels[entry["category_id"]], (left, top, right, bottom), segmentation)
 
 
-def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def wrong_box(box: Any) -> str | None:
+    """Why a value is no ``bbox``, None if it is one."""
+    right = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    return None if right else f"bbox is {box!r}, not four numbers (left, top, width, height)"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """A finite number; True and False are none."""
+    return type(value) in (int, float) and math.isfinite(value)

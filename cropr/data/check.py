@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cropr.data import ade20k, imagenet
-from cropr.data.loading import ImageError, decode
+from cropr.data.loading import ImageError, decode, some
 
 Progress = Callable[[int, int], None]
 """Called with the images that are done and all."""
@@ -34,13 +34,9 @@ class CheckReport:
 
     def raise_for_problems(self, limit: int = 20) -> None:
         """ValueError with all problems and up to ``limit`` bad files, if there are any."""
-        if not (self.problems or self.bad):
-            return
-        lines = [*self.problems, *self.bad[:limit]]
-        if len(self.bad) > limit:
-            lines.append(f"and {len(self.bad) - limit} more files")
-        summary = f"{self.root}: {len(self.bad)} of {sum(self.images.values())} images cannot be used"
-        raise ValueError("\n  ".join([summary, *lines]))
+        if self.problems or self.bad:
+            summary = f"{self.root}: {len(self.bad)} of {sum(self.images.values())} images cannot be used"
+            raise ValueError("\n  ".join([summary, *self.problems, some(self.bad, "\n  ", limit)]))
 
 
 def check(
@@ -49,10 +45,8 @@ def check(
     """Read all images of both splits.
 
     Args:
-        root: of the images.
         num_classes: expected number of classes.
         layout: ``imagenet``, ``ade20k`` or ``coco``.
-        progress: called with the images that are done and all.
 
     Raises:
         FileNotFoundError: the root or a folder is missing.
@@ -71,7 +65,7 @@ def check(
     else:
         from cropr.data import coco  # needs pycocotools
 
-        splits, problems = coco.survey_coco(root, num_classes)
+        splits, problems = coco.survey(root, num_classes)
         # Images without a file are among the problems.
         places = [(split, index) for split in splits for index in range(len(split)) if split.path(index).is_file()]
         reads = [partial(coco.read_pair, split, index) for split, index in places]
@@ -84,21 +78,19 @@ def check(
 
 def _failures(reads: Sequence[Callable[[], object]], progress: Progress | None) -> tuple[str, ...]:
     """Call all; returns the messages of those that raise ``ImageError``."""
-    chunks = [reads[start : start + 64] for start in range(0, len(reads), 64)]
     bad: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        for number, errors in enumerate(pool.map(_failures_of, chunks), start=1):
-            bad += errors
+        for start in range(0, len(reads), 256):
+            chunk = reads[start : start + 256]
+            bad += [message for message in pool.map(_failure, chunk) if message]
             if progress:
-                progress(min(64 * number, len(reads)), len(reads))
+                progress(start + len(chunk), len(reads))
     return tuple(bad)
 
 
-def _failures_of(reads: Sequence[Callable[[], object]]) -> list[str]:
-    errors = []
-    for read in reads:
-        try:
-            read()
-        except ImageError as error:
-            errors.append(str(error))
-    return errors
+def _failure(read: Callable[[], object]) -> str | None:
+    try:
+        read()
+    except ImageError as error:
+        return str(error)
+    return None

@@ -2,11 +2,9 @@
 
     train, val = load_coco(root, num_classes=80)
     batches = TrainBatches(TrainImages(train, spec, seed=0), 64, seed=0, collate=collate)
-    for images, targets in batches.epoch(0):
-        ...
 
 Images [B, 3, S, S] are normalised and padded with zeros on the right and at the bottom. Targets are a list of
-dictionaries, one an image, with torchvision's keys and conventions:
+dictionaries, one an image of n instances, with torchvision's keys and conventions:
 
     boxes [n, 4] float32: left, top, right, bottom in pixels of the padded image
     labels [n] int64: 1 for the category of lowest id, and so on without gaps; 0 is the background
@@ -19,8 +17,6 @@ Evaluation has the last three alone: the truth is read by pycocotools (``cropr.t
 Skipped and counted (``Annotations.skipped``): instances whose box has no area within the image, or whose polygons all
 have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images
 without an instance, as the reference recipe does; evaluation keeps them.
-
-n instances of an image, S side of the padded image.
 """
 
 from __future__ import annotations
@@ -63,7 +59,6 @@ class CocoSplit:
     name: str
     annotations: Annotations
     images: tuple[CocoImage, ...]
-    """By ascending id."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,7 +74,7 @@ class CocoSplit:
 
     def instances(self, index: int) -> list[Instance]:
         """Of an image; neither crowd regions nor what is skipped."""
-        return self.annotations.instances(self.images[index].id)
+        return self.annotations.instances[self.images[index].id]
 
 
 def load_coco(root: str | Path, num_classes: int | None = None) -> tuple[CocoSplit, CocoSplit]:
@@ -87,15 +82,15 @@ def load_coco(root: str | Path, num_classes: int | None = None) -> tuple[CocoSpl
 
     Raises:
         FileNotFoundError: the root, a folder or an annotation file is missing.
-        ValueError: whatever ``survey_coco`` finds, all of it (the first twenty in full).
+        ValueError: whatever ``survey`` finds, all of it (the first twenty in full).
     """
-    splits, problems = survey_coco(Path(root), num_classes)
+    splits, problems = survey(Path(root), num_classes)
     if problems:
         raise ValueError(some(problems, "\n  "))
     return splits
 
 
-def survey_coco(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoSplit, CocoSplit], list[str]]:
+def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoSplit, CocoSplit], list[str]]:
     """Both splits, and what is wrong with them: a line a finding, with the file and the id.
 
     Looked for: ids that are missing, not numbers, double or unknown; images without a file; boxes, sizes and
@@ -116,11 +111,11 @@ def survey_coco(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoS
     train, val = splits
     if not problems and (train.annotations.categories != val.annotations.categories):
         problems.append(f"{train.annotations.path} and {val.annotations.path} have different categories")
-    if num_classes is not None and not problems and len(train.annotations.categories) != num_classes:
-        found_classes = len(train.annotations.categories)
+    count = len(train.annotations.categories)
+    if num_classes is not None and not problems and count != num_classes:
         problems.append(
-            f"{train.annotations.path} has {found_classes} categories, the settings say {num_classes}; "
-            f"set num_classes to {found_classes} or choose another directory"
+            f"{train.annotations.path} has {count} categories, the settings say {num_classes}; "
+            f"set num_classes to {count} or choose another directory"
         )
     return (train, val), problems
 
@@ -139,9 +134,6 @@ def fingerprint(splits: Iterable[CocoSplit]) -> str:
     """Digest of the annotation files, which name the images."""
     digests = (hashlib.sha256(split.annotations.path.read_bytes()).digest() for split in splits)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
-
-
-# Samples ------------------------------------------------------------------------------------------------------------
 
 
 def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
@@ -167,7 +159,7 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
         ImageError: a segmentation cannot be decoded.
     """
     image = split.images[index]
-    masks = np.zeros((split.annotations.count(image.id), image.height, image.width), np.uint8)
+    masks = np.zeros((split.annotations.instances.count(image.id), image.height, image.width), np.uint8)
     for mask, instance in zip(masks, split.instances(index), strict=True):
         try:
             mask[:] = coco_mask.decode(to_rle(instance.segmentation, image.height, image.width))
@@ -191,61 +183,42 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
     return coco_mask.merge(rle) if isinstance(rle, list) else rle
 
 
-class TrainImages(Samples):
-    """Images with large-scale jitter, and all targets.
+class EvalImages(Samples):
+    """Every image, its longer side resized to S, and what brings predictions back to the file's pixels."""
+
+    layout = TASK.layout
+
+    def sample(self, index: int) -> tuple[Tensor, Target]:
+        return self._with_sizes(fit(read_image(self.split, index), self.spec.image_size), index)
+
+    def _with_sizes(self, seen: Tensor, index: int) -> tuple[Tensor, Target]:
+        """What is seen of an image, uint8 [3, h, w], as [3, S, S], and its sizes."""
+        listed, size = self.split.images[index], (seen.shape[-2], seen.shape[-1])
+        original = listed.height, listed.width
+        return normalise(seen, self.spec), {"image_id": listed.id, "size": size, "original_size": original}
+
+
+class TrainImages(EvalImages):
+    """Images with large-scale jitter, and all targets; the jitter may leave no instance.
 
     Raises:
         ValueError: no image has an instance.
     """
 
-    layout = TASK.layout
-
     def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
-        occupied = tuple(image for image in split.images if split.annotations.count(image.id))
+        occupied = tuple(image for image in split.images if split.annotations.instances.count(image.id))
         if not occupied:
             raise ValueError(f"{split.annotations.path}: no image has an instance to train on")
-        super().__init__(replace(split, images=occupied), str(split.folder), seed)
-        self.spec = spec
+        super().__init__(replace(split, images=occupied), spec, seed)
 
     def sample(self, index: int) -> tuple[Tensor, Target]:
-        """Image [3, S, S] and target; the latter may have no instance left."""
-        image, listed = read_image(self.split, index), self.split.images[index]
-        instances = self.split.instances(index)
+        instances, side = self.split.instances(index), self.spec.image_size
         boxes = torch.tensor([instance.box for instance in instances], dtype=torch.float32).reshape(-1, 4)
-        view = jitter(image, boxes, read_masks(self.split, index), self.spec)
-        labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)
-        height, width = view.image.shape[-2:]
-        target: Target = {
-            "boxes": view.boxes,
-            "labels": labels[view.kept],
-            "masks": F.pad(view.masks, [0, 0, self.spec.image_size - width, self.spec.image_size - height]),
-            **_sizes(listed, view.image),
-        }
-        return normalise(view.image, self.spec), target
-
-
-class EvalImages(Samples):
-    """Every image, its longer side resized to S."""
-
-    layout = TASK.layout
-
-    def __init__(self, split: CocoSplit, spec: DetDataSpec) -> None:
-        super().__init__(split, str(split.folder), None)
-        self.spec = spec
-
-    def sample(self, index: int) -> tuple[Tensor, Target]:
-        """Image [3, S, S]; of the target what is needed to bring predictions back to the file's pixels."""
-        image = fit(read_image(self.split, index), self.spec.image_size)
-        return normalise(image, self.spec), _sizes(self.split.images[index], image)
-
-
-def _sizes(listed: CocoImage, seen: Tensor) -> Target:
-    """What brings predictions on the resized image ``seen`` [3, h, w] back to the file's pixels."""
-    return {
-        "image_id": listed.id,
-        "size": (seen.shape[-2], seen.shape[-1]),
-        "original_size": (listed.height, listed.width),
-    }
+        view = jitter(read_image(self.split, index), boxes, read_masks(self.split, index), self.spec)
+        labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)[view.kept]
+        masks = F.pad(view.masks, [0, 0, side - view.image.shape[-1], side - view.image.shape[-2]])
+        image, sizes = self._with_sizes(view.image, index)
+        return image, {"boxes": view.boxes, "labels": labels, "masks": masks, **sizes}
 
 
 def normalise(image: Tensor, spec: DetDataSpec) -> Tensor:

@@ -5,9 +5,7 @@
     for images, labels in batches.epoch(3, start=17):
         ...
 
-The transforms are timm's. What a sample and an order depend on: see ``cropr.data.loading``.
-
-H and W are the image size of the spec.
+The transforms are timm's. H and W are the image size of the spec.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Split:
     root: Path
     name: str
     classes: tuple[str, ...]
-    """Names of the class folders; the label is the position."""
+    """Names of the class folders, in the order of the labels."""
     paths: tuple[str, ...]
     labels: tuple[int, ...]
 
@@ -59,7 +57,7 @@ def load_splits(root: str | Path, num_classes: int | None = None) -> tuple[Split
 
 
 def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[Split, Split], list[str]]:
-    """Both splits, and what is wrong within their folders. Raises what ``require_folders`` raises."""
+    """Both splits, and what is wrong within their folders; raises what ``require_folders`` raises."""
     require_folders(root, TASK)
     train, val = (_list(root, name) for name in TASK.folders)
     problems = []
@@ -114,22 +112,10 @@ def train_transform(spec: DataSpec) -> Transform:
             f"color_jitter {augment.color_jitter} has no effect beside auto_augment {augment.auto_augment!r}; "
             "set one of them to null"
         )
-    transform = create_transform(
-        spec.image_size,
-        is_training=True,
-        no_aug=not is_random(spec),
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # None switches it off
-        auto_augment=augment.auto_augment,
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
-        re_prob=augment.erasing,
-        re_mode="pixel",
-        re_count=1,
-    )
+    options: dict[str, Any] = augment.model_dump(include={"scale", "ratio", "hflip", "color_jitter", "auto_augment"})
+    options |= spec.model_dump(include={"interpolation", "mean", "std"})
+    options |= {"re_prob": augment.erasing, "re_mode": "pixel", "re_count": 1}
+    transform = create_transform(spec.image_size, is_training=True, no_aug=not is_random(spec), **options)
     for policy in transform.transforms:
         # RandAugment and AugMix have a list of operations, AutoAugment has lists of them.
         for operation in chain(getattr(policy, "ops", []), *getattr(policy, "policy", [])):
@@ -151,43 +137,30 @@ def eval_transform(spec: DataSpec) -> Transform:
 
 
 def mixup(spec: DataSpec) -> Mixup | None:
-    """timm's mixup and cutmix, chosen per batch with equal odds where both are on; None where both are off.
-
-    It draws from numpy's global generator, mixes an even number of images, and smooths the labels.
-    """
+    """timm's mixup and cutmix, chosen per batch with equal odds where both are on; None where both are off. It draws
+    from numpy's global generator, mixes an even number of images, and smooths the labels."""
     augment = spec.augment
     if not (augment.mixup or augment.cutmix):
         return None
     return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=spec.num_classes)
 
 
-class _Images(Samples):
-    """Samples (epoch, index) -> (image [3, H, W], label)."""
+class EvalImages(Samples):
+    """Images [3, H, W] with the evaluation transform, and labels."""
 
     layout = TASK.layout
 
-    def __init__(self, split: Split, transform: Transform, seed: int | None) -> None:
-        super().__init__(split, str(split.root / split.name), seed)
-        self.transform = transform
+    def __init__(self, split: Split, spec: DataSpec, seed: int | None = None) -> None:
+        super().__init__(split, spec, seed)
+        self.transform = eval_transform(spec)
 
     def sample(self, index: int) -> tuple[Tensor, int]:
-        """The transformed image and its label."""
         return self.transform(decode(self.split.paths[index])), self.split.labels[index]
 
 
-class TrainImages(_Images):
-    """Images with the training transform.
-
-    Raises:
-        ValueError: as of ``train_transform``.
-    """
+class TrainImages(EvalImages):
+    """The same with the training transform; raises what ``train_transform`` raises."""
 
     def __init__(self, split: Split, spec: DataSpec, seed: int) -> None:
-        super().__init__(split, train_transform(spec), seed if is_random(spec) else None)
-
-
-class EvalImages(_Images):
-    """Images with the evaluation transform."""
-
-    def __init__(self, split: Split, spec: DataSpec) -> None:
-        super().__init__(split, eval_transform(spec), None)
+        super().__init__(split, spec, seed if is_random(spec) else None)
+        self.transform = train_transform(spec)

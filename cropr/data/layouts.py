@@ -35,6 +35,7 @@ CHUNK = 200
 
 Entry = dict[str, Any]
 """What the index of a layout holds of a scene."""
+_Chunk = tuple[ScenesSpec, str, Split, range, Path]
 
 TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
 """Folders of all layouts, which are removed before a set is written."""
@@ -75,19 +76,18 @@ def _coco(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entr
     """
     height, width, _ = scene.image.shape
     name = f"{index:012d}.png"
-    annotations = []
-    for instance in scene.instances:
-        left, top, right, bottom = instance.box
-        annotations.append(
-            {
-                "image_id": index,
-                "category_id": CATEGORIES[instance.label],
-                "bbox": [left, top, right - left, bottom - top],
-                "area": int(instance.region.sum()),
-                "segmentation": {"size": [height, width], "counts": run_lengths(instance.region)},
-                "iscrowd": 0,
-            }
-        )
+    annotations = [
+        {
+            "image_id": index,
+            "category_id": CATEGORIES[instance.label],
+            "bbox": [left, top, right - left, bottom - top],
+            "area": int(instance.region.sum()),
+            "segmentation": {"size": [height, width], "counts": run_lengths(instance.region)},
+            "iscrowd": 0,
+        }
+        for instance in scene.instances
+        for left, top, right, bottom in [instance.box]
+    ]
     image = {"id": index, "file_name": name, "height": height, "width": width}
     return _save(scene.image, root / f"{split}2017" / name), {"image": image, "annotations": annotations}
 
@@ -95,25 +95,19 @@ def _coco(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entr
 def _coco_index(root: Path, split: Split, entries: list[Entry]) -> int:
     """Write the file of instances; returns its bytes. Ids begin at 1: pycocotools takes a match with 0 for none."""
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
+    names = [{"id": number, "name": f"digit_{k}", "supercategory": "digit"} for k, number in enumerate(CATEGORIES)]
     content = {
         "info": {"description": "Generated scenes of handwritten digits"},
         "images": [entry["image"] for entry in entries],
         "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
-        "categories": [
-            {"id": category, "name": f"digit_{label}", "supercategory": "digit"}
-            for label, category in enumerate(CATEGORIES)
-        ],
+        "categories": names,
     }
     path = root / "annotations" / f"instances_{split}2017.json"
     path.parent.mkdir(exist_ok=True)
     return path.write_text(json.dumps(content))
 
 
-LAYOUTS: dict[str, Callable[[Scene, Split, int, Path], tuple[int, Entry]]] = {
-    "imagenet": _imagenet,
-    "ade20k": _ade20k,
-    "coco": _coco,
-}
+LAYOUTS = {"imagenet": _imagenet, "ade20k": _ade20k, "coco": _coco}
 """Writer of one scene by layout: returns the bytes written, and the scene's entry in the index."""
 
 
@@ -128,7 +122,7 @@ def write(
     root: str | Path,
     layout: str = "imagenet",
     workers: int = 2,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda written: None,
 ) -> None:
     """Write a set, and ``record.json`` last. A set written earlier, finished or not, whatever its layout, is replaced.
 
@@ -155,8 +149,7 @@ def write(
     for (_, _, split, indices, _), (some, found) in zip(chunks, written, strict=True):
         size += some
         entries[split] += found
-        if progress:
-            progress(len(indices))
+        progress(len(indices))
     if layout == "coco":
         size += sum(_coco_index(root, split, entries[split]) for split in SPLITS)
     classes = CLASSES + (layout == "ade20k")  # and the background
@@ -186,9 +179,6 @@ def _clear(root: Path) -> None:
     record.unlink(missing_ok=True)
     for name in TOPS:
         shutil.rmtree(root / name, ignore_errors=True)
-
-
-_Chunk = tuple[ScenesSpec, str, Split, range, Path]
 
 
 def _run(chunks: list[_Chunk], workers: int) -> Iterator[tuple[int, list[Entry]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -108,17 +108,16 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
     """Samples (epoch, index) -> (image [3, H, W], target), random by (seed, epoch, index) alone.
 
     Args:
-        split: what ``sample`` reads; its length is the number of images.
-        where: names the images in messages, for example their folder.
+        split: what ``sample`` reads: ``root``, ``name``, and as its length the number of images.
+        spec: of the images.
         seed: of what is random in ``sample``; if None, nothing is, and no time is spent on seeding.
     """
 
     layout: ClassVar[str]
     """As in ``python -m cropr data check --layout``."""
 
-    def __init__(self, split: Sized, where: str, seed: int | None) -> None:
-        self.split: Any = split
-        self.where, self.seed = where, seed
+    def __init__(self, split: Any, spec: Any, seed: int | None = None) -> None:
+        self.split, self.spec, self.seed = split, spec, seed
 
     def __len__(self) -> int:
         return len(self.split)
@@ -160,7 +159,6 @@ class TrainBatches:
     """Training batches of this process, epoch by epoch.
 
     Args:
-        samples: what to read.
         batch_size: images per batch over all processes; each has ``batch_size / world`` of them. Together, the shares
             of all processes make up the batch of one process alone.
         seed: of the order.
@@ -181,8 +179,8 @@ class TrainBatches:
         self.rank, self.world = _place(share)
         if len(samples) < batch_size:
             raise ValueError(
-                f"{samples.where} has {len(samples)} images, fewer than one batch of {batch_size}; "
-                f"lower batch_size to at most {len(samples)} or add images"
+                f"{samples.split.root}: {samples.split.name} has {len(samples)} images, fewer than one batch of "
+                f"{batch_size}; lower batch_size to at most {len(samples)} or add images"
             )
         if batch_size % self.world:
             raise ValueError(f"batch_size {batch_size} does not divide into {self.world} processes; make it a multiple")
@@ -209,15 +207,10 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """This process's part of a set, each image once, none left out.
+    """This process's part of a set: batches of at most ``batch_size`` images.
 
     Over all processes every image is seen exactly once, so that counts can be summed. Images come in order, but those
-    of one kind (``Samples.kind``) together.
-
-    Args:
-        samples: what to read; nothing may be random there.
-        batch_size: images of a batch, at most.
-        collate: as for ``TrainBatches``.
+    of one kind (``Samples.kind``) together. Nothing in ``samples`` may be random.
     """
 
     def __init__(
@@ -273,10 +266,8 @@ class _Loader:
         self.todo[:] = todo
         for batch in self.loader:
             if isinstance(batch, ImageError):
-                command = f"python -m cropr data check --layout {self.layout}"
-                raise ImageError(f"{batch}; {command} lists all such files")
-            images, targets = batch
-            yield images, targets
+                raise ImageError(f"{batch}; python -m cropr data check --layout {self.layout} lists all such files")
+            yield tuple(batch)
 
 
 class _Guarded(Dataset[Any]):

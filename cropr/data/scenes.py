@@ -18,8 +18,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ INK = 0.25
 """Opacity from which a pixel counts as stroke."""
 
 Array = NDArray[np.uint8]
+Glyph = NDArray[np.float32]
 Area = tuple[slice, slice]
 """Rows and columns."""
 
@@ -98,9 +100,7 @@ def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
 
     Each call draws from a generator of its own, seeded by (``spec.seed``, split, index), so that the order and the
     process in which scenes are made change nothing. Training and validation scenes use different handwritten digits.
-
-    Raises:
-        ValueError: see ``verify``.
+    Raises what ``verify`` raises.
     """
     verify(spec)
     random = np.random.default_rng(np.random.SeedSequence([spec.seed, SPLITS.index(split), index]))
@@ -110,9 +110,7 @@ def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
 
     low, high = spec.objects
     count = low if low == high else int(random.integers(low, high + 1))
-    labels: list[int] = []
-    glyphs: list[NDArray[np.float32]] = []
-    areas: list[Area] = []
+    labels, glyphs, areas = list[int](), list[Glyph](), list[Area]()
     for number in range(count):
         labels.append(int(random.integers(CLASSES)) if number else index % CLASSES)
         originals = digits[labels[-1]]
@@ -155,16 +153,12 @@ def verify(spec: ScenesSpec) -> None:
 
 
 @cache
-def _digits() -> dict[str, list[NDArray[np.float32]]]:
+def _digits() -> dict[str, list[Glyph]]:
     """The originals as opacity in [0, 1], [n, 8, 8] per split and class: of each class every fifth is validation's."""
-    datasets = _sklearn_datasets()
-    bunch = datasets.load_digits()
+    bunch = _sklearn_datasets().load_digits()
     opacity = (bunch.images / 16).astype(np.float32)
     by_class = [opacity[bunch.target == label] for label in range(CLASSES)]
-    return {
-        "train": [np.delete(d, np.s_[::5], axis=0) for d in by_class],
-        "val": [d[::5] for d in by_class],
-    }
+    return {"train": [np.delete(d, np.s_[::5], axis=0) for d in by_class], "val": [d[::5] for d in by_class]}
 
 
 @cache
@@ -172,15 +166,14 @@ def _photos() -> list[Image.Image]:
     return [Image.fromarray(photo) for photo in _sklearn_datasets().load_sample_images().images]
 
 
-def _sklearn_datasets():  # type: ignore[no-untyped-def]  # a module
+def _sklearn_datasets() -> Any:
     try:
-        from sklearn import datasets
+        return import_module("sklearn.datasets")
     except ModuleNotFoundError:
         raise ValueError("scenes need scikit-learn's digits and photos: pip install scikit-learn") from None
-    return datasets
 
 
-def _background(size: int, random: np.random.Generator) -> NDArray[np.float32]:
+def _background(size: int, random: np.random.Generator) -> Glyph:
     """A crop of a photo, [size, size, 3]: from a third of its shorter side to all of it, flipped, dimmed."""
     photo = _photos()[random.integers(len(_photos()))]
     side = random.uniform(1 / 3, 1) * min(photo.size)
@@ -190,7 +183,7 @@ def _background(size: int, random: np.random.Generator) -> NDArray[np.float32]:
     return np.asarray(crop, np.float32)[:, ::flip] * np.float32(random.uniform(0, 0.8))
 
 
-def _enlarge(glyph: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+def _enlarge(glyph: Glyph, scale: float) -> Glyph:
     """Bicubic, antialiased; opacity stays in [0, 1]."""
     height, width = (max(1, round(side * scale)) for side in glyph.shape)
     enlarged = _resampling(glyph.shape[0], height) @ glyph @ _resampling(glyph.shape[1], width).T
@@ -198,15 +191,13 @@ def _enlarge(glyph: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
 
 
 @cache
-def _resampling(size: int, to: int) -> NDArray[np.float32]:
+def _resampling(size: int, to: int) -> Glyph:
     """Matrix [to, size] that does what Pillow's bicubic filter does along one axis; much faster on small pieces."""
     identity = Image.fromarray(np.eye(size, dtype=np.float32))
     return np.asarray(identity.resize((size, to), Image.Resampling.BICUBIC))
 
 
-def _add_area(
-    areas: list[Area], glyphs: list[NDArray[np.float32]], spec: ScenesSpec, random: np.random.Generator
-) -> list[Area]:
+def _add_area(areas: list[Area], glyphs: list[Glyph], spec: ScenesSpec, random: np.random.Generator) -> list[Area]:
     """Areas of all glyphs, of which the last has none yet: one of the free places on the grid.
 
     Where there is none, all digits move to a regular lattice, which has room for them (``verify``).
@@ -247,12 +238,7 @@ def _touches(area: Area, others: list[Area]) -> bool:
 
 
 def _add_fragment(
-    canvas: NDArray[np.float32],
-    mask: Array,
-    keep_off: list[Area],
-    digits: list[NDArray[np.float32]],
-    spec: ScenesSpec,
-    random: np.random.Generator,
+    canvas: Glyph, mask: Array, keep_off: list[Area], digits: list[Glyph], spec: ScenesSpec, random: np.random.Generator
 ) -> None:
     """Paint a piece of some digit, 3 x 3 of its 8 x 8 pixels, about as large as a patch, outside of ``keep_off``.
 
@@ -271,7 +257,7 @@ def _add_fragment(
             return
 
 
-def _paint(area: NDArray[np.float32], glyph: NDArray[np.float32], random: np.random.Generator) -> None:
+def _paint(area: Glyph, glyph: Glyph, random: np.random.Generator) -> None:
     """Draw strokes into ``area`` in place: of one colour, 90 to 150 levels above the mean beneath."""
     colour = float(area.mean()) + random.uniform(90, 150)
     rgb = (random.uniform(-30, 30, 3) + colour).clip(0, 255).astype(np.float32)
@@ -280,13 +266,10 @@ def _paint(area: NDArray[np.float32], glyph: NDArray[np.float32], random: np.ran
 
 def _filled(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Pixels that have ink at or before and at or after them, in their row as well as in their column."""
-
-    def between(axis: int) -> NDArray[np.bool_]:
-        before = np.logical_or.accumulate(ink, axis=axis)
-        after = np.flip(np.logical_or.accumulate(np.flip(ink, axis), axis=axis), axis)
-        return before & after
-
-    return between(0) & between(1)
+    reach = np.logical_or.accumulate
+    down, up = reach(ink), reach(ink[::-1])[::-1]
+    right, left = reach(ink, axis=1), reach(ink[:, ::-1], axis=1)[:, ::-1]
+    return down & up & right & left
 
 
 def fingerprint(spec: ScenesSpec) -> str:
@@ -304,9 +287,8 @@ def object_mask(image_path: str | Path) -> Array | None:
     ``<root>/<split>/<class>/<name>`` belongs to ``<root>/truth/<split>/<class>/<name>``. Images are resized by loaders,
     masks are not: evaluate at the size of the set.
     """
-    path = Path(image_path)
-    *_, split, folder, name = path.parts
-    truth = path.parents[2] / "truth" / split / folder / name
+    root = Path(image_path).parents[2]
+    truth = root / "truth" / Path(image_path).relative_to(root)
     if not truth.exists():
         return None
     with Image.open(truth) as mask:

@@ -14,15 +14,7 @@ from torchvision import tv_tensors
 
 from cropr.data.annotations import read_annotations
 from cropr.data.check import check
-from cropr.data.coco import (
-    EvalImages,
-    TrainImages,
-    collate,
-    fingerprint,
-    load_coco,
-    read_image,
-    read_masks,
-)
+from cropr.data.coco import EvalImages, TrainImages, collate, fingerprint, load_coco, read_image, read_masks
 from cropr.data.jitter import fit, jitter, view_window
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches
 from cropr.tasks.detection import DetDataSpec
@@ -325,7 +317,7 @@ def test_instances_without_area_are_skipped_and_counted(tmp_path):
     annotations, problems = read_annotations(edit(tmp_path, change))
     assert problems == []
     assert annotations.skipped == 4
-    boxes = {i.id: i.box for i in annotations.instances(100)}
+    boxes = {i.id: i.box for i in annotations.instances[100]}
     assert {number for number in boxes if number >= 50} == {54}
     assert boxes[54] == (0, 5, 7, 9)
 

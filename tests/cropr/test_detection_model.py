@@ -24,11 +24,7 @@ from cropr.tasks.detection.regions import BoxStage, RegionPooler, scale_gradient
 from cropr.training.checkpoint import load_initial, save_weights
 
 DENSE = {"reducer": "none"}
-SCENES = [
-    ([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]),
-    ([(10, 30, 40, 56)], [3]),
-    ([], []),
-]
+SCENES = [([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]), ([(10, 30, 40, 56)], [3]), ([], [])]
 
 
 def _batch():

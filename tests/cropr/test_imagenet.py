@@ -15,14 +15,7 @@ from tiny import equal
 
 from cropr.cli import main
 from cropr.data.check import check
-from cropr.data.imagenet import (
-    EvalImages,
-    TrainImages,
-    eval_transform,
-    load_splits,
-    mixup,
-    train_transform,
-)
+from cropr.data.imagenet import EvalImages, TrainImages, eval_transform, load_splits, mixup, train_transform
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches, decode, seeded
 from cropr.data.scenes import INCOMPLETE
 from cropr.tasks.classification import AugmentSpec, DataSpec

@@ -17,7 +17,7 @@ class Boxes(Samples):
     layout = "coco"
 
     def __init__(self, count: int = 10, seed: int | None = 0) -> None:
-        super().__init__(range(count), "boxes", seed)
+        super().__init__(range(count), None, seed)
 
     def sample(self, index: int) -> tuple[torch.Tensor, dict]:
         boxes = torch.rand(index, 4) + random.random() + np.random.rand() if self.seed is not None else None

@@ -151,10 +151,7 @@ def score_file(predictions: Path, annotations: Path) -> dict[str, float]:
 
 
 def score(
-    results: Sequence[Result],
-    annotations: Path,
-    image_ids: Sequence[int] | None = None,
-    source: str = "results",
+    results: Sequence[Result], annotations: Path, image_ids: Sequence[int] | None = None, source: str = "results"
 ) -> dict[str, float]:
     """The ``FIGURES`` in percent for boxes (``box_ap``, ...), and for masks (``mask_ap``, ...) if results have them.
 
