@@ -9,14 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from cropr.data.loading import Share, TrainBatches
 from cropr.records import RECORD, read_record
-from cropr.specs import ScenesSpec
 from cropr.training.specs import TrainSpec
 
 
@@ -34,12 +33,10 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Result on a validation set."""
+    """Result on a validation set: scalars, with ``val_images``, and lists by class or by block."""
 
     metrics: dict[str, float]
-    """Scalars, with ``val_images``."""
     series: dict[str, list[Any]] = field(default_factory=dict)
-    """Lists, by class or by block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +71,7 @@ class BatchTask(ABC):
 
     def split(self, targets: Any, parts: int) -> Sequence[Any]:
         """Targets of ``parts`` micro-batches, as ``Tensor.tensor_split`` splits the images."""
-        split: Sequence[Tensor] = targets.tensor_split(parts)
-        return split
+        return cast(Sequence[Tensor], targets.tensor_split(parts))
 
     def forward(self, model: Any, images: Tensor, targets: Any) -> Any:
         """Output of the model, in training mode, for a batch or a part of one."""
@@ -87,24 +83,28 @@ class BatchTask(ABC):
 
 
 class TaskRun(BatchTask):
-    """A task with its data, for one specification.
-
-    Args:
-        spec: model, pruning, data and recipe.
-        root: the images, in the layout of the task.
+    """A task with its data, for one specification; ``root`` holds the images in the layout of the task.
 
     Raises:
         ValueError, FileNotFoundError: images are missing or differ from those of the spec.
     """
 
     def __init__(self, spec: TrainSpec, root: Path) -> None:
-        self.spec, self.root = spec, root
+        self.spec, self.root, self.data = spec, root, cast(Any, spec.data)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that identify the images: those of the record for scenes."""
-        scenes = self.spec.data.scenes
-        return self.folder_fingerprint() if scenes is None else scenes_fingerprint(self.root, scenes)
+        """Sixteen hex digits that identify the images: those of the record for scenes.
+
+        Raises:
+            ValueError: the scenes in ``root`` differ from those of the spec.
+        """
+        if (scenes := self.spec.data.scenes) is None:
+            return self.folder_fingerprint()
+        record = read_record(self.root / RECORD)
+        if changes := differences(record["spec"], scenes.model_dump(mode="json"), "is {} there, {} in the spec"):
+            raise ValueError(f"{self.root} holds other scenes than spec.data.scenes asks for: {'; '.join(changes)}")
+        return str(record["provenance"]["data_fingerprint"])
 
     @abstractmethod
     def folder_fingerprint(self) -> str:
@@ -139,35 +139,23 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def scenes_fingerprint(root: Path, scenes: ScenesSpec) -> str:
-    """Fingerprint of generated images.
-
-    Raises:
-        ValueError: the scenes in ``root`` differ from those of the spec.
-    """
-    record = read_record(root / RECORD)
-    if found := differences(scenes.model_dump(mode="json"), record["spec"]):
-        changes = "; ".join(f"{key} is {its} there, {ours} in the spec" for key, ours, its in found)
-        raise ValueError(f"{root} holds other scenes than spec.data.scenes asks for: {changes}")
-    return str(record["provenance"]["data_fingerprint"])
-
-
 def names_fingerprint(root: Path, paths: Iterable[str | Path]) -> str:
     """Fingerprint of images by the names of their files below ``root``."""
     names = "".join(f"{Path(path).relative_to(root).as_posix()}\n" for path in paths)
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-def differences(mine: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
-    """Dotted keys of nested mappings whose values differ, with both values; None for a key that one of them lacks."""
-    ours, its = dict(leaves(mine)), dict(leaves(theirs))
-    return [(key, ours.get(key), its.get(key)) for key in sorted({*ours, *its}) if ours.get(key) != its.get(key)]
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], words: str = "was {}, is {}") -> list[str]:
+    """Dotted keys in which two nested mappings differ, each with both values."""
+    old, new = dict(_leaves(theirs)), dict(_leaves(ours))
+    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    return [f"{key} {words.format(old.get(key), new.get(key))}" for key in keys]
 
 
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested mappings."""
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
-            yield from leaves(item, f"{key}.{name}" if key else str(name))
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))
     else:
         yield key, value

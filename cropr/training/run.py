@@ -116,7 +116,7 @@ def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
     mine = {"seed": seed, "spec": spec.model_dump(mode="json")}
     theirs = {"seed": record.get("seed"), "spec": record.get("spec")}
     if mine != theirs:
-        changes = some([f"{key} was {its}, is {ours}" for key, ours, its in differences(mine, theirs)], limit=5)
+        changes = some(differences(theirs, mine), limit=5)
         raise ValueError(f"{out} holds the record of another run: {changes}. Choose another --out, or delete it")
     return record
 

@@ -69,9 +69,6 @@ def train_batches(split, spec: SegDataSpec, size: int, seed: int = 0, **share) -
     return TrainBatches(TrainImages(split, spec, seed), size, seed, **share)
 
 
-# Folders
-
-
 def test_pairs_are_listed_by_name_from_either_folder(root):
     folder = root / FOLDER / "images" / "training"
     (folder / "1.png").rename(folder / "1.JPEG")
@@ -100,9 +97,6 @@ def test_broken_folders_are_refused_by_name(root, damage, error, message):
     damage(root / FOLDER)
     with pytest.raises(error, match=message):
         load_splits(root / FOLDER)
-
-
-# Annotations
 
 
 def test_label_0_is_ignored_and_classes_count_from_0(tmp_path):
@@ -148,9 +142,6 @@ def test_check_lists_all_that_cannot_be_used(root, caplog):
     assert [problem.endswith("of 5.png") for problem in report.problems] == [True]
     assert main(["data", "check", str(root), "--layout", "ade20k", "--classes", "5"]) == 2
     assert "4 of 11 images" in caplog.text
-
-
-# Training transforms
 
 
 def test_with_everything_off_images_of_the_right_size_are_only_normalised(root):
@@ -265,9 +256,6 @@ def test_distortion_leaves_labels_alone():
     assert max(out.max() for out in outs) <= 1
 
 
-# Reproducibility
-
-
 def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
     train, _ = load_splits(root)
     alone, helped = train_batches(train, RICH, 2, seed=3), train_batches(train, RICH, 2, seed=3, workers=1)
@@ -278,9 +266,6 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
     shares = [list(train_batches(train, RICH, 2, seed=3, rank=rank, world=2).epoch(4)) for rank in (0, 1)]
     for (images, _), *parts in zip(first, *shares, strict=True):
         assert torch.equal(images, torch.cat([part for part, _ in parts]))
-
-
-# Evaluation
 
 
 def test_single_windows_have_the_longer_side_resized_and_labels_as_they_are(root):
@@ -309,9 +294,6 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(root, world):
         seen += numbers
     assert sorted(seen) == list(range(6))
     assert max(sizes) == 2
-
-
-# Scenes
 
 
 @pytest.mark.parametrize("known", [True, False])

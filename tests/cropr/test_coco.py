@@ -38,9 +38,6 @@ def colours(image: torch.Tensor) -> torch.Tensor:
     return (image * std + mean) * 255
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
-
-
 def test_ids_with_gaps_become_labels_and_back(root, splits):
     train, _ = splits
     assert train.annotations.categories == ((3, "red box"), (7, "green disk"), (90, "blue bar"))
@@ -80,9 +77,6 @@ def test_fingerprint_follows_the_annotations(tmp_path):
     one = fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "one")))
     assert one == fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "same")))
     assert one != fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "other", seed=1)))
-
-
-# Training and evaluation samples ------------------------------------------------------------------------------------
 
 
 def test_a_training_sample_holds_together(splits):
@@ -143,9 +137,6 @@ def test_evaluation_fits_the_longer_side(splits):
     assert [target["original_size"] for target in targets[:3]] == [(48, 64), (64, 48), (40, 40)]
     assert not images[0, :, 72:].any()
     assert images[0, :, :72].any(dim=0).float().mean() > 0.99
-
-
-# Geometry -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,9 +217,6 @@ def test_fit_keeps_the_ratio():
 def test_spec_refuses_an_empty_range():
     with pytest.raises(ValidationError, match="positive and increasing"):
         DetDataSpec(scale=(2.0, 0.1))
-
-
-# What is refused ----------------------------------------------------------------------------------------------------
 
 
 def edit(root: Path, change, split: str = "train") -> Path:

@@ -60,9 +60,6 @@ def perfect(annotations: Path) -> list[dict]:
     return results
 
 
-# Figures ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_truth_scores_full_marks_and_prints_nothing(annotations, capsys):
     results = perfect(annotations)
     before = json.dumps(results)
@@ -165,9 +162,6 @@ def test_crowds_are_neither_found_nor_missed(root):
     assert score(results, path)["box_ap"] == score(without, path)["box_ap"] == pytest.approx(100)
 
 
-# From a model -------------------------------------------------------------------------------------------------------
-
-
 class Oracle(torch.nn.Module):
     """Detects the truth, with masks of 28 x 28."""
 
@@ -252,9 +246,6 @@ def test_results_are_in_pixels_of_the_file():
     assert json.loads(json.dumps(results)) == results
 
 
-# Masks --------------------------------------------------------------------------------------------------------------
-
-
 def pasted(mask: torch.Tensor, box: list[float], size=(12, 16)) -> np.ndarray:
     (code,) = encode_masks(mask[None], torch.tensor([box]), size)
     return coco_mask.decode(code)
@@ -308,9 +299,6 @@ def test_a_wrong_truth_is_named(annotations, tmp_path):
     content["annotations"][0]["category_id"] = 4
     with pytest.raises(ValueError, match="annotation 1: category_id 4"):
         score([], tiny_coco.save(tmp_path, "val", content))
-
-
-# Command ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_scores_a_file(annotations, tmp_path, capsys):

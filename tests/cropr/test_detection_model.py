@@ -38,9 +38,6 @@ def _same(a, b, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-# The whole ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("host", ["vit", "eva"])
 def test_a_schedule_that_keeps_everything_is_the_dense_detector_exactly(host):
     dense = detector(host, DENSE).eval()
@@ -197,9 +194,6 @@ def test_auxiliary_losses_by_hand():
     result = losses(output, targets, 2, aux_weight=2.0)
     torch.testing.assert_close(result.aux, torch.tensor([math.log(2), math.log(1 + math.exp(-2))]))
     torch.testing.assert_close(result.total, 3 + 2 * result.aux.sum())
-
-
-# The parts ----------------------------------------------------------------------------------------------------------
 
 
 def test_anchors_by_hand():

@@ -56,9 +56,6 @@ def numbers(batches) -> list[int]:
     return [round(float(image[0, 0, 0]) * 255) for images, _ in batches for image in images]
 
 
-# Folders
-
-
 def test_splits_are_listed_by_class_without_hidden_folders_and_other_files(root):
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "ant" / "notes.txt").write_text("x")
@@ -94,9 +91,6 @@ def test_broken_folders_are_refused_by_name(tmp_path, root, damage, error, messa
     damage(inner)
     with pytest.raises(error, match=message):
         load_splits(inner, 1000)
-
-
-# Images
 
 
 def test_all_modes_become_rgb(tmp_path):
@@ -166,9 +160,6 @@ def test_check_lists_all_bad_files_at_once(root, caplog):
     assert caplog.text.count("cannot be read as an image") == 20
 
 
-# Transforms
-
-
 def test_with_augmentation_off_training_only_normalises():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     plain = DataSpec(image_size=16, num_classes=3, augment=PLAIN)
@@ -227,9 +218,6 @@ def test_mixup_follows_the_spec():
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(soft.sum(dim=1), torch.ones(4))
     assert soft.min().item() == pytest.approx(0.1 / 3)
-
-
-# Reproducibility
 
 
 def test_seeded_block_is_reproducible_and_leaves_no_trace():
@@ -293,9 +281,6 @@ def test_order_depends_on_seed_and_epoch(root):
     orders = [train_batches(train, spec(), 4, seed=s).order(e).tolist() for s, e in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order) == list(range(21)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-
-
-# Batches
 
 
 def test_an_epoch_shows_each_image_once_and_says_what_it_drops(root):

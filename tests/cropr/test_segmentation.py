@@ -42,9 +42,6 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-# Published counts (reference, sections 3.2 and 7f) ------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def eva_large():
     return paper_model(PruneSpec(reducer="cropr", schedule=R40, fusion="llf"))
@@ -83,9 +80,6 @@ def test_the_last_block_of_a_segmenter_never_drops_its_path():
     host = build(spec, PruneSpec(), 5, 32).backbone.host
     assert isinstance(host.blocks[-1].drop_path1, nn.Identity)
     assert host.blocks[-2].drop_path1.drop_prob > 0
-
-
-# Places -------------------------------------------------------------------------------------------------------------
 
 
 class Place(nn.Module):
@@ -140,9 +134,6 @@ def test_every_reducer_serves_a_segmenter(reducer):
     assert [aux.shape for aux in output.aux] == ([(2, 16, 5)] * 2 if reducer == "cropr" else [])
 
 
-# Sizes --------------------------------------------------------------------------------------------------------------
-
-
 def test_rectangular_images_train_and_deploy():
     model = segmenter("llf", img_size=(24, 48)).train()
     batch, target = torch.randn(2, 3, 24, 48), torch.randint(5, (2, 24, 48))
@@ -179,9 +170,6 @@ def test_hosts_without_a_prediction_per_patch_are_refused(name, arguments, what)
     host = timm.create_model(name, **{**SMALL, **arguments})
     with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
         cropr.prune(host, Schedule.constant(0), num_outputs=5, kind=PrunedSegmenter)
-
-
-# Losses -------------------------------------------------------------------------------------------------------------
 
 
 def made(logits, aux=(), grid=(2, 2)):
@@ -239,9 +227,6 @@ def test_gradients_stop_both_ways():
     assert all(m.scorer.queries.grad.abs().sum() > 0 for m in model.reducers.values())
 
 
-# Initial weights ----------------------------------------------------------------------------------------------------
-
-
 def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
     """What brings eva02_large_patch14_224.mim_m38m to patch 16 at 512, in the small: timm's own arguments. The file has
     a mask token, as weights of masked image modelling have; timm then takes their final norm for ``fc_norm``."""
@@ -262,9 +247,6 @@ def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
         assert torch.equal(host.state_dict()[name], source.state_dict()[name])
     assert torch.equal(host.pos_embed, resample_abs_pos_embed(source.pos_embed, [8, 8]))
     assert torch.equal(host.patch_embed.proj.weight, resample_patch_embed(source.patch_embed.proj.weight, [8, 8]))
-
-
-# A run --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_from_scenes_to_record(tmp_path):

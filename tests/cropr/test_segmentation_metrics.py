@@ -68,9 +68,6 @@ def test_without_any_label_there_is_no_score():
         scores(confusion(torch.zeros(2, 2, dtype=torch.long), unlabelled, 3))
 
 
-# Windows
-
-
 class Recorder:
     """Logits that are a fixed linear map of each pixel, and the windows that were asked for."""
 

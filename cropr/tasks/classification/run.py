@@ -26,12 +26,7 @@ _ALONE = EvaluationSettings()
 
 
 class Objective(BatchTask):
-    """Soft targets, mixing, losses.
-
-    Args:
-        data: gives mixup, cutmix, label smoothing and the number of classes.
-        aux_weight: weight of the sum of the auxiliary losses.
-    """
+    """Soft targets, mixing, losses; the data give mixup, cutmix, label smoothing and the number of classes."""
 
     def __init__(self, data: DataSpec, aux_weight: float = 1.0) -> None:
         self.data, self.aux_weight, self.mix = data, aux_weight, mixup(data)
@@ -43,7 +38,6 @@ class Objective(BatchTask):
         return images, soft_target(labels, self.data.num_classes, self.data.augment.smoothing)
 
     def loss(self, output: Output, target: Tensor) -> Losses:
-        """See ``losses``."""
         return losses(output, target, self.aux_weight)
 
 
@@ -54,25 +48,19 @@ class Classification(Objective, TaskRun):
         assert isinstance(spec.data, DataSpec)
         TaskRun.__init__(self, spec, root)
         Objective.__init__(self, spec.data, spec.prune.aux_weight)
-        self.splits = load_splits(root, self.data.num_classes)
+        self.splits = load_splits(root, spec.data.num_classes)
 
     def folder_fingerprint(self) -> str:
-        """See ``TaskRun``."""
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
 
     def build(self, pretrained: bool = False) -> PrunedViT:
-        """See ``TaskRun``."""
         return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
-        """See ``TaskRun``.
-
-        Raises:
-            ValueError: mixup or cutmix, which mix pairs, with an odd number of images per process.
-        """
-        size, augment = self.spec.recipe.batch_size, self.data.augment
+        """Raises ValueError for mixup or cutmix, which mix pairs, with an odd number of images per process."""
+        size = self.spec.recipe.batch_size
         batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, **share)
-        if (augment.mixup or augment.cutmix) and size // batches.world % 2:
+        if self.mix is not None and size // batches.world % 2:
             raise ValueError(
                 f"mixup and cutmix mix pairs, but a process has {size // batches.world} images of a batch; "
                 f"make batch_size ({size}) a multiple of {2 * batches.world}"
@@ -82,12 +70,10 @@ class Classification(Objective, TaskRun):
     def evaluate(
         self, model: PrunedViT | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
     ) -> Evaluation:
-        """See ``TaskRun``; where the truth is known, ``series.relevance`` says where the kept tokens lie."""
         split = self.splits[1]
         batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
         host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
-        paths = [split.paths[index] for index in batches.indices]
-        objects = object_map(paths, self.data, host.patch_embed.grid_size)
+        objects = object_map([split.paths[index] for index in batches.indices], self.data, host.patch_embed.grid_size)
         return evaluate(model, batches, settings, objects)
 
 
@@ -98,7 +84,6 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
         output: of a model in training mode.
         target: [B, classes], probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
             [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
-        aux_weight: weight of the sum of the auxiliary losses.
     """
     main = F.cross_entropy(output.logits.float(), target)
     if not output.aux:
@@ -126,7 +111,6 @@ def evaluate(
     """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
 
     Args:
-        model: on the device of the settings.
         batches: images [B, 3, H, W] and labels [B]; with several processes, each has its own part.
         objects: [images, N] bool, which patches lie on the labelled object, in the order of ``batches``.
 
@@ -139,8 +123,7 @@ def evaluate(
     Raises:
         ValueError: there are no images.
     """
-    device = settings.device
-    training = model.training
+    device, training = settings.device, model.training
     model.eval()
     torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
@@ -192,10 +175,7 @@ def _shares(output: Output, on_object: Tensor) -> Tensor:
     """[blocks, 4]: sums over images, for the input and after every pruning block, see ``evaluate``.
 
     The columns: share of the kept patches on the object, share of the object's patches kept (0 for an image without
-    one), images with an object, images.
-
-    Args:
-        on_object: [B, N] bool.
+    one), images with an object, images. ``on_object``: [B, N] bool.
     """
     size, rows = on_object.sum(dim=1), []
     for kept in (on_object, *(on_object.gather(1, index) for index in output.kept.values())):

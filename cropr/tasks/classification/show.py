@@ -16,14 +16,10 @@ from cropr.training.specs import TrainSpec
 
 
 class ClassAnswers(Answers):
-    """A class an image, as text.
-
-    Args:
-        spec: of a training run.
-        root: the images, in the layout of the task; None where only single files are shown.
+    """A class an image, as text. ``root``: images in the layout of the task; None where only single files are shown.
 
     Raises:
-        ValueError, FileNotFoundError: images that are not there, or others than the spec asks for.
+        ValueError, FileNotFoundError: images are missing or differ from those of the spec.
     """
 
     def __init__(self, spec: TrainSpec, root: Path | None) -> None:
@@ -35,7 +31,6 @@ class ClassAnswers(Answers):
         self.model = build_model(spec.model, spec.prune, self.data.num_classes, self.data.image_size).eval()
 
     def show(self, item: int | str, device: torch.device) -> Shown:
-        """See ``Answers``."""
         split, number = self.split, item if isinstance(item, int) else None
         image = self.transform(decode(str(item) if split is None or number is None else split.paths[number]))
         output: Output = self.model(image[None].to(device))

@@ -8,8 +8,7 @@ R regions, G objects of an image, M detections, K classes without background.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +56,7 @@ class Detections(NamedTuple):
 
 
 class CascadeHeads(nn.Module):
-    """Box stages and the mask head.
-
-    Args:
-        num_classes: K.
-        strides: of the pyramid's levels that regions are pooled from.
-    """
+    """Box stages and the mask head. ``strides``: of the pyramid's levels that regions are pooled from."""
 
     def __init__(self, spec: DetModelSpec, num_classes: int, strides: Sequence[int]) -> None:
         super().__init__()
@@ -71,8 +65,6 @@ class CascadeHeads(nn.Module):
         self.stages = nn.ModuleList(BoxStage(spec, num_classes, number) for number in range(1, len(spec.stages) + 1))
         self.mask_head = MaskHead(spec, num_classes)
         self.sampler = BalancedPositiveNegativeSampler(spec.rois, POSITIVE)
-
-    # Training ---------------------------------------------------------------------------------------------------
 
     def losses(
         self,
@@ -114,8 +106,6 @@ class CascadeHeads(nn.Module):
         chosen = (positive[0] | negative[0]).bool()
         return Regions(*(values[chosen] for values in regions))
 
-    # Inference --------------------------------------------------------------------------------------------------
-
     def detect(
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
@@ -128,13 +118,13 @@ class CascadeHeads(nn.Module):
             scores.append(logits.softmax(dim=-1))
             boxes = stage.refine(deltas, boxes, sizes)
         mean = torch.stack(scores).mean(dim=0)[:, 1:].split([len(box) for box in boxes])
-        suppress = partial(
-            soft_nms if self.spec.nms == "soft" else nms,
-            threshold=self.spec.nms_threshold,
-            min_score=self.spec.min_score,
-            limit=self.spec.max_detections,
-        )
-        picks = [suppress(box, score) for box, score in zip(boxes, mean, strict=True)]
+        spec, suppress = self.spec, soft_nms if self.spec.nms == "soft" else nms
+        limits: dict[str, Any] = {
+            "threshold": spec.nms_threshold,
+            "min_score": spec.min_score,
+            "limit": spec.max_detections,
+        }
+        picks = [suppress(box, score, **limits) for box, score in zip(boxes, mean, strict=True)]
         found = [box[pick.index] for box, pick in zip(boxes, picks, strict=True)]
         labels = torch.cat([pick.labels for pick in picks])
         logits = self.mask_head(self.pool(levels, found, MASK_SIZE))

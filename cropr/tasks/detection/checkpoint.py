@@ -22,6 +22,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from cropr.data.loading import some
 from cropr.tasks.detection.model import Detector
 
 
@@ -84,9 +85,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read without running code from it ({error}); save its tensors alone"
-        ) from None
+        what = "cannot be read without running code from it"
+        raise ValueError(f"{path}: {what} ({error}); save its tensors alone") from None
     model = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
         raise ValueError(f"{path}: holds no tensors by name, neither at the top nor under 'model'")
@@ -94,11 +94,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def load_eva02(detector: Detector, state: Mapping[str, Tensor]) -> None:
-    """Load a published detector; weights of Cropr modules and fusion keep their initial values.
-
-    Args:
-        detector: its encoder is an ``eva02_*`` of timm, its heads have the published sizes.
-        state: tensors by detectron2's names.
+    """Load tensors by detectron2's names; weights of Cropr modules and fusion keep their initial values.
 
     Raises:
         ValueError: all unknown or missing names and all differing shapes.
@@ -122,8 +118,7 @@ def load_eva02(detector: Detector, state: Mapping[str, Tensor]) -> None:
             problems.append(f"{theirs} is {tuple(state[theirs].shape)}, {ours} is {tuple(wanted[ours].shape)}")
     problems += [f"{name} is not in the file" for name in wanted if name not in taken]
     if problems:
-        shown = "; ".join(problems[:20]) + ("; and more" if len(problems) > 20 else "")
-        raise ValueError(f"not the checkpoint of such a detector, {len(problems)} differences: {shown}")
+        raise ValueError(f"not the checkpoint of such a detector, {len(problems)} differences: {some(problems)}")
     detector.load_state_dict(taken, strict=False)
 
 

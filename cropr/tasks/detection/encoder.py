@@ -22,13 +22,8 @@ from cropr.tasks.detection import DetModelSpec
 
 
 class Encoder(PrunedViT):
-    """``logits`` of its output are the map [B, C, rows, columns]: the last block's tokens in their places.
-
-    Arguments as of ``PrunedViT``.
-
-    Raises:
-        ValueError: pruning without fusion; the pyramid needs all tokens.
-    """
+    """``logits`` of its output are the map [B, C, rows, columns]: the last block's tokens in their places. Raises
+    ValueError for pruning without fusion, since the pyramid needs all tokens."""
 
     def __init__(
         self, backbone: Backbone, schedule: Schedule, reducers: Mapping[int, Reducer], fusion: Fusion | None
@@ -38,12 +33,10 @@ class Encoder(PrunedViT):
         super().__init__(backbone, schedule, reducers, fusion)
 
     def deploy(self) -> DeployedViT:
-        """See ``PrunedViT``: images to the map."""
         return DeployedViT(Encoder(*self._inference_parts())).requires_grad_(False).eval()
 
     def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
-        rows, columns = self.backbone.grid(images)
-        return tokens.raster().patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous()
+        return tokens.raster().patches.unflatten(1, self.backbone.grid(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def build_encoder(
@@ -61,7 +54,6 @@ def build_encoder(
 
     Args:
         model: a timm ViT or EVA-02; it is built without prefix tokens, norm after the last block and classifier.
-        detector: gives the windows.
         num_outputs: of the auxiliary heads.
         image_size: pixels that the host is built for, a side or height and width.
 
@@ -86,12 +78,10 @@ def build_encoder(
         host.load_state_dict(weights)
     host.norm, host.fc_norm = nn.Identity(), nn.Identity()
     backbone = windowed(host, detector.window, detector.global_blocks)
+    arguments = {"num_outputs": num_outputs, "kind": Encoder}
     schedule = Schedule.from_config(spec.schedule)
-    encoder: Encoder = prune(
-        backbone, schedule, spec.reducer, spec.fusion, spec.options, num_outputs=num_outputs, kind=Encoder
-    )
+    encoder: Encoder = prune(backbone, schedule, spec.reducer, spec.fusion, spec.options, **arguments)
     if encoder.reducers:
-        for name, _ in list(host.blocks[-1].named_children()):
-            if name.startswith("drop_path"):
-                setattr(host.blocks[-1], name, nn.Identity())
+        for name in [name for name, _ in host.blocks[-1].named_children() if name.startswith("drop_path")]:
+            setattr(host.blocks[-1], name, nn.Identity())
     return encoder

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from cropr.data.annotations import Annotations, parse, read_content
+from cropr.data.annotations import Annotations, is_number, parse, read_content, wrong_box
 from cropr.data.coco import Target
 from cropr.data.loading import some
 from cropr.records import write_text
@@ -48,15 +47,12 @@ def evaluate(
     annotations: Annotations,
     settings: EvaluationSettings = _ALONE,
 ) -> Evaluation:
-    """Box and mask AP of a detector; its mode stays the same. Writes ``settings.predictions`` if that is given.
+    """The metrics of ``score``, and ``val_images``. Writes ``settings.predictions`` if that is given.
 
     Args:
-        model: on the device of the settings.
+        model: on the device of the settings; its mode stays the same.
         batches: as ``cropr.data.coco`` collates them; with several processes, each has its own part.
         annotations: the truth.
-
-    Returns:
-        The metrics of ``score``, and ``val_images``.
 
     Raises:
         ValueError: there are no images.
@@ -76,11 +72,7 @@ def predict(
     category_ids: Sequence[int],
     settings: EvaluationSettings = _ALONE,
 ) -> tuple[list[Result], list[int]]:
-    """Detections of all processes, by image, and the ids of all images; arguments as for ``evaluate``.
-
-    Args:
-        category_ids: category of label k + 1 at position k.
-    """
+    """Detections of all processes, by image, and the ids of all images; arguments as for ``evaluate``."""
     training = model.training
     model.eval()
     torch.manual_seed(settings.seed)
@@ -99,30 +91,23 @@ def predict(
 
 
 def to_results(detections: Detections, target: Target, category_ids: Sequence[int]) -> list[Result]:
-    """Detections of an image in COCO's format, in pixels of its file, without boxes that have no area within it.
-
-    Args:
-        detections: of the padded image.
-        target: ``image_id``, ``size`` and ``original_size``.
-        category_ids: category of label k + 1 at position k.
-    """
+    """Detections of a padded image in COCO's format, in pixels of its file, without boxes that have no area within it.
+    ``category_ids``: category of label k + 1 at position k."""
     (height, width), size = target["size"], target["original_size"]
     scale = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
     boxes = clip_boxes_to_image(detections.boxes.float().cpu() * scale, size)
     there = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     boxes, labels, scores, masks = (x.cpu()[there] for x in (boxes, *detections[1:]))
-    columns = box_convert(boxes.double(), "xyxy", "xywh"), labels, scores.float()
+    columns = (x.tolist() for x in (box_convert(boxes.double(), "xyxy", "xywh"), labels, scores.float()))
     return [
         {
             "image_id": target["image_id"],
             "category_id": category_ids[label - 1],
-            "bbox": [round(value, 3) for value in box],
+            "bbox": [round(side, 3) for side in box],
             "score": value,
             "segmentation": code,
         }
-        for box, label, value, code in zip(
-            *(column.tolist() for column in columns), encode_masks(masks, boxes, size), strict=True
-        )
+        for box, label, value, code in zip(*columns, encode_masks(masks, boxes, size), strict=True)
     ]
 
 
@@ -138,15 +123,12 @@ def score_file(predictions: Path, annotations: Path) -> dict[str, float]:
     try:
         results = json.loads(predictions.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        message = f"{predictions}: no such file; it should hold detections in COCO's result format"
-        raise FileNotFoundError(message) from None
+        raise FileNotFoundError(f"{predictions}: no such file; COCO's results belong there") from None
     except ValueError as error:
         raise ValueError(f"{predictions}: not JSON: {error}") from None
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         kind = "annotations" if isinstance(results, dict) and "annotations" in results else "something else"
-        raise ValueError(
-            f"{predictions}: holds {kind}, not a list of detections (image_id, category_id, score, bbox, segmentation)"
-        )
+        raise ValueError(f"{predictions}: holds {kind}, not a list of detections (image_id, category_id, score, ...)")
     return score(results, annotations, source=str(predictions))
 
 
@@ -176,15 +158,14 @@ def score(
             problems.append(f"{source}: detection {position}: has {sorted(result)}, the first one {sorted(results[0])}")
     if problems:
         raise ValueError(some(problems, "\n  "))
-    metrics = {}
+    metrics: dict[str, float] = {}
     for key, (kind, name) in KINDS.items():
         if results and key not in results[0]:
             continue
         # One key alone: with a box as well, pycocotools would take the box's area for the mask's.
         entries = [{k: result[k] for k in ("image_id", "category_id", "score", key)} for result in results]
-        for figure, value in zip(FIGURES, _figures(truth, entries, kind, image_ids), strict=True):
-            if value >= 0:
-                metrics[f"{name}_{figure}"] = 100 * float(value)
+        values = zip(FIGURES, _figures(truth, entries, kind, image_ids), strict=True)
+        metrics |= {f"{name}_{figure}": 100 * float(value) for figure, value in values if value >= 0}
     return metrics
 
 
@@ -222,12 +203,12 @@ def _wrong(result: Mapping[str, Any], truth: COCO) -> str | None:
         return f"image_id {image!r} is not among the images of the annotations"
     if (category := result.get("category_id")) not in truth.cats:
         return f"category_id {category!r} is not among the categories {sorted(truth.cats)}"
-    if not _finite([result.get("score")]):
+    if not is_number(result.get("score")):
         return f"score is {result.get('score')!r}, not a number"
     if "bbox" not in result and "segmentation" not in result:
         return "has neither bbox nor segmentation"
-    if "bbox" in result and not (isinstance(box := result["bbox"], list) and len(box) == 4 and _finite(box)):
-        return f"bbox is {box!r}, not four numbers (left, top, width, height)"
+    if "bbox" in result and (wrong := wrong_box(result["bbox"])):
+        return wrong
     if "segmentation" in result:
         code, listed = result["segmentation"], truth.imgs[image]
         if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
@@ -235,10 +216,6 @@ def _wrong(result: Mapping[str, Any], truth: COCO) -> str | None:
         if code.get("size") != [listed["height"], listed["width"]]:
             return f"segmentation has size {code.get('size')}, its image {[listed['height'], listed['width']]}"
     return None
-
-
-def _finite(values: Iterable[Any]) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 def _figures(truth: COCO, results: list[Result], kind: str, image_ids: Sequence[int] | None) -> Sequence[float]:

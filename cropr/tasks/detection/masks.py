@@ -23,9 +23,8 @@ def encode_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[di
     and holds all masks at once at the size of the image: 0.9 GB for 100 of them at 1536 pixels.
 
     Args:
-        masks: [M, s, s], probabilities, each relative to its box.
-        boxes: [M, 4], left, top, right, bottom in pixels of the image.
-        size: height and width H, W of the image.
+        masks: [M, s, s], probabilities, each relative to its box [4]: left, top, right, bottom in pixels of the image.
+        size: H and W.
     """
     masks, boxes = masks.float().cpu(), boxes.float().cpu()
     canvas = np.zeros(size, np.uint8, order="F")

@@ -59,8 +59,8 @@ class Detector(Encoder):
 
     Args:
         encoder: a pruned windowed ViT; this model takes its parts.
-        canvas: height and width that images are padded to; larger images to multiples of ``multiple``.
-        multiple: pixels; the windows and the coarsest level need sides that are multiples of it.
+        canvas: height and width that images are padded to.
+        multiple: pixels that sides of larger canvases are multiples of, for the windows and the coarsest level.
     """
 
     inherits: ClassVar[tuple[str, ...]] = ("neck", "rpn", "heads")
@@ -159,8 +159,6 @@ def build_detector(
     """The detector of a specification.
 
     Args:
-        model: a timm ViT or EVA-02; see ``build_encoder``.
-        num_classes: without background.
         image_size: pixels that images are padded to, a side or height and width; rounded up to whole windows.
 
     Raises:
@@ -189,11 +187,7 @@ def losses(output: DetectionOutput, targets: Sequence[Target], num_classes: int,
     Cropr modules predict the set of classes in the image, after cropping (paper, section 3: one query, sigmoid BCE).
     The paper does not give the reduction; ours is the mean over images, queries and classes.
 
-    Args:
-        output: of a model in training mode.
-        targets: as given to it, with ``labels`` [n] from 1 to K.
-        num_classes: K.
-        aux_weight: weight of the sum of the auxiliary losses.
+    ``output`` is that of a model in training mode for ``targets``, whose ``labels`` [n] count from 1.
     """
     main = torch.stack(tuple(output.losses.values())).sum()
     if not output.encoded.aux:

@@ -28,14 +28,8 @@ class Picks:
 
 @torch.no_grad()
 def nms(boxes: Tensor, scores: Tensor, *, threshold: float = 0.5, min_score: float = 0.05, limit: int = 100) -> Picks:
-    """Plain suppression: of two boxes of a class with an IoU above ``threshold``, the higher score stays.
-
-    Args:
-        boxes: [R, 4], left, top, right, bottom.
-        scores: [R, K], one a class; the background is left out.
-        min_score: scores up to it are dropped before.
-        limit: number of detections, those with the highest scores.
-    """
+    """Plain suppression: of two boxes of a class with an IoU above ``threshold``, the higher score stays; scores up to
+    ``min_score`` are dropped before. Arguments as of ``soft_nms``."""
     index, column = (scores > min_score).nonzero(as_tuple=True)
     values = scores[index, column]
     # Overlaps in fp32 under any precision of the network: fp16 is off by half a pixel above 1024.
@@ -65,8 +59,7 @@ def soft_nms(
     factors = torch.where(overlap > threshold, 1 - overlap, 1.0)
     left = scores[index].float().t().contiguous()  # [K, R]
     steps, columns = min(limit, len(index)), torch.arange(left.shape[0], device=left.device)
-    rows = index.new_empty(steps, len(left))
-    picked = left.new_empty(steps, len(left))
+    rows, picked = index.new_empty(steps, len(left)), left.new_empty(steps, len(left))
     for step in range(steps):
         picked[step], rows[step] = left.max(dim=1)
         left *= factors[rows[step]]

@@ -27,12 +27,8 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 class Anchors(AnchorGenerator):
-    """Boxes of one size and three shapes around each place of every level, in float32.
-
-    Args:
-        sizes: square root of the area in pixels, one a level.
-        strides: pixels between neighbours, one a level.
-    """
+    """Boxes of one size and three shapes around each place of every level, in float32. One a level: ``sizes``, the
+    square root of the area in pixels, and ``strides``, pixels between neighbours."""
 
     def __init__(self, sizes: Sequence[int], strides: Sequence[int]) -> None:
         super().__init__(tuple((size,) for size in sizes), (RATIOS,) * len(sizes))
@@ -82,17 +78,10 @@ class ProposalNetwork(RegionProposalNetwork):
     """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``."""
 
     def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
-        super().__init__(
-            Anchors(spec.anchor_sizes, strides),
-            _Head(spec.channels, len(RATIOS)),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=spec.rpn_samples,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": spec.proposals_train[0], "testing": spec.proposals_test[0]},
-            post_nms_top_n={"training": spec.proposals_train[1], "testing": spec.proposals_test[1]},
-            nms_thresh=0.7,
-        )
+        before, after = ({"training": spec.proposals_train[i], "testing": spec.proposals_test[i]} for i in (0, 1))
+        anchors, head = Anchors(spec.anchor_sizes, strides), _Head(spec.channels, len(RATIOS))
+        # IoU of objects and of background, samples and the share of objects, proposals, IoU of suppression.
+        super().__init__(anchors, head, 0.7, 0.3, spec.rpn_samples, 0.5, before, after, 0.7)
 
     def propose(
         self, canvas: ImageList, levels: Sequence[Tensor], targets: Sequence[Target] | None

@@ -30,9 +30,8 @@ class RegionPooler:
     torchvision's own pooler is not aligned, and it infers the scales of the levels from the sizes of the first batch,
     wrongly where images are smaller than the canvas.
 
-    Args:
-        strides: of the levels, powers of 2, finest first.
-        size: side in pixels of a region that is pooled from the level of ``stride``.
+    ``strides`` of the levels are powers of 2, finest first; a region of ``size`` pixels a side is pooled from the level
+    of ``stride``.
     """
 
     def __init__(self, strides: Sequence[int], size: int, stride: int) -> None:
@@ -54,19 +53,14 @@ class RegionPooler:
 
 
 class BoxStage(nn.Module):
-    """One stage of the cascade: classes of the regions, and refined boxes, the same for all classes.
-
-    Args:
-        number: of the stage, from 1; the scale of its deltas (x, y, width, height) grows with it.
-    """
+    """One stage of the cascade: classes of the regions, and refined boxes, the same for all classes. The scale of its
+    deltas (x, y, width, height) grows with its ``number``, which counts from 1."""
 
     def __init__(self, spec: DetModelSpec, num_classes: int, number: int) -> None:
         super().__init__()
         self.coder = BoxCoder((10.0 * number, 10.0 * number, 5.0 * number, 5.0 * number))
-        convolutions = [spec.channels] * spec.box_convs
-        self.head = FastRCNNConvFCHead(
-            (spec.channels, BOX_SIZE, BOX_SIZE), convolutions, [spec.box_width], norm_layer=LayerNorm2d
-        )
+        shape, convolutions = (spec.channels, BOX_SIZE, BOX_SIZE), [spec.channels] * spec.box_convs
+        self.head = FastRCNNConvFCHead(shape, convolutions, [spec.box_width], norm_layer=LayerNorm2d)
         self.classes = nn.Linear(spec.box_width, num_classes + 1)
         self.deltas = nn.Linear(spec.box_width, 4)
         for layer, std in ((self.classes, 0.01), (self.deltas, 0.001)):
@@ -87,13 +81,8 @@ class BoxStage(nn.Module):
     def loss(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of the regions, and L1 of the deltas of those on an object divided by the number of all.
-
-        Args:
-            boxes: [R, 4].
-            labels: [R], 0 for background.
-            truth: [R, 4], the object's box; not used where the label is 0.
-        """
+        """Mean cross-entropy of the regions, and L1 of the deltas of those on an object divided by the number of all;
+        arguments as in ``cascade.Regions``."""
         regions = max(len(labels), 1)
         positive = labels > 0
         wanted = self.coder.encode_single(truth[positive], boxes[positive])

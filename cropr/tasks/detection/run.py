@@ -12,7 +12,7 @@ from torch import Tensor
 from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprint, load_coco
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun
-from cropr.tasks.detection import DetDataSpec, DetModelSpec
+from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint
 from cropr.tasks.detection.evaluation import evaluate
 from cropr.tasks.detection.model import DetectionOutput, Detector, build_detector, losses
@@ -24,17 +24,14 @@ class Detection(TaskRun):
 
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         super().__init__(spec, root)
-        assert isinstance(spec.data, DetDataSpec)
         assert isinstance(spec.detector, DetModelSpec)
-        self.data, self.detector = spec.data, spec.detector
+        self.detector = spec.detector
         self.splits = load_coco(root, self.data.num_classes)
 
     def folder_fingerprint(self) -> str:
-        """See ``TaskRun``."""
         return fingerprint(self.splits)
 
     def build(self, pretrained: bool = False) -> Detector:
-        """See ``TaskRun``."""
         model, prune, data = self.spec.model, self.spec.prune, self.data
         return build_detector(model, prune, self.detector, data.num_classes, data.image_size, pretrained)
 
@@ -46,7 +43,6 @@ class Detection(TaskRun):
         return True
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
-        """See ``TaskRun``."""
         images = TrainImages(self.splits[0], self.data, seed)
         return TrainBatches(images, self.spec.recipe.batch_size, seed, collate=collate, **share)
 
@@ -57,22 +53,17 @@ class Detection(TaskRun):
         return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
-        """See ``BatchTask``."""
-        moved = []
-        for target in targets:
-            tensors = {k: v.to(device, non_blocking=True) for k, v in target.items() if isinstance(v, Tensor)}
-            moved.append(cast(Target, {**target, **tensors}))
-        return moved
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return [cast(Target, {key: moved(value) for key, value in target.items()}) for target in targets]
 
     def split(self, targets: list[Target], parts: int) -> Sequence[list[Target]]:
-        """See ``BatchTask``."""
         return [[targets[place] for place in part] for part in torch.arange(len(targets)).tensor_split(parts)]
 
     def forward(self, model: Any, images: Tensor, targets: list[Target]) -> DetectionOutput:
         """See ``BatchTask``; the detector computes its losses itself."""
-        output: DetectionOutput = model(images, targets)
-        return output
+        return cast(DetectionOutput, model(images, targets))
 
     def loss(self, output: DetectionOutput, targets: list[Target]) -> Losses:
-        """See ``cropr.tasks.detection.model.losses``."""
         return losses(output, targets, self.data.num_classes, self.spec.prune.aux_weight)

@@ -46,7 +46,6 @@ class ObjectAnswers(Answers):
         self.model = detector.eval()
 
     def show(self, item: int | str, device: torch.device) -> Shown:
-        """See ``Answers``."""
         split = self.split if isinstance(item, int) else None
         file = read_image(split, int(item)) if split else v2.to_image(decode(str(item)))
         fitted = fit(file, self.data.image_size)

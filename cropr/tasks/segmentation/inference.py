@@ -21,11 +21,7 @@ def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDa
     """Logits [B, C, H, W] for images as ``cropr.data.ade20k.EvalImages`` gives them.
 
     ``spec.evaluation`` is ``single`` for the authors' evaluation (pad to one window, predict, crop the padding off,
-    enlarge the logits bilinearly), or ``slide`` for ``predict_sliding``.
-
-    Args:
-        images: [B, 3, h, w]; for ``single`` resized so that the longer side is ``spec.image_size``.
-        size: H and W of their maps.
+    enlarge the logits bilinearly to ``size``), or ``slide`` for ``predict_sliding``.
     """
     if spec.evaluation == "slide":
         return predict_sliding(forward, images, spec.image_size, spec.stride or spec.image_size)

@@ -1,7 +1,4 @@
-"""Scores of semantic segmentation, all from one confusion matrix, summed over images and processes.
-
-C classes.
-"""
+"""Scores of semantic segmentation, all from one confusion matrix of C classes, summed over images and processes."""
 
 from __future__ import annotations
 
@@ -12,12 +9,8 @@ from cropr.data.ade20k import IGNORE
 
 
 def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Pixels by label (row) and prediction (column): [C, C] int64.
-
-    Args:
-        prediction: classes, of any shape and integer type.
-        labels: classes or ``IGNORE``, of the same shape. Pixels with ``IGNORE`` count nowhere.
-    """
+    """Pixels by label (row) and prediction (column), [C, C] int64, of two tensors of one shape and any integer type.
+    Pixels whose label is ``IGNORE`` count nowhere."""
     assert prediction.shape == labels.shape, (prediction.shape, labels.shape)
     known = labels != IGNORE
     pairs = labels[known].long() * num_classes + prediction[known].long()

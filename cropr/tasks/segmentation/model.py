@@ -69,13 +69,10 @@ class PrunedSegmenter(PrunedViT):
 def build(
     model: ModelSpec, spec: PruneSpec, num_classes: int, image_size: int, pretrained: bool = False
 ) -> PrunedSegmenter:
-    """The segmenter of a training spec.
+    """The segmenter of a training spec; raises what ``PrunedSegmenter`` raises.
 
     EVA-02 at the paper's scale is ``ModelSpec(name="eva02_large_patch14_224.mim_m38m", args={"patch_size": 16})`` with
     ``image_size=512``: timm then resamples patch embedding and positions of the pretrained weights itself.
-
-    Raises:
-        TypeError, ValueError: as of ``PrunedSegmenter``.
     """
     return build_model(model, spec, num_classes, image_size, pretrained, PrunedSegmenter)
 
@@ -99,7 +96,6 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
         output: of a model in training mode.
         target: [B, H, W] integers, ``IGNORE`` where there is no label. An auxiliary prediction [B, Q, classes] has the
             label of each patch as its target: that of torch's nearest neighbour, the pixel in its upper left corner.
-        aux_weight: weight of the sum of the auxiliary losses.
 
     Raises:
         ValueError: auxiliary predictions of another patch grid than the images'.
@@ -127,12 +123,11 @@ def _labelled(target: Tensor) -> Tensor:
 
 
 def _require_queries(queries: int, grid: tuple[int, int]) -> None:
-    rows, columns = grid
-    if queries != rows * columns:
+    if queries != grid[0] * grid[1]:
         raise ValueError(
-            f"{queries} queries for a grid of {rows} x {columns} patches: each query is trained on one patch, which "
-            f"ties training to one grid; set num_queries to {rows * columns}, or train on images that have {queries} "
-            "patches (evaluation and deployment take any)"
+            f"{queries} queries for a grid of {grid[0]} x {grid[1]} patches: each query is trained on one patch, which "
+            f"ties training to one grid; set num_queries to {grid[0] * grid[1]}, or train on images that have "
+            f"{queries} patches (evaluation and deployment take any)"
         )
 
 

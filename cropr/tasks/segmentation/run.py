@@ -12,7 +12,6 @@ from cropr.data.ade20k import EvalImages, TrainImages, load_splits
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.pruning.model import DeployedViT, Output
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
-from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.segmentation.inference import predict
 from cropr.tasks.segmentation.metrics import confusion, scores
 from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses
@@ -24,24 +23,18 @@ class Segmentation(TaskRun):
 
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         super().__init__(spec, root)
-        assert isinstance(spec.data, SegDataSpec)
-        self.data = spec.data
         self.splits = load_splits(root)
 
     def folder_fingerprint(self) -> str:
-        """See ``TaskRun``."""
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.images))
 
     def build(self, pretrained: bool = False) -> PrunedSegmenter:
-        """See ``TaskRun``."""
         return build(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
-        """See ``TaskRun``."""
         return TrainBatches(TrainImages(self.splits[0], self.data, seed), self.spec.recipe.batch_size, seed, **share)
 
     def loss(self, output: Output, targets: Tensor) -> Losses:
-        """See ``cropr.tasks.segmentation.model.losses``."""
         return losses(output, targets, self.spec.prune.aux_weight)
 
     @torch.no_grad()

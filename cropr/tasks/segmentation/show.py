@@ -36,7 +36,6 @@ class MapAnswers(Answers):
         self.model = build(spec.model, spec.prune, self.data.num_classes, self.data.image_size).eval()
 
     def show(self, item: int | str, device: torch.device) -> Shown:
-        """See ``Answers``."""
         if self.split and isinstance(item, int):
             picture, labels = read_pair(self.split, item, self.data.num_classes)
         else:
