@@ -278,11 +278,6 @@ def attended(counts: tuple[int, ...], num_patches: int, fusion: bool, prefix: in
     return tuple(count + prefix for count in before)
 
 
-def total_pruning_ratio(counts: tuple[int, ...], num_patches: int) -> float:
-    """TPR: patches pruned anywhere over all patches (paper, section 4)."""
-    return 1 - min(counts) / num_patches
-
-
 def _ranges(blocks: list[int]) -> str:
     """``1-6`` for blocks in a row, ``6,12,18`` for others."""
     found = groupby(enumerate(blocks), lambda item: item[1] - item[0])
