@@ -110,7 +110,7 @@ class ImagesSpec(Spec):
 
 
 class RecipeSpec(Spec):
-    """How it is trained. Defaults are the authors' ImageNet recipe (reference, section 3.1)."""
+    """How it is trained. Defaults are the authors' ImageNet recipe (docs/authors_code.md)."""
 
     epochs: int | float = Field(50, gt=0)
     """Passes over the training images; 0.5 ends after half of them."""

@@ -1,4 +1,4 @@
-"""Size and direction: what imports what, and how long files, functions and packages are (DESIGN.md, section 1)."""
+"""Size and direction: what imports what, and how long files, functions and packages are (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ examples:
   python -m cropr bench --model vit_large_patch16_224 --reducer cropr --rate 8 --fusion llf
   python -m cropr bench --model vit_base_patch16_224 --schedule '{"stages": {"at": {"6": 50}}}' --fusion none
   python -m cropr bench --model vit_base_patch16_224 --precision bf16 --batch-size 8 --threads 2 --rounds 15
-  python -m cropr bench --model vit_base_patch16_224 --reducer none --pruned-image-size 160    a smaller image instead
-  python -m cropr bench --model vit_base_patch16_224 --reducer none                           noise of the measurement
+  python -m cropr bench --model vit_base_patch16_224 --reducer none --pruned-image-size 160   # a smaller image instead
+  python -m cropr bench --model vit_base_patch16_224 --reducer none   # noise of the measurement
   python -m cropr bench --model vit_base_patch16_224 --precision amp_bf16 --attention flash --batch-size 64
   python -m cropr bench --model vit_base_patch16_224 --compile --channels-last
-  python -m cropr bench --spec results/laptop/bench/3f2a91c07d/record.json --out again         a row of a table again
+  python -m cropr bench --spec results/laptop/bench/3f2a91c07d/record.json --out again   # a row of a table again
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write the embedded data set, or check a folder of images.
 
 examples:
-  python -m cropr data scenes --out scenes                          20,000 + 2,000 images of 64 px
+  python -m cropr data scenes --out scenes   # 20,000 + 2,000 images of 64 px
   python -m cropr data scenes --out tiny --train 200 --val 50 --image-size 32
   python -m cropr data scenes --out scenes --spec '{"distractors": 12, "seed": 1}'
   python -m cropr data scenes --out maps --layout ade20k --objects 1 2
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     check = verbs.add_parser("check", help="read every image of a folder and list those that cannot be used")
     check.add_argument("root", type=Path, metavar="DIR", help="holds train/<class>/* and val/<class>/*, or --layout's")
-    check.add_argument("--classes", type=int, metavar="N", help="number of classes that there should be")
+    check.add_argument("--classes", type=int, metavar="N", help="expected number of classes")
     for verb in (scenes, check):
         verb.add_argument("--layout", choices=LAYOUTS, default="imagenet", help="folders of (default imagenet)")
 

@@ -2,7 +2,7 @@
 
 examples:
   python -m cropr evaluate --run runs/3f2a91c07d/seed0 --data photos
-  python -m cropr evaluate --run runs/3f2a91c07d/seed0 --data photos --deployed     folded queries, no training weights
+  python -m cropr evaluate --run runs/3f2a91c07d/seed0 --data photos --deployed   # folded queries, no training weights
   python -m cropr evaluate --spec spec.yaml --weights weights.safetensors --data imagenet --out result.json
   python -m cropr evaluate --run runs/8d21b0c9aa/seed0 --data coco --save-predictions predictions.json
   python -m cropr evaluate --predictions predictions.json --annotations coco/annotations/instances_val2017.json
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--out", "write a record there"),
     ):
         parser.add_argument(flag, type=Path, metavar="FILE", help=text)
-    parser.add_argument("--deployed", action="store_true", help="evaluate the inference form")
+    parser.add_argument("--deployed", action="store_true", help="evaluate the deployed model")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default 64")
     flags.add_machine_flags(parser, workers=True)
 

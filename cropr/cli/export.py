@@ -7,8 +7,8 @@ Needs: pip install onnx onnxscript onnxruntime
 
 examples:
   python -m cropr export --run results/laptop/runs/3f2a91c07d/seed0 --out exported
-  python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported            random weights
-  python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported --bench    also speed-up in onnxruntime
+  python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported   # random weights
+  python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported --bench   # also speed-up in onnxruntime
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model.onnx, model.pt2 and record.json")
     flags.add_fields(flags.add_pruning_flags(parser), BenchSpec, ["image_size"])
     how = parser.add_argument_group("check and measurement")
-    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images of both (default 4)")
+    how.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        metavar="N",
+        help="images per pass, compared and timed (default 4)",
+    )
     how.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default 5)")
     how.add_argument("--bench", action="store_true", help="also time the unpruned model in onnxruntime")
-    how.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default OMP_NUM_THREADS, else all)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Find the constant schedule that reaches a speed-up.
+"""Find the schedule that reaches a speed-up: a constant rate or, if none does, one stage after block 3.
 
 The prediction counts multiply-adds, so it is the same for every device. --verify measures the schedule on this device
 and corrects it until the measured speed-up is within 3 % of the target, or says that the device cannot reach it. On a

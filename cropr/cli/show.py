@@ -5,7 +5,7 @@ chosen by rule, spread over the classes, so that every run on a data set shows t
 arrays; --picture also writes them as one PNG of panels: image, map, prediction, truth.
 
 examples:
-  python -m cropr show --run results/laptop/runs/3f2a91c07d/seed0 --data results/laptop/data/scenes --out maps.npz
+  python -m cropr show --run results/laptop/runs/3f2a91c07d/seed0 --data results/laptop/data/imagenet --out maps.npz
   python -m cropr show --run runs/3f2a91c07d/seed0 --data photos --images 4 --out maps.npz --picture maps.png
   python -m cropr show --run runs/3f2a91c07d/seed0 --image cat.jpg --out cat.npz --picture cat.png
 """

@@ -101,7 +101,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
 def add_machine_flags(parser: argparse._ActionsContainer, workers: bool = False) -> None:
     """``--device`` and ``--threads``; with ``workers``, also ``--workers``."""
     parser.add_argument("--device", help="cpu, cuda; to measure also cuda:1, mps (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of one operation (default OMP_NUM_THREADS)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default OMP_NUM_THREADS, else all)")
     if workers:
         text = "processes that decode images (default 0)"
         parser.add_argument("--workers", type=int, default=0, metavar="N", help=text)

@@ -1,16 +1,17 @@
 """Train or fine-tune a model, pruned or not, and evaluate it.
 
-The images lie in class folders: DATA/train/<class>/* and DATA/val/<class>/*. The run ends with record.json,
-weights.safetensors and log.jsonl (a line a step) in its directory. An interrupted run continues from its last
-checkpoint when the same command is given again; a finished one is not repeated.
+Without --spec, the images lie in class folders: DATA/train/<class>/* and DATA/val/<class>/*. With --spec, they lie in
+the layout of its task. The run ends with record.json, weights.safetensors and log.jsonl (a line a step) in its
+directory. An interrupted run continues from its last checkpoint when the same command is given again; a finished one
+is not repeated.
 
 examples:
   python -m cropr train --data photos --model vit_small_patch16_224 --pretrained --reducer cropr --rate 8 --fusion llf
-  python -m cropr train --data photos --model vit_small_patch16_224 --reducer none      the unpruned baseline
+  python -m cropr train --data photos --model vit_small_patch16_224 --reducer none   # the unpruned baseline
   python -m cropr train --data photos --model vit_base_patch16_224 --pretrained --batch-size 256 --accumulate 4 \\
       --set recipe.layer_decay=0.65 --set data.augment.mixup=0.8
-  python -m cropr train --data imagenet --spec spec.yaml --seed 1 --out runs/mine       everything from a file
-  torchrun --nproc-per-node 8 -m cropr train --data imagenet --spec spec.yaml           8 GPUs
+  python -m cropr train --data imagenet --spec spec.yaml --seed 1 --out runs/mine   # everything from a file
+  torchrun --nproc-per-node 8 -m cropr train --data imagenet --spec spec.yaml   # 8 GPUs
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _FLAGS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    data = "holds train/<class>/* and val/<class>/*"
+    data = "the images: train/<class>/* and val/<class>/*, or the layout of the spec's task"
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from these safetensors, or a run's directory")
@@ -50,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
     machine = parser.add_argument_group("machine (none of these changes the result on a CPU)")
     flags.add_machine_flags(machine, workers=True)
-    machine.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help="default 10; also per epoch")
+    machine.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=10,
+        metavar="M",
+        help="minutes between checkpoints (default 10); one more after each epoch",
+    )
     machine.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="epochs; default: at the end only")
 
 

@@ -1,7 +1,7 @@
 """When tokens go: how many patch tokens live after each block.
 
 Pure Python, no torch: Snakemake builds its DAG from this file. Source: paper, section 3 (constant, early), Table 1
-(stages); the squares of the detector are reconstructed (see docs).
+(stages); the squares of the detector are reconstructed (docs/detection.md).
 
 A schedule is written once, without a model, and resolved against one::
 
@@ -84,7 +84,7 @@ class Schedule:
 
     @classmethod
     def squares(cls, side: Mapping[int, int]) -> Schedule:
-        """Keep ``side[block] ** 2`` tokens, so that survivors fill whole windows (reference: the detector)."""
+        """Keep ``side[block] ** 2`` tokens, so that survivors fill whole windows (docs/detection.md)."""
         return cls.kept({block: int(edge) ** 2 for block, edge in side.items()})
 
     @classmethod

@@ -1,6 +1,6 @@
 """One optimizer step: AdamW with layer decay, the step's learning rate, pruning rate and gradients.
 
-The recipe is the authors' (reference, section 3.1).
+The recipe is the authors' (docs/authors_code.md).
 A model of depth L has L + 2 levels: the stem (patch embedding, positions, prefix tokens) is level 0, block l level l,
 all else level L + 1 with scale 1: final norms, head, and what pruning adds for training.
 """

@@ -264,7 +264,7 @@ def test_gradient_is_scaled_and_the_value_is_not():
 
 
 def test_the_spec_of_published_size():
-    """Heads of EVA-02-L's detector: 15.3 M parameters a box head, 7.8 M of the pyramid (reference)."""
+    """Heads of EVA-02-L's detector: 15.3 M parameters a box head, 7.8 M of the pyramid."""
     spec = DetModelSpec()
     with torch.device("meta"):
         neck, stage = SimpleFeaturePyramid(1024, 256, 16), BoxStage(spec, 80, 1)

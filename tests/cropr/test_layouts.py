@@ -1,4 +1,4 @@
-"""Scenes on disk: what the files of ADE20k's and COCO's layouts hold. (ImageNet's: tests/test_scenes.py.)"""
+"""Scenes on disk: what the files of ADE20k's and COCO's layouts hold. (ImageNet's: tests/cropr/test_scenes.py.)"""
 
 from __future__ import annotations
 

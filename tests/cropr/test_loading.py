@@ -1,4 +1,4 @@
-"""What all tasks share about batches; more of it is tested through class folders, in tests/test_imagenet.py."""
+"""What all tasks share about batches; more of it is tested through class folders, in tests/cropr/test_imagenet.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter groups and learning rates of the authors' recipe, by hand (reference, sections 3.1 and 7f)."""
+"""Parameter groups and learning rates of the authors' recipe, by hand."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_learning_rates_of_the_paper_recipe():
 
 
 def test_polynomial_decay_of_the_authors_segmentation():
-    """Batch 8, 64 epochs of 2,527 steps, 2e-5 (1 - t / T) ** 0.9 to 0 without warm-up (reference, section 3.2)."""
+    """Batch 8, 64 epochs of 2,527 steps, 2e-5 (1 - t / T) ** 0.9 to 0 without warm-up."""
     recipe = RecipeSpec(epochs=64, batch_size=8, base_lr=6.4e-4, decay="poly", min_lr=0, warmup_epochs=0, layer_decay=1)
     lr = rates(recipe, 2527)
     for step in (0, 1, 80_864, 161_727):

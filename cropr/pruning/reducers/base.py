@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,7 +61,14 @@ class Reducer(nn.Module):
 
 
 class ScoreReducer(Reducer):
-    """Keeps the K patch tokens of highest score, in their present order."""
+    """Keeps the K patch tokens of highest score, in their present order. A method without weights defines ``score``
+    alone; ``dim`` and ``num_outputs`` are for those that have weights."""
+
+    def __init__(self, dim: int = 0, num_outputs: int = 0) -> None:
+        super().__init__()
+
+    def deploy(self) -> Reducer:
+        return copy.deepcopy(self)
 
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         """[B, N] float32; the lowest are pruned."""

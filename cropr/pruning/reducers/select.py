@@ -5,7 +5,6 @@ Sources: paper, section 3 and Table 1; rules of the competitors as they could be
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -120,33 +119,20 @@ class FoldedCropr(ScoreReducer):
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         return _score_patches(self.scorer, tokens)
 
-    def deploy(self) -> Reducer:
-        return copy.deepcopy(self)
-
 
 def _score_patches(scorer: FoldedScorer, tokens: Tokens) -> Tensor:
     """[B, N]. The prefix is scored, too, and cut off: leaving it out first would copy all tokens."""
     return scorer(tokens.x)[:, tokens.prefix :]
 
 
-class _WithoutWeights(ScoreReducer):
-    """Pruners that learn nothing: the inference form is a second instance."""
-
-    def __init__(self, dim: int, num_outputs: int) -> None:
-        super().__init__()
-
-    def deploy(self) -> Reducer:
-        return copy.deepcopy(self)
-
-
-class Random(_WithoutWeights):
+class Random(ScoreReducer):
     """Uniform scores, fresh for every image, block and call, from torch's global generator."""
 
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         return torch.rand(tokens.index.shape, device=tokens.x.device)
 
 
-class Variance(_WithoutWeights):
+class Variance(ScoreReducer):
     """Variance of the patch's input pixels over its area and channels; static over the blocks.
 
     Our reading of the paper's "Variance [43]" row: no public code defines it (docs/reducers.md).
@@ -159,7 +145,7 @@ class Variance(_WithoutWeights):
         return context.pixels.gather(1, tokens.index)
 
 
-class AttentionTopK(_WithoutWeights):
+class AttentionTopK(ScoreReducer):
     """Attention of the CLS query in the block just run, averaged over heads; wants CLS pooling."""
 
     wants_attention: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from cropr.tasks import Task
 
 
 class SegDataSpec(ImagesSpec):
-    """Images of semantic segmentation, in the layout of ADE20k; defaults are the authors' (reference, section 3.2)."""
+    """Images of semantic segmentation, in the layout of ADE20k; defaults are the authors' (docs/authors_code.md)."""
 
     image_size: int = Field(512, ge=8)
     """Side of the square training crops, and of the windows of evaluation."""
