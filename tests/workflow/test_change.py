@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from .conftest import Project
+from project import Project
 
 pytestmark = pytest.mark.workflow
 

@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from project import ROOT, Project, copy_repository
 
 from workflow.paper.grid import load_grid
-
-from .conftest import ROOT, Project, copy_repository
 
 pytestmark = pytest.mark.workflow
 CI = ("--config", "scale=ci")

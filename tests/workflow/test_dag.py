@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from .conftest import Project, counts
+from project import Project, counts
 
 pytestmark = pytest.mark.workflow
 CI = ("--config", "scale=ci")
