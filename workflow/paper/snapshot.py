@@ -55,6 +55,7 @@ def copy(results: Path, target: Path) -> None:
 
 def index(results: Path) -> str:
     """List of the notebooks with their questions, by section, as Markdown."""
+    executed = {path.stem for path in (results / "notebooks").glob("*.ipynb")}
     manifests = [load_manifest(name, results) for name in artefacts(results)]
     seeds = ", ".join(map(str, manifests[0]["seeds"]))
     lines = [
@@ -68,7 +69,8 @@ def index(results: Path) -> str:
         lines += ["", f"## {section}", ""]
         for manifest in (one for one in manifests if one["section"] == section):
             name = manifest["artefact"]
-            lines.append(f"* [{name}]({name}.ipynb) ([table]({name}.md)): {manifest['question']}")
+            link = f"[{name}]({name}.ipynb) ([table]({name}.md))" if name in executed else f"{name} (not in this copy)"
+            lines.append(f"* {link}: {manifest['question']}")
     return "\n".join(lines) + "\n"
 
 
