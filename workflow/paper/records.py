@@ -20,6 +20,11 @@ from cropr.records import read_record
 REPOSITORY = Path(__file__).resolve().parents[2]
 FACTS = ("row", "name", "label", "reducer", "fusion", "schedule", "pool", "image_size", "aux_weight", "options")
 """Columns that say what a row is."""
+SPEED = (
+    "round", "device", "base_images_per_s", "images_per_s", "gmacs", "mac_ratio", "mac_ratio_whole",
+    "speedup", "speedup_over_mac_ratio", "speedup_whole",
+)  # fmt: skip
+"""Columns of speed that are there even if nothing was measured."""
 PUBLISHED = ("row", "quantity", "value", "source", "confidence")
 
 
@@ -117,6 +122,8 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
         if row["bench"] is None:
             continue
         record = _read(manifest, row["bench"], results)
+        if "unsupported" in record:  # this device cannot run it; ``not_run`` gives the reason
+            continue
         series, metrics = pd.DataFrame(record["series"]), record["metrics"]
         ratios = {"speedup": series["base_seconds"] / series["seconds"]}
         ratios["speedup_over_mac_ratio"] = 100 * ratios["speedup"] / metrics["mac_ratio"]
@@ -126,7 +133,7 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
         constant = {name: value for name, value in metrics.items() if not name.startswith("speedup")}
         facts = _facts(row, paper=True) | {"round": series.index, "device": _device(record)}
         parts.append(series.assign(**ratios, **constant, **facts)[[*facts, *series, *ratios, *constant]])
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*FACTS, "round", "speedup"])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*FACTS, *SPEED])
 
 
 def load_cells(artefact: str, results: str | Path) -> pd.DataFrame:
@@ -202,6 +209,10 @@ def not_run(artefact: str, results: str | Path) -> Markdown:
     for row in load_manifest(artefact, results)["rows"]:
         if row["why"] is not None:
             reasons.setdefault(row["why"], []).append(row["name"])
+        elif row["bench"] and (
+            why := _read(load_manifest(artefact, results), row["bench"], results).get("unsupported")
+        ):
+            reasons.setdefault(why, []).append(f"speed of {row['name']}")
     parts = [f"{', '.join(names)} ({why})" for why, names in reasons.items()]
     return Markdown(f"Rows that have not run: {'; '.join(parts)}." if parts else "")
 
