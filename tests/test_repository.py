@@ -108,7 +108,7 @@ def test_data_files_parse() -> None:
 def test_csv_is_rectangular(name: str) -> None:
     lines = (line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
     rows = list(csv.reader(lines))
-    assert len(rows) > 1
+    assert rows  # heads alone where nothing was measured
     assert {len(row) for row in rows} == {len(rows[0])}
     assert len(set(rows[0])) == len(rows[0]), "two columns of the same name"
 

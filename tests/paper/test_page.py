@@ -1,6 +1,9 @@
 """The report page, the headline table and the snapshot."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from synthetic import write_results
@@ -75,3 +78,19 @@ def test_pruned_patches_are_counted_without_prefix_tokens(results):
     runs = load_records("ade20k", results).set_index(["row", "seed"])
     assert runs.loc[("cropr", 0), "tpr"] == 50.0  # 17 tokens with one prefix, 9 in the end: 8 of 16 patches
     assert runs.loc[("none", 0), "tpr"] == 0.0
+
+
+def test_a_speed_that_the_device_cannot_measure_is_named_with_its_reason(results, tmp_path):
+    copy = tmp_path.with_name("copy")
+    shutil.copytree(results, copy)
+    for row in load_manifest("ade20k", copy)["rows"]:
+        if row["bench"]:
+            file = copy / Path(row["bench"]).relative_to(load_manifest("ade20k", copy)["results"])
+            record = json.loads(file.read_text())
+            del record["series"]
+            file.write_text(json.dumps({**record, "metrics": {}, "unsupported": "no bfloat16"}))
+    speed = load_speed("ade20k", copy)
+    assert len(speed) == 0
+    assert {"speedup", "mac_ratio", "speedup_whole", "images_per_s"} <= set(speed)
+    assert with_interval(median_interval(speed, "speedup")).empty
+    assert "no bfloat16" in not_run("ade20k", copy)
