@@ -61,7 +61,7 @@ def index(results: Path) -> str:
     lines = [
         "# Rendered notebooks",
         "",
-        f"A copy of a finished run of the scale `{manifests[0]['scale']}`, seeds {seeds}; `make snapshot` copies",
+        f"A copy of a run of the scale `{manifests[0]['scale']}`, seeds {seeds}; `make snapshot` copies",
         f"`{manifests[0]['results']}/`. Every notebook names its device and ends with the command that makes it again.",
         "How to read the numbers: [reading.md](../reading.md). Claims and verdicts: [claims.md](claims.md).",
     ]
