@@ -129,10 +129,15 @@ class Grid:
             "rows": [asdict(row) for row in self.artefacts[artefact].rows],
         }
 
-    def priority(self, run: str) -> int:
-        """Greater for runs that an earlier artefact waits for."""
+    def priority(self, job: str) -> int:
+        """Greater for runs, first weights (both by id) and images (by layout) that an earlier artefact waits for."""
+
+        def needs(run: str) -> tuple[str, ...]:
+            source = self.source(run)
+            return (run, source.layout, *([source.pretrain.digest()] if source.pretrain else []))
+
         ranked = enumerate(reversed(self.artefacts.values()), start=1)
-        return max((rank for rank, artefact in ranked if any(row.run == run for row in artefact.rows)), default=0)
+        return max((rank for rank, a in ranked if any(row.run and job in needs(row.run) for row in a.rows)), default=0)
 
     def comparable(self) -> list[str]:
         """``artefact/row`` of every row that runs and has a baseline."""

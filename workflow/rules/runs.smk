@@ -18,7 +18,7 @@ rule data:
         f"{OUT}/data/{{layout}}/record.json",
     log:
         f"{LOGS}/data/{{layout}}.log",
-    priority: SHORT
+    priority: lambda wildcards: SHORT + GRID.priority(wildcards.layout)
     conda:
         "../../envs/train.yaml"
     threads: CORES
@@ -57,7 +57,7 @@ rule pretrain:
         record=f"{OUT}/pretrain/{{run}}/record.json",
     log:
         f"{LOGS}/pretrain/{{run}}.log",
-    priority: SHORT
+    priority: lambda wildcards: SHORT + GRID.priority(wildcards.run)
     conda:
         "../../envs/train.yaml"
     threads: CORES
