@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
     from cropr.data.loading import Share
     from cropr.tasks.base import EvaluationSettings
+    from cropr.tasks.per_image import write_arrays
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
 
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
         found = {"seed": seed, "metrics": metrics, "tokens": tokens, "series": result.series}
         origin = {"device": str(world.device), "precision": precision, "data_fingerprint": task.fingerprint}
         if args.out:
+            found["per_image"] = args.out.with_suffix(".npz").name
+            write_arrays(args.out.with_suffix(".npz"), result.images)
             write_record(args.out, make_record("evaluate", spec, started, found, **origin))
     flags.show_metrics(str(weights), metrics, TASKS[spec.task].metrics)
     flags.say(f"tokens: {', '.join(map(str, tokens))}")

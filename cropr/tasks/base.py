@@ -37,6 +37,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     series: dict[str, list[Any]] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    """Arrays with a result for each image (``cropr.tasks.per_image``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

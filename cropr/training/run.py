@@ -17,6 +17,7 @@ from cropr.data.loading import Share, some
 from cropr.records import RECORD, provenance, read_record, write_record
 from cropr.tasks import open_task
 from cropr.tasks.base import Evaluation, EvaluationSettings, TaskRun, differences
+from cropr.tasks.per_image import FILE, write_arrays
 from cropr.training.checkpoint import WEIGHTS, latest_checkpoint, load_initial, save_weights
 from cropr.training.distributed import World
 from cropr.training.loop import CHECKPOINTS, LOG, Settings, fit, summarise
@@ -43,7 +44,7 @@ def train(
 ) -> dict[str, Any]:
     """Run ``spec`` and return its record; at once if ``out`` has it already, from its checkpoint if it was cut off.
 
-    Leaves ``record.json``, ``weights.safetensors`` (training form) and ``log.jsonl`` in ``out``.
+    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
 
     Args:
         data_root: the images, in the layout of the task.
@@ -77,12 +78,14 @@ def train(
         "metrics": {**result.metrics, **parameters(model)},
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
+        "per_image": FILE,
         "provenance": {},
     }
     if world.leads:
         record["metrics"] |= summarise(out / LOG)
         where = {"device": str(world.device), "precision": spec.recipe.precision, "data_fingerprint": task.fingerprint}
         record["provenance"] = provenance(started, **where, processes=world.size, workers=workers)
+        write_arrays(out / FILE, result.images)
         save_weights(out / WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
         shutil.rmtree(out / CHECKPOINTS)
@@ -113,6 +116,8 @@ def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
     if not (out / RECORD).exists() or not (out / WEIGHTS).exists():
         return None
     record = read_record(out)
+    if not (out / record.get("per_image", RECORD)).exists():
+        return None
     mine = {"seed": seed, "spec": spec.model_dump(mode="json")}
     theirs = {"seed": record.get("seed"), "spec": record.get("spec")}
     if mine != theirs:

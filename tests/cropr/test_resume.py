@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -242,6 +243,9 @@ def test_two_processes_train_as_one(images, tmp_path):
         assert together["images"] == alone["images"]
         assert together["loss"] == pytest.approx(alone["loss"], abs=1e-4)
         assert steps(second) == list(range(12))
+        own, joined = (np.load(path / read_record(path)["per_image"]) for path in (first, second))
+        assert own["image"].tolist() == joined["image"].tolist()
+        assert joined["correct"].sum() == pytest.approx(together["top1"] / 100 * 12)
 
 
 # The command line ---------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ B batch, N patch tokens, K kept, Q queries, M Cropr modules.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from cropr.data.scenes import object_mask, object_patches
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
 from cropr.tasks.classification import DataSpec
+from cropr.tasks.per_image import in_order
 from cropr.training.specs import TrainSpec
 
 _ALONE = EvaluationSettings()
@@ -74,7 +77,10 @@ class Classification(Objective, TaskRun):
         batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
         host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
         objects = object_map([split.paths[index] for index in batches.indices], self.data, host.patch_embed.grid_size)
-        return evaluate(model, batches, settings, objects)
+        result = evaluate(model, batches, settings, objects)
+        names = np.array([Path(split.paths[index]).relative_to(split.root).as_posix() for index in batches.indices])
+        arrays = in_order(settings.gather, batches.indices, {"image": names, **result.images})
+        return replace(result, images=arrays)
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
@@ -118,7 +124,8 @@ def evaluate(
         Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``;
         series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
         on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
-        means over images; block 0 is the input.
+        means over images; block 0 is the input. Images of this process in their order: ``correct`` [n] bool and, with
+        objects, ``object_kept`` [n, blocks], shares from 0 to 1, NaN where there is no object.
 
     Raises:
         ValueError: there are no images.
@@ -129,34 +136,42 @@ def evaluate(
     forward = model.detailed if isinstance(model, DeployedViT) else model
     sums, shares = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
     seen, blocks = 0, [0]
+    correct: list[Tensor] = []
+    alive: list[Tensor] = []
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, settings.precision):
             output: Output = forward(images)
-        sums += _counts(output.logits.float(), labels)
+        ranked, counts = _counts(output.logits.float(), labels)
+        sums += counts
+        correct.append(ranked[:, 0])
         if objects is not None:
-            shares = shares + _shares(output, objects[seen : seen + len(labels)].to(device))
+            on_object = objects[seen : seen + len(labels)].to(device)
+            shares = shares + _shares(output, on_object)
+            alive.append(_alive(output, on_object))
             blocks = [0, *output.kept]
         seen += len(labels)
     model.train(training)
     top1, top5, loss, count = settings.total(sums).tolist()
     if not count:
         raise ValueError("no image to evaluate: the validation set is empty")
+    found = {name: torch.cat(x).cpu().numpy() for name, x in (("correct", correct), ("object_kept", alive)) if x}
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
     if objects is None:
-        return Evaluation(metrics, {"relevance": []})
+        return Evaluation(metrics, {"relevance": []}, found)
     relevance = [
-        {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * alive / max(with_object, 1)}
-        for block, (kept, alive, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
+        {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * share / max(with_object, 1)}
+        for block, (kept, share, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
     ]
-    return Evaluation(metrics, {"relevance": relevance})
+    return Evaluation(metrics, {"relevance": relevance}, found)
 
 
-def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """[4]: images right at first guess, right within five, sum of losses, images."""
+def _counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 5] bool: which guess is right, best first; [4]: images right at first, right within five, losses, images."""
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack((ranked[:, 0].sum(), ranked.sum(), loss.double(), loss.new_tensor(len(labels)))).double()
+    sums = torch.stack((ranked[:, 0].sum(), ranked.sum(), loss.double(), loss.new_tensor(len(labels)))).double()
+    return ranked, sums
 
 
 def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
@@ -183,3 +198,9 @@ def _shares(output: Output, on_object: Tensor) -> Tensor:
         shares = (hit / kept.shape[1]).sum(), (hit / size.clamp(min=1)).sum()
         rows.append(torch.stack([*shares, (size > 0).sum(), (size >= 0).sum()]))
     return torch.stack(rows)
+
+
+def _alive(output: Output, on_object: Tensor) -> Tensor:
+    """[B, blocks]: share of each image's object patches that are kept, NaN without an object; see ``_shares``."""
+    kept = [on_object, *(on_object.gather(1, index) for index in output.kept.values())]
+    return torch.stack([patches.sum(dim=1) for patches in kept], dim=1) / on_object.sum(dim=1, keepdim=True)

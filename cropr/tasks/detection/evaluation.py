@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -62,7 +63,9 @@ def evaluate(
         raise ValueError("no image to evaluate: the validation set is empty")
     if settings.predictions:
         write_text(settings.predictions, json.dumps(results, allow_nan=False) + "\n")
-    return Evaluation({**score(results, annotations.path, image_ids), "val_images": len(image_ids)})
+    images: dict[str, Any] = {"image": np.array(image_ids)}
+    metrics = score(results, annotations.path, image_ids, images=images)
+    return Evaluation({**metrics, "val_images": len(image_ids)}, images=images)
 
 
 @torch.no_grad()
@@ -133,7 +136,11 @@ def score_file(predictions: Path, annotations: Path) -> dict[str, float]:
 
 
 def score(
-    results: Sequence[Result], annotations: Path, image_ids: Sequence[int] | None = None, source: str = "results"
+    results: Sequence[Result],
+    annotations: Path,
+    image_ids: Sequence[int] | None = None,
+    source: str = "results",
+    images: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """The ``FIGURES`` in percent for boxes (``box_ap``, ...), and for masks (``mask_ap``, ...) if results have them.
 
@@ -145,6 +152,7 @@ def score(
         annotations: file with the truth.
         image_ids: images to evaluate. If None, all of the file.
         source: name of the results in messages.
+        images: if given, gets what ``matches`` finds for boxes (``box_image``, ...) and masks.
 
     Raises:
         FileNotFoundError, ValueError: truth or results are missing or wrong.
@@ -164,7 +172,10 @@ def score(
             continue
         # One key alone: with a box as well, pycocotools would take the box's area for the mask's.
         entries = [{k: result[k] for k in ("image_id", "category_id", "score", key)} for result in results]
-        values = zip(FIGURES, _figures(truth, entries, kind, image_ids), strict=True)
+        evaluation = _evaluation(truth, entries, kind, image_ids)
+        if images is not None:
+            images |= {f"{name}_{part}": array for part, array in matches(evaluation).items()}
+        values = zip(FIGURES, evaluation.stats, strict=True)
         metrics |= {f"{name}_{figure}": 100 * float(value) for figure, value in values if value >= 0}
     return metrics
 
@@ -218,8 +229,8 @@ def _wrong(result: Mapping[str, Any], truth: COCO) -> str | None:
     return None
 
 
-def _figures(truth: COCO, results: list[Result], kind: str, image_ids: Sequence[int] | None) -> Sequence[float]:
-    """pycocotools' statistics, without its prints."""
+def _evaluation(truth: COCO, results: list[Result], kind: str, image_ids: Sequence[int] | None) -> COCOeval:
+    """pycocotools' evaluation with its statistics, without its prints."""
     with redirect_stdout(io.StringIO()):
         # loadRes fails on an empty list.
         found = truth.loadRes(results) if results else _coco({**truth.dataset, "annotations": []})
@@ -229,4 +240,35 @@ def _figures(truth: COCO, results: list[Result], kind: str, image_ids: Sequence[
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats
+    return evaluation
+
+
+def matches(evaluation: COCOeval) -> dict[str, Any]:
+    """What AP at area ``all`` is computed from: detections by image, and objects to be found.
+
+    Returns:
+        For each detection, at most 100 an image and category: ``image`` and ``category``, places among the sorted ids;
+        ``score``; ``hit`` and ``ignored``, [detections, IoU thresholds] bool. And ``objects`` [images, categories],
+        without those that need not be found (crowds).
+    """
+    settings = evaluation.params
+    images, categories, most = len(settings.imgIds), len(settings.catIds), settings.maxDets[-1]
+    objects = np.zeros((images, categories), np.int32)
+    none = np.zeros((0, len(settings.iouThrs)), bool)
+    columns: dict[str, list[Any]] = {
+        "image": [np.zeros(0, np.int32)], "category": [np.zeros(0, np.int32)], "score": [np.zeros(0)],
+        "hit": [none], "ignored": [none],
+    }  # fmt: skip
+    # pycocotools lists its results by category, area and image; area 0 is ``all``.
+    by_area = np.array(evaluation.evalImgs, dtype=object).reshape(categories, len(settings.areaRng), images)
+    for (category, image), own in np.ndenumerate(by_area[:, 0]):
+        if own is None:  # neither objects nor detections
+            continue
+        objects[image, category] = np.sum(own["gtIgnore"] == 0)
+        scores = np.array(own["dtScores"][:most], float)
+        columns["image"].append(np.full(len(scores), image, np.int32))
+        columns["category"].append(np.full(len(scores), category, np.int32))
+        columns["score"].append(scores)
+        columns["hit"].append(own["dtMatches"][:, :most].T > 0)
+        columns["ignored"].append(own["dtIgnore"][:, :most].T > 0)
+    return {"objects": objects, **{name: np.concatenate(parts) for name, parts in columns.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from cropr.data.ade20k import EvalImages, TrainImages, load_splits
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.pruning.model import DeployedViT, Output
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
+from cropr.tasks.per_image import in_order
 from cropr.tasks.segmentation.inference import predict
-from cropr.tasks.segmentation.metrics import confusion, scores
+from cropr.tasks.segmentation.metrics import count_pixels, scores
 from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses
 from cropr.training.specs import TrainSpec
 
@@ -41,8 +43,8 @@ class Segmentation(TaskRun):
     def evaluate(
         self, model: PrunedSegmenter | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
     ) -> Evaluation:
-        """Metrics ``miou``, ``macc``, ``aacc`` (percent) from one confusion matrix over all images; series ``iou`` by
-        class, None for classes that are neither labelled nor predicted."""
+        """Metrics ``miou``, ``macc``, ``aacc`` (percent) from the pixels of all images; series ``iou`` by class, None
+        for classes that are neither labelled nor predicted. Images: ``pixels`` [n, 3, C] of ``count_pixels``."""
         training, device = model.training, settings.device
         model.eval()
         torch.manual_seed(settings.seed)
@@ -52,12 +54,14 @@ class Segmentation(TaskRun):
                 output = model(windows)
             return output if isinstance(output, Tensor) else output.logits
 
-        counts = torch.zeros(self.data.num_classes, self.data.num_classes, dtype=torch.int64, device=device)
-        images = torch.zeros(1, dtype=torch.int64, device=device)
-        for batch, labels in EvalBatches(EvalImages(self.splits[1], self.data), settings.batch_size, **share):
+        counts, split = [], self.splits[1]
+        batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
+        for batch, labels in batches:
             logits = predict(forward, batch.to(device, non_blocking=True), labels.shape[-2:], self.data)
-            counts += confusion(logits.argmax(dim=1), labels.to(device), self.data.num_classes)
-            images += len(batch)
+            counts.append(count_pixels(logits.argmax(dim=1), labels.to(device), self.data.num_classes).int().cpu())
         model.train(training)
-        metrics, iou = scores(settings.total(counts))
-        return Evaluation({**metrics, "val_images": int(settings.total(images))}, {"iou": iou})
+        pixels = torch.cat(counts).numpy() if counts else np.zeros((0, 3, self.data.num_classes), np.int32)
+        names = np.array([Path(split.images[index]).stem for index in batches.indices])
+        found = in_order(settings.gather, batches.indices, {"image": names, "pixels": pixels})
+        metrics, iou = scores(torch.from_numpy(found["pixels"]).sum(dim=0))
+        return Evaluation({**metrics, "val_images": len(found["image"])}, {"iou": iou}, found)
