@@ -1,8 +1,8 @@
 """The paper's claims, as ``config/claims.yaml`` states them, and what the records say about each.
 
-A claim compares two rows of one artefact in one quantity: ``left - right`` against a threshold. Without a right row,
-the quantity of the left row itself is compared. It holds if the whole interval lies on the claimed side, and is
-contradicted if none of it does.
+A claim compares two rows, or two cells of a microbenchmark, in one quantity: ``left - right`` or ``left / right``
+against a threshold. Without a right side, the quantity of the left one itself is compared. It holds if the whole
+interval lies on the claimed side, is contradicted if none of it does, and has not run if a side has no record.
 """
 
 from __future__ import annotations
@@ -10,19 +10,36 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from workflow.paper.records import REPOSITORY, load_manifest, load_records, load_speed
-from workflow.paper.stats import MIN_ROUNDS, mean_interval, median_interval, paired_difference, with_interval
+from workflow.paper.records import REPOSITORY, load_cells, load_manifest, load_records, load_rounds, load_speed
+from workflow.paper.stats import (
+    MIN_ROUNDS,
+    mean_interval,
+    median_interval,
+    paired_difference,
+    rounds_needed,
+    seeds_needed,
+    with_interval,
+)
 
 CLAIMS = REPOSITORY / "config" / "claims.yaml"
+VERDICTS = {"holds": "✓", "contradicted": "✗", "undecided": "?", "not run": "–"}  # noqa: RUF001
+"""Every verdict with its sign."""
 TIMED = ("speedup", "speedup_over_mac_ratio", "speedup_whole")
 """Quantities of ``load_speed``; their intervals are over the rounds of one process."""
+CELLS = ("times_as_fast", "times_as_fast_over_mac_ratio")
+"""Quantities of two cells that take turns in one process: time of the right one over time of the left one, round by
+round; the second in percent of the ratio of their multiply-adds."""
 _RELATION = re.compile(r"^\s*(>=|<=|>|<)\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
+
+Found = tuple[pd.DataFrame | None, str, str]
+"""Interval, verdict, and why it is not decided."""
 
 
 class Claim(BaseModel):
@@ -34,15 +51,39 @@ class Claim(BaseModel):
     artefact: str
     text: str
     """One sentence that a reader understands without the grid."""
-    left: str
-    right: str | None = None
-    """Row that is subtracted."""
+    left: str | dict[str, Any]
+    """A row; of a microbenchmark, the columns of ``load_cells`` that choose one cell."""
+    right: str | dict[str, Any] | None = None
+    """What is subtracted, or divided by."""
     quantity: str
-    """A metric of training records, or one of ``TIMED``."""
+    """A metric of training records, one of ``TIMED``, or one of ``CELLS``."""
+    ratio: bool = False
+    """Whether ``left / right`` is claimed instead of ``left - right``."""
     relation: str
-    """``> 0``, ``>= -2``: what ``left - right`` is claimed to be."""
-    source: str
-    """Where the paper says so, or that the claim is ours."""
+    """``> 0``, ``>= -2``: what the difference or ratio is claimed to be."""
+    place: str
+    """Table, figure or section of the paper that it belongs to."""
+    published: str
+    """The numbers there, or that there are none."""
+    threshold: Literal["paper", "ours"]
+    """Who claims it at this threshold."""
+
+    @property
+    def sides(self) -> list[Any]:
+        """Left and, if there is one, right."""
+        return [self.left] if self.right is None else [self.left, self.right]
+
+    @property
+    def limit(self) -> float:
+        """Number of the relation."""
+        match = _RELATION.match(self.relation)
+        assert match is not None, self.relation
+        return float(match[2])
+
+    @property
+    def source(self) -> str:
+        """Place, numbers, and whether the threshold is ours, in one line."""
+        return f"{self.place}: {self.published}" + ("; the threshold is ours" if self.threshold == "ours" else "")
 
     @field_validator("relation")
     @classmethod
@@ -85,54 +126,103 @@ def decide(relation: str, low: float, high: float) -> str:
 
 
 def verdicts(artefact: str, results: str | Path, path: str | Path = CLAIMS) -> pd.DataFrame:
-    """The claims about an artefact: claim, measured, claimed, verdict, why, source.
+    """The claims about an artefact: claim, measured, claimed, verdict, why, over, source.
 
     Raises:
         ValueError: a claim about a row that the artefact lacks.
     """
-    columns = ["claim", "measured", "claimed", "verdict", "why", "source"]
-    chosen = [claim for claim in load_claims(path) if claim.artefact == artefact]
+    columns = ["claim", "measured", "claimed", "verdict", "why", "over", "source"]
     rows = {row["row"]: row for row in load_manifest(artefact, results)["rows"]}
-    runs, speed = load_records(artefact, results), load_speed(artefact, results)
     lines = []
-    for claim in chosen:
-        for row in filter(None, (claim.left, claim.right)):
-            if row not in rows:
-                raise ValueError(f"claim {claim.id}: {artefact} has no row {row!r}; it has {', '.join(rows)}")
-        interval, verdict, why = _judge(claim, speed if claim.quantity in TIMED else runs)
-        measured = "" if interval is None else with_interval(interval, 1, signed=claim.right is not None).iloc[0]
-        lines.append([claim.text, measured, claim.relation, verdict, why, claim.source])
+    for claim in load_claims(path):
+        if claim.artefact != artefact:
+            continue
+        names = [side["row"] if isinstance(side, dict) else side for side in claim.sides]
+        if missing := [name for name in names if name not in rows]:
+            raise ValueError(f"claim {claim.id}: {artefact} has no row {missing[0]!r}; it has {', '.join(rows)}")
+        if reasons := [rows[name]["why"] for name in names if rows[name]["why"]]:
+            interval, verdict, why = None, "not run", reasons[0]
+        else:
+            interval, verdict, why = _judge(claim, results)
+        measured, over = "", ""
+        if interval is not None:
+            signed = claim.right is not None and not claim.ratio and claim.quantity not in CELLS
+            digits = 2 if claim.ratio or claim.quantity in ("speedup", "speedup_whole", "times_as_fast") else 1
+            measured, over = with_interval(interval, digits, signed=signed).iloc[0], interval["over"].iloc[0]
+        lines.append([claim.text, measured, claim.relation, verdict, why, over, claim.source])
     return pd.DataFrame(lines, columns=columns)
 
 
-def _judge(claim: Claim, frame: pd.DataFrame) -> tuple[pd.DataFrame | None, str, str]:
-    """Interval of ``left - right``, verdict, and why it is not decided."""
-    rows = [claim.left] if claim.right is None else [claim.left, claim.right]
-    if claim.quantity not in frame or not set(rows) <= set(frame.dropna(subset=[claim.quantity])["row"]):
-        return None, "undecided", "not measured at this scale"
-    frame = frame[frame["row"].isin(rows)]
-    if claim.quantity in TIMED:
-        interval = _timed(median_interval(frame, claim.quantity), claim)
-    elif claim.right is None:
-        interval = mean_interval(frame, claim.quantity)
+def _judge(claim: Claim, results: str | Path) -> Found:
+    if claim.quantity in CELLS:
+        interval = _cells(claim, results)
+    elif claim.quantity in TIMED:
+        interval = _timed(load_speed(claim.artefact, results), claim)
     else:
-        interval = paired_difference(frame, claim.quantity, claim.right)
+        interval = _trained(load_records(claim.artefact, results), claim)
+    if interval is None:
+        return None, "not run", "not measured at this scale, or this device cannot run it"
     if interval.empty:
         return None, "undecided", "the two rows share no seed"
-    low, high, n = interval.iloc[0][["low", "high", "n"]]
-    if math.isnan(low):
-        return interval, "undecided", "one seed: no interval"
-    if claim.quantity in TIMED and n < MIN_ROUNDS:
-        return interval, "undecided", f"{n:.0f} rounds; a 95 % interval needs {MIN_ROUNDS}"
-    verdict = decide(claim.relation, low, high)
-    return interval, verdict, "the interval includes the threshold" if verdict == "undecided" else ""
+    line = interval.iloc[0]
+    if line["over"] == "rounds" and line["n"] < MIN_ROUNDS:
+        return interval, "undecided", f"{line['n']:.0f} rounds; a 95 % interval needs {MIN_ROUNDS}"
+    if line["over"] in ("", "images"):  # one seed: its images say nothing of another seed
+        return interval, "undecided", seeds_needed(line, claim.limit)
+    verdict = decide(claim.relation, line["low"], line["high"])
+    if verdict != "undecided":
+        return interval, verdict, ""
+    needed = rounds_needed if line["over"] == "rounds" else seeds_needed
+    return interval, verdict, needed(line, claim.limit)
 
 
-def _timed(medians: pd.DataFrame, claim: Claim) -> pd.DataFrame:
+def _trained(runs: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
+    """Interval over seeds and images; None without records."""
+    if claim.quantity not in runs or not {*claim.sides} <= set(runs.dropna(subset=[claim.quantity])["row"]):
+        return None
+    runs = runs[runs["row"].isin(claim.sides)]
+    if claim.right is None:
+        return mean_interval(runs, claim.quantity)
+    return paired_difference(runs, claim.quantity, str(claim.right), ratio=claim.ratio)
+
+
+def _timed(speed: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
     """Two rows are timed in two processes: their difference has the widest interval that both bounds allow."""
+    if claim.quantity not in speed or not {*claim.sides} <= set(speed.dropna(subset=[claim.quantity])["row"]):
+        return None
+    medians = median_interval(speed[speed["row"].isin(claim.sides)], claim.quantity)
     left: Any = medians.loc[claim.left]
     if claim.right is None:
         return medians
     right: Any = medians.loc[claim.right]
     ends = (left["median"] - right["median"], left["low"] - right["high"], left["high"] - right["low"])
-    return pd.DataFrame([[*ends, min(left["n"], right["n"])]], columns=["median", "low", "high", "n"])
+    line = [*ends, min(left["n"], right["n"]), "rounds"]
+    return pd.DataFrame([line], columns=["median", "low", "high", "n", "over"])
+
+
+def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
+    """Interval over rounds of the ratio of two cells' times; None if one of them did not run."""
+    seconds, macs = [], []
+    rounds, cells = load_rounds(claim.artefact, results), load_cells(claim.artefact, results)
+    for side in claim.sides:
+        times, cell = _chosen(rounds, side), _chosen(cells, side)
+        if times is None or cell is None or times["seconds"].isna().any():
+            return None
+        if len(cell) > 1:
+            raise ValueError(f"claim {claim.id}: {side} fits {len(cell)} cells of {claim.artefact}; name one")
+        seconds.append(times.set_index("round")["seconds"])
+        macs.append(float(cell["mac_ratio"].iloc[0]) if "mac_ratio" in cell else math.nan)
+    ratio = seconds[1] / seconds[0]
+    if claim.quantity == "times_as_fast_over_mac_ratio":
+        ratio *= 100 * macs[1] / macs[0]
+    frame = pd.DataFrame({"row": claim.id, "ratio": ratio.replace([np.inf], np.nan)}).dropna()
+    return median_interval(frame, "ratio") if len(frame) else None
+
+
+def _chosen(frame: pd.DataFrame, side: Any) -> pd.DataFrame | None:
+    """Lines whose columns have the values of ``side``; None if there are none."""
+    assert isinstance(side, dict), side
+    if not side.keys() <= set(frame):
+        return None
+    found = frame[np.logical_and.reduce([frame[name] == value for name, value in side.items()])]
+    return found if len(found) else None

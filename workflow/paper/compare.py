@@ -3,7 +3,7 @@
     python -m workflow.paper.compare --manifest results/laptop/manifests/ablations.json --row no_mlp
     make ablation ROW=no_mlp SEEDS=3        trains what is missing, then does this
 
-Means over seeds with 95 % intervals; the difference is paired by seed. One seed gives no interval.
+Means with 95 % intervals; the difference is paired by seed and by image. One seed gives an interval over images alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workflow.paper.records import load_manifest, load_records
-from workflow.paper.stats import mean_interval, paired_difference, with_interval
+from workflow.paper.stats import mcnemar, mean_interval, paired_difference, with_interval
 
 COSTS = {
     "loss": ("Validation loss", 3),
@@ -45,15 +45,21 @@ def comparison(artefact: str, row: str, results: str | Path) -> Table:
     runs = load_records(artefact, results, rows=(baseline, row))
     seeds = sorted(runs["seed"].unique())
     table = Table(title=f"{manifest['title']}, scale {manifest['scale']}, seeds {', '.join(map(str, seeds))}")
-    for column in ("", rows[baseline]["label"], rows[row]["label"], "difference"):
+    for column in ("", rows[baseline]["label"], rows[row]["label"], "difference", "interval over"):
         table.add_column(column, justify="right" if column else "left")
     metrics = {name: (f"{label} (%)", 2) for name, label in manifest["metrics"].items()} | COSTS
     for metric, (label, digits) in metrics.items():
         if metric in runs and runs[metric].notna().all():
             means = with_interval(mean_interval(runs, metric), digits)
-            difference = with_interval(paired_difference(runs, metric, baseline), digits, signed=True)
-            table.add_row(label, means[baseline], means[row], difference[row])
-    table.caption = "[95 % interval over seeds]" if len(seeds) > 1 else "one seed: no interval; SEEDS=3 gives one"
+            difference = paired_difference(runs, metric, baseline)
+            written = with_interval(difference, digits, signed=True)
+            table.add_row(label, means[baseline], means[row], written[row], difference["over"][row])
+    checks = [f"seed {seed}: {won} images won, {lost} lost, p = {p:.2g}"
+              for _, seed, won, lost, p in mcnemar(runs, baseline).itertuples(index=False)]  # fmt: skip
+    lines = ["[95 % interval]"] + (["McNemar, top-1, " + "; ".join(checks)] if checks else [])
+    if len(seeds) == 1:
+        lines.append("One seed says nothing of another; SEEDS=3 gives intervals over seeds too.")
+    table.caption = "\n".join(lines)
     return table
 
 

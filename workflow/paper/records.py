@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cropr.records import read_record
+from cropr.records import RECORD, read_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FACTS = ("row", "name", "label", "reducer", "fusion", "schedule", "pool", "image_size", "aux_weight", "options")
@@ -75,8 +75,9 @@ def load_records(artefact: str, results: str | Path, rows: Collection[str] | Non
     """Training runs: one line per row and seed; of these ``rows`` alone, if given.
 
     Returns:
-        What the row is (``FACTS``), ``seed``, every metric of the record, ``tpr`` (patches pruned, percent), and
-        ``record``, its path.
+        What the row is (``FACTS``), ``seed``, every metric of the record, ``tpr`` (patches pruned, percent), where the
+        truth is known ``kept_on_object`` and ``object_kept`` after the last module (see ``load_blocks``), ``record``,
+        its path, and ``per_image``, the file with the results of each image or None.
 
     Raises:
         FileNotFoundError: a record is missing; with the command that makes it.
@@ -86,8 +87,12 @@ def load_records(artefact: str, results: str | Path, rows: Collection[str] | Non
         for path in row["records"]:
             record = _read(manifest, path, results)
             metrics = {"tpr": _pruned_share(record), **record["metrics"]}
-            lines.append({**_facts(row), "seed": record["seed"], **metrics, "record": path})
-    return pd.DataFrame(lines, columns=None if lines else [*FACTS, "seed", "record"])
+            if relevance := record["series"].get("relevance"):
+                metrics |= {name: relevance[-1][name] for name in ("kept_on_object", "object_kept")}
+            images = _path(manifest, path, results).with_name(record.get("per_image", RECORD))
+            files = {"record": path, "per_image": str(images) if images.name != RECORD and images.is_file() else None}
+            lines.append({**_facts(row), "seed": record["seed"], **metrics, **files})
+    return pd.DataFrame(lines, columns=None if lines else [*FACTS, "seed", "record", "per_image"])
 
 
 def load_blocks(artefact: str, results: str | Path) -> pd.DataFrame:

@@ -1,17 +1,21 @@
-"""Intervals over seeds and rounds, and how they are written.
+"""Intervals over seeds, images and rounds, and how they are written.
 
 Each function takes a frame of measurements and gives a frame with one line per row: ``mean`` or ``median``, ``low`` and
-``high`` (NaN where the data give no interval), ``n``.
+``high`` (NaN where the data give no interval), ``n``, and ``over``: what the interval is over.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from cropr.tasks.per_image import resampled
 
 LEVEL = 0.95
 """Coverage of every interval."""
@@ -19,31 +23,40 @@ MIN_ROUNDS = 6
 """Fewest rounds whose bootstrap interval of the median covers 95 %. The interval of n < 6 rounds is their range, which
 holds the median in 1 - 2 / 2^n of all cases (3 rounds: 75 %, 5: 94 %, 6: 97 %), so that it decides no claim."""
 DRAWS = 10_000
+IMAGE_DRAWS = 1_000
+"""Resamples of the images, of which the variance is used, not the tails."""
+MOST_SEEDS = 50
+"""More are not suggested."""
 
 
 def mean_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "row") -> pd.DataFrame:
-    """Student-t interval of the mean over seeds, per row, in the order of the frame.
+    """Interval of the mean of a metric, per row, in the order of the frame; see ``combine``.
 
     Args:
-        frame: a line per row and seed, as ``load_records`` gives it.
+        frame: a line per row and seed, as ``load_records`` gives it; its column ``per_image`` names the files with the
+            results of each image. Without them, the interval is over seeds alone.
         metric: column; lines without a number are left out.
         by: column or columns that tell rows apart.
 
     Returns:
-        mean, low, high, n; one seed has no bounds, since one observation says nothing about its spread.
+        mean, low, high, n (seeds), over: what the interval is over, ``seed_sd`` (standard deviation over seeds) and
+        ``image_sd`` (standard error of the mean from the choice of images).
     """
-    return _per_row(frame, metric, by, "mean", _student)
+    lines = frame.dropna(subset=[metric]).copy()
+    lines["_draws"] = [draws(path, metric) for path in _files(lines)]
+    return _means(lines, metric, by)
 
 
 def paired_difference(
     frame: pd.DataFrame, metric: str, baseline: str, by: str = "row", pair: str = "seed", ratio: bool = False
 ) -> pd.DataFrame:
-    """Interval of the mean difference to a row, paired by seed.
+    """Interval of the mean difference to a row, paired by seed and by image; see ``combine``.
 
-    Pairing takes out what both runs of a seed share: the order of the images, the start of the weights.
+    Pairing takes out what both runs of a seed share: the order of the images, the start of the weights; and what is
+    easy or hard for both in an image.
 
     Args:
-        frame: a line per row and seed.
+        frame: a line per row and seed, as for ``mean_interval``.
         metric: column.
         baseline: the row that is subtracted; it gets no line itself.
         by: column that holds the rows' names.
@@ -51,18 +64,159 @@ def paired_difference(
         ratio: divide by the baseline instead.
 
     Returns:
-        mean, low, high, n per row; rows that share no seed with the baseline are left out.
+        As ``mean_interval``; rows that share no seed with the baseline are left out.
 
     Raises:
         ValueError: no such row.
     """
     if baseline not in set(frame[by]):
         raise ValueError(f"no row {baseline!r} to compare with; there are {', '.join(map(str, frame[by].unique()))}")
-    base = frame[frame[by] == baseline].set_index(pair)[metric]
-    others = frame[frame[by] != baseline]
-    theirs = others[pair].map(base)
-    values = others[metric] / theirs if ratio else others[metric] - theirs
-    return mean_interval(others.assign(**{metric: values}), metric, by)
+    lines = frame.assign(per_image=_files(frame))
+    base = lines[lines[by] == baseline].set_index(pair)
+    others = lines[(lines[by] != baseline) & lines[pair].isin(base.index)].copy()
+    against = np.divide if ratio else np.subtract
+    theirs = others[pair].map(base["per_image"])
+    others["_draws"] = [
+        against(draws(mine, metric), draws(other, metric)) if same_images(mine, other, metric) else None
+        for mine, other in zip(others["per_image"], theirs, strict=True)
+    ]
+    others[metric] = against(others[metric], others[pair].map(base[metric]))
+    return _means(others.dropna(subset=[metric]), metric, by)
+
+
+def combine(values: np.ndarray, images: np.ndarray | None) -> tuple[float, float, float, int, str, float, float]:
+    """Interval of the mean of S seeds that were scored on the same n images.
+
+    What varies is the seed and the choice of images. All seeds share the images, so that more seeds do not make the
+    second part smaller. The variance of the mean is the sum of both: s^2 / S, with s the standard deviation over seeds,
+    and v, the variance of the mean when the images are resampled with replacement, the same images for both rows and
+    all seeds. The half width is t * sqrt(s^2 / S + v), with t at Satterthwaite's degrees of freedom
+    (s^2 / S + v)^2 / ((s^2 / S)^2 / (S - 1) + v^2 / (n - 1)), of which the last term is left out: n is large.
+
+    Why not resample seeds as well: a bootstrap of three seeds gives their range, which holds the mean of all seeds in
+    75 % of all cases, not in 95 %. The price of the sum: the part of v that differs by seed is counted twice, so that
+    the interval is rather too wide than too narrow.
+
+    Args:
+        values: [S], the metric or difference of each seed.
+        images: [S, draws], the same of resampled images; None if there are none.
+
+    Returns:
+        mean, low, high, seeds, what the interval is over, s, sqrt(v). One seed without images has no bounds; one seed
+        with images has an interval that says nothing of other seeds.
+    """
+    count, mean = len(values), float(values.mean())
+    spread = float(values.std(ddof=1)) if count > 1 else math.nan
+    by_seed = spread**2 / count if count > 1 else 0.0
+    by_image = float(images.mean(axis=0).var(ddof=1)) if images is not None else 0.0
+    over = " and ".join([*["seeds"] * (count > 1), *["images"] * (images is not None)])
+    if not over:
+        return mean, math.nan, math.nan, count, "", spread, math.nan
+    half = half_width(by_seed, count, by_image)
+    return mean, mean - half, mean + half, count, over, spread, math.sqrt(by_image) if images is not None else math.nan
+
+
+def half_width(by_seed: float, seeds: int, by_image: float) -> float:
+    """Half the interval whose mean has the variances ``by_seed`` (estimated from so many seeds) and ``by_image``."""
+    total = by_seed + by_image
+    freedom = (seeds - 1) * (total / by_seed) ** 2 if by_seed else math.inf
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
+
+
+def seeds_needed(line: pd.Series, threshold: float) -> str:
+    """How many seeds, or images, would decide an undecided comparison if its mean and spread stayed as they are."""
+    gap, by_image = abs(line["mean"] - threshold), np.nan_to_num(line["image_sd"]) ** 2
+    if math.isnan(line["seed_sd"]):
+        return "one seed; its spread is not known: 3 seeds show it"
+    for seeds in range(int(line["n"]) + 1, MOST_SEEDS + 1):
+        if half_width(line["seed_sd"] ** 2 / seeds, seeds, by_image) < gap:
+            return f"{seeds} seeds at the present spread would decide it"
+    alone = half_width(0.0, 1, by_image)
+    if alone < gap:
+        return f"more than {MOST_SEEDS} seeds would be needed at the present spread"
+    factor = f"{(alone / gap) ** 2:.1f}" if gap else "many"
+    return f"no number of seeds decides it: over {factor} times as many validation images are needed"
+
+
+def rounds_needed(line: pd.Series, threshold: float) -> str:
+    """The same for a speed: an interval of a median narrows with the root of the number of rounds."""
+    gap, half = abs(line["median"] - threshold), max(line["high"] - line["median"], line["median"] - line["low"])
+    if not gap:
+        return "the median equals the threshold; another device may decide it"
+    rounds = math.ceil(line["n"] * (half / gap) ** 2)
+    return f"about {max(rounds, int(line['n']) + 1)} rounds at the present spread would decide it, or a steadier device"
+
+
+def mcnemar(frame: pd.DataFrame, baseline: str, by: str = "row") -> pd.DataFrame:
+    """Exact McNemar test of top-1 against a row, seed by seed: a check of ``paired_difference``.
+
+    Returns:
+        row, seed, ``won`` and ``lost`` (images that only the row, only the baseline gets right), ``p`` (two-sided), for
+        the rows and seeds that have results of each image.
+    """
+    lines, base = [], frame[frame[by] == baseline].set_index("seed")["per_image"].to_dict()
+    for row, seed, path in frame[frame[by] != baseline][[by, "seed", "per_image"]].itertuples(index=False):
+        if same_images(path, base.get(seed), "top1"):
+            mine, theirs = load_images(path)["correct"], load_images(base[seed])["correct"]
+            won, lost = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
+            p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+            lines.append((row, seed, won, lost, p))
+    return pd.DataFrame(lines, columns=[by, "seed", "won", "lost", "p"])
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def load_images(path: str) -> dict[str, np.ndarray]:
+    """Arrays of a ``per_image.npz`` (``cropr.tasks.per_image``), read again when the file has changed."""
+    return _load_images(path, Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _load_images(path: str, changed: int) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def draws(path: str | None, metric: str) -> np.ndarray | None:
+    """The metric of ``IMAGE_DRAWS`` resamples of the images, the same resamples for all files with as many images."""
+    return _draws(path, metric, Path(path).stat().st_mtime_ns) if isinstance(path, str) else None
+
+
+@lru_cache(maxsize=256)
+def _draws(path: str, metric: str, changed: int) -> np.ndarray | None:
+    arrays, generator, parts = load_images(path), np.random.default_rng(0), []
+    count = len(arrays["image"])
+    for _ in range(0, IMAGE_DRAWS, 100):
+        picks = generator.integers(count, size=(100, count)) + count * np.arange(100)[:, None]
+        part = resampled(arrays, metric, np.bincount(picks.ravel(), minlength=100 * count).reshape(100, count))
+        if part is None:
+            return None
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def same_images(mine: str | None, other: str | None, metric: str) -> bool:
+    """Whether two files have that metric of the same images."""
+    if draws(mine, metric) is None or draws(other, metric) is None:
+        return False
+    return bool(np.array_equal(load_images(str(mine))["image"], load_images(str(other))["image"]))
+
+
+def _files(frame: pd.DataFrame) -> pd.Series:
+    """Files with the results of each image; None where there is none."""
+    return frame["per_image"] if "per_image" in frame else pd.Series(None, index=frame.index, dtype=object)
+
+
+def _means(lines: pd.DataFrame, metric: str, by: str | Sequence[str]) -> pd.DataFrame:
+    """``combine`` of each row; images count if all its seeds have them, and the same."""
+    found = {}
+    for row, own in lines.groupby(by, sort=False):
+        parts = list(own["_draws"])
+        images = np.stack(parts) if all(part is not None for part in parts) else None
+        found[row] = combine(own[metric].to_numpy(float), images)
+    columns = ["mean", "low", "high", "n", "over", "seed_sd", "image_sd"]
+    return _indexed(pd.DataFrame.from_dict(found, orient="index", columns=columns), by)
 
 
 def median_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "row") -> pd.DataFrame:
@@ -75,7 +229,9 @@ def median_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = 
         metric: column.
         by: column or columns that tell rows apart.
     """
-    return _per_row(frame, metric, by, "median", _bootstrap)
+    groups = frame.dropna(subset=[metric]).groupby(by, sort=False)[metric]
+    found = {row: (*_bootstrap(values.to_numpy(float)), len(values), "rounds") for row, values in groups}
+    return _indexed(pd.DataFrame.from_dict(found, orient="index", columns=["median", "low", "high", "n", "over"]), by)
 
 
 def with_interval(frame: pd.DataFrame, digits: int = 1, signed: bool = False) -> pd.Series:
@@ -102,25 +258,14 @@ def write(value: float, digits: int = 1, signed: bool = False) -> str:
 
 def seed_bounds(values: pd.Series) -> tuple[float, float]:
     """Ends of the Student-t interval, for seaborn's ``errorbar``."""
-    return _student(np.asarray(values, dtype=float))[1:]
+    return combine(np.asarray(values, dtype=float), None)[1:3]
 
 
-def _per_row(frame, metric, by, centre, interval) -> pd.DataFrame:  # type: ignore[no-untyped-def]
-    groups = frame.dropna(subset=[metric]).groupby(by, sort=False)[metric]
-    lines = {row: (*interval(values.to_numpy(float)), len(values)) for row, values in groups}
-    table = pd.DataFrame.from_dict(lines, orient="index", columns=[centre, "low", "high", "n"])
-    if not isinstance(by, str):
-        table.index = pd.MultiIndex.from_tuples(table.index, names=list(by))
-        return table
-    return table.rename_axis(by)
-
-
-def _student(values: np.ndarray) -> tuple[float, float, float]:
-    mean = float(values.mean())
-    if len(values) == 1:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
+def _indexed(table: pd.DataFrame, by: str | Sequence[str]) -> pd.DataFrame:
+    if isinstance(by, str):
+        return table.rename_axis(by)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=list(by))
+    return table
 
 
 def _bootstrap(values: np.ndarray) -> tuple[float, float, float]:
