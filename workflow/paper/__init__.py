@@ -13,7 +13,7 @@ _EXPORTS = {
         "load_blocks", "load_cells", "load_manifest", "load_maps", "load_published", "load_records", "load_rounds",
         "load_speed", "not_run", "rerun", "setting",
     ),
-    "stats": ("mean_interval", "median_interval", "paired_difference", "seed_bounds", "with_interval"),
+    "stats": ("mcnemar", "mean_interval", "median_interval", "paired_difference", "seed_bounds", "with_interval"),
     "output": ("palette", "save_figure", "save_table", "use_style"),
     "claims": ("verdicts",),
 }  # fmt: skip

@@ -154,12 +154,15 @@ def verdicts(artefact: str, results: str | Path, path: str | Path = CLAIMS) -> p
 
 
 def _judge(claim: Claim, results: str | Path) -> Found:
-    if claim.quantity in CELLS:
-        interval = _cells(claim, results)
-    elif claim.quantity in TIMED:
-        interval = _timed(load_speed(claim.artefact, results), claim)
-    else:
-        interval = _trained(load_records(claim.artefact, results), claim)
+    try:
+        if claim.quantity in CELLS:
+            interval = _cells(claim, results)
+        elif claim.quantity in TIMED:
+            interval = _timed(load_speed(claim.artefact, results), claim)
+        else:
+            interval = _trained(load_records(claim.artefact, results, rows=claim.sides), claim)
+    except FileNotFoundError:
+        return None, "not run", "a record is missing"
     if interval is None:
         return None, "not run", "not measured at this scale, or this device cannot run it"
     if interval.empty:
@@ -191,10 +194,9 @@ def _timed(speed: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
     if claim.quantity not in speed or not {*claim.sides} <= set(speed.dropna(subset=[claim.quantity])["row"]):
         return None
     medians = median_interval(speed[speed["row"].isin(claim.sides)], claim.quantity)
-    left: Any = medians.loc[claim.left]
     if claim.right is None:
         return medians
-    right: Any = medians.loc[claim.right]
+    left, right = (medians.loc[row] for row in claim.sides)
     ends = (left["median"] - right["median"], left["low"] - right["high"], left["high"] - right["low"])
     line = [*ends, min(left["n"], right["n"]), "rounds"]
     return pd.DataFrame([line], columns=["median", "low", "high", "n", "over"])

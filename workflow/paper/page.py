@@ -19,13 +19,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cropr.records import write_text
-from workflow.paper.claims import verdicts
+from workflow.paper.claims import VERDICTS, load_claims, verdicts
 from workflow.paper.output import to_markdown
 from workflow.paper.records import REPOSITORY, load_manifest, load_published, load_records, load_speed, setting
 from workflow.paper.stats import mean_interval, median_interval, with_interval, write
 
 TEMPLATES = REPOSITORY / "workflow" / "report"
-SIGNS = {"holds": "✓", "contradicted": "✗", "undecided": "?"}
+FIRST = {
+    "pruning_maps": "Which patches each method prunes, and after which block; kept patches are shown as they are.",
+    "relevance": "By block: kept patches that lie on the object, and the object's patches that are kept.",
+}
+"""Figures that the page begins with, those of them that the scale has: name, what it shows."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,14 +54,11 @@ def artefacts(results: Path) -> list[str]:
 
 
 def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
-    """Verdicts of all claims: notebook, claim, measured, claimed, verdict, why, source."""
-    parts = []
-    for name in names:
-        if load_manifest(name, results)["metrics"]:  # microbenchmarks have no rows to compare
-            found = verdicts(name, results)
-            found.insert(0, "notebook", name)
-            parts.append(found)
-    return pd.concat(parts, ignore_index=True)
+    """Verdicts of all claims: notebook, claim, measured, claimed, verdict, why, over, source."""
+    about = {claim.artefact for claim in load_claims()}
+    parts = [verdicts(name, results).assign(notebook=name) for name in names if name in about]
+    table = pd.concat(parts, ignore_index=True)
+    return table[["notebook", *table.columns.drop("notebook")]]
 
 
 def headline(results: Path, names: list[str]) -> str:
@@ -106,6 +107,8 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
         entry |= {"figure": _figure(results, name), "table": _table(results / "tables" / f"{name}.md")}
         sections.setdefault(manifest["section"], []).append(entry)
     manifest = load_manifest(names[0], results)
+    titles = {name: load_manifest(name, results)["title"] for name in names}
+    first = [{"figure": picture, "text": text} for name, text in FIRST.items() if (picture := _figure(results, name))]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -113,9 +116,10 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
         scale=manifest["scale"],
         seeds=", ".join(map(str, manifest["seeds"])),
         devices=_devices(results, names),
-        counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in SIGNS},
-        signs=SIGNS,
-        claims=claims.to_dict("records"),
+        first=first,
+        counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in VERDICTS},
+        signs=VERDICTS,
+        claims={(name, titles[name]): own.to_dict("records") for name, own in claims.groupby("notebook", sort=False)},
         sections=sections,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def load_records(artefact: str, results: str | Path, rows: Collection[str] | Non
             if relevance := record["series"].get("relevance"):
                 metrics |= {name: relevance[-1][name] for name in ("kept_on_object", "object_kept")}
             images = _path(manifest, path, results).with_name(record.get("per_image", RECORD))
-            files = {"record": path, "per_image": str(images) if images.name != RECORD and images.is_file() else None}
+            there = images.name != RECORD and images.is_file()
+            files = {"record": path, "per_image": relpath(images) if there else None}
             lines.append({**_facts(row), "seed": record["seed"], **metrics, **files})
     return pd.DataFrame(lines, columns=None if lines else [*FACTS, "seed", "record", "per_image"])
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,7 @@ def mean_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "r
         ``image_sd`` (standard error of the mean from the choice of images).
     """
     lines = frame.dropna(subset=[metric]).copy()
-    lines["_draws"] = [draws(path, metric) for path in _files(lines)]
+    lines["_draws"] = pd.Series([draws(path, metric) for path in _files(lines)], index=lines.index, dtype=object)
     return _means(lines, metric, by)
 
 
@@ -74,12 +75,13 @@ def paired_difference(
     lines = frame.assign(per_image=_files(frame))
     base = lines[lines[by] == baseline].set_index(pair)
     others = lines[(lines[by] != baseline) & lines[pair].isin(base.index)].copy()
-    against = np.divide if ratio else np.subtract
+    against: Any = np.divide if ratio else np.subtract
     theirs = others[pair].map(base["per_image"])
-    others["_draws"] = [
+    pairs = [
         against(draws(mine, metric), draws(other, metric)) if same_images(mine, other, metric) else None
         for mine, other in zip(others["per_image"], theirs, strict=True)
     ]
+    others["_draws"] = pd.Series(pairs, index=others.index, dtype=object)
     others[metric] = against(others[metric], others[pair].map(base[metric]))
     return _means(others.dropna(subset=[metric]), metric, by)
 
@@ -211,7 +213,7 @@ def _files(frame: pd.DataFrame) -> pd.Series:
 def _means(lines: pd.DataFrame, metric: str, by: str | Sequence[str]) -> pd.DataFrame:
     """``combine`` of each row; images count if all its seeds have them, and the same."""
     found = {}
-    for row, own in lines.groupby(by, sort=False):
+    for row, own in lines.groupby(_key(by), sort=False):
         parts = list(own["_draws"])
         images = np.stack(parts) if all(part is not None for part in parts) else None
         found[row] = combine(own[metric].to_numpy(float), images)
@@ -229,7 +231,7 @@ def median_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = 
         metric: column.
         by: column or columns that tell rows apart.
     """
-    groups = frame.dropna(subset=[metric]).groupby(by, sort=False)[metric]
+    groups = frame.dropna(subset=[metric]).groupby(_key(by), sort=False)[metric]
     found = {row: (*_bootstrap(values.to_numpy(float)), len(values), "rounds") for row, values in groups}
     return _indexed(pd.DataFrame.from_dict(found, orient="index", columns=["median", "low", "high", "n", "over"]), by)
 
@@ -259,6 +261,10 @@ def write(value: float, digits: int = 1, signed: bool = False) -> str:
 def seed_bounds(values: pd.Series) -> tuple[float, float]:
     """Ends of the Student-t interval, for seaborn's ``errorbar``."""
     return combine(np.asarray(values, dtype=float), None)[1:3]
+
+
+def _key(by: str | Sequence[str]) -> Any:
+    return by if isinstance(by, str) else list(by)
 
 
 def _indexed(table: pd.DataFrame, by: str | Sequence[str]) -> pd.DataFrame:
