@@ -88,10 +88,10 @@ class ScenesSpec(Spec):
     """Training images."""
     val: int = Field(2_000, ge=1)
     """Validation images."""
-    scale: tuple[float, float] = (3.0, 3.0)
-    """Size of the labelled digit, in units of its 8 px original: drawn between these two."""
-    distractors: int = Field(8, ge=0)
-    """Fragments of digits that are strewn over an image, at most; their number is random."""
+    scale: tuple[float, float] = (2.0, 2.0)
+    """Size of digits and distractors, in units of their 8 px originals: drawn between these two."""
+    distractors: tuple[int, int] = (7, 11)
+    """Digits with shuffled quadrants in an image, at least and at most."""
     objects: tuple[int, int] = (1, 1)
     """Whole digits in an image, at least and at most. They do not overlap."""
     seed: int = 0

@@ -3,7 +3,7 @@
 examples:
   python -m cropr data scenes --out scenes   # 20,000 + 2,000 images of 64 px
   python -m cropr data scenes --out tiny --train 200 --val 50 --image-size 32
-  python -m cropr data scenes --out scenes --spec '{"distractors": 12, "seed": 1}'
+  python -m cropr data scenes --out scenes --spec '{"distractors": [9, 12], "seed": 1}'
   python -m cropr data scenes --out maps --layout ade20k --objects 1 2
   python -m cropr data check /data/imagenet --classes 1000
   python -m cropr data check /data/ADEChallengeData2016 --layout ade20k --classes 150

@@ -1,10 +1,10 @@
 """The embedded data set: procedural images whose relevant patches are known.
 
-A scene is a crop of a natural photo, strewn with small fragments of handwritten digits, on which whole digits lie: one,
-unless the spec asks for more or none. They are the objects: the first gives the class of the image, all of them its
-semantic map and its instances. The fragments share their colours and contrast, and the photo is busy, so neither ink
-nor pixel variance tells where a digit is: something has to recognise it. Photos are dimmed by a random factor and the
-number of fragments is random, so there are easy and hard scenes, as in any real set.
+A scene is a crop of a natural photo on which handwritten digits lie: one, unless the spec asks for more or none. They
+are the objects: the first gives the class of the image, all of them its semantic map and its instances. Around them lie
+distractors, which are handwritten digits whose four quadrants are shuffled: as large, as bright and as busy as a digit,
+so that neither ink nor pixel variance tells where a digit is. Photos are dimmed by a random factor and the number of
+distractors is random, so there are easy and hard scenes, as in any real set.
 
     scene = compose(ScenesSpec(), "train", 0)
 
@@ -31,7 +31,7 @@ from cropr.specs import ScenesSpec
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 
-VERSION = 1
+VERSION = 2
 """Version of the generator, part of the fingerprint: raise it with any change that alters a pixel or a mask."""
 CLASSES = 10
 OBJECT, DISTRACTOR = 255, 128
@@ -42,8 +42,8 @@ INCOMPLETE = "INCOMPLETE"
 CELL = 8
 """Side of an original digit, and of the grid on which digits are placed, in pixels. The grid makes the digit easier to
 learn (few phases between strokes and patches); sizes between its steps keep the strokes themselves varied."""
-FRAGMENT_SCALE = (2.0, 8 / 3)
-"""Enlargement of fragments: 6 to 8 pixels wide."""
+DIMMED = (0.3, 0.8)
+"""Range of the factor by which a photo's brightness is multiplied; strokes lie 90 to 150 levels above it."""
 INK = 0.25
 """Opacity from which a pixel counts as stroke."""
 
@@ -76,7 +76,7 @@ class Scene:
     image: Array
     """RGB [H, W, 3]."""
     mask: Array
-    """[H, W]: 255 in the regions of the digits, 128 on strokes of fragments, 0 elsewhere."""
+    """[H, W]: 255 in the regions of the digits, 128 on strokes of distractors, 0 elsewhere."""
     instances: tuple[Instance, ...]
     """The digits; the first one is the label of the image."""
 
@@ -87,7 +87,7 @@ class Scene:
 
     @property
     def semantic(self) -> Array:
-        """[H, W], as in ADE20k's files: 1 for the background, fragments included, and 2 + d in the region of digit d.
+        """[H, W], as in ADE20k's files: 1 for the background, distractors included, and 2 + d in the region of digit d.
         There is no 0, which would mean that a pixel is not labelled."""
         labels = np.ones(self.mask.shape, np.uint8)
         for instance in self.instances:
@@ -116,8 +116,8 @@ def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
         originals = digits[labels[-1]]
         glyphs.append(_enlarge(originals[random.integers(len(originals))], random.uniform(*spec.scale)))
         areas = _add_area(areas, glyphs, spec, random)
-    for _ in range(random.integers(spec.distractors + 1)):
-        _add_fragment(canvas, mask, areas, digits, spec, random)
+    for _ in range(random.integers(spec.distractors[0], spec.distractors[1] + 1)):
+        _add_distractor(canvas, mask, areas, digits, spec, random)
     instances = []
     for label, glyph, area in zip(labels, glyphs, areas, strict=True):
         _paint(canvas[area], glyph, random)
@@ -143,8 +143,9 @@ def verify(spec: ScenesSpec) -> None:
             f"scenes: a digit at scale {high} is {round(CELL * high)} px wide, the image {spec.image_size} px; "
             f"lower scale to at most {spec.image_size / CELL:g} or raise image_size"
         )
-    if not 0 <= spec.objects[0] <= spec.objects[1]:
-        raise ValueError(f"scenes: objects {spec.objects} is not an increasing pair of counts")
+    for name, (fewest, most) in (("objects", spec.objects), ("distractors", spec.distractors)):
+        if not 0 <= fewest <= most:
+            raise ValueError(f"scenes: {name} {(fewest, most)} is not an increasing pair of counts")
     if spec.objects[1] > (room := len(_lattice(spec)) ** 2):
         raise ValueError(
             f"scenes: up to {spec.objects[1]} digits at scale {high} in an image of {spec.image_size} px, "
@@ -180,7 +181,7 @@ def _background(size: int, random: np.random.Generator) -> Glyph:
     left, top = random.uniform(0, photo.width - side), random.uniform(0, photo.height - side)
     crop = photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side), 2)
     flip = [1, -1][random.integers(2)]
-    return np.asarray(crop, np.float32)[:, ::flip] * np.float32(random.uniform(0, 0.8))
+    return np.asarray(crop, np.float32)[:, ::flip] * np.float32(random.uniform(*DIMMED))
 
 
 def _enlarge(glyph: Glyph, scale: float) -> Glyph:
@@ -237,23 +238,27 @@ def _touches(area: Area, others: list[Area]) -> bool:
     return any(all(a.start < b.stop and b.start < a.stop for a, b in zip(area, other, strict=True)) for other in others)
 
 
-def _add_fragment(
+def _add_distractor(
     canvas: Glyph, mask: Array, keep_off: list[Area], digits: list[Glyph], spec: ScenesSpec, random: np.random.Generator
 ) -> None:
-    """Paint a piece of some digit, 3 x 3 of its 8 x 8 pixels, about as large as a patch, outside of ``keep_off``.
+    """Paint a digit with shuffled quadrants outside of ``keep_off``; distractors may lie over each other.
 
-    A piece for which ten draws find no place is left out: the image is full.
+    One for which ten draws find no place is left out: the image is full.
     """
     originals = digits[random.integers(CLASSES)]
-    original = originals[random.integers(len(originals))]
-    # Digits fill all rows but leave the outer columns blank: cut where there is ink.
-    top, left = random.integers(0, 6), random.integers(1, 5)
-    piece = _enlarge(original[top : top + 3, left : left + 3], random.uniform(*FRAGMENT_SCALE))
+    quadrants = [
+        part for half in np.vsplit(originals[random.integers(len(originals))], 2) for part in np.hsplit(half, 2)
+    ]
+    order = random.permutation(4)
+    while (order == np.arange(4)).all():
+        order = random.permutation(4)
+    shuffled = np.block([[quadrants[order[0]], quadrants[order[1]]], [quadrants[order[2]], quadrants[order[3]]]])
+    glyph = _enlarge(shuffled, random.uniform(*spec.scale))
     for _ in range(10):
-        area = _area(_place(piece.shape, spec.image_size, random), piece.shape)
+        area = _area(_place(glyph.shape, spec.image_size, random), glyph.shape)
         if not _touches(area, keep_off):
-            _paint(canvas[area], piece, random)
-            mask[area][piece > INK] = DISTRACTOR
+            _paint(canvas[area], glyph, random)
+            mask[area][glyph > INK] = DISTRACTOR
             return
 
 
@@ -274,10 +279,7 @@ def _filled(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def fingerprint(spec: ScenesSpec) -> str:
     """Sixteen hex digits of what decides the pixels: the spec and the generator's version."""
-    content = spec.model_dump(mode="json")
-    if spec.objects == (1, 1):
-        del content["objects"]  # younger than the other keys: sets of one digit keep their fingerprint
-    text = json.dumps({"spec": content, "version": VERSION}, sort_keys=True)
+    text = json.dumps({"spec": spec.model_dump(mode="json"), "version": VERSION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -140,8 +140,9 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
     """Start from the host weights of another run, or from a file with the names of a timm model.
 
     Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
-    file is of another run. Positions are interpolated if the patch grid differs; the classifier starts fresh if the
-    number of classes differs. Everything else must match, except for what ``fresh`` declares.
+    file has them. Positions are interpolated if the patch grid differs; the classifier starts fresh if the number of
+    classes differs. A class token, or a classifier, that the model lacks is ignored. Everything else must match, except
+    for what ``fresh`` declares.
 
     Args:
         model: a ``PrunedViT``.
@@ -158,10 +159,14 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
         tensors = {name.removeprefix(HOST): tensor for name, tensor in tensors.items() if name.startswith(HOST)}
     host = model.get_submodule(HOST.rstrip("."))
     own = host.state_dict()
+    if "cls_token" in tensors and "cls_token" not in own:
+        del tensors["cls_token"]
+        if "pos_embed" in tensors:
+            tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     resampled = _resample_positions(host, own, tensors)
     apart = {name for name in {*own, *tensors} if name.split(".")[0] in fresh and (name in own) != (name in tensors)}
-    heads = {name for name in own if name.startswith(("head.", "head_dist."))}
-    if any(tensors[name].shape != own[name].shape for name in heads & set(tensors)):
+    heads = {name for name in {*own, *tensors} if name.startswith(("head.", "head_dist."))}
+    if any(name not in own or tensors[name].shape != own[name].shape for name in heads & set(tensors)):
         apart |= heads
     found, wanted = ({name: tensor for name, tensor in all_.items() if name not in apart} for all_ in (tensors, own))
     _require_match(path, found, wanted)
@@ -185,8 +190,8 @@ def _inherit(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> Non
     """Load the parts beside the host that go from one run to the next, such as a detector's heads."""
     parts = tuple(f"{part}." for part in getattr(model, "inherits", ()))
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
-    _require_match(path, found, own)
+    if found := {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}:
+        _require_match(path, found, own)
     model.load_state_dict(found, strict=False)
 
 

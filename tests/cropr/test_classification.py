@@ -121,7 +121,7 @@ def test_mixing_asks_for_pairs_in_every_process(tmp_path):
 
 
 def test_truth_of_scenes(tmp_path):
-    spec = tiny.spec(data__scenes={"image_size": 32, "train": 10, "val": 10, "distractors": 2}).data
+    spec = tiny.spec(data__scenes={"image_size": 32, "train": 10, "val": 10, "distractors": [0, 2]}).data
     write(spec.scenes, tmp_path)
     _, val = load_splits(tmp_path)
     objects = object_map(val.paths, spec, (4, 4))

@@ -187,9 +187,11 @@ def test_a_model_that_cannot_be_pruned_is_named(images, tmp_path, name):
 def test_scenes_must_be_those_of_the_spec(tmp_path):
     from cropr.data.layouts import write
 
-    spec = tiny.spec(data__scenes={"image_size": 32, "train": 20, "val": 10, "distractors": 2}, data__num_classes=10)
-    write(spec.data.scenes.model_copy(update={"distractors": 3}), tmp_path / "scenes")
-    with pytest.raises(ValueError, match="distractors is 3 there, 2 in the spec"):
+    spec = tiny.spec(
+        data__scenes={"image_size": 32, "train": 20, "val": 10, "distractors": [0, 2]}, data__num_classes=10
+    )
+    write(spec.data.scenes.model_copy(update={"distractors": (0, 3)}), tmp_path / "scenes")
+    with pytest.raises(ValueError, match=r"distractors is .0, 3. there, .0, 2. in the spec"):
         train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
     write(spec.data.scenes, tmp_path / "scenes")
     record = train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())

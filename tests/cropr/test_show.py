@@ -23,7 +23,7 @@ from cropr.tasks.segmentation import SegDataSpec
 from cropr.training.checkpoint import WEIGHTS, save_weights
 from cropr.training.specs import TrainSpec
 
-SCENES = ScenesSpec(image_size=32, train=10, val=30, scale=(2.0, 2.0), distractors=1)
+SCENES = ScenesSpec(image_size=32, train=10, val=30, scale=(2.0, 2.0), distractors=(0, 1))
 CPU = torch.device("cpu")
 
 

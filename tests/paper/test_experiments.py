@@ -92,8 +92,7 @@ def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[st
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_spec_keeps_its_digest_on_its_way_to_the_job(grids: dict[str, Grid], scale: str) -> None:
     grid = grids[scale]
-    pretrain = {digest: source.pretrain for digest, source in grid.pretrains.items()}
-    for digest, spec in (grid.runs | grid.benches | pretrain).items():
+    for digest, spec in (grid.runs | grid.benches | grid.pretrains).items():
         text = json.dumps(spec.model_dump(mode="json"))
         assert type(spec).model_validate_json(text).digest() == digest
 
@@ -150,10 +149,9 @@ def test_a_row_of_other_scales_is_left_out_and_says_so(grids: dict[str, Grid]) -
 
 def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
-    pretrain = grid.sources["classification"].pretrain
-    assert pretrain is not None
-    assert (pretrain.prune.reducer, pretrain.model.args["global_pool"]) == ("none", "avg")
     attention = grid.runs[str(grid.artefacts["imagenet_methods"]["attn_topk_r8_llf"].run)]
+    pretrain = grid.pretrains[attention.init]
+    assert (pretrain.prune.reducer, pretrain.model.args["global_pool"]) == ("none", "avg")
     assert attention.model.args["global_pool"] == "token"
     assert {spec.init for spec in grid.runs.values() if spec.task == "classification"} == {pretrain.digest()}
 

@@ -43,6 +43,8 @@ class PretrainBlock(Block):
     """How the weights are trained that every run starts from."""
 
     recipe: RecipeSpec
+    task: str | None = None
+    """Task of this scale on whose images and losses the host is trained; None: the task itself."""
     shipped: str | None = None
     """Weights file in the repository; used if this very specification made it."""
 
@@ -113,6 +115,10 @@ class RowConfig(Block):
     aux_weight: float = Field(1.0, ge=0)
     image_size: str | None = None
     """Key of the scale's ``image_sizes``; None: the image size of its data."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the scale's recipe."""
+    repeat: bool = False
+    """Runs with every seed of the scale. Other rows run with the first, unless the call names seeds."""
     measure: str | None = None
     """A microbenchmark, or ``plan``, instead of a run; ``settings`` are the keys of its specification."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -240,6 +246,8 @@ class Row:
     image_size: int | None = None
     aux_weight: float | None = None
     options: str | None = None
+    recipe: str | None = None
+    """What differs from the recipe of the scale."""
     paper_schedule: str | None = None
     """Schedule of the model whose speed is measured, if that is the paper's."""
     why: str | None = None
@@ -373,28 +381,3 @@ class TaskAtScale:
                 "and the last must be among them"
             )
         return detector
-
-
-def find_root(task: str, scale: Scale, roots: Mapping[str, Path | None]) -> Path | None:
-    """The user's folder of a task, with its subfolders checked; None if images are generated.
-
-    Raises:
-        ValueError: neither generated nor named, or not given.
-        FileNotFoundError: a subfolder is missing.
-    """
-    data, folders, source = scale.config.tasks[task].data, TASKS[task].folders, f"{scale.source}: tasks.{task}.data"
-    if (key := data.get("root")) is None:
-        if data.get("scenes") is None:
-            raise ValueError(f"{source}: give scenes (generated) or root (one of {', '.join(roots)})")
-        return None
-    if key not in roots:
-        raise ValueError(f"{source}.root = {key!r}: choose one of {', '.join(roots)}")
-    root, needed = roots[key], f"a folder with {', '.join(folders)}"
-    if root is None:
-        raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
-    for name in folders:
-        if not (root / name).is_dir():
-            raise FileNotFoundError(
-                f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"
-            )
-    return root

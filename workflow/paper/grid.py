@@ -12,15 +12,13 @@ its DAG from this.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
-from cropr.pruning.methods import REDUCERS
-from cropr.pruning.schedule import Schedule
-from cropr.specs import PruneSpec, RecipeSpec, ScenesSpec, Spec, check
+from cropr.bench.specs import BenchSpec
+from cropr.specs import ScenesSpec, Spec
 from cropr.tasks import TASKS
 from cropr.training.specs import TrainSpec
 from workflow.paper.configuration import (
@@ -29,15 +27,11 @@ from workflow.paper.configuration import (
     RowConfig,
     Scale,
     ScaleConfig,
-    TaskAtScale,
-    find_root,
-    merge,
     parse_seeds,
     read_artefacts,
     read_scale,
 )
-
-UNPRUNED = RowConfig(row="none", label="")
+from workflow.paper.resolver import Resolver
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +50,13 @@ class Artefact:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Images and first weights of a task."""
+    """Images of a task."""
 
     folder: str
-    """The images: the user's folder, or one under ``results``."""
+    """The user's folder, or one under ``results``."""
     layout: str
     scenes: ScenesSpec | None
     """The images to generate; None: they are the user's."""
-    pretrain: TrainSpec | None
-    """Makes the weights that every run of the task starts from; None if timm has them."""
-    shipped: str | None
-    """Weights file in the repository that may replace ``pretrain``."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +70,10 @@ class Grid:
     """In the order in which they are computed and read."""
     runs: dict[str, TrainSpec]
     """Fine-tuning runs by id."""
+    pretrains: dict[str, TrainSpec]
+    """Runs that make the weights to start from, by id."""
+    shipped: dict[str, str]
+    """Id -> file in the repository that may replace the run that makes these weights."""
     benches: dict[str, BenchSpec]
     microbenches: dict[str, Spec]
     """Microbenchmarks and plans by id."""
@@ -100,14 +94,13 @@ class Grid:
         """Layout -> the images to generate in it."""
         return {source.layout: source.scenes for source in self.sources.values() if source.scenes}
 
-    @property
-    def pretrains(self) -> dict[str, Source]:
-        """Runs that make first weights, by id, with the task's source."""
-        return {source.pretrain.digest(): source for source in self.sources.values() if source.pretrain}
+    def spec(self, run: str) -> TrainSpec:
+        """A run, or one that makes weights, by id."""
+        return self.runs.get(run) or self.pretrains[run]
 
     def source(self, run: str) -> Source:
-        """Images and first weights of a run, by its id."""
-        return self.sources[self.runs[run].task] if run in self.runs else self.pretrains[run]
+        """Images of a run, by its id."""
+        return self.sources[self.spec(run).task]
 
     def files(self, artefact: str) -> list[str]:
         """Every file that a notebook reads, each once."""
@@ -132,9 +125,9 @@ class Grid:
     def priority(self, job: str) -> int:
         """Greater for runs, first weights (both by id) and images (by layout) that an earlier artefact waits for."""
 
-        def needs(run: str) -> tuple[str, ...]:
-            source = self.source(run)
-            return (run, source.layout, *([source.pretrain.digest()] if source.pretrain else []))
+        def needs(run: str) -> set[str]:
+            chain = [run, *([init] if (init := self.runs[run].init) in self.pretrains else [])]
+            return {*chain, *(self.source(one).layout for one in chain)}
 
         ranked = enumerate(reversed(self.artefacts.values()), start=1)
         return max((rank for rank, a in ranked if any(row.run and job in needs(row.run) for row in a.rows)), default=0)
@@ -191,7 +184,7 @@ def load_grid(
     lacking = tuple(task for task in needed if _folder_missing(own.config, task, given))
     if lacking == needed:  # nothing would remain: the first of them says what is missing
         lacking = ()
-    resolver = Resolver(own, paper, chosen_seeds, given)
+    resolver = Resolver(own, paper, chosen_seeds, given, every_row=seeds is not None)
     for task in needed:
         if task not in lacking:
             resolver.open(task)
@@ -207,6 +200,8 @@ def load_grid(
         seeds=chosen_seeds,
         artefacts=resolved,
         runs=resolver.runs,
+        pretrains=resolver.pretrains,
+        shipped=resolver.shipped,
         benches=resolver.benches,
         microbenches=resolver.microbenches,
         sources={task: _source(task, resolver) for task in resolver.tasks},
@@ -271,135 +266,4 @@ def _verify_names(scale: Scale, artefacts: Mapping[str, Artefact], resolver: Res
 
 def _source(task: str, resolver: Resolver) -> Source:
     layout, root, own = TASKS[task].layout, resolver.roots[task], resolver.tasks[task]
-    return Source(
-        folder=str(root or f"{resolver.results}/data/{layout}"),
-        layout=layout,
-        scenes=None if root else own.data.scenes,
-        pretrain=resolver.pretrains.get(task),
-        shipped=own.config.pretrain.shipped if own.config.pretrain else None,
-    )
-
-
-class Resolver:
-    """Rows to specifications, which it collects by id."""
-
-    def __init__(self, scale: Scale, paper: Scale, seeds: tuple[int, ...], roots: Mapping[str, Path | None]) -> None:
-        self.scale, self.paper, self.seeds, self.results = scale, paper, seeds, f"results/{scale.name}"
-        self.given = roots
-        self.runs: dict[str, TrainSpec] = {}
-        self.benches: dict[str, BenchSpec] = {}
-        self.microbenches: dict[str, Spec] = {}
-        self.names: dict[str, str] = {}
-        self.tasks: dict[str, TaskAtScale] = {}
-        self.measured: dict[str, TaskAtScale] = {}
-        self.roots: dict[str, Path | None] = {}
-        self.pretrains: dict[str, TrainSpec] = {}
-
-    def open(self, task: str) -> None:
-        """Read what the scale says of a task. Rows of that task need it."""
-        root = self.roots[task] = find_root(task, self.scale, self.given)
-        own = self.tasks[task] = TaskAtScale(task, self.scale, root)
-        self.measured[task] = TaskAtScale(task, self.paper, root) if own.config.bench.model == "paper" else own
-        if own.config.pretrain is not None:
-            self.pretrains[task] = self._train(own, own.config.pretrain.recipe, UNPRUNED, PruneSpec(), "random")
-
-    def row(self, where: str, name: str, listed: RowConfig, meant: RowConfig, task: str, needs: Collection[str]) -> Row:
-        """Resolve a row.
-
-        Args:
-            where: file and row, for error messages.
-            name: ``artefact/row``.
-            listed: the row itself, which gives name and label.
-            meant: the row that says what is run: another one if ``use`` names it.
-            task: of its artefact.
-            needs: what its artefact reads.
-
-        Raises:
-            ValueError: a name that does not exist, or a schedule that does not fit.
-        """
-        own, measured = self.tasks[task], self.measured[task]
-        schedule, why = own.schedule(where, meant), None
-        if meant.reducer not in REDUCERS:
-            if (why := meant.why) is None:
-                raise ValueError(
-                    f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, or say why "
-                    "it does not exist yet (key why)"
-                )
-        elif meant.scales is not None and self.scale.name not in meant.scales:
-            why = f"left out at the {self.scale.name} scale"
-        run, bench, settings = None, None, own.config.bench
-        if why is None:
-            prune = _prune(where, meant, schedule)
-            init = self.pretrains[task].digest() if task in self.pretrains else "timm"
-            run = self._keep(self.runs, name, self._train(own, own.config.recipe, meant, prune, init))
-            if "bench" in needs and listed.row in (settings.rows or [listed.row]):
-                bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
-        return Row(
-            row=listed.row,
-            label=listed.label,
-            reducer=meant.reducer,
-            fusion=meant.fusion,
-            schedule=schedule.describe(),
-            pool=meant.pool,
-            image_size=own.image_size(meant),
-            aux_weight=meant.aux_weight,
-            options=", ".join(f"{key}={value}" for key, value in meant.options.items()),
-            paper_schedule=measured.schedule(where, meant).describe() if settings.model == "paper" else None,
-            why=why,
-            run=run,
-            records=tuple(f"{self.results}/runs/{run}/seed{seed}/record.json" for seed in self.seeds) if run else (),
-            bench=f"{self.results}/bench/{bench}/record.json" if bench else None,
-            maps=f"{self.results}/maps/{run}/seed{self.seeds[0]}.npz" if run and "maps" in needs else None,
-        )
-
-    def microbench(self, where: str, name: str, row: RowConfig) -> Row:
-        """Resolve a row that is a microbenchmark or a plan.
-
-        Raises:
-            ValueError: no such measurement, or settings that it does not have.
-        """
-        kinds: dict[str, type[Spec]] = dict(MEASURES) | {"plan": PlanSpec}
-        if row.measure is None or row.measure not in kinds:
-            raise ValueError(f"{where}: measure = {row.measure!r}: choose one of {', '.join(kinds)}")
-        kind, settings = kinds[row.measure], row.settings
-        for key in (name.partition("/")[0], name):
-            settings = merge(settings, self.scale.config.microbench.get(key, {}))
-        if "measure" in kind.model_fields:
-            settings = {**settings, "measure": row.measure}
-        spec = self._keep(self.microbenches, name, check(kind, settings, f"{where}: settings"))
-        return Row(row=row.row, label=row.label, bench=f"{self.results}/microbench/{spec}/record.json")
-
-    def _keep(self, table: dict[str, Any], name: str, spec: Spec) -> str:
-        """Add a specification to its table; its id."""
-        table[spec.digest()] = spec
-        self.names.setdefault(spec.digest(), name)
-        return spec.digest()
-
-    def _train(self, own: TaskAtScale, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
-        return TrainSpec(
-            task=own.task.name,
-            model=own.model(row, pretrained=True),
-            prune=prune,
-            data=own.data.model_copy(update={"image_size": own.image_size(row)}),
-            detector=own.detector,
-            recipe=recipe,
-            init=init,
-        )
-
-    def _bench(self, where: str, own: TaskAtScale, measured: TaskAtScale, row: RowConfig) -> BenchSpec:
-        """Speed of the deployed form of a row, on the measured model, which needs no trained weights."""
-        dropped = {"options": {k: v for k, v in row.options.items() if k not in REDUCERS[row.reducer].training_only}}
-        prune = _prune(where, row.model_copy(update=dropped | {"aux_weight": 1.0}), measured.schedule(where, row))
-        return BenchSpec(
-            model=measured.model(row, pretrained=False),
-            prune=prune,
-            detector=measured.detector,
-            image_size=measured.data.image_size,
-            pruned_image_size=measured.image_size(row) if row.image_size else None,
-            **own.config.bench.model_dump(exclude={"model", "rows"}),
-        )
-
-
-def _prune(where: str, row: RowConfig, schedule: Schedule) -> PruneSpec:
-    values = row.model_dump(include={"reducer", "options", "fusion", "aux_weight"})
-    return check(PruneSpec, values | {"schedule": schedule.to_config()}, where)
+    return Source(str(root or f"{resolver.results}/data/{layout}"), layout, None if root else own.data.scenes)

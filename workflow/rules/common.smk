@@ -9,11 +9,9 @@ from workflow.paper.sources import NOTEBOOK_MODULES, code_digest, shipped
 CLAIMS = read_yaml(Path("config/claims.yaml"))["claims"]
 # Weights in the repository that were made by the very run that would make them here.
 SHIPPED = {
-    run: source.shipped
-    for run, source in GRID.pretrains.items()
-    if SETTINGS.pretrain == "shipped"
-    and source.shipped
-    and shipped(source.shipped, run)
+    run: file
+    for run, file in GRID.shipped.items()
+    if SETTINGS.pretrain == "shipped" and shipped(file, run)
 }
 
 
@@ -61,9 +59,9 @@ def images(wildcards):
 
 def train_inputs(wildcards):
     """The images, and the weights to start from unless timm has them."""
-    pretrain = GRID.source(wildcards.run).pretrain
-    init = f"{OUT}/pretrain/{pretrain.digest()}/weights.safetensors" if pretrain else ""
-    return images(wildcards) | ({"init": init} if init else {})
+    init = GRID.runs[wildcards.run].init
+    made = {"init": f"{OUT}/pretrain/{init}/weights.safetensors"}
+    return images(wildcards) | (made if init in GRID.pretrains else {})
 
 
 def notebook_inputs(wildcards):

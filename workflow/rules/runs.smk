@@ -64,12 +64,11 @@ rule pretrain:
     resources:
         gpu=GRID.config.jobs.gpus,
     params:
-        spec=lambda wildcards: text(GRID.source(wildcards.run).pretrain),
-        code=lambda wildcards: run_code("train", GRID.source(wildcards.run).pretrain),
+        spec=lambda wildcards: text(GRID.pretrains[wildcards.run]),
+        code=lambda wildcards: run_code("train", GRID.pretrains[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
-        task=lambda wildcards, output: GRID.source(wildcards.run).pretrain.task,
     message:
-        "Making the pretrained weights for {params.task} (log: {log})"
+        "Making the pretrained weights {wildcards.run} (log: {log})"
     shell:
         "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
         " --out $(dirname {output.record}) --threads {threads} > {log} 2>&1"

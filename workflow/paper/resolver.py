@@ -1,0 +1,193 @@
+"""Rows of tables to the specifications of their jobs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
+from cropr.pruning.methods import REDUCERS
+from cropr.pruning.schedule import Schedule
+from cropr.specs import PruneSpec, RecipeSpec, Spec, check
+from cropr.tasks import TASKS
+from cropr.training.specs import TrainSpec
+from workflow.paper.configuration import Row, RowConfig, Scale, TaskAtScale, merge
+
+UNPRUNED = RowConfig(row="none", label="")
+
+
+class Resolver:
+    """Rows to specifications, which it collects by id."""
+
+    def __init__(
+        self,
+        scale: Scale,
+        paper: Scale,
+        seeds: tuple[int, ...],
+        roots: Mapping[str, Path | None],
+        every_row: bool,
+    ) -> None:
+        self.scale, self.paper, self.seeds, self.results = scale, paper, seeds, f"results/{scale.name}"
+        self.given, self.every_row = roots, every_row
+        self.runs: dict[str, TrainSpec] = {}
+        self.benches: dict[str, BenchSpec] = {}
+        self.microbenches: dict[str, Spec] = {}
+        self.names: dict[str, str] = {}
+        self.tasks: dict[str, TaskAtScale] = {}
+        self.measured: dict[str, TaskAtScale] = {}
+        self.roots: dict[str, Path | None] = {}
+        self.pretrains: dict[str, TrainSpec] = {}
+        self.shipped: dict[str, str] = {}
+        self.inits: dict[str, str] = {}
+
+    def open(self, task: str) -> TaskAtScale:
+        """Read what the scale says of a task. Rows of that task need it."""
+        if task in self.tasks:
+            return self.tasks[task]
+        root = self.roots[task] = find_root(task, self.scale, self.given)
+        own = self.tasks[task] = TaskAtScale(task, self.scale, root)
+        self.measured[task] = TaskAtScale(task, self.paper, root) if own.config.bench.model == "paper" else own
+        self.inits[task] = "timm"
+        if (pretrain := own.config.pretrain) is not None:
+            # Tasks whose hosts are equal, and that learn the same first, get one specification, so one run.
+            donor, model = self.open(pretrain.task or task), own.model(UNPRUNED, pretrained=True)
+            spec = self._train(donor, pretrain.recipe, UNPRUNED, PruneSpec(), "random").model_copy(
+                update={"model": model}
+            )
+            self.inits[task] = self._keep(self.pretrains, pretrain.task or task, spec)
+            if pretrain.shipped:
+                self.shipped[spec.digest()] = pretrain.shipped
+        return own
+
+    def row(self, where: str, name: str, listed: RowConfig, meant: RowConfig, task: str, needs: Collection[str]) -> Row:
+        """Resolve a row.
+
+        Args:
+            where: file and row, for error messages.
+            name: ``artefact/row``.
+            listed: the row itself, which gives name and label.
+            meant: the row that says what is run: another one if ``use`` names it.
+            task: of its artefact.
+            needs: what its artefact reads.
+
+        Raises:
+            ValueError: a name that does not exist, or a schedule that does not fit.
+        """
+        own, measured = self.tasks[task], self.measured[task]
+        schedule, why = own.schedule(where, meant), None
+        if meant.reducer not in REDUCERS:
+            if (why := meant.why) is None:
+                raise ValueError(
+                    f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, or say why "
+                    "it does not exist yet (key why)"
+                )
+        elif meant.scales is not None and self.scale.name not in meant.scales:
+            why = f"left out at the {self.scale.name} scale"
+        run, bench, settings = None, None, own.config.bench
+        seeds = self.seeds if meant.repeat or self.every_row else self.seeds[:1]
+        if why is None:
+            prune = _prune(where, meant, schedule)
+            recipe = check(RecipeSpec, own.config.recipe.model_dump() | meant.recipe, f"{where}: recipe")
+            run = self._keep(self.runs, name, self._train(own, recipe, meant, prune, self.inits[task]))
+            if "bench" in needs and listed.row in (settings.rows or [listed.row]):
+                bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
+        return Row(
+            row=listed.row,
+            label=listed.label,
+            reducer=meant.reducer,
+            fusion=meant.fusion,
+            schedule=schedule.describe(),
+            pool=meant.pool,
+            image_size=own.image_size(meant),
+            aux_weight=meant.aux_weight,
+            options=_text(meant.options),
+            recipe=_text(meant.recipe),
+            paper_schedule=measured.schedule(where, meant).describe() if settings.model == "paper" else None,
+            why=why,
+            run=run,
+            records=tuple(f"{self.results}/runs/{run}/seed{seed}/record.json" for seed in seeds) if run else (),
+            bench=f"{self.results}/bench/{bench}/record.json" if bench else None,
+            maps=f"{self.results}/maps/{run}/seed{self.seeds[0]}.npz" if run and "maps" in needs else None,
+        )
+
+    def microbench(self, where: str, name: str, row: RowConfig) -> Row:
+        """Resolve a row that is a microbenchmark or a plan.
+
+        Raises:
+            ValueError: no such measurement, or settings that it does not have.
+        """
+        kinds: dict[str, type[Spec]] = dict(MEASURES) | {"plan": PlanSpec}
+        if row.measure is None or row.measure not in kinds:
+            raise ValueError(f"{where}: measure = {row.measure!r}: choose one of {', '.join(kinds)}")
+        kind, settings = kinds[row.measure], row.settings
+        for key in (name.partition("/")[0], name):
+            settings = merge(settings, self.scale.config.microbench.get(key, {}))
+        if "measure" in kind.model_fields:
+            settings = {**settings, "measure": row.measure}
+        spec = self._keep(self.microbenches, name, check(kind, settings, f"{where}: settings"))
+        return Row(row=row.row, label=row.label, bench=f"{self.results}/microbench/{spec}/record.json")
+
+    def _keep(self, table: dict[str, Any], name: str, spec: Spec) -> str:
+        """Add a specification to its table; its id."""
+        table[spec.digest()] = spec
+        self.names.setdefault(spec.digest(), name)
+        return spec.digest()
+
+    def _train(self, own: TaskAtScale, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
+        return TrainSpec(
+            task=own.task.name,
+            model=own.model(row, pretrained=True),
+            prune=prune,
+            data=own.data.model_copy(update={"image_size": own.image_size(row)}),
+            detector=own.detector,
+            recipe=recipe,
+            init=init,
+        )
+
+    def _bench(self, where: str, own: TaskAtScale, measured: TaskAtScale, row: RowConfig) -> BenchSpec:
+        """Speed of the deployed form of a row, on the measured model, which needs no trained weights."""
+        dropped = {"options": {k: v for k, v in row.options.items() if k not in REDUCERS[row.reducer].training_only}}
+        prune = _prune(where, row.model_copy(update=dropped | {"aux_weight": 1.0}), measured.schedule(where, row))
+        return BenchSpec(
+            model=measured.model(row, pretrained=False),
+            prune=prune,
+            detector=measured.detector,
+            image_size=measured.data.image_size,
+            pruned_image_size=measured.image_size(row) if row.image_size else None,
+            **own.config.bench.model_dump(exclude={"model", "rows"}),
+        )
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _prune(where: str, row: RowConfig, schedule: Schedule) -> PruneSpec:
+    values = row.model_dump(include={"reducer", "options", "fusion", "aux_weight"})
+    return check(PruneSpec, values | {"schedule": schedule.to_config()}, where)
+
+
+def find_root(task: str, scale: Scale, roots: Mapping[str, Path | None]) -> Path | None:
+    """The user's folder of a task, with its subfolders checked; None if images are generated.
+
+    Raises:
+        ValueError: neither generated nor named, or not given.
+        FileNotFoundError: a subfolder is missing.
+    """
+    data, folders, source = scale.config.tasks[task].data, TASKS[task].folders, f"{scale.source}: tasks.{task}.data"
+    if (key := data.get("root")) is None:
+        if data.get("scenes") is None:
+            raise ValueError(f"{source}: give scenes (generated) or root (one of {', '.join(roots)})")
+        return None
+    if key not in roots:
+        raise ValueError(f"{source}.root = {key!r}: choose one of {', '.join(roots)}")
+    root, needed = roots[key], f"a folder with {', '.join(folders)}"
+    if root is None:
+        raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
+    for name in folders:
+        if not (root / name).is_dir():
+            raise FileNotFoundError(
+                f"config/config.yaml: {key} = {root}: {root / name} is missing; {key} names {needed}"
+            )
+    return root
