@@ -184,7 +184,7 @@ class PrunedViT(nn.Module):
         It shares no memory with this model and is in eval mode; it keeps the same tokens and gives the same logits
         as this model in eval mode.
         """
-        return DeployedViT(PrunedViT(*self._inference_parts())).requires_grad_(False).eval()
+        return DeployedViT(type(self)(*self._inference_parts())).requires_grad_(False).eval()
 
     def _inference_parts(self) -> tuple[Backbone, Schedule, dict[int, Reducer], Fusion | None]:
         """Arguments for the constructor that make the inference form."""

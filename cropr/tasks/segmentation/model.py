@@ -17,7 +17,7 @@ from cropr.data.ade20k import IGNORE
 from cropr.pruning.backbones import Backbone
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.methods import REDUCERS
-from cropr.pruning.model import DeployedViT, Output, PrunedViT
+from cropr.pruning.model import Output, PrunedViT
 from cropr.pruning.reducers import Reducer
 from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule
@@ -56,9 +56,6 @@ class PrunedSegmenter(PrunedViT):
     def default_options(cls, reducer: str, backbone: Backbone) -> dict[str, Any]:
         """One query per patch."""
         return {"num_queries": backbone.num_patches} if "num_queries" in REDUCERS[reducer].options else {}
-
-    def deploy(self) -> DeployedViT:
-        return DeployedViT(PrunedSegmenter(*self._inference_parts())).requires_grad_(False).eval()
 
     def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
         scores = self._fuse("after_head", self.backbone.predict(tokens), pruned)
