@@ -174,8 +174,9 @@ class BoxStage(nn.Module):
         self.head = FastRCNNConvFCHead(shape, convolutions, [spec.box_width], norm_layer=LayerNorm2d)
         self.classes = nn.Linear(spec.box_width, num_classes + 1)
         self.deltas = nn.Linear(spec.box_width, 4)
-        _initialise(self.classes, 0.01)
-        _initialise(self.deltas, 0.001)
+        for layer, std in ((self.classes, 0.01), (self.deltas, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [R, K + 1] and deltas [R, 4], in float32, of [R, D, 7, 7]."""
@@ -200,17 +201,13 @@ def _mask_head(spec: DetModelSpec, num_classes: int) -> nn.Sequential:
     """Regions [R, D, 14, 14] to mask logits [R, K, 28, 28]."""
     upsample = nn.ConvTranspose2d(spec.channels, spec.channels, 2, 2)
     nn.init.kaiming_normal_(upsample.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(upsample.bias)
     logits = nn.Conv2d(spec.channels, num_classes, 1)
-    _initialise(logits, 0.001)
+    nn.init.normal_(logits.weight, std=0.001)
+    for layer in (upsample, logits):
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
     convolutions = MaskRCNNHeads(spec.channels, [spec.channels] * spec.mask_convs, 1, norm_layer=LayerNorm2d)
     return nn.Sequential(convolutions, upsample, nn.ReLU(), logits)
-
-
-def _initialise(layer: nn.Linear | nn.Conv2d, std: float) -> None:
-    nn.init.normal_(layer.weight, std=std)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -28,8 +28,9 @@ def encode_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[di
     codes = []
     for mask, box in zip(masks.float().cpu(), boxes.float().cpu(), strict=True):
         # Pixels whose centre lies in the box, and at most one more at each side.
-        left, top, right, bottom = (*box[:2].floor().int().tolist(), *box[2:].ceil().int().tolist())
-        rows, columns = (range(size[0])[max(top, 0) : max(bottom, 0)], range(size[1])[max(left, 0) : max(right, 0)])
+        left, top = box[:2].floor().clamp(min=0).int().tolist()
+        right, bottom = box[2:].ceil().clamp(min=0).int().tolist()
+        rows, columns = range(size[0])[top:bottom], range(size[1])[left:right]
         region = np.s_[rows.start : rows.stop, columns.start : columns.stop]
         if rows and columns:
             canvas[region] = _paste(mask, box, rows, columns)

@@ -114,7 +114,7 @@ class Detector(Encoder):
         if self.training and targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() before you detect")
         if sizes is None:
-            known: Sequence[Target] = targets or ({},) * len(images)
+            known: Sequence[Any] = targets or [{}] * len(images)
             sizes = [one.get("size", tuple(image.shape[-2:])) for image, one in zip(images, known, strict=True)]
         batch = self._pad(images)
         encoded = super().forward(batch)

@@ -8,14 +8,15 @@ R boxes of an image, K classes without background, M remaining detections.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 
-class Picks(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Picks:
     """Remaining detections, by falling score."""
 
     index: Tensor
