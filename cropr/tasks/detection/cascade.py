@@ -39,29 +39,23 @@ SMALLEST = 0.01
 
 
 class Regions(NamedTuple):
-    """Regions of an image and their targets."""
+    """Regions of an image: boxes [R, 4] and labels [R]; of the object that each overlaps most, the number [R] and the
+    box [R, 4], zeros without objects."""
 
     boxes: Tensor
-    """[R, 4]."""
     labels: Tensor
-    """[R]."""
     matched: Tensor
-    """[R], the object with the largest overlap; 0 without objects."""
     truth: Tensor
-    """[R, 4], the box of that object; zeros without objects."""
 
 
 class Detections(NamedTuple):
-    """Detections of an image, by falling score."""
+    """Detections of an image by falling score: boxes [M, 4] (left, top, right, bottom in pixels of the padded image),
+    labels [M], scores [M] and masks [M, 28, 28], probabilities within the box."""
 
     boxes: Tensor
-    """[M, 4]: left, top, right, bottom in pixels of the network's input."""
     labels: Tensor
-    """[M]."""
     scores: Tensor
-    """[M]."""
     masks: Tensor
-    """[M, 28, 28]: probabilities within the box."""
 
 
 class CascadeHeads(nn.Module):
@@ -140,11 +134,9 @@ class CascadeHeads(nn.Module):
 class RegionPooler:
     """Pools each region from the level that suits its size, with aligned RoIAlign and adaptive sampling.
 
-    torchvision's own pooler is not aligned, and it infers the scales of the levels from the sizes of the first batch,
-    wrongly where images are smaller than the canvas.
-
-    ``strides`` of the levels are powers of 2, finest first; a region of ``size`` pixels a side is pooled from the level
-    of ``stride``.
+    torchvision's own pooler is not aligned, and it infers the levels' scales from the sizes of the first batch, wrongly
+    where images are smaller than the canvas. ``strides`` are powers of 2, finest first; a region of ``size`` pixels a
+    side is pooled from the level of ``stride``.
     """
 
     def __init__(self, strides: Sequence[int], size: int, stride: int) -> None:

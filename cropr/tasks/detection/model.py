@@ -62,23 +62,17 @@ class Encoder(PrunedViT):
 
 @dataclass(frozen=True, slots=True)
 class DetectionOutput:
-    """Output of a forward pass."""
+    """Output of a forward pass: in training mode scalars by name, whose sum is the main loss, in evaluation mode
+    detections of each image, and the output of the encoder."""
 
     losses: dict[str, Tensor]
-    """Scalars by name in training mode, else empty. Their sum is the main loss."""
     detections: list[Detections]
-    """One an image in evaluation mode, else empty."""
     encoded: Output
-    """Of the encoder; ``logits`` is its map [B, C, rows, columns]."""
 
 
 class Detector(Encoder):
-    """Encoder and heads. Made by ``build_detector``; ``deploy`` gives its inference form.
-
-    Args:
-        encoder: a pruned windowed ViT; this model takes its parts.
-        multiple: pixels that sides of the canvas are multiples of, for the windows and the coarsest level.
-    """
+    """Encoder and heads. Made by ``build_detector``; ``deploy`` gives its inference form. It takes the parts of
+    ``encoder``; sides of canvases are multiples of ``multiple`` pixels, for the windows and the coarsest level."""
 
     inherits: ClassVar[tuple[str, ...]] = ("neck", "rpn", "heads")
     """Parts that a run takes from its initial run, in addition to the encoder's host."""
@@ -103,13 +97,10 @@ class Detector(Encoder):
 
         Args:
             images: [B, 3, H, W] or B times [3, H_b, W_b].
-            targets: torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W]. In
-                training only.
+            targets: torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W]. Needed
+                in training, and only there.
             sizes: height and width of each image within H x W, without padding. By default the targets' ``size``,
                 else H and W.
-
-        Raises:
-            ValueError: training without targets.
         """
         if self.training and targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() before you detect")
@@ -162,10 +153,8 @@ def build_detector(
     image_size: int | Size,
     pretrained: bool = False,
 ) -> Detector:
-    """The detector of a specification.
-
-    Args:
-        image_size: pixels that images are padded to, a side or height and width; rounded up to whole windows.
+    """The detector of a specification. ``image_size``, a side or height and width in pixels, is what images are padded
+    to; it is rounded up to whole windows.
 
     Raises:
         TypeError: a host that cannot have windows, by name.
@@ -197,12 +186,8 @@ def build_encoder(
     """The encoder of a detector; raises what ``build_detector`` raises.
 
     Its map goes into the pyramid without a final norm, as in ViTDet and EVA-02. The last block has no drop path where
-    tokens are pruned, as in classification.
-
-    Args:
-        model: a timm ViT or EVA-02; it is built without prefix tokens, norm after the last block and classifier.
-        num_outputs: of the auxiliary heads.
-        image_size: pixels that the host is built for, a side or height and width.
+    tokens are pruned, as in classification. The host is a timm ViT or EVA-02 for images of ``image_size``, without
+    prefix tokens, norm after the last block and classifier; the auxiliary heads have ``num_outputs``.
     """
     arguments: dict[str, Any] = {"num_classes": 0, "class_token": False, "global_pool": "avg", "dynamic_img_size": True}
     arguments |= {"img_size": image_size, "drop_path_rate": model.drop_path, **model.args}

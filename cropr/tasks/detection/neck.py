@@ -17,13 +17,10 @@ class SimpleFeaturePyramid(nn.Module):
     """Each level is resampled from the same map; no top-down path (ViTDet, Li et al., 2022).
 
     Args:
-        dim: C.
-        channels: D.
+        dim, channels: C and D.
         stride: pixels between neighbours of the input map: the patch size.
-        scales: of the levels against the input map, finest first, each half of the one before, among 4, 2, 1, 0.5.
-
-    Raises:
-        ValueError: scales that are not such a sequence.
+        scales: of the levels against the input map, finest first, each half of the one before, among 4, 2, 1, 0.5;
+            ValueError for others.
     """
 
     def __init__(self, dim: int, channels: int, stride: int, scales: Sequence[float] = (4, 2, 1, 0.5)) -> None:

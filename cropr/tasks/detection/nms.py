@@ -17,14 +17,11 @@ from torchvision.ops import batched_nms, box_iou
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """Remaining detections, by falling score."""
+    """Remaining detections by falling score: rows of the boxes [M], labels [M] from 1 to K, suppressed scores [M]."""
 
     index: Tensor
-    """[M] int64, rows of the boxes."""
     labels: Tensor
-    """[M] int64, from 1 to K."""
     scores: Tensor
-    """[M], after suppression."""
 
 
 @torch.no_grad()
