@@ -16,10 +16,9 @@ from torchvision.models.detection.image_list import ImageList
 from cropr.bench.specs import Precision
 from cropr.pruning.flops import counts
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import CascadeHeads
+from cropr.tasks.detection.cascade import BOX_SIZE, MASK_SIZE, CascadeHeads
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import ProposalNetwork
-from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE
 
 NUM_CLASSES = 80
 """COCO's."""

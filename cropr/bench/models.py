@@ -25,7 +25,7 @@ from cropr.build import build_model
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.encoder import build_encoder
+from cropr.tasks.detection.model import build_encoder
 
 NUM_CLASSES = 1000
 """ImageNet-1k's."""

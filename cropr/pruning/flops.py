@@ -44,8 +44,7 @@ class Macs:
 def macs(model: nn.Module) -> Macs:
     """Count one image of the size that the model was built for.
 
-    Args:
-        model: a timm host or a ``DeployedViT``, on any device; parameters without memory will do.
+    ``model`` is a timm host or a ``DeployedViT``, on any device; parameters without memory will do.
     """
     host: Any = model.model.backbone.host if isinstance(model, DeployedViT) else model
     found = counts(model, _image(host))["Global"]
@@ -54,12 +53,8 @@ def macs(model: nn.Module) -> Macs:
 
 
 def counts(module: nn.Module, *inputs: Any) -> dict[str, dict[str, int]]:
-    """Multiply-adds of a call by part of the module (``Global`` is all of it) and operator.
-
-    Args:
-        module: its parameters and buffers are replaced while it is counted.
-        inputs: tensors, or lists of them; only their shapes and dtypes count.
-    """
+    """Multiply-adds of a call by part of the module (``Global`` is all of it) and operator. Of ``inputs``, tensors or
+    lists of them, and of the module's parameters and buffers, only shapes and dtypes count."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
         named = chain(module.named_parameters(), module.named_buffers())
@@ -72,11 +67,7 @@ class Cost:
 
     Linear layers cost the same for every token; attention's products grow with the tokens that each attends to.
 
-    Args:
-        model: a timm model, or an adapter around one.
-
-    Raises:
-        TypeError: no adapter for this model.
+    ``model`` is a timm model, or an adapter around one; raises TypeError for a model without adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:

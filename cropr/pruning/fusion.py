@@ -142,10 +142,6 @@ class CrossAttention(Fusion):
 
 
 def create(name: str, dim: int, num_outputs: int, sites: Iterable[int]) -> Fusion | None:
-    """Make a fusion by name; None prunes for good. Arguments as of ``Fusion``.
-
-    Raises:
-        ValueError: unknown name, with the known ones.
-    """
+    """Make a fusion by name; None prunes for good. Arguments as of ``Fusion``, errors as of ``choose``."""
     method = choose(FUSIONS, "fusion", name)
     return None if method.path is None else method.load()(dim, num_outputs, sites)

@@ -80,15 +80,8 @@ FUSIONS: dict[str, Method] = _table([_HERE / "fusion.py"])
 
 
 def choose(table: dict[str, Method], kind: str, name: str) -> Method:
-    """The entry of a name.
-
-    Args:
-        table: ``REDUCERS`` or ``FUSIONS``.
-        kind: ``reducer`` or ``fusion``, for the error.
-
-    Raises:
-        ValueError: unknown name, with the known ones.
-    """
+    """The entry of a name in ``REDUCERS`` or ``FUSIONS``. Raises ValueError for an unknown name of this ``kind``
+    (``reducer``, ``fusion``), with the known ones."""
     if name not in table:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(table)}")
     return table[name]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -19,7 +19,7 @@ from cropr.pruning.backbones.base import Backbone, adapt
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.fusion import create as create_fusion
 from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
-from cropr.pruning.reducers.base import Context, Reducer, Reduction, create
+from cropr.pruning.reducers.base import Context, Reducer, create
 from cropr.pruning.schedule import Schedule, attended, trace
 from cropr.pruning.tokens import Tokens
 
@@ -51,35 +51,11 @@ class Output:
         return after
 
 
-@dataclass(slots=True)
-class _Trail:
-    """What the reducers return on the way through the blocks; all by block."""
-
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    pruned: dict[int, Tokens] = field(default_factory=dict)
-    aux: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, block: int, reduction: Reduction) -> Tokens:
-        """Note what the reducer after ``block`` did; returns the tokens that it kept."""
-        self.kept[block] = reduction.kept.index
-        if reduction.pruned is not None:
-            self.pruned[block] = reduction.pruned
-        if reduction.aux is not None:
-            self.aux[block] = reduction.aux
-        return reduction.kept
-
-
 class PrunedViT(nn.Module):
     """A host with token pruning. Made by ``prune``; ``deploy`` gives its inference form.
 
-    Args:
-        backbone: adapter around the host.
-        schedule: how many tokens are pruned after each block.
-        reducers: block -> reducer that follows it.
-        fusion: brings pruned tokens back; None prunes for good.
-
-    Raises:
-        ValueError: a schedule that does not fit, or a fusion that does not suit this kind of model.
+    ``reducers`` maps a block to the reducer that follows it; without ``fusion``, tokens are pruned for good. Raises
+    ValueError for a schedule that does not fit, or a fusion that does not suit this kind of model.
     """
 
     dense: ClassVar[bool] = False
@@ -140,7 +116,9 @@ class PrunedViT(nn.Module):
         *counts, _ = self._counts_now(tokens.num_patches)
         grid = self.backbone.grid(images)
         pixels = patch_variance(images, grid) if self._wants_pixels else None
-        trail = _Trail()
+        kept: dict[int, Tensor] = {}
+        pruned: dict[int, Tokens] = {}
+        aux: list[Tensor] = []
         for block, count in enumerate(counts, start=1):
             before, tokens = tokens, self.backbone.run(block, tokens, position)
             if str(block) not in self.reducers:
@@ -150,13 +128,16 @@ class PrunedViT(nn.Module):
                 continue
             attention = self.backbone.cls_attention(block, before, position) if reducer.wants_attention else None
             reduction = reducer(tokens, count, Context(attention, pixels), want_pruned=self.fusion is not None)
-            tokens = trail.add(block, reduction)
-        fused = self._fuse("before_last_block", tokens, trail.pruned)
+            tokens, kept[block] = reduction.kept, reduction.kept.index
+            if reduction.pruned is not None:
+                pruned[block] = reduction.pruned
+            if reduction.aux is not None:
+                aux.append(reduction.aux)
+        fused = self._fuse("before_last_block", tokens, pruned)
         mask = None if self.fusion is None else self.fusion.mask(tokens, fused)
         tokens = self.backbone.run(self.backbone.depth, fused, position, mask)
-        tokens = self.backbone.norm(self._fuse("after_last_block", tokens, trail.pruned))
-        logits = self._predict(images, tokens, trail.pruned)
-        return Output(logits, tuple(trail.aux.values()), tokens, trail.kept, grid)
+        tokens = self.backbone.norm(self._fuse("after_last_block", tokens, pruned))
+        return Output(self._predict(images, tokens, pruned), tuple(aux), tokens, kept, grid)
 
     def _counts_now(self, num_patches: int) -> tuple[int, ...]:
         """As ``counts``, or in training, the part of the schedule that is in force."""
@@ -184,7 +165,7 @@ class PrunedViT(nn.Module):
         It shares no memory with this model and is in eval mode; it keeps the same tokens and gives the same logits
         as this model in eval mode.
         """
-        return DeployedViT(PrunedViT(*self._inference_parts())).requires_grad_(False).eval()
+        return DeployedViT(type(self)(*self._inference_parts())).requires_grad_(False).eval()
 
     def _inference_parts(self) -> tuple[Backbone, Schedule, dict[int, Reducer], Fusion | None]:
         """Arguments for the constructor that make the inference form."""
@@ -225,8 +206,7 @@ def prune(
         host: a timm ``VisionTransformer`` or ``Eva``, or an adapter around one, as ``cropr.pruning.backbones.windowed``
             makes; it is used as it is, not copied.
         schedule: how many patch tokens are pruned after each block.
-        reducer: a name of ``cropr.pruning.methods.REDUCERS``.
-        fusion: a name of ``cropr.pruning.methods.FUSIONS``.
+        reducer, fusion: names of ``cropr.pruning.methods.REDUCERS`` and ``FUSIONS``.
         reducer_options: keyword arguments of the reducer, over those of ``kind``.
         num_outputs: outputs of the auxiliary heads; the host's classes unless given.
         kind: what to make: a model for images, or a task's own, such as a segmenter.

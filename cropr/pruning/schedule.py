@@ -91,8 +91,8 @@ class Schedule:
     def for_speedup(cls, speedup: float, model: Any, *, fusion: str = "none", align: int = 1) -> Schedule:
         """The schedule that divides a model's multiply-adds by ``speedup`` or more and prunes the fewest tokens.
 
-        Tried are constant rates, then, if the largest does not reach it, shares of the tokens that go at once after
-        block 3 (the paper's early schedule). Of the first of the two that reaches it, the smallest number is taken.
+        Tried are constant rates, then, if none reaches it, shares of the tokens that go at once after block 3 (the
+        paper's early schedule). Of the first of the two that reaches it, the smallest number is taken.
         Counted is the deployed model with Cropr's scorers. Time does not follow multiply-adds exactly:
         ``python -m cropr plan --verify`` measures and corrects.
 
@@ -141,16 +141,11 @@ class Schedule:
         Raises:
             ValueError: unknown rule or argument, with the ones that exist.
         """
-        rules = {
-            "constant": (cls.constant, {"rate", "first_extra", "align"}),
-            "stages": (cls.stages, {"at", "align"}),
-            "fraction": (cls.fraction, {"at", "align"}),
-            "kept": (cls.kept, {"at", "align"}),
-            "squares": (cls.squares, {"at"}),
-        }
-        if len(config) != 1 or (rule := next(iter(config))) not in rules:
-            raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(rules)}")
-        make, allowed = rules[rule]
+        allowed_for = {rule: {"at", "align"} for rule in ("fraction", "kept", "stages")}
+        allowed_for |= {"constant": {"rate", "first_extra", "align"}, "squares": {"at"}}
+        if len(config) != 1 or (rule := next(iter(config))) not in allowed_for:
+            raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(allowed_for)}")
+        allowed = allowed_for[rule]
         arguments = dict(config[rule] or {})
         if unknown := set(arguments) - allowed:
             raise ValueError(f"schedule {rule}: unknown {sorted(unknown)}; allowed: {sorted(allowed)}")
@@ -158,8 +153,8 @@ class Schedule:
             raise ValueError(f"schedule {rule}: {sorted(missing)} is missing; allowed: {sorted(allowed)}")
         if rule == "constant":
             return cls.constant(**arguments)
-        at = {int(block): number for block, number in arguments.pop("at").items()}
-        return make(at, **arguments)  # type: ignore[operator]
+        schedule: Schedule = getattr(cls, rule)(arguments.pop("at"), **arguments)
+        return schedule
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of ``from_config``, with plain JSON types."""

@@ -18,7 +18,6 @@ class Scorer(nn.Module):
     """Cross-attention logits of learned queries over tokens.
 
     Args:
-        dim: channels C.
         num_queries: Q; one for an image-level task, one a patch for segmentation.
         num_heads: H; must divide ``dim``. More than one only matters to the aggregator: scores sum over heads.
         qkv_proj: linear projections of queries, keys and values (ablation; the paper's module has none).
@@ -90,7 +89,6 @@ class Aggregator(nn.Module):
     """Attention-weighted sum of the tokens, one vector a query: Z + MLP(LN(Z)). Training only.
 
     Args:
-        dim: channels C.
         num_heads: as in the scorer; more than one adds an output projection.
         qkv_proj: project the values.
         mlp: the residual MLP (paper: +0.3 points with it).

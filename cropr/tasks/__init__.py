@@ -53,11 +53,7 @@ TASKS: dict[str, Task] = {
 
 
 def open_task(spec: TrainSpec, root: Path) -> TaskRun:
-    """The run of a specification, with its images. Imports torch.
-
-    Raises:
-        ValueError, FileNotFoundError: images are missing or differ from those of the spec.
-    """
+    """The run of a specification, with its images; raises what ``TaskRun`` raises. Imports torch."""
     task = TASKS[spec.task]
     work: TaskRun = task.load(task.run)(spec, root)
     return work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,22 +85,16 @@ class BatchTask(ABC):
 
 
 class TaskRun(BatchTask):
-    """A task with its data, for one specification; ``root`` holds the images in the layout of the task.
-
-    Raises:
-        ValueError, FileNotFoundError: images are missing or differ from those of the spec.
-    """
+    """A task with its data, for one specification; ``root`` holds the images in the layout of the task. Raises
+    ValueError or FileNotFoundError for images that are missing or differ from those of the spec."""
 
     def __init__(self, spec: TrainSpec, root: Path) -> None:
         self.spec, self.root, self.data = spec, root, cast(Any, spec.data)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that identify the images: those of the record for scenes.
-
-        Raises:
-            ValueError: the scenes in ``root`` differ from those of the spec.
-        """
+        """Sixteen hex digits that identify the images: those of the record for scenes. Raises ValueError for scenes in
+        ``root`` that differ from those of the spec."""
         if (scenes := self.spec.data.scenes) is None:
             return self.folder_fingerprint()
         record = read_record(self.root / RECORD)
@@ -118,11 +112,8 @@ class TaskRun(BatchTask):
         needs begin with ``reducers.``, those of the encoder with ``backbone.host.``."""
 
     def load_published(self, model: Any, path: Path) -> bool:
-        """Load initial weights from a file of the authors of the model; False if the task knows no such file.
-
-        Raises:
-            ValueError: the file does not fit the model; all differences are listed.
-        """
+        """Load initial weights from a file of the authors of the model; False if the task knows no such file. Raises
+        ValueError for a file that does not fit the model, with all differences."""
         return False
 
     @abstractmethod
@@ -149,15 +140,14 @@ def names_fingerprint(root: Path, paths: Iterable[str | Path]) -> str:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], words: str = "was {}, is {}") -> list[str]:
     """Dotted keys in which two nested mappings differ, each with both values."""
-    old, new = dict(_leaves(theirs)), dict(_leaves(ours))
+    old, new = _leaves(theirs), _leaves(ours)
     keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     return [f"{key} {words.format(old.get(key), new.get(key))}" for key in keys]
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Dotted keys and values of nested mappings."""
-    if isinstance(value, Mapping) and value:
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    parts = (_leaves(item, f"{key}.{name}".lstrip(".")) for name, item in value.items())
+    return {name: leaf for part in parts for name, leaf in part.items()}

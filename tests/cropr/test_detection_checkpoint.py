@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint, resize_positions
+from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint
 from cropr.tasks.detection.model import Detector, build_detector
 
 C, D, K, DEPTH, HIDDEN, WIDTH = 16, 8, 5, 3, 42, 12
@@ -125,8 +125,6 @@ def test_background_moves_to_the_front_and_positions_are_resized():
     # Nearly a plane as before (bicubic interpolation bends it): 14 / 4 rows of 14 each, 14 / 6 columns of 1.
     torch.testing.assert_close(positions[2, 2] - positions[1, 2], torch.tensor(14 * 3.5), rtol=0.05, atol=0)
     torch.testing.assert_close(positions[1, 3] - positions[1, 2], torch.tensor(14 / 6), rtol=0.05, atol=0)
-    whole = torch.randn(1, 16, 3)
-    assert torch.equal(resize_positions(whole, (4, 4)), whole)
 
 
 def test_differences_are_refused_all_at_once():

@@ -65,7 +65,7 @@ def test_nms_equals_the_plain_loop():
             if scores[row, column] > 0.05 and all(overlap[row, other] <= 0.4 for other in kept):
                 kept.append(row)
         expected += [(scores[row, column].item(), column + 1, row) for row in kept]
-    check(nms(boxes, scores, threshold=0.4, limit=20), sorted(expected, reverse=True)[:20])
+    check(nms(boxes, scores, 0.4, 0.05, 20), sorted(expected, reverse=True)[:20])
 
 
 @pytest.mark.parametrize("suppress", [nms, soft_nms])
@@ -73,7 +73,7 @@ def test_nms_equals_the_plain_loop():
 def test_nothing_is_left_of_nothing(suppress, count):
     """No box, and no box with a score."""
     boxes, _ = crowded(count, 1)
-    picks = suppress(boxes, torch.zeros(count, 4))
+    picks = suppress(boxes, torch.zeros(count, 4), 0.5, 0.05, 100)
     assert len(picks.index) == len(picks.labels) == len(picks.scores) == 0
     assert picks.index.dtype == picks.labels.dtype == torch.int64
 
@@ -81,5 +81,5 @@ def test_nothing_is_left_of_nothing(suppress, count):
 @pytest.mark.parametrize("suppress", [nms, soft_nms])
 def test_a_copy_is_dropped_within_its_class_alone(suppress):
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
-    picks = suppress(boxes, torch.tensor([[0.9, 0.0], [0.7, 0.8], [0.3, 0.0]]))
+    picks = suppress(boxes, torch.tensor([[0.9, 0.0], [0.7, 0.8], [0.3, 0.0]]), 0.5, 0.05, 100)
     assert (picks.index.tolist(), picks.labels.tolist()) == ([0, 1, 2], [1, 2, 1])

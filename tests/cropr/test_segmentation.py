@@ -22,7 +22,7 @@ from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec
 from cropr.tasks import open_task
 from cropr.tasks.base import EvaluationSettings
 from cropr.tasks.segmentation import SegDataSpec
-from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses, patch_labels, spread
+from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses, spread
 from cropr.training.checkpoint import load_weights
 from cropr.training.distributed import World
 from cropr.training.run import train
@@ -188,12 +188,6 @@ def test_losses_by_hand():
     assert result.main.item() == pytest.approx(40 / 15)
     assert result.aux.tolist() == pytest.approx([10, 0.693147], rel=1e-5)
     assert result.total.item() == pytest.approx(40 / 15 + 0.5 * 10.693147)
-
-
-def test_patch_labels_by_hand():
-    target = torch.arange(16).view(1, 4, 4)
-    target[0, 2, 0] = IGNORE
-    assert patch_labels(target, (2, 2)).tolist() == [[[0, 2], [IGNORE, 10]]]
 
 
 def test_ignored_pixels_and_patches_have_no_gradient():

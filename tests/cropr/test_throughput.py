@@ -231,11 +231,11 @@ def test_heads_and_encoder_are_those_of_the_detector():
     assert not [name for name in missing if name.startswith(Detector.inherits)]
     with torch.inference_mode():
         mapped = pair.base(images(pair))
-        torch.testing.assert_close(mapped, dense.encode(images(pair)).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mapped, dense(images(pair)).encoded.logits, rtol=0, atol=1e-6)
         assert pair.pruned(images(pair)).shape == mapped.shape == (2, 48, 8, 8)
         found = torch.cat([image.scores for image in whole.detect(images(pair))])
         assert len(found) == 2 * spec.detector.max_detections
-        torch.testing.assert_close(pair.heads(whole.encode(images(pair)).logits), found)
+        torch.testing.assert_close(pair.heads(whole(images(pair)).encoded.logits), found)
 
 
 @pytest.mark.model

@@ -120,7 +120,7 @@ def test_chunks_of_survivors_equal_masked_attention(name):
     if name == "vit":
         expected = block(tokens.x, attn_mask=mask)
     else:
-        rope = torch.stack([position.within[index] for index in tokens.index])[:, None]
+        rope = torch.stack([position[1][index] for index in tokens.index])[:, None]
         expected = block(tokens.x, rope=rope, attn_mask=mask)
     torch.testing.assert_close(backbone.run(3, tokens, position).x, expected, rtol=1e-4, atol=1e-5)
 

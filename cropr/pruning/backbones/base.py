@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ class Backbone(nn.Module):
         TypeError: a feature of the host that pruning would silently break, by name.
     """
 
+    host_type: ClassVar[type[nn.Module]]
+    """Class of the host; a subclass must not have a ``forward_features`` of its own, which we would skip."""
+    block_types: ClassVar[tuple[type[nn.Module], ...]]
+    """Classes of blocks that can be run one by one."""
+    attention_type: ClassVar[type[nn.Module]]
+    """Class of a block's ``attn`` that ``cls_attention`` can read."""
     host: Any
 
     def __init__(self, host: nn.Module) -> None:
@@ -97,7 +103,11 @@ class Backbone(nn.Module):
         Raises:
             TypeError: what is missing or not supported, by name.
         """
-        raise NotImplementedError
+        if self.host.cls_token is None:
+            raise self._refuse("no class token, for a reducer that reads its attention,")
+        for module in self.host.blocks:
+            if type(getattr(module, "attn", None)) is not self.attention_type:
+                raise self._refuse(f"blocks of type {type(module).__name__}, for a reducer that reads attention,")
 
     def norm(self, tokens: Tokens) -> Tokens:
         """The host's norm after the last block."""
@@ -133,24 +143,20 @@ class Backbone(nn.Module):
         return module(x, **arguments)
 
     def _verify(self) -> None:
-        raise NotImplementedError
+        if type(self.host).forward_features is not self.host_type.forward_features:  # type: ignore[attr-defined]
+            raise self._refuse("a forward_features of its own")
+        for module in self.host.blocks:
+            if type(module) not in self.block_types:
+                names = [kind.__name__ for kind in self.block_types]
+                raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
+        drop = getattr(self.host, "patch_drop", None)
+        if drop is not None and not isinstance(drop, nn.Identity):
+            raise self._refuse("patch dropout (patch_drop_rate > 0)")
 
     def _refuse(self, what: str) -> TypeError:
         return TypeError(
             f"{type(self.host).__name__} with {what} cannot be pruned; see cropr.pruning.backbones for what can"
         )
-
-    def _verify_common(self, base: type[nn.Module], blocks: tuple[type[nn.Module], ...]) -> None:
-        """Checks that both hosts share: nothing between us and the blocks that we would skip."""
-        if type(self.host).forward_features is not base.forward_features:  # type: ignore[attr-defined]
-            raise self._refuse("a forward_features of its own")
-        for module in self.host.blocks:
-            if type(module) not in blocks:
-                names = [kind.__name__ for kind in blocks]
-                raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
-        drop = getattr(self.host, "patch_drop", None)
-        if drop is not None and not isinstance(drop, nn.Identity):
-            raise self._refuse("patch dropout (patch_drop_rate > 0)")
 
 
 def adapt(host: nn.Module) -> Backbone:

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from cropr.pruning.backbones.base import Backbone, cls_row
 from cropr.pruning.tokens import Tokens
 
-_BLOCKS = (timm_eva.EvaBlock, timm_eva.EvaBlockPostNorm)
-
 
 class EvaBackbone(Backbone):
     """Blocks that take a rotary table; ``position`` is the host's table for the full grid, or None."""
+
+    host_type = timm_eva.Eva
+    block_types = (timm_eva.EvaBlock, timm_eva.EvaBlockPostNorm)
+    attention_type = timm_eva.EvaAttention
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
         host = self.host
@@ -40,13 +42,6 @@ class EvaBackbone(Backbone):
         logits = (query @ key.transpose(-2, -1)).squeeze(2)
         return cls_row(logits, attention.scale, self.prefix)
 
-    def verify_cls_attention(self) -> None:
-        if self.host.cls_token is None:
-            raise self._refuse("no class token, for a reducer that reads its attention,")
-        for module in self.host.blocks:
-            if type(module.attn) is not timm_eva.EvaAttention:
-                raise self._refuse(f"attention of type {type(module.attn).__name__}, for a reducer that reads it,")
-
     def _rope(self, block: int, tokens: Tokens, position: Any) -> Tensor | None:
         """Rotary rows of the tokens alive: [B, 1, N, 2 d], or [B, H, N, 2 d] where the table has heads."""
         if position is None:
@@ -54,9 +49,6 @@ class EvaBackbone(Backbone):
         table = position[block - 1] if getattr(self.host, "rope_mixed", False) else position
         rows = apply_keep_indices_nlc(tokens.x, table, tokens.index)
         return rows.unsqueeze(1) if table.ndim == 2 else rows
-
-    def _verify(self) -> None:
-        self._verify_common(timm_eva.Eva, _BLOCKS)
 
 
 def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:

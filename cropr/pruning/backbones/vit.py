@@ -13,16 +13,18 @@ from torch.nn import functional as F
 from cropr.pruning.backbones.base import Backbone, cls_row
 from cropr.pruning.tokens import Tokens
 
-_BLOCKS = (
-    timm_vit.Block,
-    timm_vit.ResPostBlock,
-    timm_vit.ParallelScalingBlock,
-    timm_vit.ParallelThingsBlock,
-)
-
 
 class ViTBackbone(Backbone):
     """Plain blocks without positions of their own: a token's place matters in the embedding only."""
+
+    host_type = timm_vit.VisionTransformer
+    block_types = (
+        timm_vit.Block,
+        timm_vit.ResPostBlock,
+        timm_vit.ParallelScalingBlock,
+        timm_vit.ParallelThingsBlock,
+    )
+    attention_type = Attention
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
         host = self.host
@@ -51,17 +53,6 @@ class ViTBackbone(Backbone):
         key = F.linear(x, key_weight.flatten(0, 1), key_bias).unflatten(-1, (heads, -1))
         logits = torch.einsum("bhd,blhd->bhl", query, attention.k_norm(key))
         return cls_row(logits, attention.scale, self.prefix)
-
-    def verify_cls_attention(self) -> None:
-        if self.host.cls_token is None:
-            raise self._refuse("no class token, for a reducer that reads its attention,")
-        for module in self.host.blocks:
-            supported = isinstance(module, (timm_vit.Block, timm_vit.ResPostBlock))
-            if not supported or type(module.attn) is not Attention:
-                raise self._refuse(f"blocks of type {type(module).__name__}, for a reducer that reads attention,")
-
-    def _verify(self) -> None:
-        self._verify_common(timm_vit.VisionTransformer, _BLOCKS)
 
 
 ADAPTERS = {"timm.models.vision_transformer.VisionTransformer": "ViTBackbone"}

@@ -17,13 +17,10 @@ B batch, N patch tokens, W tokens of a window, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cropr.pruning.backbones.base import Backbone
@@ -32,26 +29,8 @@ from cropr.pruning.backbones.vit import ViTBackbone
 from cropr.pruning.tokens import Tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """Rotary tables [grid, 2 d] for both kinds of block; None without rotary positions."""
-
-    everywhere: Tensor | None
-    within: Tensor | None
-
-
 class WindowedBackbone(Backbone):
-    """Windows around an adapter; see ``windowed``.
-
-    Args:
-        host: a timm model without prefix tokens.
-        window: patches a side.
-        global_blocks: blocks (from 1) that attend over all tokens; the last must be one of them.
-
-    Raises:
-        TypeError: a host with prefix tokens, or rotary positions that have no window form.
-        ValueError: window or blocks out of range.
-    """
+    """Windows around an adapter. Made by ``windowed``; arguments and errors are the same."""
 
     def __init__(self, host: nn.Module, window: int, global_blocks: Iterable[int]) -> None:
         super().__init__(host)
@@ -78,21 +57,25 @@ class WindowedBackbone(Backbone):
                     f"(Schedule.squares, or align={size} for other rules)"
                 )
 
-    def embed(self, images: Tensor) -> tuple[Tokens, Positions]:
-        """Images [B, 3, H, W] to all tokens in window-major order; H and W multiples of patch times window."""
+    def embed(self, images: Tensor) -> tuple[Tokens, tuple[Tensor | None, Tensor | None]]:
+        """Tokens in window-major order; rotary tables [grid, 2 d], or None, for global and for windowed blocks.
+
+        Raises ValueError for images that do not hold whole windows.
+        """
         self._verify_size(images)
         rows, columns = self.grid(images)
         tokens, table = super().embed(images)
         order = window_order(rows, columns, self.window, images.device)
         within = None if table is None else self._window_table(rows, columns)
-        return tokens.keep(order.expand(images.shape[0], -1)), Positions(table, within)
+        return tokens.keep(order.expand(images.shape[0], -1)), (table, within)
 
     def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
+        everywhere, within = position
         if block in self.global_blocks:
-            return super().run(block, tokens, position.everywhere, mask)
+            return super().run(block, tokens, everywhere, mask)
         size = self.window_tokens
         chunks = Tokens(tokens.x.reshape(-1, size, tokens.x.shape[-1]), tokens.index.reshape(-1, size), prefix=0)
-        return tokens.replace(super().run(block, chunks, position.within).x.reshape(tokens.x.shape))
+        return tokens.replace(super().run(block, chunks, within).x.reshape(tokens.x.shape))
 
     def _window_table(self, rows: int, columns: int) -> Tensor:
         """Rotary table of the whole grid with the distance between neighbours that it has inside a window."""
@@ -149,9 +132,6 @@ class WindowedEva(WindowedBackbone, EvaBackbone):
     """timm ``Eva`` with windows and both of its rotary tables."""
 
 
-_ADAPTERS: dict[type[nn.Module], type[WindowedBackbone]] = {VisionTransformer: WindowedViT, Eva: WindowedEva}
-
-
 def windowed(host: nn.Module, window: int, global_blocks: Iterable[int]) -> WindowedBackbone:
     """Windows around a timm model; give the result to ``cropr.prune`` in place of the model.
 
@@ -159,16 +139,17 @@ def windowed(host: nn.Module, window: int, global_blocks: Iterable[int]) -> Wind
         host: without prefix tokens (``class_token=False``); built with ``dynamic_img_size=True`` it takes images of
             any size that holds whole windows.
         window: patches a side. EVA-02's detectors have 16.
-        global_blocks: blocks (from 1) that attend over all tokens. EVA-02-L: 3, 6, ..., 24.
+        global_blocks: blocks (from 1) that attend over all tokens; the last must be one. EVA-02-L: 3, 6, ..., 24.
 
     Raises:
         TypeError: no adapter for this model or a feature of it, by name.
         ValueError: window or blocks out of range.
     """
-    for kind, adapter in _ADAPTERS.items():
-        if isinstance(host, kind):
+    adapters: tuple[type[WindowedBackbone], ...] = (WindowedViT, WindowedEva)
+    for adapter in adapters:
+        if isinstance(host, adapter.host_type):
             return adapter(host, window, global_blocks)
-    supported = [f"timm {kind.__name__}" for kind in _ADAPTERS]
+    supported = [f"timm {adapter.host_type.__name__}" for adapter in adapters]
     raise TypeError(f"no windowed adapter for {type(host).__name__}; supported: {supported}")
 
 

@@ -99,8 +99,7 @@ def create(name: str, dim: int, num_outputs: int, **options: Any) -> Reducer:
 
     Args:
         name: one of ``cropr.pruning.methods.REDUCERS`` but ``none``.
-        dim: channels of the tokens.
-        num_outputs: outputs of an auxiliary head, where it has one.
+        dim, num_outputs: channels of the tokens; outputs of an auxiliary head, where it has one.
         options: keyword arguments of the reducer.
 
     Raises:

@@ -45,14 +45,8 @@ class Cropr(Reducer):
     """Scores by cross-attention with learned queries that an auxiliary task trains (paper, section 3).
 
     Args:
-        dim: channels of the tokens.
-        num_outputs: outputs of the auxiliary head, usually the classes.
-        num_queries: Q.
-        num_heads: heads of the cross-attention.
-        qkv_proj: project queries, keys, values.
-        norm: LayerNorm before keys and values.
-        mlp: the aggregator's MLP.
-        mlp_ratio: its hidden width over ``dim``.
+        dim, num_outputs: channels of the tokens; outputs of the auxiliary head, usually the classes.
+        num_queries, num_heads, qkv_proj, norm, mlp, mlp_ratio: as of ``Scorer`` and ``Aggregator``.
         selector: ``topk``, or ``sample``: in training, K tokens drawn without replacement in proportion to the
             aggregator's softmax (Gumbel top-k); evaluation is Top-K for both.
         stop_gradient: auxiliary losses do not reach the encoder.

@@ -17,10 +17,7 @@ from cropr.training.specs import TrainSpec
 
 class ClassAnswers(Answers):
     """A class an image, as text. ``root``: images in the layout of the task; None where only single files are shown.
-
-    Raises:
-        ValueError, FileNotFoundError: images are missing or differ from those of the spec.
-    """
+    Raises ValueError or FileNotFoundError for images that are missing or differ from those of the spec."""
 
     def __init__(self, spec: TrainSpec, root: Path | None) -> None:
         assert isinstance(spec.data, DataSpec)

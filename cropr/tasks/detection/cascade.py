@@ -2,27 +2,36 @@
 
 With one stage it is Mask R-CNN with class-agnostic boxes, which needs less memory and time.
 
-R regions, G objects of an image, M detections, K classes without background.
+R regions, D channels of the pyramid, G objects of an image, M detections, K classes without background. Labels run from
+1 to K; 0 is background.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import maskrcnn_loss
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops._utils import convert_boxes_to_roi_format
+from torchvision.ops.poolers import LevelMapper
 
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.nms import nms, soft_nms
-from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE, BoxStage, MaskHead, RegionPooler, scale_gradient
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target
 
+BOX_SIZE, MASK_SIZE = 7, 14
+"""Side of the grid that a region is pooled to; masks have twice theirs."""
 POSITIVE = 0.25
 """Largest share of the sampled regions that lie on an object."""
 SMALLEST = 0.01
@@ -30,40 +39,36 @@ SMALLEST = 0.01
 
 
 class Regions(NamedTuple):
-    """Regions of an image and their targets."""
+    """Regions of an image: boxes [R, 4] and labels [R]; of the object that each overlaps most, the number [R] and the
+    box [R, 4], zeros without objects."""
 
     boxes: Tensor
-    """[R, 4]."""
     labels: Tensor
-    """[R], 0 for background."""
     matched: Tensor
-    """[R], the object with the largest overlap; 0 without objects."""
     truth: Tensor
-    """[R, 4], the box of that object; zeros without objects."""
 
 
 class Detections(NamedTuple):
-    """Detections of an image, by falling score."""
+    """Detections of an image by falling score: boxes [M, 4] (left, top, right, bottom in pixels of the padded image),
+    labels [M], scores [M] and masks [M, 28, 28], probabilities within the box."""
 
     boxes: Tensor
-    """[M, 4]: left, top, right, bottom in pixels of the network's input."""
     labels: Tensor
-    """[M], from 1 to K."""
     scores: Tensor
-    """[M]."""
     masks: Tensor
-    """[M, s, s]: probabilities within the box."""
 
 
 class CascadeHeads(nn.Module):
     """Box stages and the mask head. ``strides``: of the pyramid's levels that regions are pooled from."""
+
+    stages: Any
 
     def __init__(self, spec: DetModelSpec, num_classes: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.spec = spec
         self.pool = RegionPooler(strides, spec.canonical_size, spec.canonical_stride)
         self.stages = nn.ModuleList(BoxStage(spec, num_classes, number) for number in range(1, len(spec.stages) + 1))
-        self.mask_head = MaskHead(spec, num_classes)
+        self.mask_head = _mask_head(spec, num_classes)
         self.sampler = BalancedPositiveNegativeSampler(spec.rois, POSITIVE)
 
     def losses(
@@ -75,23 +80,19 @@ class CascadeHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """``loss_classes_k`` and ``loss_box_k`` of every stage k, and ``loss_mask``; all finite without objects."""
         levels = [level.float() for level in levels]
-        with torch.no_grad():
-            regions = [self._sample(*pair) for pair in zip(proposals, targets, strict=True)]
+        regions = [self._sample(*pair) for pair in zip(proposals, targets, strict=True)]
         # Masks are learnt on the regions of the first stage that lie on an object.
         positive = [Regions(*(values[region.labels > 0] for values in region)) for region in regions]
         boxes, matched = [region.boxes for region in positive], [region.matched for region in positive]
         masks, labels = [target["masks"] for target in targets], [target["labels"] - 1 for target in targets]
-        logits = self.mask_head(self.pool(levels, boxes, MASK_SIZE))
+        logits = self.mask_head(self.pool(levels, boxes, MASK_SIZE)).float()
         losses = {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched)}
         for number, stage in enumerate(self.stages, start=1):
-            assert isinstance(stage, BoxStage)
             boxes = [region.boxes for region in regions]
             # All stages together send as much gradient into the pyramid as one alone would.
-            pooled = scale_gradient(self.pool(levels, boxes, BOX_SIZE), 1 / len(self.stages))
-            logits, deltas = stage(pooled)
-            wanted = (torch.cat([region.labels for region in regions]), torch.cat([region.truth for region in regions]))
-            parts = stage.loss(logits, deltas, torch.cat(boxes), *wanted)
-            losses |= {f"loss_classes_{number}": parts[0], f"loss_box_{number}": parts[1]}
+            logits, deltas = stage(scale_gradient(self.pool(levels, boxes, BOX_SIZE), 1 / len(self.stages)))
+            every = Regions(*(torch.cat(values) for values in zip(*regions, strict=True)))
+            losses[f"loss_classes_{number}"], losses[f"loss_box_{number}"] = stage.loss(logits, deltas, every)
             if number < len(self.stages):
                 refined = stage.refine(deltas, boxes, sizes)
                 solid = [box[((box[:, 2:] - box[:, :2]) > SMALLEST).all(dim=1)] for box in refined]
@@ -109,30 +110,103 @@ class CascadeHeads(nn.Module):
     def detect(
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Detections of each image by falling score: scores are means over the stages, boxes the last stage's."""
+        """Detections of each image: scores are means over the stages, boxes the last stage's."""
         levels = [level.float() for level in levels]
         boxes, scores = tuple(proposals), []
         for stage in self.stages:
-            assert isinstance(stage, BoxStage)
             logits, deltas = stage(self.pool(levels, boxes, BOX_SIZE))
             scores.append(logits.softmax(dim=-1))
             boxes = stage.refine(deltas, boxes, sizes)
         mean = torch.stack(scores).mean(dim=0)[:, 1:].split([len(box) for box in boxes])
-        spec, suppress = self.spec, soft_nms if self.spec.nms == "soft" else nms
-        limits: dict[str, Any] = {
-            "threshold": spec.nms_threshold,
-            "min_score": spec.min_score,
-            "limit": spec.max_detections,
-        }
-        picks = [suppress(box, score, **limits) for box, score in zip(boxes, mean, strict=True)]
+        suppress = soft_nms if self.spec.nms == "soft" else nms
+        limits = (self.spec.nms_threshold, self.spec.min_score, self.spec.max_detections)
+        picks = [suppress(box, score, *limits) for box, score in zip(boxes, mean, strict=True)]
         found = [box[pick.index] for box, pick in zip(boxes, picks, strict=True)]
         labels = torch.cat([pick.labels for pick in picks])
-        logits = self.mask_head(self.pool(levels, found, MASK_SIZE))
+        logits = self.mask_head(self.pool(levels, found, MASK_SIZE)).float()
         masks = logits[torch.arange(len(labels), device=labels.device), labels - 1].sigmoid()
         split = masks.split([len(box) for box in found])
         return [
             Detections(box, pick.labels, pick.scores, mask) for box, pick, mask in zip(found, picks, split, strict=True)
         ]
+
+
+class RegionPooler:
+    """Pools each region from the level that suits its size, with aligned RoIAlign and adaptive sampling.
+
+    torchvision's own pooler is not aligned, and it infers the levels' scales from the sizes of the first batch, wrongly
+    where images are smaller than the canvas. ``strides`` are powers of 2, finest first; a region of ``size`` pixels a
+    side is pooled from the level of ``stride``.
+    """
+
+    def __init__(self, strides: Sequence[int], size: int, stride: int) -> None:
+        levels = [int(math.log2(edge)) for edge in strides]
+        assert [2**level for level in levels] == list(strides)
+        self.strides = tuple(strides)
+        self.mapper = LevelMapper(levels[0], levels[-1], size, int(math.log2(stride)))
+
+    def __call__(self, levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor:
+        """[R, D, side, side] of maps [B, D, h, w] and boxes [R_b, 4] of each image, in pixels."""
+        regions, level = convert_boxes_to_roi_format(list(boxes)), self.mapper(list(boxes))
+        pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], side, side)
+        for place, (values, stride) in enumerate(zip(levels, self.strides, strict=False)):
+            rows = (level == place).nonzero()[:, 0]
+            pooled[rows] = roi_align(values, regions[rows], side, 1 / stride, sampling_ratio=0, aligned=True)
+        return pooled
+
+
+class BoxStage(nn.Module):
+    """One stage of the cascade: classes of the regions, and refined boxes, the same for all classes. The scale of its
+    deltas (x, y, width, height) grows with its ``number``, which counts from 1."""
+
+    def __init__(self, spec: DetModelSpec, num_classes: int, number: int) -> None:
+        super().__init__()
+        self.coder = BoxCoder((10.0 * number, 10.0 * number, 5.0 * number, 5.0 * number))
+        shape, convolutions = (spec.channels, BOX_SIZE, BOX_SIZE), [spec.channels] * spec.box_convs
+        self.head = FastRCNNConvFCHead(shape, convolutions, [spec.box_width], norm_layer=LayerNorm2d)
+        self.classes = nn.Linear(spec.box_width, num_classes + 1)
+        self.deltas = nn.Linear(spec.box_width, 4)
+        for layer, std in ((self.classes, 0.01), (self.deltas, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [R, K + 1] and deltas [R, 4], in float32, of [R, D, 7, 7]."""
+        x = self.head(pooled)
+        return self.classes(x).float(), self.deltas(x).float()
+
+    @torch.no_grad()
+    def refine(self, deltas: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """The boxes [R_b, 4] of each image moved by their deltas and clipped to the image, without gradient."""
+        moved = self.coder.decode_single(deltas, torch.cat(list(boxes))).split([len(box) for box in boxes])
+        return tuple(clip_boxes_to_image(box, size) for box, size in zip(moved, sizes, strict=True))
+
+    def loss(self, logits: Tensor, deltas: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the regions, and L1 of the deltas of those on an object over the number of all."""
+        count, positive = max(len(regions.labels), 1), regions.labels > 0
+        wanted = self.coder.encode_single(regions.truth[positive], regions.boxes[positive])
+        classes = F.cross_entropy(logits, regions.labels, reduction="sum")
+        return classes / count, F.l1_loss(deltas[positive], wanted, reduction="sum") / count
+
+
+def _mask_head(spec: DetModelSpec, num_classes: int) -> nn.Sequential:
+    """Regions [R, D, 14, 14] to mask logits [R, K, 28, 28]."""
+    upsample = nn.ConvTranspose2d(spec.channels, spec.channels, 2, 2)
+    nn.init.kaiming_normal_(upsample.weight, mode="fan_out", nonlinearity="relu")
+    logits = nn.Conv2d(spec.channels, num_classes, 1)
+    nn.init.normal_(logits.weight, std=0.001)
+    for layer in (upsample, logits):
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
+    convolutions = MaskRCNNHeads(spec.channels, [spec.channels] * spec.mask_convs, 1, norm_layer=LayerNorm2d)
+    return nn.Sequential(convolutions, upsample, nn.ReLU(), logits)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """``x``, its gradient scaled from here on."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * scale)
+    return x
 
 
 def match(boxes: Tensor, target: Target, threshold: float) -> Regions:

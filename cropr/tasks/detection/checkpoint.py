@@ -25,12 +25,8 @@ from torch import Tensor
 from cropr.data.loading import some
 from cropr.tasks.detection.model import Detector
 
-
-def _convolution(theirs: str, ours: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """A convolution without bias, and its norm."""
-    return (rf"{theirs}\.(?=weight)", f"{ours}.0."), (rf"{theirs}\.norm\.", f"{ours}.1.")
-
-
+_CONVOLUTION = ((r"\.(?=weight)", ".0."), (r"\.norm\.", ".1."))
+"""How the names of a convolution without bias, and of its norm, go on."""
 RENAME: tuple[tuple[str, str], ...] = (
     # Encoder.
     (r"backbone\.net\.(pos_embed|patch_embed\.proj\.\w+)", r"backbone.host.\1"),
@@ -44,10 +40,10 @@ RENAME: tuple[tuple[str, str], ...] = (
     (r"backbone\.simfp_2\.([013])\.(\w+)", r"neck.branches.0.0.\1.\2"),
     (r"backbone\.simfp_3\.0\.(\w+)", r"neck.branches.1.0.0.\1"),
     *(
-        pair
+        (rf"backbone\.simfp_{level + 2}\.{first + place}{theirs}", f"neck.branches.{level}.{place + 1}{ours}")
         for level, first in enumerate((4, 1, 0, 1))
         for place in (0, 1)
-        for pair in _convolution(rf"backbone\.simfp_{level + 2}\.{first + place}", f"neck.branches.{level}.{place + 1}")
+        for theirs, ours in _CONVOLUTION
     ),
     # Proposals.
     (r"proposal_generator\.rpn_head\.conv\.conv(\d)\.", r"rpn.head.conv.\1.0."),
@@ -55,10 +51,10 @@ RENAME: tuple[tuple[str, str], ...] = (
     (r"proposal_generator\.rpn_head\.anchor_deltas\.", r"rpn.head.bbox_pred."),
     # Heads: convolutions count from 1; the linear layer follows four of them and a flattening.
     *(
-        pair
+        (rf"roi_heads\.{head}{number}{theirs}", f"heads.{place}{number - 1}{ours}")
         for number in (1, 2, 3, 4)
-        for theirs, ours in ((r"box_head\.(\d)\.conv", r"stages.\1.head."), (r"mask_head\.mask_fcn", "mask_head.0."))
-        for pair in _convolution(rf"roi_heads\.{theirs}{number}", f"heads.{ours}{number - 1}")
+        for head, place in ((r"box_head\.(\d)\.conv", r"stages.\1.head."), (r"mask_head\.mask_fcn", "mask_head.0."))
+        for theirs, ours in _CONVOLUTION
     ),
     (r"roi_heads\.box_head\.(\d)\.fc1\.", r"heads.stages.\1.head.5."),
     (r"roi_heads\.box_predictor\.(\d)\.cls_score\.", r"heads.stages.\1.classes."),
@@ -76,17 +72,12 @@ DROP = (
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a file that torch saved, read without running code from it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds something else.
-    """
+    """Tensors by name of a file that torch saved, read without running code from it. Raises ValueError for other
+    content."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        what = "cannot be read without running code from it"
-        raise ValueError(f"{path}: {what} ({error}); save its tensors alone") from None
+        raise ValueError(f"{path}: cannot be read without running code ({error}); save its tensors alone") from None
     model = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
         raise ValueError(f"{path}: holds no tensors by name, neither at the top nor under 'model'")
@@ -94,11 +85,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def load_eva02(detector: Detector, state: Mapping[str, Tensor]) -> None:
-    """Load tensors by detectron2's names; weights of Cropr modules and fusion keep their initial values.
-
-    Raises:
-        ValueError: all unknown or missing names and all differing shapes.
-    """
+    """Load tensors by detectron2's names; weights of Cropr modules and fusion keep their initial values. Raises
+    ValueError with all unknown or missing names and all differing shapes."""
     wanted = {k: v for k, v in detector.state_dict().items() if not k.startswith(("reducers.", "fusion."))}
     taken: dict[str, Tensor] = {}
     problems = []
@@ -110,7 +98,9 @@ def load_eva02(detector: Detector, state: Mapping[str, Tensor]) -> None:
             problems.append(f"{theirs} (as {ours}) has no place here")
             continue
         if ours.endswith("host.pos_embed"):
-            value = resize_positions(value, detector.backbone.host.patch_embed.grid_size)
+            # Without the class token; bicubic without antialiasing, as the authors' code does in every forward pass.
+            places, grid = math.isqrt(value.shape[1]) ** 2, list(detector.backbone.host.patch_embed.grid_size)
+            value = resample_abs_pos_embed(value[:, -places:], grid, num_prefix_tokens=0, antialias=False)
         elif ".classes." in ours:
             value = torch.cat((value[-1:], value[:-1]))
         taken[ours] = value
@@ -120,12 +110,3 @@ def load_eva02(detector: Detector, state: Mapping[str, Tensor]) -> None:
     if problems:
         raise ValueError(f"not the checkpoint of such a detector, {len(problems)} differences: {some(problems)}")
     detector.load_state_dict(taken, strict=False)
-
-
-def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[1, rows columns, C] of a square table [1, n, C], with or without a class token in front.
-
-    Bicubic without antialiasing, as the authors' code resizes it in every forward pass.
-    """
-    side = math.isqrt(table.shape[1])
-    return resample_abs_pos_embed(table[:, -(side**2) :], list(grid), num_prefix_tokens=0, antialias=False)

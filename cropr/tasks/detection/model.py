@@ -15,23 +15,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
-from cropr.pruning.model import Output
+from cropr.pruning.backbones import Backbone, windowed
+from cropr.pruning.fusion import Fusion
+from cropr.pruning.model import Output, PrunedViT, prune
 from cropr.pruning.reducers import Reducer
+from cropr.pruning.schedule import Schedule
+from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.base import Losses
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import CascadeHeads, Detections
-from cropr.tasks.detection.encoder import Encoder, build_encoder
 from cropr.tasks.detection.neck import SimpleFeaturePyramid
 from cropr.tasks.detection.proposals import ProposalNetwork
 
@@ -42,43 +45,47 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 
+class Encoder(PrunedViT):
+    """``logits`` of its output are the map [B, C, rows, columns]: the last block's tokens in their places. Raises
+    ValueError for pruning without fusion, since the pyramid needs all tokens."""
+
+    def __init__(
+        self, backbone: Backbone, schedule: Schedule, reducers: Mapping[int, Reducer], fusion: Fusion | None
+    ) -> None:
+        if reducers and fusion is None:
+            raise ValueError("a detector needs the whole map: choose a fusion that brings pruned tokens back, as 'llf'")
+        super().__init__(backbone, schedule, reducers, fusion)
+
+    def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
+        return tokens.raster().patches.unflatten(1, self.backbone.grid(images)).permute(0, 3, 1, 2).contiguous()
+
+
 @dataclass(frozen=True, slots=True)
 class DetectionOutput:
-    """Output of a forward pass."""
+    """Output of a forward pass: in training mode scalars by name, whose sum is the main loss, in evaluation mode
+    detections of each image, and the output of the encoder."""
 
     losses: dict[str, Tensor]
-    """Scalars by name in training mode, else empty. Their sum is the main loss."""
     detections: list[Detections]
-    """One an image in evaluation mode, else empty."""
     encoded: Output
-    """Of the encoder; ``logits`` is its map [B, C, rows, columns]."""
 
 
 class Detector(Encoder):
-    """Encoder and heads. Made by ``build_detector``; ``deploy`` gives its inference form.
-
-    Args:
-        encoder: a pruned windowed ViT; this model takes its parts.
-        canvas: height and width that images are padded to.
-        multiple: pixels that sides of larger canvases are multiples of, for the windows and the coarsest level.
-    """
+    """Encoder and heads. Made by ``build_detector``; ``deploy`` gives its inference form. It takes the parts of
+    ``encoder``; sides of canvases are multiples of ``multiple`` pixels, for the windows and the coarsest level."""
 
     inherits: ClassVar[tuple[str, ...]] = ("neck", "rpn", "heads")
     """Parts that a run takes from its initial run, in addition to the encoder's host."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        neck: SimpleFeaturePyramid,
-        rpn: ProposalNetwork,
-        heads: CascadeHeads,
-        canvas: Size,
-        multiple: int,
+        self, encoder: Encoder, neck: SimpleFeaturePyramid, rpn: ProposalNetwork, heads: CascadeHeads, multiple: int
     ) -> None:
         reducers = {int(block): cast(Reducer, reducer) for block, reducer in encoder.reducers.items()}
         super().__init__(encoder.backbone, encoder.schedule, reducers, encoder.fusion)
         self.neck, self.rpn, self.heads = neck, rpn, heads
-        self.canvas, self.multiple = canvas, multiple
+        self.multiple = multiple
+        self.canvas: Size = self.backbone.host.patch_embed.img_size
+        """Height and width that images are padded to."""
 
     def forward(  # type: ignore[override]
         self,
@@ -90,30 +97,25 @@ class Detector(Encoder):
 
         Args:
             images: [B, 3, H, W] or B times [3, H_b, W_b].
-            targets: torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W]. In
-                training only.
+            targets: torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W]. Needed
+                in training, and only there.
             sizes: height and width of each image within H x W, without padding. By default the targets' ``size``,
                 else H and W.
-
-        Raises:
-            ValueError: training without targets.
         """
         if self.training and targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() before you detect")
-        sizes = list(sizes or _sizes(images, targets))
+        if sizes is None:
+            known: Sequence[Any] = targets or [{}] * len(images)
+            sizes = [one.get("size", tuple(image.shape[-2:])) for image, one in zip(images, known, strict=True)]
         batch = self._pad(images)
-        encoded = self.encode(batch)
+        encoded = super().forward(batch)
         levels = self.neck(encoded.logits)
-        proposals, losses = self.rpn.propose(ImageList(batch, sizes), levels, targets)
+        proposals, losses = self.rpn.propose(ImageList(batch, list(sizes)), levels, targets)
         if self.training:
             assert targets is not None
             losses |= self.heads.losses(levels[:-1], proposals, sizes, targets)
             return DetectionOutput(losses, [], encoded)
         return DetectionOutput({}, self.heads.detect(levels[:-1], proposals, sizes), encoded)
-
-    def encode(self, images: Tensor) -> Output:
-        """The encoder alone, on images [B, 3, H, W] that hold whole windows; ``logits`` is its map."""
-        return super().forward(images)
 
     @torch.no_grad()
     def detect(self, images: Tensor | Sequence[Tensor], sizes: Sequence[Size] | None = None) -> list[Detections]:
@@ -121,21 +123,16 @@ class Detector(Encoder):
 
         Boxes are in pixels of the image as given, masks [M, 28, 28] are probabilities within their box.
         """
-        sizes = list(sizes or _sizes(images, None))
-        groups: dict[Size, list[int]] = {}
-        for number, image in enumerate(images):
-            groups.setdefault(self._canvas(image), []).append(number)
-        found: dict[int, Detections] = {}
-        for members in groups.values():
-            output = self([images[number] for number in members], sizes=[sizes[number] for number in members])
-            found |= zip(members, output.detections, strict=True)
-        return [found[number] for number in range(len(images))]
+        if len({self._canvas(image) for image in images}) == 1:
+            return self(images, sizes=sizes).detections
+        alone = [slice(number, number + 1) for number in range(len(images))]
+        return [self(images[one], sizes=sizes and sizes[one]).detections[0] for one in alone]
 
     def deploy(self) -> Detector:  # type: ignore[override]
         """The inference form, in evaluation mode: queries folded, training-only weights gone; shares no memory."""
         encoder = Encoder(*self._inference_parts())
         neck, rpn, heads = copy.deepcopy((self.neck, self.rpn, self.heads))
-        return Detector(encoder, neck, rpn, heads, self.canvas, self.multiple).requires_grad_(False).eval()
+        return Detector(encoder, neck, rpn, heads, self.multiple).requires_grad_(False).eval()
 
     def _canvas(self, image: Tensor) -> Size:
         height, width = (_round_up(edge, self.multiple) for edge in image.shape[-2:])
@@ -156,10 +153,8 @@ def build_detector(
     image_size: int | Size,
     pretrained: bool = False,
 ) -> Detector:
-    """The detector of a specification.
-
-    Args:
-        image_size: pixels that images are padded to, a side or height and width; rounded up to whole windows.
+    """The detector of a specification. ``image_size``, a side or height and width in pixels, is what images are padded
+    to; it is rounded up to whole windows.
 
     Raises:
         TypeError: a host that cannot have windows, by name.
@@ -177,8 +172,40 @@ def build_detector(
     encoder = build_encoder(model, spec, detector, num_classes, canvas, pretrained)
     neck = SimpleFeaturePyramid(encoder.backbone.dim, detector.channels, patch, detector.scales)
     rpn = ProposalNetwork(detector, neck.strides)
-    heads = CascadeHeads(detector, num_classes, neck.strides[:-1])
-    return Detector(encoder, neck, rpn, heads, canvas, multiple)
+    return Detector(encoder, neck, rpn, CascadeHeads(detector, num_classes, neck.strides[:-1]), multiple)
+
+
+def build_encoder(
+    model: ModelSpec,
+    spec: PruneSpec,
+    detector: DetModelSpec,
+    num_outputs: int,
+    image_size: int | Size,
+    pretrained: bool = False,
+) -> Encoder:
+    """The encoder of a detector; raises what ``build_detector`` raises.
+
+    Its map goes into the pyramid without a final norm, as in ViTDet and EVA-02. The last block has no drop path where
+    tokens are pruned, as in classification. The host is a timm ViT or EVA-02 for images of ``image_size``, without
+    prefix tokens, norm after the last block and classifier; the auxiliary heads have ``num_outputs``.
+    """
+    arguments: dict[str, Any] = {"num_classes": 0, "class_token": False, "global_pool": "avg", "dynamic_img_size": True}
+    arguments |= {"img_size": image_size, "drop_path_rate": model.drop_path, **model.args}
+    host: Any = timm.create_model(model.name, **arguments)
+    if pretrained:
+        # timm loads positions only into a model with as many prefix tokens as they were made for.
+        donor = timm.create_model(model.name, pretrained, **{**arguments, "class_token": True})
+        weights = {name: tensor for name, tensor in donor.state_dict().items() if name != "cls_token"}
+        weights["pos_embed"] = weights["pos_embed"][:, -host.pos_embed.shape[1] :]
+        host.load_state_dict(weights)
+    host.norm, host.fc_norm = nn.Identity(), nn.Identity()
+    backbone = windowed(host, detector.window, detector.global_blocks)
+    schedule = Schedule.from_config(spec.schedule)
+    encoder = prune(backbone, schedule, spec.reducer, spec.fusion, spec.options, num_outputs, Encoder)
+    if encoder.reducers:
+        for name in [name for name, _ in host.blocks[-1].named_children() if name.startswith("drop_path")]:
+            setattr(host.blocks[-1], name, nn.Identity())
+    return encoder
 
 
 def losses(output: DetectionOutput, targets: Sequence[Target], num_classes: int, aux_weight: float = 1.0) -> Losses:
@@ -199,12 +226,6 @@ def losses(output: DetectionOutput, targets: Sequence[Target], num_classes: int,
     present = present[:, None].expand_as(logits)
     aux = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=(1, 2, 3))
     return Losses(main + aux_weight * aux.sum(), main, aux)
-
-
-def _sizes(images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None) -> list[Size]:
-    if targets is not None and all("size" in target for target in targets):
-        return [target["size"] for target in targets]
-    return [(image.shape[-2], image.shape[-1]) for image in images]
 
 
 def _round_up(value: int, step: int) -> int:

@@ -17,13 +17,10 @@ class SimpleFeaturePyramid(nn.Module):
     """Each level is resampled from the same map; no top-down path (ViTDet, Li et al., 2022).
 
     Args:
-        dim: C.
-        channels: D.
+        dim, channels: C and D.
         stride: pixels between neighbours of the input map: the patch size.
-        scales: of the levels against the input map, finest first, each half of the one before, among 4, 2, 1, 0.5.
-
-    Raises:
-        ValueError: scales that are not such a sequence.
+        scales: of the levels against the input map, finest first, each half of the one before, among 4, 2, 1, 0.5;
+            ValueError for others.
     """
 
     def __init__(self, dim: int, channels: int, stride: int, scales: Sequence[float] = (4, 2, 1, 0.5)) -> None:
@@ -43,16 +40,12 @@ class SimpleFeaturePyramid(nn.Module):
 
 def _branch(dim: int, channels: int, scale: float) -> nn.Sequential:
     """Resampling, then a 1 x 1 and a 3 x 3 convolution, each with a LayerNorm over channels."""
-    resample: list[nn.Module] = []
-    width = dim
+    resample: list[nn.Module] = [nn.MaxPool2d(2)] if scale < 1 else []
+    if scale > 1:
+        resample = [nn.ConvTranspose2d(dim, dim // 2, 2, 2)]
     if scale == 4:
-        resample = [nn.ConvTranspose2d(dim, dim // 2, 2, 2), LayerNorm2d(dim // 2), nn.GELU()]
-        resample.append(nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2))
-        width = dim // 4
-    elif scale == 2:
-        resample, width = [nn.ConvTranspose2d(dim, dim // 2, 2, 2)], dim // 2
-    elif scale == 0.5:
-        resample = [nn.MaxPool2d(2)]
+        resample += [LayerNorm2d(dim // 2), nn.GELU(), nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2)]
+    width = dim // int(max(scale, 1))
     convolve = {"norm_layer": LayerNorm2d, "activation_layer": None}
     return nn.Sequential(
         nn.Sequential(*resample),

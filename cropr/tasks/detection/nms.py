@@ -1,6 +1,7 @@
 """Choice of the detections of an image: soft and plain non-maximum suppression, class by class.
 
 All classes have the same boxes, as class-agnostic regression gives them, so that one matrix of overlaps is enough.
+Overlaps are computed in float32: float16 is off by half a pixel above 1024.
 
 R boxes of an image, K classes without background, M remaining detections.
 """
@@ -16,31 +17,25 @@ from torchvision.ops import batched_nms, box_iou
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """Remaining detections, by falling score."""
+    """Remaining detections by falling score: rows of the boxes [M], labels [M] from 1 to K, suppressed scores [M]."""
 
     index: Tensor
-    """[M] int64, rows of the boxes."""
     labels: Tensor
-    """[M] int64, from 1 to K."""
     scores: Tensor
-    """[M], after suppression."""
 
 
 @torch.no_grad()
-def nms(boxes: Tensor, scores: Tensor, *, threshold: float = 0.5, min_score: float = 0.05, limit: int = 100) -> Picks:
+def nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit: int) -> Picks:
     """Plain suppression: of two boxes of a class with an IoU above ``threshold``, the higher score stays; scores up to
     ``min_score`` are dropped before. Arguments as of ``soft_nms``."""
     index, column = (scores > min_score).nonzero(as_tuple=True)
     values = scores[index, column]
-    # Overlaps in fp32 under any precision of the network: fp16 is off by half a pixel above 1024.
     kept = batched_nms(boxes[index].float(), values.float(), column, threshold)[:limit]
     return Picks(index[kept], column[kept] + 1, values[kept])
 
 
 @torch.no_grad()
-def soft_nms(
-    boxes: Tensor, scores: Tensor, *, threshold: float = 0.6, min_score: float = 1e-3, limit: int = 100
-) -> Picks:
+def soft_nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit: int) -> Picks:
     """Linear soft suppression (Bodla et al., 2017): a picked box multiplies scores of overlapping boxes by 1 - IoU.
 
     Each of ``limit`` steps picks one box of every class, with a few operations on [K, R] instead of a loop over up to
@@ -51,7 +46,7 @@ def soft_nms(
         boxes: [R, 4], left, top, right, bottom.
         scores: [R, K], one a class, without background; not negative.
         threshold: IoU above which scores are multiplied.
-        min_score: 0 or more; a box is dropped when its score is no larger. EVA-02's results: 0.6, 1e-3.
+        min_score: 0 or more; a box is dropped when its score is no larger.
         limit: number of detections, those with the highest scores.
     """
     index = (scores > min_score).any(dim=1).nonzero()[:, 0]
@@ -67,5 +62,4 @@ def soft_nms(
     order = picked.flatten().argsort(descending=True, stable=True)[:limit]
     values = picked.flatten()[order]
     order, values = order[values > min_score], values[values > min_score]
-    labels = columns.repeat(steps)[order] + 1
-    return Picks(index[rows.flatten()[order]], labels, values.to(scores.dtype))
+    return Picks(index[rows.flatten()[order]], columns.repeat(steps)[order] + 1, values.to(scores.dtype))

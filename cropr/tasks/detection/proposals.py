@@ -8,12 +8,11 @@ under any autocast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
@@ -26,34 +25,25 @@ RATIOS = (0.5, 1.0, 2.0)
 """Height over width of the anchors of each place."""
 
 
-class Anchors(AnchorGenerator):
+class Anchors(nn.Module):
     """Boxes of one size and three shapes around each place of every level, in float32. One a level: ``sizes``, the
     square root of the area in pixels, and ``strides``, pixels between neighbours."""
 
     def __init__(self, sizes: Sequence[int], strides: Sequence[int]) -> None:
-        super().__init__(tuple((size,) for size in sizes), (RATIOS,) * len(sizes))
-        self.strides = tuple(strides)
+        super().__init__()
+        self.levels = tuple(zip(sizes, strides, strict=True))
 
-    def generate_anchors(
-        self,
-        scales: list[int],
-        aspect_ratios: list[float],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = torch.device("cpu"),  # noqa: B008 (torchvision's signature)
-    ) -> Tensor:
-        """[ratios, 4] around the origin, not rounded."""
-        root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
-        size = torch.tensor(scales, dtype=dtype, device=device)
-        width, height = (size / root).flatten(), (size * root).flatten()
-        return torch.stack((-width, -height, width, height), dim=1) / 2
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+    def forward(self, canvas: ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
         """[anchors, 4] an image, level after level; all images of a batch have the same."""
-        device = feature_maps[0].device
-        self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
-        anchors = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in feature_maps], strides))
-        return [anchors] * len(image_list.image_sizes)
+        root = torch.tensor(RATIOS, device=maps[0].device).sqrt()
+        anchors = []
+        for (size, stride), values in zip(self.levels, maps, strict=True):
+            half = torch.stack((torch.full_like(root, size) / root, size * root), dim=1) / 2
+            places = (stride * torch.arange(edge, device=root.device) for edge in values.shape[-2:])
+            y, x = torch.meshgrid(*places, indexing="ij")
+            centre = torch.stack((x, y, x, y), dim=-1).view(-1, 1, 4)
+            anchors.append((centre + torch.cat((-half, half), dim=1)).view(-1, 4))
+        return [torch.cat(anchors)] * len(canvas.image_sizes)
 
 
 class _Head(RPNHead):
@@ -63,15 +53,14 @@ class _Head(RPNHead):
     convolutions divide their input by 100. Here the convolutions start by their width, as those of the other heads do.
     """
 
-    def __init__(self, channels: int, anchors: int) -> None:
-        super().__init__(channels, anchors, conv_depth=2)
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, len(RATIOS), conv_depth=2)
         for layer in self.conv.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
+    def forward(self, x: list[Tensor]) -> Any:
+        return tuple([level.float() for level in levels] for levels in super().forward(x))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -79,7 +68,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
     def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
         before, after = ({"training": spec.proposals_train[i], "testing": spec.proposals_test[i]} for i in (0, 1))
-        anchors, head = Anchors(spec.anchor_sizes, strides), _Head(spec.channels, len(RATIOS))
+        anchors, head = Anchors(spec.anchor_sizes, strides), _Head(spec.channels)
         # IoU of objects and of background, samples and the share of objects, proposals, IoU of suppression.
         super().__init__(anchors, head, 0.7, 0.3, spec.rpn_samples, 0.5, before, after, 0.7)
 
@@ -87,8 +76,7 @@ class ProposalNetwork(RegionProposalNetwork):
         self, canvas: ImageList, levels: Sequence[Tensor], targets: Sequence[Target] | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals [R, 4] an image, without gradient, and in training the losses."""
-        features = {str(number): level for number, level in enumerate(levels)}
-        boxes, losses = self(canvas, features, targets)
+        boxes, losses = self(canvas, dict(enumerate(levels)), targets)
         return [box.detach() for box in boxes], losses
 
     def compute_loss(

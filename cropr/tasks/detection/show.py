@@ -1,7 +1,4 @@
-"""Boxes and masks of single images, for pruning maps (``cropr.show``).
-
-The image is fitted into the square of the spec and padded to the model's canvas, which holds whole windows.
-"""
+"""Boxes and masks of single images, for pruning maps (``cropr.show``)."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ MIN_SCORE = 0.3
 
 
 class ObjectAnswers(Answers):
-    """Objects with boxes and masks. Arguments and errors are those of
-    ``cropr.tasks.classification.show.ClassAnswers``."""
+    """Objects with boxes and masks. An image is fitted into the square of the spec and padded to the model's canvas.
+    Arguments and errors are those of ``cropr.tasks.classification.show.ClassAnswers``."""
 
     def __init__(self, spec: TrainSpec, root: Path | None) -> None:
         assert isinstance(spec.data, DetDataSpec)

@@ -1,12 +1,13 @@
 """Predictions for images of any size by a model for windows of one size.
 
-B images of one size, C classes, H and W pixels of an image, S side of a window. A ``Forward`` gives logits [B, C, S, S]
-for images [B, 3, S, S]. Images are normalised before, so that padding with zeros is padding with the mean colour.
+B images of one size, C classes, H and W pixels of an image, S side of a window. Images are normalised before, so that
+padding with zeros is padding with the mean colour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from cropr.tasks.segmentation import SegDataSpec
 
 Forward = Callable[[Tensor], Tensor]
+"""Images [B, 3, S, S] to logits [B, C, S, S]."""
 
 
 def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDataSpec) -> Tensor:
@@ -43,14 +45,13 @@ def predict_sliding(forward: Forward, images: Tensor, window: int, stride: int) 
     ends = (max(side - window, 0) for side in images.shape[-2:])
     tops, lefts = ([*range(0, end, stride), end] for end in ends)
     total, times = torch.zeros(()), torch.zeros(images.shape[-2:], device=images.device)
-    for top in tops:
-        for left in lefts:
-            area = (..., slice(top, top + window), slice(left, left + window))
-            logits = _forward_padded(forward, images[area], window)
-            if not total.ndim:
-                total = logits.new_zeros((*logits.shape[:2], *images.shape[-2:]))
-            total[area] += logits
-            times[area[1:]] += 1
+    for top, left in product(tops, lefts):
+        area = (..., slice(top, top + window), slice(left, left + window))
+        logits = _forward_padded(forward, images[area], window)
+        if not total.ndim:
+            total = logits.new_zeros((*logits.shape[:2], *images.shape[-2:]))
+        total[area] += logits
+        times[area[1:]] += 1
     return total / times
 
 

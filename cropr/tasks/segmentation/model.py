@@ -17,7 +17,7 @@ from cropr.data.ade20k import IGNORE
 from cropr.pruning.backbones import Backbone
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.methods import REDUCERS
-from cropr.pruning.model import DeployedViT, Output, PrunedViT
+from cropr.pruning.model import Output, PrunedViT
 from cropr.pruning.reducers import Reducer
 from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule
@@ -33,12 +33,9 @@ class PrunedSegmenter(PrunedViT):
     timm's name of that norm is ``fc_norm``); the predictions return to raster order and are upsampled bilinearly.
     Patches that no fusion brought back take the prediction of the nearest survivor (ours: the paper does not say).
 
-    Arguments and ``deploy`` as of ``PrunedViT``. Images may have any size that the host takes; modules with queries are
-    trained on images of the size that the host was built for, since each query belongs to one patch.
-
-    Raises:
-        TypeError: a host without a linear classifier that suits single tokens.
-        ValueError: modules with another number of queries than there are patches.
+    Images may have any size that the host takes; modules with queries are trained on images of the size that the host
+    was built for, since each query belongs to one patch. Raises TypeError for a host without a linear classifier that
+    suits single tokens, ValueError for modules with another number of queries than there are patches.
     """
 
     dense: ClassVar[bool] = True
@@ -56,9 +53,6 @@ class PrunedSegmenter(PrunedViT):
     def default_options(cls, reducer: str, backbone: Backbone) -> dict[str, Any]:
         """One query per patch."""
         return {"num_queries": backbone.num_patches} if "num_queries" in REDUCERS[reducer].options else {}
-
-    def deploy(self) -> DeployedViT:
-        return DeployedViT(PrunedSegmenter(*self._inference_parts())).requires_grad_(False).eval()
 
     def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
         scores = self._fuse("after_head", self.backbone.predict(tokens), pruned)
@@ -82,7 +76,14 @@ def spread(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
 
     Nearest in the grid, Euclidean; of two at the same distance, the one that comes first in raster order.
     """
-    source = _places(tokens) if tokens.num_patches == grid[0] * grid[1] else _nearest(tokens, grid)
+    size, columns, device = grid[0] * grid[1], grid[1], tokens.index.device
+    if tokens.num_patches == size:
+        position = torch.arange(size, device=device).expand_as(tokens.index)
+        source = torch.empty_like(tokens.index).scatter(1, tokens.index, position)
+    else:
+        place, alive = torch.arange(size, device=device)[:, None], tokens.index[:, None]
+        distance = (place // columns - alive // columns) ** 2 + (place % columns - alive % columns) ** 2
+        source = (distance * size + alive).argmin(dim=2)  # over [B, h w, K]
     return take(tokens.x, source + tokens.prefix).transpose(1, 2).unflatten(2, grid)
 
 
@@ -92,20 +93,14 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     A batch without a label gives zeros. Means are over the labelled pixels of the batch, as in the authors' code;
     micro-batches of an accumulated step weigh by images, not by labels.
 
-    Args:
-        output: of a model in training mode.
-        target: [B, H, W] integers, ``IGNORE`` where there is no label. An auxiliary prediction [B, Q, classes] has the
-            label of each patch as its target: that of torch's nearest neighbour, the pixel in its upper left corner.
-
-    Raises:
-        ValueError: auxiliary predictions of another patch grid than the images'.
+    ``target`` is [B, H, W] integers, ``IGNORE`` where there is no label. The target of an auxiliary prediction
+    [B, Q, classes] is the label of each patch (``patch_labels``); raises ValueError for another grid than the images'.
     """
     target = target.long()
     main = F.cross_entropy(output.logits.float(), target, ignore_index=IGNORE, reduction="sum") / _labelled(target)
     if not output.aux:
         return Losses(main, main, main.new_empty(0))
     _require_queries(output.aux[0].shape[1], output.grid)
-    # One kernel for all modules.
     logits = torch.stack(output.aux).float()  # [M, B, Q, classes]
     labels = patch_labels(target, output.grid).flatten(1).expand(logits.shape[:3])
     each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="none")
@@ -114,7 +109,7 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
 
 
 def patch_labels(target: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Labels [B, h, w] of the patches of maps [B, H, W]: nearest-downsampled, ``IGNORE`` included."""
+    """Labels [B, h, w] of the patches of maps [B, H, W]: those of the pixels in their upper left corners."""
     return F.interpolate(target[:, None].float(), grid, mode="nearest")[:, 0].long()
 
 
@@ -129,18 +124,3 @@ def _require_queries(queries: int, grid: tuple[int, int]) -> None:
             f"ties training to one grid; set num_queries to {grid[0] * grid[1]}, or train on images that have "
             f"{queries} patches (evaluation and deployment take any)"
         )
-
-
-def _places(tokens: Tokens) -> Tensor:
-    """[B, N]: position of the token of each place, all of them being alive."""
-    position = torch.arange(tokens.num_patches, device=tokens.index.device).expand_as(tokens.index)
-    return torch.empty_like(tokens.index).scatter(1, tokens.index, position)
-
-
-def _nearest(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-    """[B, h w]: position of the patch token that is nearest to each place."""
-    size, columns = grid[0] * grid[1], grid[1]
-    place = torch.arange(size, device=tokens.index.device)[:, None]
-    alive = tokens.index[:, None]  # [B, 1, K]
-    distance = (place // columns - alive // columns) ** 2 + (place % columns - alive % columns) ** 2
-    return (distance * size + alive).argmin(dim=2)

@@ -40,32 +40,16 @@ class MapAnswers(Answers):
             picture, labels = read_pair(self.split, item, self.data.num_classes)
         else:
             picture, labels = decode(str(item)), None
-        missing = np.zeros((picture.height, picture.width), np.uint8)
-        image, known = self.transform(
-            tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(missing if labels is None else labels))
-        )
+        known = np.zeros((picture.height, picture.width), np.uint8) if labels is None else labels
+        image, mask = self.transform(tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(known)))
         height, width = image.shape[-2:]
         padded = F.pad(image, (0, self.data.image_size - width, 0, self.data.image_size - height))
         output: Output = self.model(padded[None].to(device))
         pixels = to_pixels(padded, self.data.mean, self.data.std)
         found = output.logits[0, :, :height, :width].argmax(dim=0).cpu()
-        true = F.interpolate(known[None, None], (height, width), mode="nearest-exact")[0, 0]
-        return Shown(
-            image=pixels,
-            output=output,
-            truth=None if labels is None else self._drawn(pixels, true),
-            prediction=self._drawn(pixels, found),
-        )
-
-    def _drawn(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Labels [h, w] over the image in the window [3, S, S]; what has no label stays plain."""
-        missing = (0, pixels.shape[-1] - labels.shape[1], 0, pixels.shape[-2] - labels.shape[0])
-        labels = F.pad(labels.byte(), missing, value=IGNORE)
-        present = [label for label in labels.unique().tolist() if label != IGNORE]
-        if not present:
-            return pixels
-        masks = torch.stack([labels == label for label in present])
-        return draw_segmentation_masks(pixels, masks, alpha=0.7, colors=[class_colour(label) for label in present])
+        true = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
+        truth = None if labels is None else _drawn(pixels, true)
+        return Shown(image=pixels, output=output, truth=truth, prediction=_drawn(pixels, found))
 
     def _rarest(self) -> list[int]:
         """The rarest class of each image; -1 for images that are not in the sample."""
@@ -75,3 +59,14 @@ class MapAnswers(Answers):
             found = np.unique(decode_map(self.split.annotations[index], self.data.num_classes)).tolist()
             present[index] = [label for label in found if label != IGNORE]
         return rarest(present)
+
+
+def _drawn(pixels: Tensor, labels: Tensor) -> Tensor:
+    """Labels [h, w] over the image in the window [3, S, S]; what has no label stays plain."""
+    missing = (0, pixels.shape[-1] - labels.shape[1], 0, pixels.shape[-2] - labels.shape[0])
+    labels = F.pad(labels.byte(), missing, value=IGNORE)
+    present = [label for label in labels.unique().tolist() if label != IGNORE]
+    if not present:
+        return pixels
+    masks = torch.stack([labels == label for label in present])
+    return draw_segmentation_masks(pixels, masks, alpha=0.7, colors=[class_colour(label) for label in present])
