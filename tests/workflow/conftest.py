@@ -29,6 +29,12 @@ def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project.path
 
 
+@pytest.fixture(scope="session")
+def everything(finished_template: Path) -> dict[str, int]:
+    """Rule -> jobs of the ci scale."""
+    return Project(finished_template).planned("--config", "scale=ci", "--forceall")
+
+
 @pytest.fixture
 def finished(finished_template: Path, tmp_path: Path) -> Project:
     """Such a repository of the test's own; times of files are kept."""
