@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from forked import forked
 from project import ROOT, Project, copy_repository
 
 from workflow.paper.grid import load_grid
@@ -19,9 +20,10 @@ ARTEFACTS = sorted(file.stem for file in (ROOT / "config/experiments").glob("*.y
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The repository after ``snakemake --config scale=ci``."""
+    """The repository after ``snakemake --config scale=ci``; later jobs of a verb do not import torch again."""
     project = copy_repository(tmp_path_factory.mktemp("ci") / "repository")
-    project.run(*CI)
+    with forked(project.path):
+        project.run(*CI)
     return project
 
 
