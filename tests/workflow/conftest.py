@@ -30,9 +30,10 @@ def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def everything(finished_template: Path) -> dict[str, int]:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Rule -> jobs of the ci scale."""
-    return Project(finished_template).planned("--config", "scale=ci", "--forceall")
+    project = with_stubs(copy_repository(tmp_path_factory.mktemp("everything") / "repository"))
+    return project.planned("--config", "scale=ci")
 
 
 @pytest.fixture

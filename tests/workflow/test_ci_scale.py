@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from forked import forked
 from project import ROOT, Project, copy_repository
 
 from workflow.paper.grid import load_grid
@@ -20,10 +19,9 @@ ARTEFACTS = sorted(file.stem for file in (ROOT / "config/experiments").glob("*.y
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The repository after ``snakemake --config scale=ci``; later jobs of a verb do not import torch again."""
+    """The repository after ``snakemake --config scale=ci``."""
     project = copy_repository(tmp_path_factory.mktemp("ci") / "repository")
-    with forked(project.path):
-        project.run(*CI)
+    project.run(*CI)
     return project
 
 
