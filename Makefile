@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 # Tests use one thread each (tests/conftest.py), so two run side by side. Among all tests, a file stays in one process with
-# its fixtures, some of which run a whole workflow; fast ones go wherever a process is idle.
+# its fixtures, some of which run a whole workflow, and files keep their order; fast ones go wherever a process is idle.
 PYTEST := $(RUN) pytest -n 2
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
@@ -45,7 +45,7 @@ snapshot: $(READY) ## copy the executed notebooks of a finished run to docs/rend
 	$(RUN) workflow.paper.snapshot results/$(SCALE)
 
 test: $(READY) ## all tests but those that need a GPU
-	$(PYTEST) --dist loadfile -m "not gpu"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 fast: $(READY) ## the fast tests, a minute
 	$(PYTEST) --dist worksteal

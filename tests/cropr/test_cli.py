@@ -154,7 +154,7 @@ def test_user_error_is_one_message_and_status_2(
 
 def test_status_and_message_reach_the_shell(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "cropr", "data", "check", "nowhere"],
+        [sys.executable, "-m", "cropr", "plan", "--spec", "nowhere"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,

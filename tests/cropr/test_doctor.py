@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils import collect_env
 
 from cropr.cli import main
 from cropr.cli.doctor import collect, find_problems
+
+
+@pytest.fixture(scope="module")
+def environment() -> Any:
+    """What torch tells of the environment; it asks pip and takes a second."""
+    return collect_env.get_env_info()
 
 
 @pytest.fixture
@@ -21,6 +29,13 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def _known(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is not asked again."""
+    monkeypatch.setattr(collect_env, "get_env_info", lambda: environment)
+
+
+@pytest.mark.usefixtures("_known")
 def test_json_holds_what_a_bug_report_needs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json", "--config", str(config)]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -35,6 +50,7 @@ def test_json_holds_what_a_bug_report_needs(config: Path, capsys: pytest.Capture
     assert not report["folders"]["data_roots"]["folder"]["readable"]
 
 
+@pytest.mark.usefixtures("_known")
 def test_table_shows_every_entry(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--config", str(config)]) == 0
     shown = capsys.readouterr().out
@@ -43,6 +59,7 @@ def test_table_shows_every_entry(config: Path, capsys: pytest.CaptureFixture[str
             assert name in shown
 
 
+@pytest.mark.usefixtures("_known")
 def test_missing_data_root_is_a_problem(config: Path, tmp_path: Path) -> None:
     assert any("nowhere.yaml" in problem for problem in find_problems(collect(tmp_path / "nowhere.yaml", tmp_path)))
     before = sorted(tmp_path.rglob("*"))
@@ -61,6 +78,7 @@ def test_works_without_torch(config: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "cores_usable" in shown
 
 
+@pytest.mark.usefixtures("_known")
 def test_results_folder_that_is_a_file_is_a_problem(config: Path, tmp_path: Path) -> None:
     (tmp_path / "results").write_text("")
     report = collect(config, tmp_path / "results")
@@ -68,6 +86,7 @@ def test_results_folder_that_is_a_file_is_a_problem(config: Path, tmp_path: Path
     assert any("cannot be written" in problem for problem in find_problems(report))
 
 
+@pytest.mark.usefixtures("_known")
 def test_more_threads_than_cores_is_a_problem(config: Path, tmp_path: Path) -> None:
     report = collect(config, tmp_path)
     report["torch"]["threads"] = report["machine"]["cores_usable"] + 1

@@ -60,23 +60,21 @@ def test_random_numbers_are_refused():
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("fusion", ["llf", "none"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_every_host_compiles_to_one_graph(host, fusion, backend):
-    if backend == "inductor" and torch._inductor.config.cpp.cxx[-1] is None:
-        pytest.skip("no C++ compiler")
+@pytest.mark.parametrize(("host", "fusion"), [("vit", "none"), ("eva", "llf")])
+def test_every_host_compiles_to_one_graph(host, fusion):
+    """Without a C++ compiler, up to the code that Inductor would compile."""
     torch.compiler.reset()
     model = deployed(host, fusion=fusion)
+    backend = "inductor" if torch._inductor.config.cpp.cxx[-1] else "aot_eager"
     found = torch.compile(model, fullgraph=True, backend=backend)(images(2))
     torch.testing.assert_close(found, model(images(2)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("reducer", ["variance", "attn_topk", "non_salient", "random"])
-def test_every_reducer_compiles_to_one_graph(reducer):
+def test_random_compiles_to_one_graph():
+    """The others: ``test_model.py``, where results are compared."""
     torch.compiler.reset()
-    compiled = torch.compile(deployed("vit", reducer), fullgraph=True, backend="eager")
+    compiled = torch.compile(deployed("vit", "random"), fullgraph=True, backend="eager")
     assert compiled(images(2)).shape == (2, 5)
 
 
@@ -84,9 +82,8 @@ def test_every_reducer_compiles_to_one_graph(reducer):
 @with_onnx
 @pytest.mark.parametrize(
     ("host", "reducer", "fusion"),
-    [("vit", "cropr", "llf"), ("vit", "cropr", "none"), ("eva", "cropr", "llf"), ("vit", "attn_topk", "llf"),
-     ("vit", "variance", "none"), ("eva", "attn_topk", "none")],
-)  # fmt: skip
+    [("vit", "cropr", "llf"), ("eva", "cropr", "none"), ("eva", "attn_topk", "llf"), ("vit", "variance", "none")],
+)
 def test_onnx_file_does_what_the_model_does(tmp_path, host, reducer, fusion):
     exportable = Exportable(deployed(host, reducer, fusion))
     program = to_program(exportable, 32)

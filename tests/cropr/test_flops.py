@@ -21,7 +21,7 @@ SQUARES = {"squares": {"at": {5: 80, 8: 64, 11: 48, 14: 32, 20: 16}}}
 """The detector's schedule: sides of the grids that the kept tokens would fill, after blocks 5, 8, ..."""
 
 
-def by_formula(model, dim=192, mlp=4):
+def by_formula(model, dim=48, mlp=4):
     """A ViT with 16 px patches and CLS: 4 N C^2 + 2 N^2 C in attention, 2 r N C^2 in the MLP, one product a score."""
     inner, host = model.model, model.model.backbone.host
     patches = inner.backbone.num_patches
@@ -33,11 +33,10 @@ def by_formula(model, dim=192, mlp=4):
 
 
 @pytest.mark.parametrize(("schedule", "fusion"), [
-    (Schedule.constant(0), "none"), (Schedule.constant(3), "none"), (Schedule.constant(3), "llf"),
-    (Schedule.constant(2, align=8), "none"), (Schedule.stages({1: 9}), "llf"),
+    (Schedule.constant(0), "none"), (Schedule.constant(2, align=8), "none"), (Schedule.stages({1: 9}), "llf"),
 ])  # fmt: skip
 def test_count_equals_the_formula(schedule, fusion):
-    host = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=4, img_size=96)
+    host = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=96, **SMALL)
     options = {"num_queries": 9, "num_heads": 3, "qkv_proj": True}  # training only: deployment folds them
     model = cropr.prune(host, schedule, reducer="cropr", fusion=fusion, reducer_options=options).deploy()
     assert flops.macs(model).total == by_formula(model)
@@ -46,6 +45,7 @@ def test_count_equals_the_formula(schedule, fusion):
     assert before.isfinite().all()
 
 
+SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 3}
 HOSTS = {
     "cls": ("vit_tiny_patch16_224", {"img_size": 64}),
     "average": ("vit_medium_patch16_gap_256", {"img_size": 64}),
@@ -53,19 +53,19 @@ HOSTS = {
     "distilled, two heads": ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
     "parallel": ("vit_tiny_patch16_224", {"img_size": 64, "block_fn": ParallelScalingBlock}),
     "eva, packed SwiGLU": ("eva02_tiny_patch14_224", {"img_size": 56}),
-    "eva, SwiGLU with norm": ("eva02_base_patch14_224", {"img_size": 56, "embed_dim": 96, "num_heads": 3}),
+    "eva, SwiGLU with norm": ("eva02_base_patch14_224", {"img_size": 56}),
 }
 
 
-@pytest.mark.parametrize("fusion", ["none", "llf"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_cost_of_token_counts_equals_the_count_of_the_whole_model(host, fusion):
+def test_cost_of_token_counts_equals_the_count_of_the_whole_model(host):
     name, arguments = HOSTS[host]
-    model = timm.create_model(name, num_classes=10, depth=4, **arguments)
-    pruned = cropr.prune(model, Schedule.constant(3), fusion=fusion).deploy()
-    cost, patches = flops.Cost(model), pruned.model.backbone.num_patches
-    assert cost.total(pruned.model.counts(patches), fusion == "llf") == flops.macs(pruned).total
-    assert cost.total((patches,) * 4, fusion == "llf") == flops.macs(model).total
+    model = timm.create_model(name, num_classes=10, **SMALL, **arguments)
+    cost, patches = flops.Cost(model), 16
+    for fusion in ("none", "llf"):
+        pruned = cropr.prune(model, Schedule.constant(3), fusion=fusion).deploy()
+        assert cost.total(pruned.model.counts(patches), fusion == "llf") == flops.macs(pruned).total
+    assert cost.total((patches,) * 3, False) == cost.total((patches,) * 3, True) == flops.macs(model).total
 
 
 def test_windows_make_attention_cheaper():

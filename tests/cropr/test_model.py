@@ -186,8 +186,11 @@ def test_pickles():
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("reducer", DETERMINISTIC)
-@pytest.mark.parametrize("name", ["vit", "registers", "eva-rope"])
+@pytest.mark.parametrize(
+    ("name", "reducer"),
+    [*(("vit", reducer) for reducer in DETERMINISTIC), ("registers", "cropr"), ("eva-rope", "cropr"),
+     ("eva-rope", "attn_topk")],
+)  # fmt: skip
 def test_deployed_is_one_graph(name, reducer):
     torch._dynamo.reset()
     fast = cropr.prune(_host(name), Schedule.constant(2), reducer, "llf").deploy()

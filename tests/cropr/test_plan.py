@@ -21,11 +21,15 @@ def spec(**changes):
     return PlanSpec.model_validate(values | changes)
 
 
+@pytest.fixture(scope="module")
+def cost():
+    return Cost(build_on_meta(spec().model, PruneSpec(), spec().image_size).backbone)
+
+
 @pytest.fixture
-def device(monkeypatch):
+def device(monkeypatch, cost):
     """Replaces measuring by a function of the ratio of multiply-adds; returns the sweeps that were asked for."""
-    host = build_on_meta(spec().model, PruneSpec(), spec().image_size).backbone
-    asked, cost = [], Cost(host)
+    asked = []
 
     def make(speedup):
         def sweep_cells(sweep, device, tell):
@@ -54,7 +58,7 @@ def test_without_verification_a_target_is_a_ratio_of_multiply_adds():
         assert Schedule.from_config(cell["config"]).describe() == cell["schedule"]
 
 
-@pytest.mark.parametrize("share", [0.85, 0.97, 1.0, 1.1])
+@pytest.mark.parametrize("share", [0.85, 1.0, 1.1])
 def test_schedules_are_corrected_until_the_device_reaches_the_target(device, share):
     asked = device(lambda ratio: 1 + share * (ratio - 1))
     record = plan.measure(spec(verify=True))

@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 from tiny import files
 
 from cropr.cli import main
@@ -43,6 +42,8 @@ def test_index_split_and_seed_each_change_the_scene(spec, split, index):
 
 
 def test_training_and_validation_digits_are_apart_and_all_are_used():
+    from sklearn.datasets import load_digits  # here, because it takes seconds
+
     split = {name: {d.tobytes() for group in groups for d in group} for name, groups in scenes._digits().items()}
     originals = {(d / 16).astype(np.float32).tobytes() for d in load_digits().images}
     assert not split["train"] & split["val"]

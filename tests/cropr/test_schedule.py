@@ -166,14 +166,13 @@ def test_speed_up_out_of_reach_names_the_limit():
         Schedule.for_speedup(2, Quadratic(), fusion="cross")
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
-def test_schedule_for_a_speed_up_of_a_timm_model(name):
+def test_schedule_for_a_speed_up_of_a_timm_model():
     import timm
 
     import cropr
     from cropr.pruning.flops import macs
 
-    host = timm.create_model(name, depth=5, num_classes=10)
+    host = timm.create_model("eva02_tiny_patch14_224", depth=5, embed_dim=48, num_heads=3, num_classes=10)
     schedule = cropr.Schedule.for_speedup(1.4, host, fusion="llf")
     pruned = cropr.prune(host, schedule, fusion="llf").deploy()
     assert 1.4 <= macs(host).total / macs(pruned).total < 1.5

@@ -12,8 +12,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import yaml
+from IPython.display import display
 
 from cropr.pruning.methods import REDUCERS
 from cropr.records import write_record
@@ -22,6 +24,15 @@ from cropr.tasks import TASKS
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]
 BASE = {"reactivation": "unpruned", "ablations": "cropr", "relevance": "random"}
+
+
+def run_cells(name: str, results: Path) -> None:
+    """Run a notebook's cells in this process, without a kernel."""
+    scope: dict[str, Any] = {"display": display}
+    with mpl.rc_context({"backend": "agg"}):
+        for cell in json.loads((EXPERIMENTS.parents[1] / "notebooks" / f"{name}.ipynb").read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                exec(f"results = {str(results)!r}" if "tags" in cell["metadata"] else "".join(cell["source"]), scope)
 
 
 def row_configs(artefact: str) -> list[dict[str, Any]]:

@@ -8,15 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib as mpl
-import nbformat
 import pytest
+from synthetic import run_cells
 
 from cropr.bench.profiling import CATEGORIES
 from cropr.records import write_record
 
 pytestmark = pytest.mark.workflow
-ROOT = Path(__file__).parents[2]
 NOISE = (1.0, 1.1, 0.97)
 """Factors of the pruned models' times by round. The interval of three rounds is their range."""
 PLAIN = ["reducer", "fusion", "schedule", "paper_schedule", "pool", "image_size", "aux_weight", "options", "why"]
@@ -81,7 +79,7 @@ def records() -> dict[str, dict[str, list[dict]]]:
 
 
 def run(results: Path, name: str) -> tuple[dict[str, list[dict]], list[dict[str, str]]]:
-    """Run a notebook's cells in this process; returns its records' cells by row, and the lines of its main table."""
+    """Run a notebook; returns its records' cells by row, and the lines of its main table."""
     rows = []
     for row, cells in (made := records()[name]).items():
         about = {"device": "cpu", "cpu": "a processor", "threads": 2}
@@ -91,11 +89,7 @@ def run(results: Path, name: str) -> tuple[dict[str, list[dict]], list[dict[str,
     manifest = {"artefact": name, "scale": "ci", "seeds": [0], "results": str(results), "rows": rows}
     (results / "manifests").mkdir()
     (results / "manifests" / f"{name}.json").write_text(json.dumps(manifest))
-    scope: dict[str, Any] = {}
-    with mpl.rc_context({"backend": "agg"}):
-        for code in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
-            if code.cell_type == "code":
-                exec(f"results = {str(results)!r}" if "tags" in code.metadata else code.source, scope)
+    run_cells(name, results)
     assert (results / "figures" / f"{name}.png").is_file()
     return made, list(csv.DictReader((results / "tables" / f"{name}.csv").read_text().splitlines()))
 

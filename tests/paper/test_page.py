@@ -17,14 +17,16 @@ from workflow.paper.stats import mean_interval, median_interval, with_interval
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture
-def results(tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Records, tables and a report, which tests only read."""
+    root = tmp_path_factory.mktemp("results")
     for name in ("imagenet_methods", "ade20k"):
-        write_results(tmp_path, name)
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "ade20k.md").write_text("| name | mIoU |\n| --- | --- |\n| <Cropr> |  |\n")
-    assert page.main(["--results", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
-    return tmp_path
+        write_results(root, name)
+    (root / "tables").mkdir()
+    (root / "tables" / "ade20k.md").write_text("| name | mIoU |\n| --- | --- |\n| <Cropr> |  |\n")
+    assert page.main(["--results", str(root), "--out", str(root / "report.html")]) == 0
+    return root
 
 
 def test_page_shows_every_artefact_and_claim_and_loads_nothing(results):
@@ -106,7 +108,7 @@ def test_pruned_patches_are_counted_without_prefix_tokens(results):
 
 
 def test_a_speed_that_the_device_cannot_measure_is_named_with_its_reason(results, tmp_path):
-    copy = tmp_path.with_name("copy")
+    copy = tmp_path / "copy"
     shutil.copytree(results, copy)
     for row in load_manifest("ade20k", copy)["rows"]:
         if row["bench"]:

@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from workflow.paper import run_notebook as runner
 
@@ -25,15 +26,23 @@ display(Image(base64.b64decode(
 """
 
 
+@cache
+def nbformat() -> Any:
+    """The package, imported where it is needed: it takes seconds."""
+    return import_module("nbformat")
+
+
 def notebook(path: Path, *sources: str) -> Path:
     """A notebook with the parameters ``number`` and ``name``, a formula, and code cells."""
     cells = [
-        new_markdown_cell("# Title\n\nA formula $a_j = \\sum_n A_{nj}$, prices of $5 and $6, and\n\n$$x^2$$"),
-        new_code_cell("number = 1\nname = 'nobody'", metadata={"tags": ["parameters"]}),
-        *map(new_code_cell, sources),
+        nbformat().v4.new_markdown_cell(
+            "# Title\n\nA formula $a_j = \\sum_n A_{nj}$, prices of $5 and $6, and\n\n$$x^2$$"
+        ),
+        nbformat().v4.new_code_cell("number = 1\nname = 'nobody'", metadata={"tags": ["parameters"]}),
+        *map(nbformat().v4.new_code_cell, sources),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    nbformat().write(nbformat().v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
     return path
 
 
@@ -57,7 +66,7 @@ def test_runs_with_typed_parameters_and_is_stable(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
     for file in ("page.ipynb", "page.html"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    published = nbformat.read(tmp_path / "one/page.ipynb", as_version=4)
+    published = nbformat().read(tmp_path / "one/page.ipynb", as_version=4)
     text = "".join(output.get("text", "") for cell in published.cells for output in cell.get("outputs", []))
     assert text.startswith("float 2.5 somebody . <object object at 0x0>"), "started in the repository; no machine paths"
     assert published.metadata["papermill"] == {"parameters": {"number": 2.5, "name": "somebody"}}
@@ -81,6 +90,7 @@ def test_failed_notebook_is_kept_and_not_published(tmp_path: Path) -> None:
     assert not (tmp_path / "out/page.html").exists()
 
 
+@pytest.mark.workflow  # papermill alone takes seconds to import
 def test_unknown_parameter_is_refused(tmp_path: Path) -> None:
     source = notebook(tmp_path / "page.ipynb")
     with pytest.raises(ValueError, match="no parameter nmae; it has number, name"):
@@ -91,13 +101,15 @@ def test_unknown_parameter_is_refused(tmp_path: Path) -> None:
 
 
 def test_scrubbing_leaves_pictures_alone() -> None:
-    cell = new_code_cell("x = 1", metadata={"papermill": {"duration": 1.5}, "tags": ["keep"]})
+    cell = nbformat().v4.new_code_cell("x = 1", metadata={"papermill": {"duration": 1.5}, "tags": ["keep"]})
     cell.outputs = [
-        nbformat.v4.new_output(
+        nbformat().v4.new_output(
             "display_data", {"image/png": "AAAA0xdeadbeefAAAA", "text/plain": f"at 0xdeadbeef in {ROOT}"}
         )
     ]
-    content = new_notebook(cells=[cell], metadata={"papermill": {"start_time": "now", "parameters": {"a": 1}}})
+    content = nbformat().v4.new_notebook(
+        cells=[cell], metadata={"papermill": {"start_time": "now", "parameters": {"a": 1}}}
+    )
     scrubbed = runner.scrub(content)
     assert scrubbed.cells[0].outputs[0].data == {"image/png": "AAAA0xdeadbeefAAAA", "text/plain": "at 0x0 in ."}
     assert scrubbed.cells[0].metadata == {"tags": ["keep"]}
@@ -106,9 +118,9 @@ def test_scrubbing_leaves_pictures_alone() -> None:
 
 
 def test_pictures_keep_their_alt_text(tmp_path: Path) -> None:
-    content = nbformat.read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
+    content = nbformat().read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
     for cell, alt in zip(content.cells[2:], ({"alt": 'Top-1 of "Cropr" > 80 & rising'}, {}), strict=True):
-        cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": alt})]
+        cell.outputs = [nbformat().v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": alt})]
     first, second = pictures(runner.render(content, "Title"))
     assert first["alt"] == 'Top-1 of "Cropr" > 80 & rising'
     assert first["src"] == "data:image/png;base64,AAAA"
@@ -116,11 +128,11 @@ def test_pictures_keep_their_alt_text(tmp_path: Path) -> None:
 
 
 def test_page_of_a_notebook_loads_nothing(tmp_path: Path) -> None:
-    content = nbformat.read(notebook(tmp_path / "page.ipynb", "x = 1"), as_version=4)
-    before = nbformat.writes(content)
+    content = nbformat().read(notebook(tmp_path / "page.ipynb", "x = 1"), as_version=4)
+    before = nbformat().writes(content)
     page = runner.render(content, "Title")
     assert_offline(page)
-    assert nbformat.writes(content) == before, "rendering changes the notebook"
+    assert nbformat().writes(content) == before, "rendering changes the notebook"
     assert "<title>Title</title>" in page
 
 

@@ -29,6 +29,13 @@ def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project.path
 
 
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Rule -> jobs of the ci scale."""
+    project = with_stubs(copy_repository(tmp_path_factory.mktemp("everything") / "repository"))
+    return project.planned("--config", "scale=ci")
+
+
 @pytest.fixture
 def finished(finished_template: Path, tmp_path: Path) -> Project:
     """Such a repository of the test's own; times of files are kept."""

@@ -68,6 +68,7 @@ def test_pages_open_without_a_network(done: Project, page: str) -> None:
     assert not re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']https?:[^\"']*", text)
     assert not re.findall(r"<link\b[^>]*\bhref=[\"']https?:[^\"']*", text)
     assert str(done.path) not in text, "a path of the machine"
+    assert "No description" not in text, "a picture without alternative text"
 
 
 def test_links_of_the_report_lead_somewhere(done: Project) -> None:
