@@ -7,7 +7,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import model as new_model
+from tiny_detector import CLASSES, HOSTS, SHAPE, SIZE, detector
 
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.segmentation.model import build as build_segmenter
 from cropr.training.checkpoint import load_initial, load_weights, save_weights
 
 
@@ -109,3 +112,16 @@ def test_weights_of_another_depth_or_width_are_refused(pretrained):
     wider = tiny.spec(model__args={**tiny.spec().model.args, "embed_dim": 32})
     with pytest.raises(ValueError, match=r"other shape .*pos_embed \[1, 17, 16\], in the model \[1, 17, 32\]"):
         load_initial(new_model(wider), path)
+
+
+def test_a_segmenters_host_starts_a_detector_without_its_class_token_and_classifier(tmp_path):
+    host = ModelSpec(name=HOSTS["eva"], args={**SHAPE, "global_pool": "avg"})
+    donor = build_segmenter(host, PruneSpec(), CLASSES + 1, SIZE)
+    save_weights(tmp_path / "weights.safetensors", donor)
+    later = detector("eva")
+    heads = [parameter.clone() for parameter in later.heads.parameters()]
+    load_initial(later, tmp_path / "weights.safetensors", fresh=("norm", "fc_norm"))
+    theirs = donor.backbone.host.state_dict()
+    for name, tensor in later.backbone.host.state_dict().items():
+        assert torch.equal(tensor, theirs[name][:, 1:] if name == "pos_embed" else theirs[name]), name
+    assert all(torch.equal(*pair) for pair in zip(heads, later.heads.parameters(), strict=True))
