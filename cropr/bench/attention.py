@@ -28,10 +28,7 @@ _KERNEL = re.compile(r"^aten::_scaled_dot_product_(?:attention_)?(math|flash|eff
 def with_attention_kernel(
     attention: str, precision: str, device: str, forward: Callable[[], Result]
 ) -> Callable[[], Result]:
-    """The forward pass with its kernel forced and, for a mixed precision, within an autocast of its own.
-
-    Where the kernel cannot run, torch raises a ``RuntimeError``.
-    """
+    """The forward pass with its kernel forced and, for a mixed precision, within an autocast of its own."""
 
     def run() -> Result:
         kernel: AbstractContextManager[Any] = nullcontext() if attention == "auto" else sdpa_kernel(BACKENDS[attention])
@@ -68,11 +65,7 @@ def run_forced(forward: Callable[[], Result], attention: str, compiled: bool = F
 
 
 def verify(ran: Mapping[str, int], attention: str, compiled: bool = False) -> None:
-    """Refuse a measurement whose forced kernel was not the one that ran.
-
-    Raises:
-        Unsupported: with what ran instead.
-    """
+    """Raises: Unsupported: the forced kernel was not the one that ran; with what ran instead."""
     # Compiled, the math kernel is a few products without a name of their own.
     nameless = compiled and attention == "math" and not ran
     if attention == "auto" or nameless or set(ran) == {attention}:

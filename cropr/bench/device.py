@@ -49,11 +49,7 @@ def mixed(precision: str, device: str) -> AbstractContextManager[Any]:
 
 
 def kind_of(device: str) -> str:
-    """``cuda`` of ``cuda:1``.
-
-    Raises:
-        ValueError: a kind of device that nothing is measured on, or one that is not there.
-    """
+    """``cuda`` of ``cuda:1``. Raises: ValueError: nothing is measured on such a device, or it is not there."""
     kind = device.partition(":")[0]
     if kind not in DEVICES:
         raise ValueError(f"device {device}: measured are {', '.join(DEVICES)} (or cuda:1 and so on)")
@@ -63,11 +59,11 @@ def kind_of(device: str) -> str:
 
 
 def check(precision: str, device: str) -> None:
-    """Refuse what the device has no arithmetic for.
+    """Refuse what the device has no arithmetic for, with the reason and what to use instead.
 
     Raises:
         ValueError: there is no such device.
-        Unsupported: with the reason and what to use instead.
+        Unsupported: it has not.
     """
     kind, dtype = kind_of(device), arithmetic_dtype(precision)
     if kind == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -82,14 +78,6 @@ def check(precision: str, device: str) -> None:
         raise Unsupported(f"precision {precision}: this CPU has no fast {number} arithmetic; use fp32, or CUDA")
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was told; the CPU always has."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device.startswith("mps"):
-        torch.mps.synchronize()
-
-
 def noise(
     batch_size: int, shape: Sequence[int], device: str, dtype: torch.dtype, channels_last: bool = False
 ) -> Tensor:
@@ -100,10 +88,7 @@ def noise(
 
 
 def largest_batch(batch_size: int, attempt: Callable[[int], Result]) -> tuple[int, Result]:
-    """Call ``attempt`` with the batch size, halved until the device has the memory for it.
-
-    Returns:
-        The batch size that fitted, and what the attempt gave.
+    """The batch size, halved until the device has the memory for it, and what ``attempt`` gives with it.
 
     Raises:
         Unsupported: not even one image fits.
@@ -128,10 +113,8 @@ def first_line(error: BaseException) -> str:
 
 
 def working_memory(work: Callable[[], Result], device: str) -> tuple[Result, float | None]:
-    """Run ``work`` and return its result, and the peak of memory over what was in use before, in 10^6 bytes.
-
-    On CUDA the allocator's count, on the CPU under Linux the resident size of the process; None elsewhere.
-    """
+    """The result of ``work``, and its peak of memory over what was in use before, in 10^6 bytes: on CUDA the
+    allocator's count, on the CPU under Linux the resident size of the process; None elsewhere."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

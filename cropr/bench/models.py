@@ -13,7 +13,6 @@ from functools import cache, partial
 from itertools import chain
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -21,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cropr.bench.device import arithmetic_dtype, kind_of
 from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Outcome, clock, speed
-from cropr.build import build_model
+from cropr.build import build_model, require_known
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
@@ -83,10 +82,7 @@ def build_on_meta(
     Raises:
         ValueError: timm has no such model; an impossible schedule or reducer.
     """
-    if not timm.is_model(model.name):
-        family = model.name.split(".")[0].split("_patch")[0]
-        close = ", ".join(timm.list_models(f"{family}*")[:8]) or "none"
-        raise ValueError(f"timm has no model {model.name!r}; of this family it has: {close}")
+    require_known(model.name)
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)

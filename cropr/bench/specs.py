@@ -5,6 +5,7 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -21,11 +22,8 @@ _LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
 
 def _cropr(rate: int) -> dict[str, PruneSpec]:
     """Cropr without and with LLF."""
-    schedule = {"constant": {"rate": rate}}
-    return {
-        "cropr": PruneSpec(reducer="cropr", schedule=schedule),
-        "cropr_llf": PruneSpec(reducer="cropr", schedule=schedule, fusion="llf"),
-    }
+    cropr = PruneSpec(reducer="cropr", schedule={"constant": {"rate": rate}})
+    return {"cropr": cropr, "cropr_llf": cropr.model_copy(update={"fusion": "llf"})}
 
 
 def _distinct(value: Any) -> Any:
@@ -41,8 +39,6 @@ Rounds = Annotated[int, Field(ge=3)]
 
 Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
 """Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
-
-
 Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
 """Attention kernel that is forced; ``auto`` leaves the choice to torch."""
 
@@ -121,12 +117,21 @@ class MicrobenchSpec(Spec):
 
     def places(self) -> list[dict[str, Any]]:
         """How each cell of the record is run."""
-        how = {key: getattr(self, key, "auto") for key in ("precision", "attention", "batch_size")}
-        return [{**axis, **how} for axis in self._axes()]
+        one = {key: [getattr(self, key, "auto")] for key in ("batch_size", "precision", "attention")}
+        axes = one | self._axes()
+        return [dict(zip(axes, place, strict=True)) for place in product(*axes.values())]
 
-    def _axes(self) -> list[dict[str, Any]]:
+    def _axes(self) -> dict[str, Sequence[Any]]:
         """By what the cells differ."""
         raise NotImplementedError
+
+
+class OneSettingSpec(MicrobenchSpec):
+    """A measurement with one batch size, precision and attention kernel."""
+
+    batch_size: Positive = 4
+    precision: Precision = "fp32"
+    attention: Attention = "auto"
 
 
 class VariantsSpec(MicrobenchSpec):
@@ -135,8 +140,8 @@ class VariantsSpec(MicrobenchSpec):
     variants: dict[str, PruneSpec] = Field(_cropr(8), min_length=1)
     """By name; ``unpruned`` is always measured beside them."""
 
-    def _axes(self) -> list[dict[str, Any]]:
-        return [{"variant": name} for name in (UNPRUNED, *self.variants)]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"variant": (UNPRUNED, *self.variants)}
 
     @field_validator("variants")
     @classmethod
@@ -161,13 +166,12 @@ class SweepSpec(VariantsSpec):
     rounds: Rounds = 3
     warmup: Positive = 1
 
-    def places(self) -> list[dict[str, Any]]:
-        keys = ("batch_size", "precision", "attention", "variant")
-        values = (self.batch_sizes, self.precisions, self.attentions, (UNPRUNED, *self.variants))
-        return [dict(zip(keys, place, strict=True)) for place in product(*values)]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        settings = {"batch_size": self.batch_sizes, "precision": self.precisions, "attention": self.attentions}
+        return settings | super()._axes()
 
 
-class BlocksSpec(MicrobenchSpec):
+class BlocksSpec(OneSettingSpec):
     """Latency of one block over token counts."""
 
     cells: ClassVar[str] = "cropr.bench.time_blocks:block_cells"
@@ -177,26 +181,21 @@ class BlocksSpec(MicrobenchSpec):
     )
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
     batch_size: Positive = 2
-    precision: Precision = "fp32"
-    attention: Attention = "auto"
     rounds: Rounds = 5
 
-    def _axes(self) -> list[dict[str, Any]]:
-        return [{"tokens": count} for count in sorted(self.tokens)]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"tokens": sorted(self.tokens)}
 
 
-class ProfileSpec(VariantsSpec):
+class ProfileSpec(VariantsSpec, OneSettingSpec):
     """Time of a forward pass by part."""
 
     cells: ClassVar[str] = "cropr.bench.profiling:profile_cells"
     measure: Literal["profile"]
-    batch_size: Positive = 4
-    precision: Precision = "fp32"
-    attention: Attention = "auto"
     passes: int = Field(3, ge=1)
 
 
-class ScoringSpec(MicrobenchSpec):
+class ScoringSpec(OneSettingSpec):
     """Scoring with one vector, against scoring with all queries and summing.
 
     By default the paper's segmenter: EVA-02-L at 512 px, R=40, Last Layer Fusion.
@@ -211,12 +210,11 @@ class ScoringSpec(MicrobenchSpec):
     """Of every module; None for one a patch, as in segmentation."""
     batch_size: Positive = 1
     precision: Precision = "bf16"
-    attention: Attention = "auto"
     rounds: Rounds = 5
     warmup: Positive = 1
 
-    def _axes(self) -> list[dict[str, Any]]:
-        return [{"variant": name} for name in (UNPRUNED, "one_vector", "all_queries")]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"variant": (UNPRUNED, "one_vector", "all_queries")}
 
     @field_validator("prune")
     @classmethod

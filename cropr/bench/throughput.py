@@ -7,20 +7,18 @@ Timed is the forward pass alone, without loading of data.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cropr.bench.device import check, weights_dtype
+from cropr.bench.device import Unsupported, check, weights_dtype
+from cropr.bench.microbench import recorded
 from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
 from cropr.bench.specs import UNPRUNED, BenchSpec, Precision
-from cropr.bench.timing import Case, Tell, against, no_progress, ratio, speed, time_interleaved
+from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved
 from cropr.pruning import flops
-from cropr.records import make_record
-from cropr.training.distributed import reuse_freed_memory
 
 if TYPE_CHECKING:
     from cropr.bench.heads import Heads
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two models of a measurement, on the device and in the precision that they run in."""
+    """The two models of a measurement, on the device in their precision, and what follows a detector's encoders."""
 
     base: nn.Module
     """The unpruned timm model; of a detector, its unpruned encoder."""
@@ -37,11 +35,11 @@ class Pair:
     sizes: tuple[int, int]
     """Pixels a side of the images of either."""
     heads: Heads | None
-    """What follows the encoders of a detector; None for a classifier."""
     heads_precision: Precision
 
 
-def measure(spec: BenchSpec, device: str = "cpu", tick: Tell = no_progress) -> dict[str, Any]:
+@recorded
+def measure(spec: BenchSpec, device: str, tick: Tell) -> dict[str, Any]:
     """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 
     Returns:
@@ -53,17 +51,16 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell = no_progress) -> d
         added to either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
 
     Raises:
-        Unsupported: the device cannot run this precision or kernel, or has no memory for one image.
         ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
-    started = time.time()
     check(spec.precision, device)
-    reused = device == "cpu" and reuse_freed_memory()
     tick("build")
     pair = build(spec, device)
-    timed = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tick)
-    batch_size, (base, pruned, *rest) = timed
-    base.require(), pruned.require()
+    batch_size, (base, pruned, *rest) = time_interleaved(
+        _cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tick
+    )
+    if reason := base.unsupported or pruned.unsupported:
+        raise Unsupported(reason)
     tick("matrix product")
     peak = matmul_peak(spec.precision, device)
     base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
@@ -77,26 +74,23 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell = no_progress) -> d
         "matmul_gflops": peak / 1e9,
     }
     series = {"base_seconds": base.seconds, "seconds": pruned.seconds}
-    origin: dict[str, Any] = {}
+    origin: dict[str, Any] = {"attention": {"base": base.kernels, "pruned": pruned.kernels}}
     if pair.heads is not None:
         metrics |= {"base_gmacs_linear": base_macs.linear / 1e9, "gmacs_linear": macs.linear / 1e9}
-        origin = {"heads_precision": pair.heads_precision, "heads_unsupported": rest[0].unsupported}
+        origin |= {"heads_precision": pair.heads_precision, "heads_unsupported": rest[0].unsupported}
         if rest[0].seconds:
             series["heads_seconds"] = rest[0].seconds
             heads_macs = pair.heads.macs()
-            whole = (base_macs.total + heads_macs) / (macs.total + heads_macs)
-            metrics |= _whole(series, batch_size) | {"mac_ratio_whole": whole}
-    origin |= {"attention": {"base": base.kernels, "pruned": pruned.kernels}, "freed_memory_reused": reused}
-    found = {"metrics": metrics, "tokens": token_trace(pair.pruned), "series": series}
-    return make_record("bench", spec, started, found, device=device, **origin)
+            metrics["mac_ratio_whole"] = (base_macs.total + heads_macs) / (macs.total + heads_macs)
+            wholes = [[a + b for a, b in zip(own.seconds, rest[0].seconds, strict=True)] for own in (base, pruned)]
+            metrics |= ratio("speedup_whole", *wholes)
+            for prefix, seconds in zip(("base_", ""), wholes, strict=True):
+                metrics[f"{prefix}images_per_s_whole"] = speed(seconds, batch_size)["images_per_s"]
+    return {"metrics": metrics, "tokens": token_trace(pair.pruned), "series": series, "provenance": origin}
 
 
 def build(spec: BenchSpec, device: str) -> Pair:
-    """Both models; at equal image sizes the pruned one's host is the unpruned one, so that they share weights.
-
-    Raises:
-        ValueError: timm has no such model; an impossible schedule or reducer.
-    """
+    """Both models; at equal image sizes the pruned one's host is the unpruned one, so that they share weights."""
     dtype, size = weights_dtype(spec.precision), spec.pruned_image_size or spec.image_size
     settings = (device, dtype, spec.channels_last, spec.detector)
     models = build_variants(spec.model, {"pruned": spec.prune}, size, *settings)
@@ -114,19 +108,7 @@ def build(spec: BenchSpec, device: str) -> Pair:
     return Pair(base, pruned, (spec.image_size, size), heads, precision)
 
 
-def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
-    """Speeds of encoder and heads together, of the unpruned model and of the pruned one, and their ratio."""
-    base, pruned = (
-        [encoder + heads for encoder, heads in zip(series[name], series["heads_seconds"], strict=True)]
-        for name in ("base_seconds", "seconds")
-    )
-    speeds = (speed(seconds, batch_size)["images_per_s"] for seconds in (base, pruned))
-    names = ("base_images_per_s_whole", "images_per_s_whole")
-    return ratio("speedup_whole", base, pruned) | dict(zip(names, speeds, strict=True))
-
-
 def _cases(spec: BenchSpec, pair: Pair) -> list[Case]:
-    """Both models, and the heads of a detector."""
     how: dict[str, Any] = {key: getattr(spec, key) for key in ("precision", "attention", "compile", "channels_last")}
     cases = [
         Case(name=name, model=model, shape=(3, size, size), **how)
