@@ -9,6 +9,8 @@ B batch, C channels of the encoder, M detections of the batch.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -35,13 +37,8 @@ def head_precision(encoder: Precision) -> Precision:
 class Heads(nn.Module):
     """The encoder's map [B, C, rows, columns] to the scores [M] of all detections.
 
-    Weights are random, as at the start of a training. Whatever its score, a box is a candidate.
-
-    Args:
-        spec: of the detector.
-        dim: C.
-        patch: pixels a side of a place of the map.
-        grid: rows and columns, for ``macs``.
+    ``dim`` is C, ``patch`` the pixels a side of a place of the map, ``grid`` rows and columns for ``macs``. Weights are
+    random, as at the start of a training. Whatever its score, a box is a candidate.
     """
 
     def __init__(self, spec: DetModelSpec, dim: int, patch: int, grid: tuple[int, int]) -> None:
@@ -66,14 +63,11 @@ class Heads(nn.Module):
     def macs(self) -> int:
         """Multiply-adds for one image, without the pooling of regions, which multiplies no matrices."""
         dim, rows, columns = self.shape
-        spec, channels = self.heads.spec, self.heads.spec.channels
-        levels = [
-            torch.empty(1, channels, rows * self.patch // stride, columns * self.patch // stride, device="meta")
-            for stride in self.neck.strides
-        ]
-        boxes = torch.empty(spec.proposals_test[1], channels, BOX_SIZE, BOX_SIZE, device="meta")
-        masks = torch.empty(spec.max_detections, channels, MASK_SIZE, MASK_SIZE, device="meta")
-        image = torch.empty(1, dim, rows, columns, device="meta")
-        parts = [(self.neck, image), (self.rpn.head, levels), (self.heads.mask_head, masks)]
+        spec = self.heads.spec
+        empty = partial(torch.empty, device="meta")
+        levels = [empty(1, spec.channels, rows * self.patch // s, columns * self.patch // s) for s in self.neck.strides]
+        boxes = empty(spec.proposals_test[1], spec.channels, BOX_SIZE, BOX_SIZE)
+        masks = empty(spec.max_detections, spec.channels, MASK_SIZE, MASK_SIZE)
+        parts = [(self.neck, empty(1, dim, rows, columns)), (self.rpn.head, levels), (self.heads.mask_head, masks)]
         parts += [(stage, boxes) for stage in self.heads.stages]
         return sum(sum(counts(part, x)["Global"].values()) for part, x in parts)

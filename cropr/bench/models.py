@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ NUM_CLASSES = 1000
 SIZES = {"cpu": (1024, 2048), "mps": (2048, 4096), "cuda": (4096, 8192)}
 """Rows and columns of the products that give a device's peak; the fastest size counts."""
 SECONDS = 0.25
-"""Time that each size is given, at least three products."""
+"""Of each size, at least three products."""
 
 
 def build_variants(
@@ -45,10 +44,8 @@ def build_variants(
 ) -> dict[str, nn.Module]:
     """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
 
-    Args:
-        prunes: by name of the variant.
-        channels_last: memory layout of the patch embedding's weights.
-        detector: the models are its encoders; None for a classifier.
+    ``prunes`` are by name of the variant; ``channels_last`` is the memory layout of the patch embedding's weights; with
+    a ``detector``, the models are its encoders.
 
     Returns:
         ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
@@ -75,13 +72,8 @@ def build_variants(
 def build_on_meta(
     model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None
 ) -> PrunedViT:
-    """A model whose parameters have no memory yet; buffers, such as rotary tables, are real.
-
-    ``random_weights`` gives it memory. Arguments as of ``build_variants``.
-
-    Raises:
-        ValueError: timm has no such model; an impossible schedule or reducer.
-    """
+    """A model whose parameters have no memory until ``random_weights``; buffers, such as rotary tables, are real.
+    Arguments and errors as of ``build_variants``."""
     require_known(model.name)
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -104,12 +96,9 @@ def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int 
     million random numbers are drawn and repeated: drawing all 300 million of a ViT-L takes longer than measuring it.
     """
     generator = torch.Generator().manual_seed(seed)
-    pattern = (torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))
-    pattern = pattern.to(device, dtype)
+    pattern = ((torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))).to(device, dtype)
     values = {}
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:
-            continue
+    for name, tensor in filter(lambda item: item[1].is_meta, model.state_dict().items()):
         value = values[name] = torch.empty(tensor.shape, device=device, dtype=dtype)
         if tensor.ndim < 2 and "scorer" not in name:
             value.fill_(0 if name.endswith("bias") else 1)
@@ -122,7 +111,7 @@ def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int 
 
 def weights_mb(model: nn.Module) -> float:
     """Parameters and buffers in 10^6 bytes."""
-    return megabytes(chain(model.parameters(), model.buffers()))
+    return megabytes((*model.parameters(), *model.buffers()))
 
 
 def megabytes(tensors: Iterable[Tensor]) -> float:
@@ -148,18 +137,14 @@ def token_trace(model: nn.Module) -> list[int]:
 
 
 def matmul_peak(precision: str, device: str) -> float:
-    """FLOPs per second of the best square product on this device, in this number format, with these threads; measured
-    once a process."""
-    return _peak(arithmetic_dtype(precision), device, torch.get_num_threads())
+    """FLOPs per second of the best square product on this device, in this number format; measured once a process."""
+    sizes = SIZES[kind_of(device)]
+    return max(_rate(size, arithmetic_dtype(precision), device, torch.get_num_threads()) for size in sizes)
 
 
 @cache
-def _peak(dtype: torch.dtype, device: str, threads: int) -> float:
-    return max(_rate(size, dtype, device) for size in SIZES[kind_of(device)])
-
-
 @torch.inference_mode()
-def _rate(size: int, dtype: torch.dtype, device: str) -> float:
+def _rate(size: int, dtype: torch.dtype, device: str, threads: int) -> float:
     """FLOPs per second of a product of two square matrices: the best reading, this being a peak."""
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     product = partial(torch.mm, a, b, out=torch.empty_like(a))

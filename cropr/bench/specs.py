@@ -21,7 +21,6 @@ _LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
 
 
 def _cropr(rate: int) -> dict[str, PruneSpec]:
-    """Cropr without and with LLF."""
     cropr = PruneSpec(reducer="cropr", schedule={"constant": {"rate": rate}})
     return {"cropr": cropr, "cropr_llf": cropr.model_copy(update={"fusion": "llf"})}
 
@@ -33,9 +32,9 @@ def _distinct(value: Any) -> Any:
 
 
 Distinct = AfterValidator(_distinct)
-"""No value twice."""
 Positive = Annotated[int, Field(ge=1)]
 Rounds = Annotated[int, Field(ge=3)]
+Speedup = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
 """Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
@@ -62,8 +61,7 @@ class BenchSpec(_Compared):
     """One throughput measurement: unpruned and pruned model, interleaved in one process."""
 
     detector: DetModelSpec | None = None
-    """The encoder of this detector, with its windows, is compared; pyramid and heads are timed beside it. None: a
-    classifier."""
+    """Its encoder, with its windows, is compared; pyramid and heads are timed beside it. None for a classifier."""
     pruned_image_size: int | None = None
     """Image size of the second model where it differs: an unpruned model on a smaller image is a baseline, too."""
     warmup: Positive = 1
@@ -87,9 +85,7 @@ class PlanSpec(_Compared):
 
     align: Positive = 1
     """Token counts, prefix included, are rounded up to a multiple of this."""
-    targets: Annotated[
-        tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...], Distinct, Field(min_length=1)
-    ] = (1.5,)
+    targets: Annotated[tuple[Speedup, ...], Distinct, Field(min_length=1)] = (1.5,)
     """Speed-ups over the unpruned model, one or several, each 1 or more."""
     verify: bool = False
     """Measure the schedules and correct them; otherwise a target is a ratio of multiply-adds."""
@@ -99,18 +95,16 @@ class PlanSpec(_Compared):
         if self.prune.schedule != PruneSpec().schedule:
             raise ValueError("prune.schedule is the result of a plan; leave it out")
         if self.prune.reducer == "none" or self.prune.fusion not in ("none", "llf"):
-            raise ValueError(
-                f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
-                "that prunes, and fusion 'llf' or 'none'"
-            )
+            named = f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r}"
+            raise ValueError(f"{named} cannot be planned; name a reducer that prunes, and fusion 'llf' or 'none'")
         return self
 
 
 class MicrobenchSpec(Spec):
-    """Fields of all microbenchmarks. ``measure`` has no default, so that it enters the digest."""
+    """Fields of all microbenchmarks. ``cells`` is the ``module:function`` that measures; ``measure`` has no default, so
+    that it enters the digest."""
 
     cells: ClassVar[str]
-    """``module:function`` that measures."""
     measure: str
     model: ModelSpec = _LARGE
     image_size: int = Field(224, ge=16)
@@ -152,10 +146,7 @@ class VariantsSpec(MicrobenchSpec):
 
 
 class SweepSpec(VariantsSpec):
-    """Throughput of all variants in every precision with every attention kernel, for every batch size.
-
-    For one batch size everything takes turns in one process, so that any two of its cells can be compared.
-    """
+    """Throughput of all variants in every precision with every attention kernel, for every batch size."""
 
     cells: ClassVar[str] = "cropr.bench.sweep:sweep_cells"
     measure: Literal["sweep"]
@@ -192,21 +183,18 @@ class ProfileSpec(VariantsSpec, OneSettingSpec):
 
     cells: ClassVar[str] = "cropr.bench.profiling:profile_cells"
     measure: Literal["profile"]
-    passes: int = Field(3, ge=1)
+    passes: Positive = 3
 
 
 class ScoringSpec(OneSettingSpec):
-    """Scoring with one vector, against scoring with all queries and summing.
-
-    By default the paper's segmenter: EVA-02-L at 512 px, R=40, Last Layer Fusion.
-    """
+    """Scoring with one vector, against scoring with all queries and summing; by default of the paper's segmenter."""
 
     cells: ClassVar[str] = "cropr.bench.scoring:scoring_cells"
     measure: Literal["scoring"]
     model: ModelSpec = ModelSpec(name="eva02_large_patch14_224", args={"patch_size": 16})
     image_size: int = Field(512, ge=16)
     prune: PruneSpec = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 40}}, fusion="llf")
-    queries: int | None = Field(None, ge=1)
+    queries: Positive | None = None
     """Of every module; None for one a patch, as in segmentation."""
     batch_size: Positive = 1
     precision: Precision = "bf16"
@@ -225,10 +213,8 @@ class ScoringSpec(OneSettingSpec):
 
 
 class TrainingSpec(VariantsSpec):
-    """Time and peak memory of a training step, and peak memory of a forward pass for inference.
-
-    By default a ViT-S: all variants are in memory at once, and a ViT-L takes 5 GB with gradients and AdamW's moments.
-    """
+    """Time and peak memory of a training step, and peak memory of a forward pass for inference. By default of a ViT-S:
+    all variants are in memory at once, and a ViT-L takes 5 GB with gradients and AdamW's moments."""
 
     cells: ClassVar[str] = "cropr.bench.training_step:training_cells"
     measure: Literal["training"]

@@ -107,7 +107,7 @@ def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progres
 def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Clock:
     """Finish the warm-up of so many ``passes``, and repeat the pass in every reading until that is long enough.
 
-    One pass ran already, in ``first`` seconds. If that was fast, one more is run, to leave out the cost of a first time.
+    One pass ran already, in ``first`` seconds. If it was fast, one more is run, without the cost of a first time.
     """
     once = first
     for _ in range(max(passes - 1, int(first < 10 * MIN_SAMPLE_S))):

@@ -24,7 +24,6 @@ from cropr.cli.spec_flags import number, say, show_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     add_measuring_flags(parser, BenchSpec)
 
 

@@ -23,7 +23,6 @@ from cropr.specs import ScenesSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sub-verbs ``scenes`` and ``check``."""
     verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     scenes = verbs.add_parser("scenes", help="write the embedded data set")
     scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; an earlier set is replaced")

@@ -28,13 +28,10 @@ from cropr.records import provenance
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _LONG = ("cpu_info", "pip_packages", "conda_packages", "pip_version")
-"""What is not shown of ``torch.utils.collect_env``."""
-
 Report = dict[str, dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
     parser.add_argument("--config", type=Path, default="config/config.yaml", help="file that names the data roots")
     parser.add_argument("--results", type=Path, default="results", help="folder that the workflow writes to")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -55,27 +52,33 @@ def run(args: argparse.Namespace) -> None:
 
 
 def collect(config: Path, results: Path) -> Report:
-    """Facts about this computer and this installation, as sections of plain JSON values. Nothing is written.
-
-    Args:
-        config: the workflow's configuration; may be missing.
-        results: the workflow's output folder; may be missing.
-    """
+    """Facts about this computer and this installation, as sections of plain JSON values; ``config`` and ``results`` of
+    the workflow may be missing. Nothing is written."""
     here = provenance(time.time())
-    software = {"cropr": __version__, "python": here["python"], **here["packages"]}
-    software |= {name: version(name) for name in ("snakemake", "papermill") if find_spec(name)}
-    software |= {"commit": here["commit"], "uncommitted_changes": here["dirty"]}
-    software["conda_environment_active"] = "CONDA_PREFIX" in os.environ
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"platform": here["platform"], "cpu": here["cpu"], "cores": os.cpu_count(), "cores_usable": usable}
-    machine |= {name: os.environ.get(name) for name in VARIABLES}
-    return {"software": software, "torch": _torch(), "machine": machine, "folders": _folders(config, results)}
+    return {
+        "software": {
+            "cropr": __version__,
+            "python": here["python"],
+            **here["packages"],
+            **{name: version(name) for name in ("snakemake", "papermill") if find_spec(name)},
+            "commit": here["commit"],
+            "uncommitted_changes": here["dirty"],
+            "conda_environment_active": "CONDA_PREFIX" in os.environ,
+        },
+        "torch": _torch(),
+        "machine": {
+            **{"platform": here["platform"], "cpu": here["cpu"], "cores": os.cpu_count(), "cores_usable": usable},
+            **{name: os.environ.get(name) for name in VARIABLES},
+        },
+        "folders": _folders(config, results),
+    }
 
 
 def find_problems(report: Report) -> Iterator[str]:
     """What would stop a run or make its numbers wrong, each as a sentence with the fix."""
     torch, folders, usable = report["torch"], report["folders"], report["machine"]["cores_usable"]
-    if not torch["usable"]:
+    if "reason" in torch:
         yield f"torch cannot be imported ({torch['reason']}); make env installs it"
     elif (threads := torch["threads"]) > usable:
         yield f"torch uses {threads} threads on {usable} usable cores, which is slow; set OMP_NUM_THREADS={usable}"
@@ -108,15 +111,16 @@ def _folders(config: Path, results: Path) -> dict[str, Any]:
         values = parse(config.read_text(encoding="utf-8"), str(config))
     except (OSError, ValueError) as error:
         problem = f"{config}: {error}"
-    roots = {name: Path(values[name]) for name in ("folder", *LAYOUTS) if values.get(name)}
+    roots = {name: values[name] for name in ("folder", *LAYOUTS) if values.get(name)}
     return {
         "config": str(config),
         "config_error": problem,
-        "data_roots": {
-            name: {"path": str(root), "readable": root.is_dir() and os.access(root, os.R_OK | os.X_OK)}
-            for name, root in roots.items()
-        },
+        "data_roots": {name: {"path": root, "readable": _allows(root, os.R_OK)} for name, root in roots.items()},
         "results": str(results),
-        "results_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "results_writable": _allows(existing, os.W_OK),
         "disk_free_gb": round(shutil.disk_usage(existing).free / 1e9, 1),
     }
+
+
+def _allows(folder: str | Path, mode: int) -> bool:
+    return os.path.isdir(folder) and os.access(folder, mode | os.X_OK)

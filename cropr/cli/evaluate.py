@@ -21,7 +21,6 @@ from cropr.training.specs import TrainSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     flags.add_run_flags(parser)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec, with --weights instead of --run")
     for flag, text in (
@@ -86,7 +85,7 @@ def _named(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
         flags.require_alone(args, "run", ("spec", "weights"))
         return flags.trained_run(args)
     if args.spec and args.weights:
-        return flags.read_spec(args.spec), args.weights, args.seed or 0
+        return flags.make_spec(args.spec), args.weights, args.seed or 0
     raise ValueError(
         "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
         "or --predictions FILE with --annotations FILE"

@@ -26,7 +26,6 @@ from cropr.records import RECORD, make_record, package_versions, write_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="directory of a finished training run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model.onnx, model.pt2 and record.json")
     flags.add_fields(flags.add_pruning_flags(parser), BenchSpec, ["image_size"])

@@ -34,7 +34,6 @@ _KEYS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     parser.add_argument("measure", choices=sorted(MEASURES), help="what to measure")
     text = "change one value of the specification, such as image_size=448"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)

@@ -21,7 +21,6 @@ _KEYS = ("target", "schedule", "predicted", "speedup", "speedup_low", "speedup_h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     add_measuring_flags(parser, PlanSpec, schedule=False)
 
 

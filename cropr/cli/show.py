@@ -27,7 +27,6 @@ _LOG = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     add_run_flags(parser, required=True)
     parser.add_argument("--images", type=int, default=8, metavar="N", help="validation images to show (default 8)")
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="this picture instead; repeatable")

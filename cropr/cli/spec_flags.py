@@ -173,12 +173,16 @@ def read_values(text: str) -> dict[str, Any]:
 
 
 def make_spec(
-    values: Mapping[str, Any],
+    values: str | Mapping[str, Any],
     overrides: Iterable[str] = (),
     kind: type[Kind] = TrainSpec,  # type: ignore[assignment]
 ) -> Kind:
-    """Validate a spec. Raises: ValueError: key, value and what is allowed, a line each."""
-    values = copy.deepcopy(dict(values))
+    """Validate a spec, of keys and values or of what ``read_values`` reads; ``overrides``: KEY=VALUE of ``--set``.
+
+    Raises:
+        ValueError: key, value and what is allowed, a line each.
+    """
+    values = read_values(values) if isinstance(values, str) else copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -194,11 +198,6 @@ def make_spec(
         except ValueError:
             place[last] = value
     return check(kind, values, "spec")
-
-
-def read_spec(text: str, overrides: Iterable[str] = ()) -> TrainSpec:
-    """A training run's specification from a file or JSON."""
-    return make_spec(read_values(text), overrides)
 
 
 def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:

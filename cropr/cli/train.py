@@ -33,7 +33,6 @@ _FLAGS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     data = "the images: train/<class>/* and val/<class>/*, or the layout of the spec's task"
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     spec = None
     if args.spec:
         flags.require_alone(args, "spec", _FLAGS, "; change single keys with --set")
-        spec = flags.read_spec(args.spec, args.set)
+        spec = flags.make_spec(args.spec, args.set)
 
     from cropr.tasks import TASKS
     from cropr.training.distributed import start
