@@ -1,4 +1,4 @@
-"""What follows the encoder of a detector: pyramid, proposals, box and mask heads, to be timed beside the encoder.
+"""What follows the encoder of a detector: pyramid, proposals, box and mask heads, with random weights.
 
 The encoder's output has the same shape with and without pruning, so that one measurement serves both: a whole model's
 time is its encoder's plus that of the heads. Heads get as many proposals, candidate boxes and masks as an image can
@@ -35,11 +35,8 @@ def head_precision(encoder: Precision) -> Precision:
 
 
 class Heads(nn.Module):
-    """The encoder's map [B, C, rows, columns] to the scores [M] of all detections.
-
-    ``dim`` is C, ``patch`` the pixels a side of a place of the map, ``grid`` rows and columns for ``macs``. Weights are
-    random, as at the start of a training. Whatever its score, a box is a candidate.
-    """
+    """The encoder's map [B, C, rows, columns] to the scores [M] of all detections. Whatever its score, a box is a
+    candidate. ``dim`` is C, ``patch`` the pixels a side of a place of the map, ``grid`` rows and columns for ``macs``."""
 
     def __init__(self, spec: DetModelSpec, dim: int, patch: int, grid: tuple[int, int]) -> None:
         super().__init__()

@@ -44,8 +44,7 @@ def build_variants(
 ) -> dict[str, nn.Module]:
     """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
 
-    ``prunes`` are by name of the variant; ``channels_last`` is the memory layout of the patch embedding's weights; with
-    a ``detector``, the models are its encoders.
+    ``channels_last`` is the memory layout of the patch embedding's weights. With a ``detector``, they are its encoders.
 
     Returns:
         ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
@@ -92,8 +91,8 @@ def build_on_meta(
 def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:
     """Give memory and values to tensors on the meta device, and move the model; other values stay.
 
-    Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02. One
-    million random numbers are drawn and repeated: drawing all 300 million of a ViT-L takes longer than measuring it.
+    Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02: a
+    million numbers, repeated, since drawing all 300 million of a ViT-L takes longer than measuring it.
     """
     generator = torch.Generator().manual_seed(seed)
     pattern = ((torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))).to(device, dtype)

@@ -17,8 +17,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 
-from cropr.bench.attention import quiet_profile, run_forced, with_attention_kernel
-from cropr.bench.device import noise, weights_dtype
+from cropr.bench.device import noise, quiet_profile, run_forced, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_variants, token_trace
 from cropr.bench.specs import ProfileSpec
 from cropr.bench.timing import Tell

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cropr.bench.attention import with_attention_kernel
-from cropr.bench.device import Unsupported, noise, weights_dtype
+from cropr.bench.device import Unsupported, noise, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_variants, token_trace
 from cropr.bench.specs import UNPRUNED, ScoringSpec
 from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved

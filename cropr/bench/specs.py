@@ -1,7 +1,4 @@
-"""Specifications of measurements. Defaults measure the paper's ViT-L/16 with Cropr at R=8.
-
-Pure Python and pydantic, no torch: the workflow and the command line read and write these.
-"""
+"""Specifications of measurements, without torch. Defaults measure the paper's ViT-L/16 with Cropr at R=8."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ from cropr.tasks.detection import DetModelSpec
 
 UNPRUNED = "unpruned"
 """Name of the timm model itself among its variants."""
-
-_LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
 
 
 def _cropr(rate: int) -> dict[str, PruneSpec]:
@@ -106,13 +101,12 @@ class MicrobenchSpec(Spec):
 
     cells: ClassVar[str]
     measure: str
-    model: ModelSpec = _LARGE
+    model: ModelSpec = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
     image_size: int = Field(224, ge=16)
 
     def places(self) -> list[dict[str, Any]]:
         """How each cell of the record is run."""
-        one = {key: [getattr(self, key, "auto")] for key in ("batch_size", "precision", "attention")}
-        axes = one | self._axes()
+        axes = {key: [getattr(self, key, "auto")] for key in ("batch_size", "precision", "attention")} | self._axes()
         return [dict(zip(axes, place, strict=True)) for place in product(*axes.values())]
 
     def _axes(self) -> dict[str, Sequence[Any]]:
@@ -159,7 +153,7 @@ class SweepSpec(VariantsSpec):
 
     def _axes(self) -> dict[str, Sequence[Any]]:
         settings = {"batch_size": self.batch_sizes, "precision": self.precisions, "attention": self.attentions}
-        return settings | super()._axes()
+        return {**settings, **super()._axes()}
 
 
 class BlocksSpec(OneSettingSpec):

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cropr.bench.attention import with_attention_kernel
-from cropr.bench.device import noise, weights_dtype
+from cropr.bench.device import noise, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_on_meta, random_weights
 from cropr.bench.specs import BlocksSpec
 from cropr.bench.timing import Tell, iqr, time_passes

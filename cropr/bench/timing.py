@@ -18,8 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from cropr.bench.attention import run_forced, with_attention_kernel
-from cropr.bench.device import Unsupported, check, first_line, largest_batch, noise, weights_dtype, working_memory
+from cropr.bench.device import (
+    Unsupported,
+    check,
+    first_line,
+    largest_batch,
+    noise,
+    run_forced,
+    weights_dtype,
+    with_attention_kernel,
+    working_memory,
+)  # fmt: skip
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
@@ -72,10 +81,7 @@ def time_interleaved(
 
     A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
     ``batch_size``, the inputs of a pass, is halved for all cases until the device has the memory for it. Each case has
-    ``warmup`` untimed passes and ``rounds`` readings.
-
-    Raises:
-        ValueError: there is no such device.
+    ``warmup`` untimed passes and ``rounds`` readings. Raises: ValueError: there is no such device.
     """
     try:
         return largest_batch(batch_size, partial(_time_batch, cases, rounds, warmup, device, tell))

@@ -55,24 +55,14 @@ def collect(config: Path, results: Path) -> Report:
     """Facts about this computer and this installation, as sections of plain JSON values; ``config`` and ``results`` of
     the workflow may be missing. Nothing is written."""
     here = provenance(time.time())
+    software = {"cropr": __version__, "python": here["python"], **here["packages"]}
+    software |= {name: version(name) for name in ("snakemake", "papermill") if find_spec(name)}
+    software |= {"commit": here["commit"], "uncommitted_changes": here["dirty"]}
+    software["conda_environment_active"] = "CONDA_PREFIX" in os.environ
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "software": {
-            "cropr": __version__,
-            "python": here["python"],
-            **here["packages"],
-            **{name: version(name) for name in ("snakemake", "papermill") if find_spec(name)},
-            "commit": here["commit"],
-            "uncommitted_changes": here["dirty"],
-            "conda_environment_active": "CONDA_PREFIX" in os.environ,
-        },
-        "torch": _torch(),
-        "machine": {
-            **{"platform": here["platform"], "cpu": here["cpu"], "cores": os.cpu_count(), "cores_usable": usable},
-            **{name: os.environ.get(name) for name in VARIABLES},
-        },
-        "folders": _folders(config, results),
-    }
+    machine = {"platform": here["platform"], "cpu": here["cpu"], "cores": os.cpu_count(), "cores_usable": usable}
+    machine |= {name: os.environ.get(name) for name in VARIABLES}
+    return {"software": software, "torch": _torch(), "machine": machine, "folders": _folders(config, results)}
 
 
 def find_problems(report: Report) -> Iterator[str]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -17,7 +17,6 @@ from cropr.records import RECORD, write_record
 from cropr.specs import Spec
 
 _LOG = logging.getLogger(__name__)
-Kind = TypeVar("Kind", bound=Spec)
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser, kind: type[Spec], schedule: bool = True) -> None:
@@ -35,12 +34,8 @@ def add_record_flags(parser: argparse.ArgumentParser, how: argparse._ActionsCont
     flags.add_machine_flags(how)
 
 
-def spec_from_flags(args: argparse.Namespace, kind: type[Kind], together: Collection[str] = ()) -> Kind:
-    """The specification of a measurement that ``--spec`` or the flags describe; ``together``: flags that go with both.
-
-    Raises:
-        ValueError: flags that do not go together, or a value that is not allowed.
-    """
+def spec_from_flags(args: argparse.Namespace, kind: type[flags.Kind], together: Collection[str] = ()) -> flags.Kind:
+    """The specification of a measurement that ``--spec`` or flags describe; ``together``: flags that go with both."""
     values = flags.given(args, kind.model_fields)
     if args.spec:
         flags.require_alone(args, "spec", {*flags.PRUNING, *values} - {*together})
@@ -69,11 +64,8 @@ def origin(record: Mapping[str, Any]) -> str:
 def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to.
 
-    What the device cannot run stands in a written record as ``unsupported``, with the reason and without metrics: so a
-    table of several precisions is complete on any device.
-
-    Raises:
-        ValueError: an impossible spec or number of threads; what the device cannot run, if no record is written.
+    If it is written, it also says what the device cannot run, so that a table of several precisions is complete on any
+    device; else that is an error.
     """
     import torch
 

@@ -37,10 +37,8 @@ def add_fields(
     names: Iterable[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """A flag for each field that holds a number, a word, a switch, or several numbers or words.
-
-    ``names``: these fields only. ``defaults``: field -> default for the help, where a verb has its own.
-    """
+    """A flag for each field, or those named, that holds a number, a word, a switch, or several numbers or words;
+    ``defaults`` are for the help, where a verb has its own."""
     for name in names or spec.model_fields:
         field = spec.model_fields[name]
         if (options := _options(field.annotation)) is None:
@@ -120,11 +118,7 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def require_alone(args: argparse.Namespace, whole: str, names: Iterable[str], fix: str = "") -> None:
-    """Refuse ``--spec`` or ``--run`` (``whole``) together with flags that stand for parts of it.
-
-    Raises:
-        ValueError: they are given together; ``fix`` ends the message.
-    """
+    """Raises: ValueError: flags that stand for parts of ``whole``, "spec" or "run", are given beside it."""
     if found := given(args, names):
         raise ValueError(f"--{whole} and {', '.join(map(flag, found))}: the {whole} says it all{fix}")
 
@@ -137,12 +131,8 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --spec") -> dict[str, Any]:
-    """``model`` and ``prune`` of a specification, of the flags of ``add_pruning_flags``.
-
-    Raises:
-        ValueError: no model, and ``instead`` says what else there is; flags that do not go together, or a schedule that
-            is neither JSON nor YAML.
-    """
+    """``model`` and ``prune`` of a specification, of the flags of ``add_pruning_flags``. Raises: ValueError: no model,
+    and ``instead`` says what else there is; flags that do not go together; a schedule that is not JSON."""
     if not args.model:
         raise ValueError(f"name a model with --model (for example vit_large_patch16_224) or {instead}")
     reducer = args.reducer or "cropr"
@@ -177,11 +167,8 @@ def make_spec(
     overrides: Iterable[str] = (),
     kind: type[Kind] = TrainSpec,  # type: ignore[assignment]
 ) -> Kind:
-    """Validate a spec, of keys and values or of what ``read_values`` reads; ``overrides``: KEY=VALUE of ``--set``.
-
-    Raises:
-        ValueError: key, value and what is allowed, a line each.
-    """
+    """A spec of keys and values, or of what ``read_values`` reads; ``overrides``: KEY=VALUE of ``--set``. Raises:
+    ValueError: key, value and what is allowed, a line each."""
     values = read_values(values) if isinstance(values, str) else copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -201,12 +188,7 @@ def make_spec(
 
 
 def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
-    """Specification, weights and seed (if given, that of the flags) of the run that ``--run`` names.
-
-    Raises:
-        FileNotFoundError: no such directory, or no record in it.
-        ValueError: a record of something else.
-    """
+    """Specification, weights and seed (if given, that of the flags) of the run that ``--run`` names."""
     from cropr.training.checkpoint import WEIGHTS
 
     folder: Path = args.run_dir

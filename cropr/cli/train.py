@@ -28,8 +28,7 @@ from cropr.training.specs import TrainSpec
 
 _LOG = logging.getLogger(__name__)
 _RECIPE = ("epochs", "batch_size", "accumulate", "precision")
-_FLAGS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
-"""Flags that stand for parts of a spec."""
+_PARTS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
-    spec = None
     if args.spec:
-        flags.require_alone(args, "spec", _FLAGS, "; change single keys with --set")
+        flags.require_alone(args, "spec", _PARTS, "; change single keys with --set")
         spec = flags.make_spec(args.spec, args.set)
 
     from cropr.tasks import TASKS
@@ -69,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     with start(args.device, args.threads) as world:
         if not world.leads:
             logging.disable(logging.INFO)
-        spec = spec or _spec_for_folder(args, on_gpu=world.device.type == "cuda")
+        if not args.spec:
+            spec = _spec_for_folder(args, on_gpu=world.device.type == "cuda")
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
         how = {name: getattr(args, name) for name in ("init", "workers", "checkpoint_minutes", "evaluate_every")}
         try:
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
-    """The spec that the flags describe: a recipe to fine-tune a model on a folder of images."""
+    """A recipe to fine-tune a model on a folder of images."""
     from cropr.build import require_known
     from cropr.data.imagenet import load_splits
 
@@ -136,13 +135,10 @@ def _input_of(model: str) -> dict[str, Any]:
     """Image size, normalisation and evaluation crop that a timm model was made for."""
     import timm
 
-    if (config := timm.get_pretrained_cfg(model)) is None:
+    config = timm.get_pretrained_cfg(model)
+    if config is None:
         return {}
-    usual = config.interpolation in ("bicubic", "bilinear")
-    return {
-        "image_size": config.input_size[-1],
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "crop_pct": config.crop_pct,
-        "interpolation": config.interpolation if usual else "bicubic",
-    }
+    found = {name: getattr(config, name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    if config.interpolation not in ("bicubic", "bilinear"):
+        found["interpolation"] = "bicubic"
+    return found | {"image_size": config.input_size[-1]}
