@@ -36,7 +36,7 @@ def head_precision(encoder: Precision) -> Precision:
 
 class Heads(nn.Module):
     """The encoder's map [B, C, rows, columns] to the scores [M] of all detections. Whatever its score, a box is a
-    candidate. ``dim`` is C, ``patch`` the pixels a side of a place of the map, ``grid`` rows and columns for ``macs``."""
+    candidate. ``dim`` is C, ``patch`` the pixels a side of a place of the map, ``grid`` its rows and columns."""
 
     def __init__(self, spec: DetModelSpec, dim: int, patch: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -48,7 +48,6 @@ class Heads(nn.Module):
             self.heads = CascadeHeads(candidates, NUM_CLASSES, self.neck.strides[:-1])
         self.patch = patch
         self.shape = (dim, *grid)
-        """C, rows, columns."""
 
     def forward(self, features: Tensor) -> Tensor:
         rows, columns = features.shape[-2:]

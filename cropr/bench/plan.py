@@ -8,7 +8,7 @@ schedule is measured, until the two agree or no other schedule is found. No mode
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -46,7 +46,7 @@ def measure(spec: PlanSpec, device: str, tick: Tell) -> dict[str, Any]:
     """
     tick("count multiply-adds")
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
-    answers: dict[_Search, dict[str, Any] | None] = {_search(spec, cost, target): None for target in spec.targets}
+    answers: dict[_Search, Any] = {_search(spec, cost, target): None for target in spec.targets}
     cells: dict[_Search, dict[str, Any]] = {search: {} for search in answers}
     while answers:
         pending = {}
@@ -63,7 +63,8 @@ def measure(spec: PlanSpec, device: str, tick: Tell) -> dict[str, Any]:
 def _search(spec: PlanSpec, cost: Cost, target: float) -> _Search:
     """Yields schedules to measure, is sent their cells of a sweep, and returns the line of the record: of several
     schedules the one whose speed-up is closest to the target."""
-    asked, reason, planned, tried = target, None, None, {}
+    asked, reason, planned = target, None, None
+    tried: dict[Any, dict[str, Any]] = {}
     try:
         while True:
             schedule = Schedule.for_speedup(max(1.0, asked), cost, fusion=spec.prune.fusion, align=spec.align)
@@ -73,8 +74,8 @@ def _search(spec: PlanSpec, cost: Cost, target: float) -> _Search:
             if schedule in tried:
                 schedule = _finer(spec, cost, schedule, asked)
             if schedule in tried or len(tried) == ATTEMPTS:
-                found = ", ".join(f"{cell['metrics']['speedup']:.3f} ({s.describe()})" for s, cell in tried.items())
-                raise ValueError(f"this device does not reach {target:g} within {TOLERANCE:.0%}; measured: {found}")
+                got = ", ".join(f"{cell['metrics']['speedup']:.3f} ({s.describe()})" for s, cell in tried.items())
+                raise ValueError(f"this device does not reach {target:g} within {TOLERANCE:.0%}; measured: {got}")
             cell = yield schedule
             if "unsupported" in cell:
                 raise ValueError(cell["unsupported"])
@@ -117,9 +118,7 @@ def _finer(spec: PlanSpec, cost: Cost, schedule: Schedule, asked: float) -> Sche
     return finer[found] if found < len(finer) else schedule
 
 
-def _measure(
-    spec: PlanSpec, pending: Mapping[_Search, Schedule], device: str, tell: Tell
-) -> dict[_Search, dict[str, Any]]:
+def _measure(spec: PlanSpec, pending: dict[_Search, Schedule], device: str, tell: Tell) -> dict[_Search, Any]:
     """Measure the pending schedules; all take turns with one unpruned model in one process."""
     variants = {
         f"schedule {number}": spec.prune.model_copy(update={"schedule": schedule.to_config()})

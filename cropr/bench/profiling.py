@@ -54,7 +54,7 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
                 for _ in range(spec.passes):
                     with record_function(f"{_LABEL}other"):
                         forward()
-        seconds = _median_pass(profile.function_events or (), cuda)
+        seconds = _median_pass(profile.function_events or (), spec.passes, cuda)
         total = sum(seconds.values())
         share = sum(seconds[part] for part in PRUNING) / total
         metrics = {"total_s": total, "pruning_share": share, "gmacs": flops.macs(model).total / 1e9}
@@ -62,12 +62,13 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
     return cells
 
 
-def _median_pass(events: Iterable[FunctionEvent], cuda: bool) -> dict[str, float]:
+def _median_pass(events: Iterable[FunctionEvent], count: int, cuda: bool) -> dict[str, float]:
     """Seconds by category of the pass with the median total; on CUDA the device's, else the clock's."""
     # Labels appear once more among the device's own events.
     roots = [e for e in events if e.device_type == DeviceType.CPU and e.cpu_parent is None]
     passes = [_sums(event, cuda) for event in roots if event.name.startswith(_LABEL)]
-    return sorted(passes, key=lambda sums: sum(sums.values()))[len(passes) // 2]
+    assert len(passes) == count
+    return sorted(passes, key=lambda sums: sum(sums.values()))[count // 2]
 
 
 @contextmanager

@@ -152,8 +152,8 @@ class SweepSpec(VariantsSpec):
     warmup: Positive = 1
 
     def _axes(self) -> dict[str, Sequence[Any]]:
-        settings = {"batch_size": self.batch_sizes, "precision": self.precisions, "attention": self.attentions}
-        return {**settings, **super()._axes()}
+        settings: dict[str, Any] = {"precision": self.precisions, "attention": self.attentions}
+        return {"batch_size": self.batch_sizes, **settings, **super()._axes()}
 
 
 class BlocksSpec(OneSettingSpec):

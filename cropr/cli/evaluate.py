@@ -65,15 +65,14 @@ def run(args: argparse.Namespace) -> None:
         if not world.leads:
             return None
         metrics, tokens = {**result.metrics, "deployed": int(args.deployed)}, list(model.token_trace)
-        found = {"seed": seed, "metrics": metrics, "tokens": tokens, "series": result.series}
-        origin = {"device": str(world.device), "precision": precision, "data_fingerprint": task.fingerprint}
         if args.out:
+            found = {"seed": seed, "metrics": metrics, "tokens": tokens, "series": result.series}
+            origin = {"device": str(world.device), "precision": precision, "data_fingerprint": task.fingerprint}
             write_record(args.out, make_record("evaluate", spec, started, found, **origin))
     flags.show_metrics(str(weights), metrics, TASKS[spec.task].metrics)
     flags.say(f"tokens: {', '.join(map(str, tokens))}")
     if relevance := result.series.get("relevance"):
-        rows = [{name.replace("_", " "): flags.number(value) for name, value in row.items()} for row in relevance]
-        flags.show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", rows)
+        flags.show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", relevance)
     return None
 
 
@@ -86,10 +85,8 @@ def _named(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
         return flags.trained_run(args)
     if args.spec and args.weights:
         return flags.make_spec(args.spec), args.weights, args.seed or 0
-    raise ValueError(
-        "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
-        "or --predictions FILE with --annotations FILE"
-    )
+    own = "--spec FILE with --weights FILE, or --predictions FILE with --annotations FILE"
+    raise ValueError(f"name what to evaluate: --run DIR, or {own}")
 
 
 def _score(args: argparse.Namespace, started: float) -> None:

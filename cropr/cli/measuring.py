@@ -48,7 +48,7 @@ def show_cells(title: str, record: Mapping[str, Any], keys: Sequence[str]) -> No
     cells = record.get("cells", [])
     flat = [{**cell, **(cell.get("metrics") or {})} for cell in cells]
     shown = [key for key in keys if any(key in cell for cell in flat)]
-    flags.show_table(title, [{key.replace("_", " "): flags.number(cell.get(key)) for key in shown} for cell in flat])
+    flags.show_table(title, [{key: cell.get(key) for key in shown} for cell in flat])
     for key, text in (("unsupported", "not measured"), ("reason", "not reached")):
         for reason in dict.fromkeys(cell[key] for cell in cells if cell.get(key)):
             flags.say(f"{text}: {reason}")
@@ -82,7 +82,7 @@ def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[s
 
 
 def set_threads(args: argparse.Namespace) -> None:
-    """Apply ``--threads``. Raises: ValueError: it is below 1."""
+    """Apply ``--threads``."""
     import torch
 
     flags.require_positive(args, "threads")

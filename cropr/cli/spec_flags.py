@@ -90,7 +90,6 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
 
 
 def add_machine_flags(parser: argparse._ActionsContainer, workers: bool = False) -> None:
-    """``--device`` and ``--threads``; with ``workers``, also ``--workers``."""
     parser.add_argument("--device", help="cpu, cuda; to measure also cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default OMP_NUM_THREADS, else all)")
     if workers:
@@ -107,7 +106,6 @@ def add_run_flags(parser: argparse.ArgumentParser, required: bool = False) -> No
 
 
 def flag(name: str) -> str:
-    """The flag that gives a field."""
     return "--" + name.replace("_", "-")
 
 
@@ -221,27 +219,27 @@ def say(text: str) -> None:
     Console().print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """A title and a table of rows, column -> text; all rows have the columns of the first."""
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A title and a table of rows, column -> value; all rows have the columns of the first."""
     say(title)
-    table = Table(*(rows[0] if rows else ()), box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = (name.replace("_", " ") for name in (rows[0] if rows else ()))
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(number, row.values()))
     Console().print(table)
 
 
 def show_metrics(title: str, metrics: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
     """A table of metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and
     the ends of an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
-    labels, rows = labels or {}, []
-    paired = any(name.startswith("base_") for name in metrics)
+    labels, rows, paired = labels or {}, [], any(name.startswith("base_") for name in metrics)
     for name, value in metrics.items():
         if name.startswith("base_") or (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in metrics):
             continue
         text = "no such object" if value is None else number(value) + " %" * (name in labels)
         if f"{name}_low" in metrics:
             text += f" [{number(metrics[f'{name}_low'])}, {number(metrics[f'{name}_high'])}]"
-        base = {"unpruned": number(metrics.get(f"base_{name}"))} if paired else {}
+        base = {"unpruned": metrics.get(f"base_{name}")} if paired else {}
         rows.append({"quantity": labels.get(name, name.replace("_", " ")), **base, "value": text})
     show_table(title, rows)
 

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
+    spec: Any = None
     if args.spec:
         flags.require_alone(args, "spec", _PARTS, "; change single keys with --set")
         spec = flags.make_spec(args.spec, args.set)
@@ -67,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
     with start(args.device, args.threads) as world:
         if not world.leads:
             logging.disable(logging.INFO)
-        if not args.spec:
-            spec = _spec_for_folder(args, on_gpu=world.device.type == "cuda")
+        spec = spec or _spec_for_folder(args, on_gpu=world.device.type == "cuda")
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
         how = {name: getattr(args, name) for name in ("init", "workers", "checkpoint_minutes", "evaluate_every")}
         try:
