@@ -5,8 +5,6 @@ in fp32 under torch's autocast, which is the paper's AMP. Autocast is entered an
 every weight on the way, as programs do that enter it once a batch; a cast model pays for that once.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import logging
@@ -79,13 +77,11 @@ def check(precision: str, device: str) -> None:
         raise Unsupported(f"precision {precision}: this CPU has no fast {number} arithmetic; use fp32, or CUDA")
 
 
-def noise(
-    batch_size: int, shape: Sequence[int], device: str, dtype: torch.dtype, channels_last: bool = False
-) -> Tensor:
+def noise(batch_size: int, shape: Sequence[int], device: str, precision: str, channels_last: bool = False) -> Tensor:
     """Images or features [B, C, rows, columns] of normal noise, the same ones every time."""
     values = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return values.to(device, dtype).contiguous(memory_format=layout)
+    return values.to(device, weights_dtype(precision)).contiguous(memory_format=layout)
 
 
 def largest_batch(batch_size: int, attempt: Callable[[int], Result]) -> tuple[int, Result]:
@@ -149,7 +145,9 @@ def _status(key: str) -> float:
 def with_attention_kernel(
     attention: str, precision: str, device: str, forward: Callable[[], Result]
 ) -> Callable[[], Result]:
-    """The forward pass with its kernel forced and, for a mixed precision, within an autocast of its own."""
+    """The forward pass with its kernel forced and, for a mixed precision, within an autocast of its own. Raises:
+    Unsupported: the device lacks the precision."""
+    check(precision, device)
 
     def run() -> Result:
         kernel: AbstractContextManager[Any] = nullcontext() if attention == "auto" else sdpa_kernel(KERNELS[attention])
@@ -166,15 +164,16 @@ def quiet_profile(cuda: bool = False) -> profiler.profile:
 
 
 def run_forced(forward: Callable[[], Result], attention: str, compiled: bool = False) -> tuple[Result, dict[str, int]]:
-    """The result of a pass that forces a kernel, and the attention kernels that ran: name -> calls.
-
-    Raises:
-        Unsupported: the device has no such kernel for these shapes and this precision, or another ran.
-    """
+    """The result of a pass that forces a kernel, and the attention kernels that ran: name -> calls. Raises:
+    Unsupported: the device lacks the kernel or an operator, the compiler refuses the model, or another kernel ran."""
     try:
         with quiet_profile() as profile:
             result = forward()
+    except NotImplementedError as error:
+        raise Unsupported(f"torch has no such operator here: {first_line(error)}") from None
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise Unsupported(f"torch.compile: {first_line(error)}") from None
         if attention == "auto" or not re.search(r"no (viable|available) (backend|kernel)", str(error), re.IGNORECASE):
             raise
         raise Unsupported(f"attention {attention}: torch has no such kernel here: {first_line(error)}") from None

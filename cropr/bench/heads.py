@@ -7,8 +7,6 @@ have, so that the whole model's speed-up is rather too low than too high. Masks 
 B batch, C channels of the encoder, M detections of the batch.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

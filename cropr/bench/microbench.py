@@ -1,7 +1,5 @@
 """Measurements as records."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import wraps

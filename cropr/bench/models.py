@@ -4,8 +4,6 @@ Speed does not depend on the weights. The unpruned model is the very host inside
 memory, so that nothing but pruning differs and a ViT-L with its variants takes the memory of one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ multiply-adds that is asked of ``Schedule.for_speedup`` is multiplied by target 
 schedule is measured, until the two agree or no other schedule is found. No model of the device is needed.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Generator
 from functools import partial

@@ -4,8 +4,6 @@ Modules are labelled while the profiler runs, so that the model is timed as it i
 operation without those that it calls, given to the innermost label around it: the parts add up to the whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,7 +41,7 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
     dtype, cuda = weights_dtype(spec.precision), device.startswith("cuda")
     tell("build")
     models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)
-    images = noise(spec.batch_size, (3, spec.image_size, spec.image_size), device, dtype)
+    images = noise(spec.batch_size, (3, spec.image_size, spec.image_size), device, spec.precision)
     cells: list[dict[str, Any]] = []
     for name, model in models.items():
         tell(f"profile {name}")

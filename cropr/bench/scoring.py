@@ -7,8 +7,6 @@ here share the host and the queries, and take turns with the unpruned model in o
 B batch, L tokens with prefix, C channels, Q queries.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -92,7 +90,7 @@ def build(spec: ScoringSpec, device: str) -> dict[str, Any]:
 def _kept_in_both(spec: ScoringSpec, models: dict[str, Any], device: str) -> float:
     """Share of the kept tokens that both pruned models keep, over all their modules, for one image of noise: 1 but for
     rounding, which decides between tokens of almost equal score."""
-    images = noise(1, (3, spec.image_size, spec.image_size), device, weights_dtype(spec.precision))
+    images = noise(1, (3, spec.image_size, spec.image_size), device, spec.precision)
     one, every = (
         with_attention_kernel(spec.attention, spec.precision, device, partial(models[name].detailed, images))().kept
         for name in (ONE, ALL)

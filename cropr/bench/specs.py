@@ -1,10 +1,8 @@
 """Specifications of measurements, without torch. Defaults measure the paper's ViT-L/16 with Cropr at R=8."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -69,7 +67,7 @@ class BenchSpec(_Compared):
     """Memory layout of images and of the patch embedding's weights."""
 
     @model_validator(mode="after")
-    def _one_size(self) -> BenchSpec:
+    def _one_size(self) -> Self:
         if self.detector is not None and self.pruned_image_size not in (None, self.image_size):
             raise ValueError("a detector's encoders are compared on one image size; leave pruned_image_size out")
         return self
@@ -86,7 +84,7 @@ class PlanSpec(_Compared):
     """Measure the schedules and correct them; otherwise a target is a ratio of multiply-adds."""
 
     @model_validator(mode="after")
-    def _plannable(self) -> PlanSpec:
+    def _plannable(self) -> Self:
         if self.prune.schedule != PruneSpec().schedule:
             raise ValueError("prune.schedule is the result of a plan; leave it out")
         if self.prune.reducer == "none" or self.prune.fusion not in ("none", "llf"):

@@ -4,8 +4,6 @@ For one batch size everything takes turns in one process: variants of one settin
 and every cell with the first setting's unpruned model, so that the gain of a precision or a kernel has an interval too.
 """
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import Any
 

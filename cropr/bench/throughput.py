@@ -5,8 +5,6 @@ multiply-adds, memory, utilisation, and which attention kernels ran. Weights are
 Timed is the forward pass alone, without loading of data.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

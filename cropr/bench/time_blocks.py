@@ -7,8 +7,6 @@ the processor's cache, which those of a whole model do not.
 B batch, P prefix tokens, N patch tokens, C channels.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any
@@ -47,8 +45,11 @@ def block_cells(spec: BlocksSpec, device: str, tell: Tell) -> list[dict[str, Any
     if counts[0] <= backbone.prefix:
         raise ValueError(f"{counts[0]} tokens: the model has {backbone.prefix} prefix tokens; ask for more than that")
     with torch.inference_mode():
+        _, position = backbone.embed(noise(1, (3, size, size), device, spec.precision))
         for count in counts:
-            forward = partial(_forward, backbone, *_input(backbone, count, spec.batch_size, size, device))
+            x = noise(spec.batch_size, (count, backbone.dim), device, spec.precision)
+            index = torch.arange(count - backbone.prefix, device=device).expand(spec.batch_size, -1)
+            forward = partial(_forward, backbone, Tokens(x, index, backbone.prefix), position)
             passes[count] = with_attention_kernel(spec.attention, spec.precision, device, forward)
         readings = time_passes(passes, spec.rounds, device, tell)
     cost, cells = Cost(backbone), []
@@ -57,15 +58,6 @@ def block_cells(spec: BlocksSpec, device: str, tell: Tell) -> list[dict[str, Any
         metrics = {"block_s": float(np.median(seconds)), "block_s_iqr": iqr(np.asarray(seconds))}
         cells.append({"seconds": seconds, "metrics": metrics | {"block_gmacs": cost.block(1, count) / 1e9}})
     return cells
-
-
-def _input(backbone: Backbone, count: int, batch_size: int, size: int, device: str) -> tuple[Tokens, Any]:
-    """Tokens [B, count, C] of noise, the first patches of the grid, and the host's positions."""
-    dtype = next(backbone.parameters()).dtype
-    _, position = backbone.embed(torch.zeros(1, 3, size, size, device=device, dtype=dtype))
-    x = noise(batch_size, (count, backbone.dim), device, dtype)
-    index = torch.arange(count - backbone.prefix, device=device).expand(batch_size, -1)
-    return Tokens(x, index, backbone.prefix), position
 
 
 def _forward(backbone: Backbone, tokens: Tokens, position: Any) -> Tensor:

@@ -1,7 +1,5 @@
 """Time and memory of a training step, pruned against unpruned: the trainer's own step on noise."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -20,6 +18,46 @@ from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import Objective
 from cropr.training.distributed import World
 from cropr.training.optim import Stepper, create_optimizer
+
+
+class _Trainee:
+    """A model in training, and its measurements."""
+
+    def __init__(self, spec: TrainingSpec, prune: PruneSpec, device: str, batch_size: int) -> None:
+        self.model: PrunedViT = build_on_meta(spec.model, prune, spec.image_size)
+        self.macs = flops.macs(self.model.deploy()).total
+        random_weights(self.model, device, torch.float32)
+        recipe = RecipeSpec(batch_size=batch_size, precision=spec.precision)
+        objective = Objective(DataSpec(num_classes=NUM_CLASSES, image_size=spec.image_size))
+        self.optimizer = create_optimizer(self.model, recipe)
+        stepper = Stepper(self.model, objective, self.optimizer, recipe, World(device=torch.device(device)))
+        self.images = noise(batch_size, (3, spec.image_size, spec.image_size), device, "fp32")
+        self.step = partial(stepper, self.images, torch.arange(batch_size, device=device) % NUM_CLASSES)
+        self.precision, self.device = spec.precision, device
+        self.memory: dict[str, float] = {}
+        self.seconds: list[float] = []
+
+    def warm_up(self) -> None:
+        """Two forward passes and two steps; the second of either is measured: the first sets up what stays."""
+        deployed = self.model.deploy()
+
+        @torch.inference_mode()
+        def infer() -> Tensor:
+            with autocast(self.images.device, self.precision):
+                return deployed(self.images)
+
+        infer()
+        _, forward = working_memory(infer, self.device)
+        inference = weights_mb(deployed)
+        self.model.train()
+        self.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        _, step = working_memory(self.step, self.device)
+        moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+        self.memory["state_mb"] = weights_mb(self.model) + megabytes(moments)
+        if forward is not None and step is not None:
+            self.memory["inference_memory_mb"] = inference + forward
+            self.memory["training_memory_mb"] = self.memory["state_mb"] + step
 
 
 def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
@@ -56,43 +94,3 @@ def _attempt(spec: TrainingSpec, device: str, tell: Tell, batch_size: int) -> di
     for name, seconds in interleave(clocks, spec.rounds, tell).items():
         trainees[name].seconds = seconds
     return trainees
-
-
-class _Trainee:
-    """A model in training, and its measurements."""
-
-    def __init__(self, spec: TrainingSpec, prune: PruneSpec, device: str, batch_size: int) -> None:
-        self.model: PrunedViT = build_on_meta(spec.model, prune, spec.image_size)
-        self.macs = flops.macs(self.model.deploy()).total
-        random_weights(self.model, device, torch.float32)
-        recipe = RecipeSpec(batch_size=batch_size, precision=spec.precision)
-        objective = Objective(DataSpec(num_classes=NUM_CLASSES, image_size=spec.image_size))
-        self.optimizer = create_optimizer(self.model, recipe)
-        stepper = Stepper(self.model, objective, self.optimizer, recipe, World(device=torch.device(device)))
-        self.images = noise(batch_size, (3, spec.image_size, spec.image_size), device, torch.float32)
-        self.step = partial(stepper, self.images, torch.arange(batch_size, device=device) % NUM_CLASSES)
-        self.precision, self.device = spec.precision, device
-        self.memory: dict[str, float] = {}
-        self.seconds: list[float] = []
-
-    def warm_up(self) -> None:
-        """Two forward passes and two steps; the second of either is measured: the first sets up what stays."""
-        deployed = self.model.deploy()
-
-        @torch.inference_mode()
-        def infer() -> Tensor:
-            with autocast(self.images.device, self.precision):
-                return deployed(self.images)
-
-        infer()
-        _, forward = working_memory(infer, self.device)
-        inference = weights_mb(deployed)
-        self.model.train()
-        self.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        _, step = working_memory(self.step, self.device)
-        moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-        self.memory["state_mb"] = weights_mb(self.model) + megabytes(moments)
-        if forward is not None and step is not None:
-            self.memory["inference_memory_mb"] = inference + forward
-            self.memory["training_memory_mb"] = self.memory["state_mb"] + step

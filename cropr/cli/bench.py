@@ -14,8 +14,6 @@ examples:
   python -m cropr bench --spec results/laptop/bench/3f2a91c07d/record.json --out again   # a row of a table again
 """
 
-from __future__ import annotations
-
 import argparse
 
 from cropr.bench.specs import BenchSpec

@@ -9,8 +9,6 @@ examples:
   python -m cropr data check /data/ADEChallengeData2016 --layout ade20k --classes 150
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

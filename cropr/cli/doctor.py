@@ -8,8 +8,6 @@ Nothing is changed, and nothing is sent. Of your paths, only the data roots in c
 are shown. Without torch it prints the rest and says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ examples:
   python -m cropr evaluate --predictions predictions.json --annotations coco/annotations/instances_val2017.json
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

@@ -11,8 +11,6 @@ examples:
   python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported --bench   # also speed-up in onnxruntime
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from importlib.metadata import version

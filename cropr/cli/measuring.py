@@ -1,7 +1,5 @@
 """What the verbs that measure share: flags, specification, progress, record, and what they print of it."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

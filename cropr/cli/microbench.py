@@ -17,8 +17,6 @@ examples:
   python -m cropr microbench training --spec results/laptop/microbench/0f2a91c07d/record.json --out again
 """
 
-from __future__ import annotations
-
 import argparse
 
 from cropr.bench.specs import MEASURES

@@ -10,8 +10,6 @@ examples:
   python -m cropr show --run runs/3f2a91c07d/seed0 --image cat.jpg --out cat.npz --picture cat.png
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(shown)} images: {args.out}")
 
 
-def to_arrays(shown: list[Shown], task: str, depth: int) -> dict[str, Any]:
+def to_arrays(shown: list["Shown"], task: str, depth: int) -> dict[str, Any]:
     """What the file holds of n images.
 
     Returns:

@@ -3,8 +3,6 @@
 Name, type, choices, default and help of most flags come from the field of a specification and its docstring.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -14,8 +14,6 @@ examples:
   torchrun --nproc-per-node 8 -m cropr train --data imagenet --spec spec.yaml   # 8 GPUs
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import logging

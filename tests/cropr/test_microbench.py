@@ -156,7 +156,7 @@ def test_blocks_run_on_the_counts_asked_for(monkeypatch, model):
 def test_parts_of_a_profile_add_up_to_the_whole():
     asked = spec("profile", batch_size=2)
     built = models.build_variants(asked.model, asked.variants, 64, "cpu", torch.float32)
-    model, images = built["cropr_llf"], noise(2, (3, 64, 64), "cpu", torch.float32)
+    model, images = built["cropr_llf"], noise(2, (3, 64, 64), "cpu", "fp32")
     with torch.inference_mode(), profiling.labelled(model), profiling.quiet_profile() as profile:  # noqa: SIM117
         with profiling.record_function("part:other"):
             model(images)

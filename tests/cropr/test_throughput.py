@@ -42,7 +42,7 @@ def build(**changes):
 
 
 def images(size=64):
-    return noise(2, (3, size, size), "cpu", torch.float32)
+    return noise(2, (3, size, size), "cpu", "fp32")
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_a_cast_model_is_stored_in_its_precision_and_a_mixed_one_in_full():
 def test_channels_last_lays_out_the_patch_embedding():
     pair = build(channels_last=True)
     assert pair.base.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
-    given = noise(2, (3, 64, 64), "cpu", torch.float32, channels_last=True)
+    given = noise(2, (3, 64, 64), "cpu", "fp32", channels_last=True)
     assert given.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(pair.base(given), pair.base(images()), rtol=0, atol=1e-5)
 
