@@ -25,7 +25,6 @@ Result = TypeVar("Result")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda", "mps")
-
 KERNELS = {name.partition("_")[0].lower(): kernel for name, kernel in SDPBackend.__members__.items()}
 _KERNEL_CALL = re.compile(r"^aten::_scaled_dot_product_(?:attention_)?(math|flash|efficient|cudnn)")
 _PROC = Path("/proc/self")
@@ -115,31 +114,23 @@ def working_memory(work: Callable[[], Result], device: str) -> tuple[Result, flo
         before = torch.cuda.memory_allocated(device)
         result = work()
         return result, (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    if device != "cpu" or not _reset_peak():
+    if device != "cpu":
+        return work(), None
+    gc.collect()
+    try:  # give freed memory back, so that it counts again when it is used, and forget the peak so far
+        ctypes.CDLL(None).malloc_trim(0)
+        (_PROC / "clear_refs").write_text("5")  # man 5 proc: resets the peak resident size
+    except (OSError, AttributeError):
         return work(), None
     before_mb = _status("VmRSS")
     result = work()
     return result, max(0.0, _status("VmHWM") - before_mb)
 
 
-def _reset_peak() -> bool:
-    """Give freed memory back, so that it counts again when it is used, and forget the peak so far."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        (_PROC / "clear_refs").write_text("5")  # man 5 proc: resets the peak resident size
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
 def _status(key: str) -> float:
     """A size in MB from the process's status."""
     lines = (_PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
-
-
-# Attention kernels ---------------------------------------------------------------------------------------------------
 
 
 def with_attention_kernel(

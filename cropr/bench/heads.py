@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from cropr.bench.specs import Precision
 from cropr.pruning.flops import counts
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import CascadeHeads
@@ -23,13 +22,6 @@ from cropr.tasks.detection.regions import BOX_SIZE, MASK_SIZE
 
 NUM_CLASSES = 80
 """COCO's."""
-
-_MIXED: dict[Precision, Precision] = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
-
-
-def head_precision(encoder: Precision) -> Precision:
-    """In which heads run beside such an encoder: boxes need float32, so that weights are not cast for good."""
-    return _MIXED.get(encoder, encoder)
 
 
 class Heads(nn.Module):

@@ -18,7 +18,7 @@ def recorded(find: Callable[[Any, str, Tell], dict[str, Any]]) -> Callable[..., 
     """A function that measures what a spec describes, on a device by torch's name, as one that returns a record.
 
     What it calls ``provenance`` joins that of the record. Where the device cannot run it, the record has no metrics,
-    and ``unsupported`` says why.
+    and ``unsupported`` says why. Raises: ValueError: an impossible model, schedule or reducer, or no such device.
     """
 
     @wraps(find)
@@ -43,9 +43,6 @@ def measure(spec: MicrobenchSpec, device: str, tick: Tell) -> dict[str, Any]:
     Returns:
         The record. Its ``cells`` are the spec's places in their order, each with either ``metrics`` and ``seconds``, or
         ``unsupported``, the reason why the device could not run it; see the function of its kind.
-
-    Raises:
-        ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     module, _, name = spec.cells.partition(":")
     places = spec.places()

@@ -24,7 +24,6 @@ from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.encoder import build_encoder
 
 NUM_CLASSES = 1000
-"""ImageNet-1k's."""
 SIZES = {"cpu": (1024, 2048), "mps": (2048, 4096), "cuda": (4096, 8192)}
 """Rows and columns of the products that give a device's peak; the fastest size counts."""
 SECONDS = 0.25
@@ -86,13 +85,13 @@ def build_on_meta(
 
 
 @torch.no_grad()
-def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+def random_weights(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Give memory and values to tensors on the meta device, and move the model; other values stay.
 
     Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02: a
     million numbers, repeated, since drawing all 300 million of a ViT-L takes longer than measuring it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     pattern = ((torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))).to(device, dtype)
     values = {}
     for name, tensor in filter(lambda item: item[1].is_meta, model.state_dict().items()):

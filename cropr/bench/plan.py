@@ -38,9 +38,6 @@ def measure(spec: PlanSpec, device: str, tick: Tell) -> dict[str, Any]:
         ``predicted`` (its ratio of multiply-adds), ``metrics`` (measured ``speedup`` with its 95 % interval),
         ``seconds`` (of a pass, round by round), ``rounds`` (how many schedules were measured), ``reached`` and, if not,
         ``reason``.
-
-    Raises:
-        ValueError: timm has no such model, or there is no such device.
     """
     tick("count multiply-adds")
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)

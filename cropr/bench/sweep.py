@@ -4,6 +4,7 @@ For one batch size everything takes turns in one process: variants of one settin
 and every cell with the first setting's unpruned model, so that the gain of a precision or a kernel has an interval too.
 """
 
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +26,10 @@ def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]
     tell("build")
     # Of models that the device has no arithmetic for, only token counts are read.
     homes = dict.fromkeys(map(weights_dtype, spec.precisions), "meta")
-    homes |= {weights_dtype(precision): device for precision in spec.precisions if _runs(precision, device)}
+    for precision in spec.precisions:
+        with suppress(Unsupported):
+            check(precision, device)
+            homes[weights_dtype(precision)] = device
     models = {
         dtype: build_variants(spec.model, spec.variants, spec.image_size, home, dtype, spec.channels_last)
         for dtype, home in homes.items()
@@ -66,11 +70,3 @@ def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]
                 metrics |= ratio("gain", next(iter(unpruned.values())), outcome.seconds)
             cell |= {"metrics": metrics, "seconds": outcome.seconds, "attention_calls": outcome.kernels}
     return cells
-
-
-def _runs(precision: str, device: str) -> bool:
-    try:
-        check(precision, device)
-    except Unsupported:
-        return False
-    return True

@@ -27,9 +27,6 @@ def measure(spec: BenchSpec, device: str, tick: Tell) -> dict[str, Any]:
         ``working_memory_mb`` is the memory of a forward pass besides the weights, and ``batch_size`` the one that
         fitted. Of a detector, all this is of its encoder; ``*_whole`` are with pyramid and heads, whose seconds are
         added to either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
-
-    Raises:
-        ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
     check(spec.precision, device)
     tick("build")
@@ -84,8 +81,8 @@ def build(spec: BenchSpec, device: str) -> dict[str, Case]:
         code = import_module("cropr.bench.heads")  # by name: other measurements do not depend on detectors
         backbone, patch = pruned.model.backbone, pruned.model.backbone.host.patch_embed.patch_size[0]
         heads = code.Heads(spec.detector, backbone.dim, patch, (size // patch,) * 2).to(device)
-        precision = code.head_precision(spec.precision)
-        cases["heads"] = Case(
-            name="heads", model=heads.requires_grad_(False).eval(), shape=heads.shape, precision=precision
-        )
+        # Boxes need float32, so that weights of heads are not cast for good.
+        mixed = f"amp_{spec.precision}" if spec.precision in ("bf16", "fp16") else spec.precision
+        model = heads.requires_grad_(False).eval()
+        cases["heads"] = Case(name="heads", model=model, shape=heads.shape, precision=mixed)
     return cases

@@ -24,7 +24,6 @@ MIN_SAMPLE_S = 0.1
 Tell = Callable[[str], None]
 """Is called with a word on what comes next, for a progress bar."""
 Clock = Callable[[], float]
-"""Runs what is timed and gives seconds of one pass."""
 
 
 def no_progress(what: str) -> None:
@@ -71,8 +70,23 @@ def time_interleaved(
     ``batch_size``, the inputs of a pass, is halved for all cases until the device has the memory for it. Each case has
     ``warmup`` untimed passes and ``rounds`` readings. Raises: ValueError: there is no such device.
     """
+
+    def attempt(size: int) -> list[Outcome]:
+        outcomes = [Outcome() for _ in cases]
+        clocks: dict[int, Clock] = {}
+        for number, case in enumerate(cases):
+            tell(f"warm up {case.name}")
+            try:
+                clocks[number] = _prepare(case, outcomes[number], size, warmup, device)
+            except Unsupported as error:
+                outcomes[number].unsupported = str(error)
+        for number, seconds in interleave(clocks, rounds, tell).items():
+            outcomes[number].seconds = seconds
+        return outcomes
+
     try:
-        return largest_batch(batch_size, partial(_time_batch, cases, rounds, warmup, device, tell))
+        with torch.inference_mode():
+            return largest_batch(batch_size, attempt)
     except Unsupported as error:
         return batch_size, [Outcome(unsupported=str(error)) for _ in cases]
 
@@ -159,24 +173,6 @@ def bootstrap_median(
 def iqr(values: np.ndarray) -> float:
     """Interquartile range."""
     return float(np.subtract(*np.quantile(values, [0.75, 0.25])))
-
-
-def _time_batch(
-    cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Tell, batch_size: int
-) -> list[Outcome]:
-    """Outcomes with batches of this size. Raises: torch.OutOfMemoryError: the device has not the memory for them."""
-    outcomes = [Outcome() for _ in cases]
-    clocks: dict[int, Clock] = {}
-    with torch.inference_mode():
-        for number, case in enumerate(cases):
-            tell(f"warm up {case.name}")
-            try:
-                clocks[number] = _prepare(case, outcomes[number], batch_size, warmup, device)
-            except Unsupported as error:
-                outcomes[number].unsupported = str(error)
-        for number, seconds in interleave(clocks, rounds, tell).items():
-            outcomes[number].seconds = seconds
-    return outcomes
 
 
 def _prepare(case: Case, outcome: Outcome, batch_size: int, warmup: int, device: str) -> Clock:

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if args.predictions or args.annotations:
         return _score(args, started)
     spec, weights, seed = _named(args)
+    if args.data is None:
+        raise ValueError("name the images with --data DIR")
     if args.save_predictions and spec.task != "detection":
         raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
     flags.require_positive(args, "batch_size")
@@ -76,8 +78,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _named(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     """Specification, weights and seed of what is evaluated."""
-    if args.data is None:
-        raise ValueError("name the images with --data DIR")
     if args.run_dir:
         flags.require_alone(args, "run", ("spec", "weights"))
         return flags.trained_run(args)

@@ -120,11 +120,11 @@ def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
 
 @pytest.mark.model
 def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
-    attempt = timing._time_batch
-    monkeypatch.setattr(timing, "_time_batch", lambda *a: starved() if a[-1] > 2 else attempt(*a))
+    prepare = timing._prepare
+    monkeypatch.setattr(timing, "_prepare", lambda *a: starved() if a[2] > 2 else prepare(*a))
     cells = measure(spec("sweep", batch_sizes=[8]))["cells"]
     assert [(c["batch_size"], c["metrics"]["batch_size"]) for c in cells] == [(8, 2)] * 3
-    monkeypatch.setattr(timing, "_time_batch", starved)
+    monkeypatch.setattr(timing, "_prepare", starved)
     cells = measure(spec("sweep", batch_sizes=[2]))["cells"]
     assert [c["unsupported"] for c in cells] == ["out of memory with a single image: CUDA out of memory"] * 3
 
