@@ -39,3 +39,15 @@ def build_model(
             if name.startswith("drop_path"):
                 setattr(host.blocks[-1], name, nn.Identity())
     return pruned
+
+
+def require_known(name: str) -> str:
+    """The name of a model, if timm has it.
+
+    Raises:
+        ValueError: it does not; with models of similar names.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:8]
+        raise ValueError(f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}")
+    return name

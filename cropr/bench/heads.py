@@ -1,4 +1,4 @@
-"""What follows the encoder of a detector: pyramid, proposals, box and mask heads, to be timed beside the encoder.
+"""What follows the encoder of a detector: pyramid, proposals, box and mask heads, with random weights.
 
 The encoder's output has the same shape with and without pruning, so that one measurement serves both: a whole model's
 time is its encoder's plus that of the heads. Heads get as many proposals, candidate boxes and masks as an image can
@@ -7,13 +7,12 @@ have, so that the whole model's speed-up is rather too low than too high. Masks 
 B batch, C channels of the encoder, M detections of the batch.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from cropr.bench.specs import Precision
 from cropr.pruning.flops import counts
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import BOX_SIZE, MASK_SIZE, CascadeHeads
@@ -23,25 +22,10 @@ from cropr.tasks.detection.proposals import ProposalNetwork
 NUM_CLASSES = 80
 """COCO's."""
 
-_MIXED: dict[Precision, Precision] = {"bf16": "amp_bf16", "fp16": "amp_fp16"}
-
-
-def head_precision(encoder: Precision) -> Precision:
-    """In which heads run beside such an encoder: boxes need float32, so that weights are not cast for good."""
-    return _MIXED.get(encoder, encoder)
-
 
 class Heads(nn.Module):
-    """The encoder's map [B, C, rows, columns] to the scores [M] of all detections.
-
-    Weights are random, as at the start of a training. Whatever its score, a box is a candidate.
-
-    Args:
-        spec: of the detector.
-        dim: C.
-        patch: pixels a side of a place of the map.
-        grid: rows and columns, for ``macs``.
-    """
+    """The encoder's map [B, C, rows, columns] to the scores [M] of all detections. Whatever its score, a box is a
+    candidate. ``dim`` is C, ``patch`` the pixels a side of a place of the map, ``grid`` its rows and columns."""
 
     def __init__(self, spec: DetModelSpec, dim: int, patch: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -53,7 +37,6 @@ class Heads(nn.Module):
             self.heads = CascadeHeads(candidates, NUM_CLASSES, self.neck.strides[:-1])
         self.patch = patch
         self.shape = (dim, *grid)
-        """C, rows, columns."""
 
     def forward(self, features: Tensor) -> Tensor:
         rows, columns = features.shape[-2:]
@@ -65,14 +48,11 @@ class Heads(nn.Module):
     def macs(self) -> int:
         """Multiply-adds for one image, without the pooling of regions, which multiplies no matrices."""
         dim, rows, columns = self.shape
-        spec, channels = self.heads.spec, self.heads.spec.channels
-        levels = [
-            torch.empty(1, channels, rows * self.patch // stride, columns * self.patch // stride, device="meta")
-            for stride in self.neck.strides
-        ]
-        boxes = torch.empty(spec.proposals_test[1], channels, BOX_SIZE, BOX_SIZE, device="meta")
-        masks = torch.empty(spec.max_detections, channels, MASK_SIZE, MASK_SIZE, device="meta")
-        image = torch.empty(1, dim, rows, columns, device="meta")
-        parts = [(self.neck, image), (self.rpn.head, levels), (self.heads.mask_head, masks)]
+        spec = self.heads.spec
+        empty = partial(torch.empty, device="meta")
+        levels = [empty(1, spec.channels, rows * self.patch // s, columns * self.patch // s) for s in self.neck.strides]
+        boxes = empty(spec.proposals_test[1], spec.channels, BOX_SIZE, BOX_SIZE)
+        masks = empty(spec.max_detections, spec.channels, MASK_SIZE, MASK_SIZE)
+        parts = [(self.neck, empty(1, dim, rows, columns)), (self.rpn.head, levels), (self.heads.mask_head, masks)]
         parts += [(stage, boxes) for stage in self.heads.stages]
         return sum(sum(counts(part, x)["Global"].values()) for part, x in parts)

@@ -4,16 +4,12 @@ Speed does not depend on the weights. The unpruned model is the very host inside
 memory, so that nothing but pruning differs and a ViT-L with its variants takes the memory of one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from itertools import chain
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -21,18 +17,17 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cropr.bench.device import arithmetic_dtype, kind_of
 from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Outcome, clock, speed
-from cropr.build import build_model
+from cropr.build import build_model, require_known
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.model import build_encoder
 
 NUM_CLASSES = 1000
-"""ImageNet-1k's."""
 SIZES = {"cpu": (1024, 2048), "mps": (2048, 4096), "cuda": (4096, 8192)}
 """Rows and columns of the products that give a device's peak; the fastest size counts."""
 SECONDS = 0.25
-"""Time that each size is given, at least three products."""
+"""Of each size, at least three products."""
 
 
 def build_variants(
@@ -46,10 +41,7 @@ def build_variants(
 ) -> dict[str, nn.Module]:
     """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
 
-    Args:
-        prunes: by name of the variant.
-        channels_last: memory layout of the patch embedding's weights.
-        detector: the models are its encoders; None for a classifier.
+    ``channels_last`` is the memory layout of the patch embedding's weights. With a ``detector``, they are its encoders.
 
     Returns:
         ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
@@ -76,17 +68,9 @@ def build_variants(
 def build_on_meta(
     model: ModelSpec, prune: PruneSpec, image_size: int, detector: DetModelSpec | None = None
 ) -> PrunedViT:
-    """A model whose parameters have no memory yet; buffers, such as rotary tables, are real.
-
-    ``random_weights`` gives it memory. Arguments as of ``build_variants``.
-
-    Raises:
-        ValueError: timm has no such model; an impossible schedule or reducer.
-    """
-    if not timm.is_model(model.name):
-        family = model.name.split(".")[0].split("_patch")[0]
-        close = ", ".join(timm.list_models(f"{family}*")[:8]) or "none"
-        raise ValueError(f"timm has no model {model.name!r}; of this family it has: {close}")
+    """A model whose parameters have no memory until ``random_weights``; buffers, such as rotary tables, are real.
+    Arguments and errors as of ``build_variants``."""
+    require_known(model.name)
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
@@ -101,19 +85,16 @@ def build_on_meta(
 
 
 @torch.no_grad()
-def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+def random_weights(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Give memory and values to tensors on the meta device, and move the model; other values stay.
 
-    Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02. One
-    million random numbers are drawn and repeated: drawing all 300 million of a ViT-L takes longer than measuring it.
+    Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02: a
+    million numbers, repeated, since drawing all 300 million of a ViT-L takes longer than measuring it.
     """
-    generator = torch.Generator().manual_seed(seed)
-    pattern = (torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))
-    pattern = pattern.to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    pattern = ((torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))).to(device, dtype)
     values = {}
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:
-            continue
+    for name, tensor in filter(lambda item: item[1].is_meta, model.state_dict().items()):
         value = values[name] = torch.empty(tensor.shape, device=device, dtype=dtype)
         if tensor.ndim < 2 and "scorer" not in name:
             value.fill_(0 if name.endswith("bias") else 1)
@@ -126,7 +107,7 @@ def random_weights(model: nn.Module, device: str, dtype: torch.dtype, seed: int 
 
 def weights_mb(model: nn.Module) -> float:
     """Parameters and buffers in 10^6 bytes."""
-    return megabytes(chain(model.parameters(), model.buffers()))
+    return megabytes((*model.parameters(), *model.buffers()))
 
 
 def megabytes(tensors: Iterable[Tensor]) -> float:
@@ -152,18 +133,14 @@ def token_trace(model: nn.Module) -> list[int]:
 
 
 def matmul_peak(precision: str, device: str) -> float:
-    """FLOPs per second of the best square product on this device, in this number format, with these threads; measured
-    once a process."""
-    return _peak(arithmetic_dtype(precision), device, torch.get_num_threads())
+    """FLOPs per second of the best square product on this device, in this number format; measured once a process."""
+    sizes = SIZES[kind_of(device)]
+    return max(_rate(size, arithmetic_dtype(precision), device, torch.get_num_threads()) for size in sizes)
 
 
 @cache
-def _peak(dtype: torch.dtype, device: str, threads: int) -> float:
-    return max(_rate(size, dtype, device) for size in SIZES[kind_of(device)])
-
-
 @torch.inference_mode()
-def _rate(size: int, dtype: torch.dtype, device: str) -> float:
+def _rate(size: int, dtype: torch.dtype, device: str, threads: int) -> float:
     """FLOPs per second of a product of two square matrices: the best reading, this being a peak."""
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     product = partial(torch.mm, a, b, out=torch.empty_like(a))

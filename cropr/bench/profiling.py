@@ -4,9 +4,7 @@ Modules are labelled while the profiler runs, so that the model is timed as it i
 operation without those that it calls, given to the innermost label around it: the parts add up to the whole.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,8 +15,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 
-from cropr.bench.attention import quiet_profile, run_forced, with_attention_kernel
-from cropr.bench.device import check, noise, weights_dtype
+from cropr.bench.device import noise, quiet_profile, run_forced, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_variants, token_trace
 from cropr.bench.specs import ProfileSpec
 from cropr.bench.timing import Tell
@@ -41,18 +38,21 @@ _COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
 def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
     """A cell a variant: ``tokens``, ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``,
     ``pruning_share``, ``gmacs``); arguments and errors as of ``cropr.bench.microbench.measure``."""
-    check(spec.precision, device)
-    dtype = weights_dtype(spec.precision)
+    dtype, cuda = weights_dtype(spec.precision), device.startswith("cuda")
     tell("build")
     models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)
-    images = noise(spec.batch_size, (3, spec.image_size, spec.image_size), device, dtype)
+    images = noise(spec.batch_size, (3, spec.image_size, spec.image_size), device, spec.precision)
     cells: list[dict[str, Any]] = []
     for name, model in models.items():
         tell(f"profile {name}")
         forward = with_attention_kernel(spec.attention, spec.precision, device, partial(model, images))
         with torch.inference_mode():
             run_forced(forward, spec.attention)
-            seconds = profile_forward(model, forward, spec.passes, device)
+            with labelled(model), quiet_profile(cuda) as profile:
+                for _ in range(spec.passes):
+                    with record_function(f"{_LABEL}other"):
+                        forward()
+        seconds = _median_pass(profile.function_events or (), spec.passes, cuda)
         total = sum(seconds.values())
         share = sum(seconds[part] for part in PRUNING) / total
         metrics = {"total_s": total, "pruning_share": share, "gmacs": flops.macs(model).total / 1e9}
@@ -60,21 +60,13 @@ def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, 
     return cells
 
 
-def profile_forward(model: nn.Module, forward: Callable[[], Any], passes: int, device: str) -> dict[str, float]:
-    """Seconds of a forward pass by category, of the pass with the median total; on CUDA the device's, else the clock's.
-
-    ``forward`` is one pass of ``model``, a timm model or ``DeployedViT``, and has run before.
-    """
-    cuda = device.startswith("cuda")
-    with labelled(model), quiet_profile(cuda) as profile:
-        for _ in range(passes):
-            with record_function(f"{_LABEL}other"):
-                forward()
+def _median_pass(events: Iterable[FunctionEvent], count: int, cuda: bool) -> dict[str, float]:
+    """Seconds by category of the pass with the median total; on CUDA the device's, else the clock's."""
     # Labels appear once more among the device's own events.
-    events = [event for event in profile.function_events or () if event.device_type == DeviceType.CPU]
-    found = [_sums(event, cuda) for event in events if event.cpu_parent is None and event.name.startswith(_LABEL)]
-    assert len(found) == passes
-    return sorted(found, key=lambda sums: sum(sums.values()))[passes // 2]
+    roots = [e for e in events if e.device_type == DeviceType.CPU and e.cpu_parent is None]
+    passes = [_sums(event, cuda) for event in roots if event.name.startswith(_LABEL)]
+    assert len(passes) == count
+    return sorted(passes, key=lambda sums: sum(sums.values()))[count // 2]
 
 
 @contextmanager
@@ -98,13 +90,13 @@ def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for block in host.blocks:
         yield block, "residual"
         for name, part in block.named_children():
-            category = next((word for word in ("attn", "mlp", "norm") if word in name), None)
-            if category is not None:
-                yield part, "attention" if category == "attn" else category
-    yield host.norm, "norm"
-    for name in ("fc_norm", "head", "head_dist"):
+            for word, category in (("attn", "attention"), ("mlp", "mlp"), ("norm", "norm")):
+                if word in name:
+                    yield part, category
+                    break
+    for name, category in (("norm", "norm"), ("fc_norm", "norm"), ("head", "head"), ("head_dist", "head")):
         if isinstance(part := getattr(host, name, None), nn.Module):
-            yield part, "norm" if name == "fc_norm" else "head"
+            yield part, category
     if pruned is None:
         return
     for reducer in pruned.reducers.values():
@@ -115,10 +107,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _sums(root: FunctionEvent, cuda: bool) -> dict[str, float]:
-    """Seconds by category of all below ``root``.
-
-    Own times of an event and of all below it add up to its whole time, so nothing is counted twice or lost.
-    """
+    """Seconds by category of all below ``root``: own times, which add up to the whole time of ``root``."""
     sums = dict.fromkeys(CATEGORIES, 0.0)
     waiting = [(root, "other")]
     while waiting:

@@ -7,22 +7,17 @@ here share the host and the queries, and take turns with the unpruned model in o
 B batch, L tokens with prefix, C channels, Q queries.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cropr.bench.attention import with_attention_kernel
-from cropr.bench.device import check, noise, weights_dtype
+from cropr.bench.device import Unsupported, noise, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_variants, token_trace
 from cropr.bench.specs import UNPRUNED, ScoringSpec
 from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved
 from cropr.pruning import flops
-from cropr.pruning.model import DeployedViT
 from cropr.pruning.reducers import Context, ScoreReducer
 from cropr.pruning.reducers.select import FoldedCropr
 from cropr.pruning.scorer import Scorer
@@ -52,33 +47,36 @@ def scoring_cells(spec: ScoringSpec, device: str, tell: Tell) -> list[dict[str, 
         unpruned model beside its ``mac_ratio``, and of the one vector ``over_all_queries``, how many times faster it is
         than all queries, with its interval, and ``kept_in_both``, the share of the kept tokens that both keep.
     """
-    check(spec.precision, device)
     tell("build")
     models = build(spec, device)
     how: dict[str, Any] = {"precision": spec.precision, "attention": spec.attention}
     shape = (3, spec.image_size, spec.image_size)
     cases = [Case(name=name, model=model, shape=shape, **how) for name, model in models.items()]
     fitted, timed = time_interleaved(cases, spec.batch_size, spec.rounds, spec.warmup, device, tell)
-    seconds = {name: outcome.require().seconds for name, outcome in zip(models, timed, strict=True)}
+    for outcome in timed:
+        if outcome.unsupported is not None:
+            raise Unsupported(outcome.unsupported)
+    outcomes = dict(zip(models, timed, strict=True))
     macs = {name: flops.macs(model).total for name, model in models.items()}
     cells: list[dict[str, Any]] = []
-    for (name, model), outcome in zip(models.items(), timed, strict=True):
+    for name, outcome in outcomes.items():
         metrics = speed(outcome.seconds, fitted) | {"batch_size": fitted, "gmacs": macs[name] / 1e9}
-        metrics |= against(seconds[UNPRUNED], outcome.seconds, macs[UNPRUNED] / macs[name])
+        metrics |= against(outcomes[UNPRUNED].seconds, outcome.seconds, macs[UNPRUNED] / macs[name])
         if name == ONE:
-            metrics |= ratio("over_all_queries", seconds[ALL], outcome.seconds)
-            metrics["kept_in_both"] = kept_in_both(spec, models, device)
-        cell = {"tokens": token_trace(model), "metrics": metrics, "seconds": outcome.seconds}
+            metrics |= ratio("over_all_queries", outcomes[ALL].seconds, outcome.seconds)
+            metrics["kept_in_both"] = _kept_in_both(spec, models, device)
+        cell = {"tokens": token_trace(models[name]), "metrics": metrics, "seconds": outcome.seconds}
         cells.append(cell | {"attention_calls": outcome.kernels})
     return cells
 
 
-def build(spec: ScoringSpec, device: str) -> dict[str, nn.Module]:
+def build(spec: ScoringSpec, device: str) -> dict[str, Any]:
     """The unpruned model, and around it the two pruned ones, whose modules have the same random queries."""
     dtype = weights_dtype(spec.precision)
-    prunes = {ONE: spec.prune, ALL: spec.prune}
-    models = build_variants(spec.model, prunes, spec.image_size, device, dtype)
-    one, every = (cast(DeployedViT, models[name]).model for name in (ONE, ALL))
+    models: dict[str, Any] = build_variants(
+        spec.model, {ONE: spec.prune, ALL: spec.prune}, spec.image_size, device, dtype
+    )
+    one, every = models[ONE].model, models[ALL].model
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for block in one.reducers:
@@ -89,15 +87,13 @@ def build(spec: ScoringSpec, device: str) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def kept_in_both(spec: ScoringSpec, models: Mapping[str, nn.Module], device: str) -> float:
-    """Share of the kept tokens that both pruned models keep, over all their modules, for one image of noise.
-
-    It is 1 but for rounding, which decides between tokens of almost equal score.
-    """
-    images = noise(1, (3, spec.image_size, spec.image_size), device, weights_dtype(spec.precision))
-    kept = []
-    for name in (ONE, ALL):
-        forward = partial(cast(DeployedViT, models[name]).detailed, images)
-        kept.append(with_attention_kernel(spec.attention, spec.precision, device, forward)().kept)
-    same = sum(len(set(kept[0][block][0].tolist()) & set(index[0].tolist())) for block, index in kept[1].items())
-    return same / sum(index.shape[1] for index in kept[1].values())
+def _kept_in_both(spec: ScoringSpec, models: dict[str, Any], device: str) -> float:
+    """Share of the kept tokens that both pruned models keep, over all their modules, for one image of noise: 1 but for
+    rounding, which decides between tokens of almost equal score."""
+    images = noise(1, (3, spec.image_size, spec.image_size), device, spec.precision)
+    one, every = (
+        with_attention_kernel(spec.attention, spec.precision, device, partial(models[name].detailed, images))().kept
+        for name in (ONE, ALL)
+    )
+    same = sum(len(set(one[block][0].tolist()) & set(index[0].tolist())) for block, index in every.items())
+    return same / sum(index.shape[1] for index in every.values())

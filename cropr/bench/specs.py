@@ -1,12 +1,8 @@
-"""Specifications of measurements. Defaults measure the paper's ViT-L/16 with Cropr at R=8.
+"""Specifications of measurements, without torch. Defaults measure the paper's ViT-L/16 with Cropr at R=8."""
 
-Pure Python and pydantic, no torch: the workflow and the command line read and write these.
-"""
-
-from __future__ import annotations
-
+from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -16,16 +12,10 @@ from cropr.tasks.detection import DetModelSpec
 UNPRUNED = "unpruned"
 """Name of the timm model itself among its variants."""
 
-_LARGE = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
-
 
 def _cropr(rate: int) -> dict[str, PruneSpec]:
-    """Cropr without and with LLF."""
-    schedule = {"constant": {"rate": rate}}
-    return {
-        "cropr": PruneSpec(reducer="cropr", schedule=schedule),
-        "cropr_llf": PruneSpec(reducer="cropr", schedule=schedule, fusion="llf"),
-    }
+    cropr = PruneSpec(reducer="cropr", schedule={"constant": {"rate": rate}})
+    return {"cropr": cropr, "cropr_llf": cropr.model_copy(update={"fusion": "llf"})}
 
 
 def _distinct(value: Any) -> Any:
@@ -35,14 +25,12 @@ def _distinct(value: Any) -> Any:
 
 
 Distinct = AfterValidator(_distinct)
-"""No value twice."""
 Positive = Annotated[int, Field(ge=1)]
 Rounds = Annotated[int, Field(ge=3)]
+Speedup = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 Precision = Literal["fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"]
 """Number format of a measurement: model and images cast to it, or with ``amp_``, fp32 weights under autocast."""
-
-
 Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
 """Attention kernel that is forced; ``auto`` leaves the choice to torch."""
 
@@ -66,8 +54,7 @@ class BenchSpec(_Compared):
     """One throughput measurement: unpruned and pruned model, interleaved in one process."""
 
     detector: DetModelSpec | None = None
-    """The encoder of this detector, with its windows, is compared; pyramid and heads are timed beside it. None: a
-    classifier."""
+    """Its encoder, with its windows, is compared; pyramid and heads are timed beside it. None for a classifier."""
     pruned_image_size: int | None = None
     """Image size of the second model where it differs: an unpruned model on a smaller image is a baseline, too."""
     warmup: Positive = 1
@@ -80,7 +67,7 @@ class BenchSpec(_Compared):
     """Memory layout of images and of the patch embedding's weights."""
 
     @model_validator(mode="after")
-    def _one_size(self) -> BenchSpec:
+    def _one_size(self) -> Self:
         if self.detector is not None and self.pruned_image_size not in (None, self.image_size):
             raise ValueError("a detector's encoders are compared on one image size; leave pruned_image_size out")
         return self
@@ -91,42 +78,46 @@ class PlanSpec(_Compared):
 
     align: Positive = 1
     """Token counts, prefix included, are rounded up to a multiple of this."""
-    targets: Annotated[
-        tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...], Distinct, Field(min_length=1)
-    ] = (1.5,)
+    targets: Annotated[tuple[Speedup, ...], Distinct, Field(min_length=1)] = (1.5,)
     """Speed-ups over the unpruned model, one or several, each 1 or more."""
     verify: bool = False
     """Measure the schedules and correct them; otherwise a target is a ratio of multiply-adds."""
 
     @model_validator(mode="after")
-    def _plannable(self) -> PlanSpec:
+    def _plannable(self) -> Self:
         if self.prune.schedule != PruneSpec().schedule:
             raise ValueError("prune.schedule is the result of a plan; leave it out")
         if self.prune.reducer == "none" or self.prune.fusion not in ("none", "llf"):
-            raise ValueError(
-                f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r} cannot be planned; name a reducer "
-                "that prunes, and fusion 'llf' or 'none'"
-            )
+            named = f"reducer {self.prune.reducer!r} with fusion {self.prune.fusion!r}"
+            raise ValueError(f"{named} cannot be planned; name a reducer that prunes, and fusion 'llf' or 'none'")
         return self
 
 
 class MicrobenchSpec(Spec):
-    """Fields of all microbenchmarks. ``measure`` has no default, so that it enters the digest."""
+    """Fields of all microbenchmarks. ``cells`` is the ``module:function`` that measures; ``measure`` has no default, so
+    that it enters the digest."""
 
     cells: ClassVar[str]
-    """``module:function`` that measures."""
     measure: str
-    model: ModelSpec = _LARGE
+    model: ModelSpec = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
     image_size: int = Field(224, ge=16)
 
     def places(self) -> list[dict[str, Any]]:
         """How each cell of the record is run."""
-        how = {key: getattr(self, key, "auto") for key in ("precision", "attention", "batch_size")}
-        return [{**axis, **how} for axis in self._axes()]
+        axes = {key: [getattr(self, key, "auto")] for key in ("batch_size", "precision", "attention")} | self._axes()
+        return [dict(zip(axes, place, strict=True)) for place in product(*axes.values())]
 
-    def _axes(self) -> list[dict[str, Any]]:
+    def _axes(self) -> dict[str, Sequence[Any]]:
         """By what the cells differ."""
         raise NotImplementedError
+
+
+class OneSettingSpec(MicrobenchSpec):
+    """A measurement with one batch size, precision and attention kernel."""
+
+    batch_size: Positive = 4
+    precision: Precision = "fp32"
+    attention: Attention = "auto"
 
 
 class VariantsSpec(MicrobenchSpec):
@@ -135,8 +126,8 @@ class VariantsSpec(MicrobenchSpec):
     variants: dict[str, PruneSpec] = Field(_cropr(8), min_length=1)
     """By name; ``unpruned`` is always measured beside them."""
 
-    def _axes(self) -> list[dict[str, Any]]:
-        return [{"variant": name} for name in (UNPRUNED, *self.variants)]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"variant": (UNPRUNED, *self.variants)}
 
     @field_validator("variants")
     @classmethod
@@ -147,10 +138,7 @@ class VariantsSpec(MicrobenchSpec):
 
 
 class SweepSpec(VariantsSpec):
-    """Throughput of all variants in every precision with every attention kernel, for every batch size.
-
-    For one batch size everything takes turns in one process, so that any two of its cells can be compared.
-    """
+    """Throughput of all variants in every precision with every attention kernel, for every batch size."""
 
     cells: ClassVar[str] = "cropr.bench.sweep:sweep_cells"
     measure: Literal["sweep"]
@@ -161,13 +149,12 @@ class SweepSpec(VariantsSpec):
     rounds: Rounds = 3
     warmup: Positive = 1
 
-    def places(self) -> list[dict[str, Any]]:
-        keys = ("batch_size", "precision", "attention", "variant")
-        values = (self.batch_sizes, self.precisions, self.attentions, (UNPRUNED, *self.variants))
-        return [dict(zip(keys, place, strict=True)) for place in product(*values)]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        settings: dict[str, Any] = {"precision": self.precisions, "attention": self.attentions}
+        return {"batch_size": self.batch_sizes, **settings, **super()._axes()}
 
 
-class BlocksSpec(MicrobenchSpec):
+class BlocksSpec(OneSettingSpec):
     """Latency of one block over token counts."""
 
     cells: ClassVar[str] = "cropr.bench.time_blocks:block_cells"
@@ -177,46 +164,37 @@ class BlocksSpec(MicrobenchSpec):
     )
     """Counts with prefix. The default surrounds multiples of 64; 197, ViT's at 224 px, is among them."""
     batch_size: Positive = 2
-    precision: Precision = "fp32"
-    attention: Attention = "auto"
     rounds: Rounds = 5
 
-    def _axes(self) -> list[dict[str, Any]]:
-        return [{"tokens": count} for count in sorted(self.tokens)]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"tokens": sorted(self.tokens)}
 
 
-class ProfileSpec(VariantsSpec):
+class ProfileSpec(VariantsSpec, OneSettingSpec):
     """Time of a forward pass by part."""
 
     cells: ClassVar[str] = "cropr.bench.profiling:profile_cells"
     measure: Literal["profile"]
-    batch_size: Positive = 4
-    precision: Precision = "fp32"
-    attention: Attention = "auto"
-    passes: int = Field(3, ge=1)
+    passes: Positive = 3
 
 
-class ScoringSpec(MicrobenchSpec):
-    """Scoring with one vector, against scoring with all queries and summing.
-
-    By default the paper's segmenter: EVA-02-L at 512 px, R=40, Last Layer Fusion.
-    """
+class ScoringSpec(OneSettingSpec):
+    """Scoring with one vector, against scoring with all queries and summing; by default of the paper's segmenter."""
 
     cells: ClassVar[str] = "cropr.bench.scoring:scoring_cells"
     measure: Literal["scoring"]
     model: ModelSpec = ModelSpec(name="eva02_large_patch14_224", args={"patch_size": 16})
     image_size: int = Field(512, ge=16)
     prune: PruneSpec = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 40}}, fusion="llf")
-    queries: int | None = Field(None, ge=1)
+    queries: Positive | None = None
     """Of every module; None for one a patch, as in segmentation."""
     batch_size: Positive = 1
     precision: Precision = "bf16"
-    attention: Attention = "auto"
     rounds: Rounds = 5
     warmup: Positive = 1
 
-    def _axes(self) -> list[dict[str, Any]]:
-        return [{"variant": name} for name in (UNPRUNED, "one_vector", "all_queries")]
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"variant": (UNPRUNED, "one_vector", "all_queries")}
 
     @field_validator("prune")
     @classmethod
@@ -227,10 +205,8 @@ class ScoringSpec(MicrobenchSpec):
 
 
 class TrainingSpec(VariantsSpec):
-    """Time and peak memory of a training step, and peak memory of a forward pass for inference.
-
-    By default a ViT-S: all variants are in memory at once, and a ViT-L takes 5 GB with gradients and AdamW's moments.
-    """
+    """Time and peak memory of a training step, and peak memory of a forward pass for inference. By default of a ViT-S:
+    all variants are in memory at once, and a ViT-L takes 5 GB with gradients and AdamW's moments."""
 
     cells: ClassVar[str] = "cropr.bench.training_step:training_cells"
     measure: Literal["training"]

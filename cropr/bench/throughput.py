@@ -5,43 +5,19 @@ multiply-adds, memory, utilisation, and which attention kernels ran. Weights are
 Timed is the forward pass alone, without loading of data.
 """
 
-from __future__ import annotations
-
-import time
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
-
-from cropr.bench.device import check, weights_dtype
+from cropr.bench.device import Unsupported, check, weights_dtype
+from cropr.bench.microbench import recorded
 from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
-from cropr.bench.specs import UNPRUNED, BenchSpec, Precision
-from cropr.bench.timing import Case, Tell, against, no_progress, ratio, speed, time_interleaved
+from cropr.bench.specs import UNPRUNED, BenchSpec
+from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved
 from cropr.pruning import flops
-from cropr.records import make_record
-from cropr.training.distributed import reuse_freed_memory
-
-if TYPE_CHECKING:
-    from cropr.bench.heads import Heads
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The two models of a measurement, on the device and in the precision that they run in."""
-
-    base: nn.Module
-    """The unpruned timm model; of a detector, its unpruned encoder."""
-    pruned: nn.Module
-    """A ``DeployedViT``."""
-    sizes: tuple[int, int]
-    """Pixels a side of the images of either."""
-    heads: Heads | None
-    """What follows the encoders of a detector; None for a classifier."""
-    heads_precision: Precision
-
-
-def measure(spec: BenchSpec, device: str = "cpu", tick: Tell = no_progress) -> dict[str, Any]:
+@recorded
+def measure(spec: BenchSpec, device: str, tick: Tell) -> dict[str, Any]:
     """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 
     Returns:
@@ -51,87 +27,62 @@ def measure(spec: BenchSpec, device: str = "cpu", tick: Tell = no_progress) -> d
         ``working_memory_mb`` is the memory of a forward pass besides the weights, and ``batch_size`` the one that
         fitted. Of a detector, all this is of its encoder; ``*_whole`` are with pyramid and heads, whose seconds are
         added to either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
-
-    Raises:
-        Unsupported: the device cannot run this precision or kernel, or has no memory for one image.
-        ValueError: an impossible model, schedule or reducer, or there is no such device.
     """
-    started = time.time()
     check(spec.precision, device)
-    reused = device == "cpu" and reuse_freed_memory()
     tick("build")
-    pair = build(spec, device)
-    timed = time_interleaved(_cases(spec, pair), spec.batch_size, spec.rounds, spec.warmup, device, tick)
-    batch_size, (base, pruned, *rest) = timed
-    base.require(), pruned.require()
+    cases = build(spec, device)
+    how = spec.batch_size, spec.rounds, spec.warmup
+    batch_size, (base, pruned, *rest) = time_interleaved(list(cases.values()), *how, device, tick)
+    if reason := base.unsupported or pruned.unsupported:
+        raise Unsupported(reason)
     tick("matrix product")
     peak = matmul_peak(spec.precision, device)
-    base_macs, macs = flops.macs(pair.base), flops.macs(pair.pruned)
-    unpruned = model_metrics(pair.base, base, batch_size, base_macs.total, peak)
+    host, model = cases["base"].model, cases["pruned"].model
+    base_macs, macs = flops.macs(host), flops.macs(model)
+    unpruned = model_metrics(host, base, batch_size, base_macs.total, peak)
     metrics = {
         **{f"base_{name}": value for name, value in unpruned.items()},
-        **model_metrics(pair.pruned, pruned, batch_size, macs.total, peak),
+        **model_metrics(model, pruned, batch_size, macs.total, peak),
         **against(base.seconds, pruned.seconds, base_macs.total / macs.total),
         "batch_size": batch_size,
-        "base_tokens": token_trace(pair.base)[0],
+        "base_tokens": token_trace(host)[0],
         "matmul_gflops": peak / 1e9,
     }
     series = {"base_seconds": base.seconds, "seconds": pruned.seconds}
-    origin: dict[str, Any] = {}
-    if pair.heads is not None:
+    origin: dict[str, Any] = {"attention": {"base": base.kernels, "pruned": pruned.kernels}}
+    for heads in rest:
         metrics |= {"base_gmacs_linear": base_macs.linear / 1e9, "gmacs_linear": macs.linear / 1e9}
-        origin = {"heads_precision": pair.heads_precision, "heads_unsupported": rest[0].unsupported}
-        if rest[0].seconds:
-            series["heads_seconds"] = rest[0].seconds
-            heads_macs = pair.heads.macs()
-            whole = (base_macs.total + heads_macs) / (macs.total + heads_macs)
-            metrics |= _whole(series, batch_size) | {"mac_ratio_whole": whole}
-    origin |= {"attention": {"base": base.kernels, "pruned": pruned.kernels}, "freed_memory_reused": reused}
-    found = {"metrics": metrics, "tokens": token_trace(pair.pruned), "series": series}
-    return make_record("bench", spec, started, found, device=device, **origin)
+        origin |= {"heads_precision": cases["heads"].precision, "heads_unsupported": heads.unsupported}
+        if heads.seconds:
+            series["heads_seconds"] = heads.seconds
+            code: Any = cases["heads"].model
+            metrics["mac_ratio_whole"] = (base_macs.total + code.macs()) / (macs.total + code.macs())
+            wholes = [[a + b for a, b in zip(own.seconds, heads.seconds, strict=True)] for own in (base, pruned)]
+            metrics |= ratio("speedup_whole", *wholes)
+            for prefix, seconds in zip(("base_", ""), wholes, strict=True):
+                metrics[f"{prefix}images_per_s_whole"] = speed(seconds, batch_size)["images_per_s"]
+    return {"metrics": metrics, "tokens": token_trace(model), "series": series, "provenance": origin}
 
 
-def build(spec: BenchSpec, device: str) -> Pair:
-    """Both models; at equal image sizes the pruned one's host is the unpruned one, so that they share weights.
-
-    Raises:
-        ValueError: timm has no such model; an impossible schedule or reducer.
+def build(spec: BenchSpec, device: str) -> dict[str, Case]:
+    """What is timed: ``base``, the timm model or a detector's unpruned encoder; ``pruned``, a ``DeployedViT``; and of a
+    detector, ``heads``. At equal image sizes the pruned model's host is the unpruned one, so that they share weights.
     """
     dtype, size = weights_dtype(spec.precision), spec.pruned_image_size or spec.image_size
     settings = (device, dtype, spec.channels_last, spec.detector)
-    models = build_variants(spec.model, {"pruned": spec.prune}, size, *settings)
-    pruned: Any = models["pruned"]
-    base = models[UNPRUNED]
+    models: dict[str, Any] = build_variants(spec.model, {"pruned": spec.prune}, size, *settings)
+    base, pruned = models[UNPRUNED], models["pruned"]
     if size != spec.image_size:
         base = build_variants(spec.model, {}, spec.image_size, *settings)[UNPRUNED]
-    heads, precision = None, spec.precision
+    how: dict[str, Any] = {key: getattr(spec, key) for key in ("precision", "attention", "compile", "channels_last")}
+    sized = {"base": (base, spec.image_size), "pruned": (pruned, size)}
+    cases = {name: Case(name=name, model=model, shape=(3, px, px), **how) for name, (model, px) in sized.items()}
     if spec.detector is not None:
         code = import_module("cropr.bench.heads")  # by name: other measurements do not depend on detectors
         backbone, patch = pruned.model.backbone, pruned.model.backbone.host.patch_embed.patch_size[0]
-        heads = code.Heads(spec.detector, backbone.dim, patch, (size // patch,) * 2)
-        heads.to(device).requires_grad_(False).eval()
-        precision = code.head_precision(spec.precision)
-    return Pair(base, pruned, (spec.image_size, size), heads, precision)
-
-
-def _whole(series: dict[str, list[float]], batch_size: int) -> dict[str, float]:
-    """Speeds of encoder and heads together, of the unpruned model and of the pruned one, and their ratio."""
-    base, pruned = (
-        [encoder + heads for encoder, heads in zip(series[name], series["heads_seconds"], strict=True)]
-        for name in ("base_seconds", "seconds")
-    )
-    speeds = (speed(seconds, batch_size)["images_per_s"] for seconds in (base, pruned))
-    names = ("base_images_per_s_whole", "images_per_s_whole")
-    return ratio("speedup_whole", base, pruned) | dict(zip(names, speeds, strict=True))
-
-
-def _cases(spec: BenchSpec, pair: Pair) -> list[Case]:
-    """Both models, and the heads of a detector."""
-    how: dict[str, Any] = {key: getattr(spec, key) for key in ("precision", "attention", "compile", "channels_last")}
-    cases = [
-        Case(name=name, model=model, shape=(3, size, size), **how)
-        for name, model, size in zip(("base", "pruned"), (pair.base, pair.pruned), pair.sizes, strict=True)
-    ]
-    if pair.heads is not None:
-        cases.append(Case(name="heads", model=pair.heads, shape=pair.heads.shape, precision=pair.heads_precision))
+        heads = code.Heads(spec.detector, backbone.dim, patch, (size // patch,) * 2).to(device)
+        # Boxes need float32, so that weights of heads are not cast for good.
+        mixed = f"amp_{spec.precision}" if spec.precision in ("bf16", "fp16") else spec.precision
+        model = heads.requires_grad_(False).eval()
+        cases["heads"] = Case(name="heads", model=model, shape=heads.shape, precision=mixed)
     return cases

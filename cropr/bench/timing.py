@@ -5,12 +5,9 @@ the machine down for a while slows all of it. Warm-up is left out. Reported are 
 interquartile range, and ratios, taken round by round, with a bootstrap interval of their median.
 """
 
-from __future__ import annotations
-
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,17 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cropr.bench.attention import run_forced, with_attention_kernel
-from cropr.bench.device import (
-    Unsupported,
-    check,
-    first_line,
-    largest_batch,
-    noise,
-    synchronize,
-    weights_dtype,
-    working_memory,
-)
+from cropr.bench.device import Unsupported, largest_batch, noise, run_forced, with_attention_kernel, working_memory
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
@@ -37,7 +24,6 @@ MIN_SAMPLE_S = 0.1
 Tell = Callable[[str], None]
 """Is called with a word on what comes next, for a progress bar."""
 Clock = Callable[[], float]
-"""Runs what is timed and gives seconds of one pass."""
 
 
 def no_progress(what: str) -> None:
@@ -74,30 +60,33 @@ class Outcome:
     unsupported: str | None = None
     """Why the device cannot run it."""
 
-    def require(self) -> Outcome:
-        """Itself. Raises: Unsupported: the device cannot run the case."""
-        if self.unsupported is not None:
-            raise Unsupported(self.unsupported)
-        return self
-
 
 def time_interleaved(
     cases: Sequence[Case], batch_size: int, rounds: int, warmup: int, device: str, tell: Tell = no_progress
 ) -> tuple[int, list[Outcome]]:
-    """Try every case, then time those that run, in turn in every round.
+    """Try every case, then time those that run, in turn in every round; the batch size that fitted, and their outcomes.
 
     A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
     ``batch_size``, the inputs of a pass, is halved for all cases until the device has the memory for it. Each case has
-    ``warmup`` untimed passes and ``rounds`` readings.
-
-    Returns:
-        The batch size that fitted, and an outcome a case.
-
-    Raises:
-        ValueError: there is no such device.
+    ``warmup`` untimed passes and ``rounds`` readings. Raises: ValueError: there is no such device.
     """
+
+    def attempt(size: int) -> list[Outcome]:
+        outcomes = [Outcome() for _ in cases]
+        clocks: dict[int, Clock] = {}
+        for number, case in enumerate(cases):
+            tell(f"warm up {case.name}")
+            try:
+                clocks[number] = _prepare(case, outcomes[number], size, warmup, device)
+            except Unsupported as error:
+                outcomes[number].unsupported = str(error)
+        for number, seconds in interleave(clocks, rounds, tell).items():
+            outcomes[number].seconds = seconds
+        return outcomes
+
     try:
-        return largest_batch(batch_size, partial(_time_batch, cases, rounds, warmup, device, tell))
+        with torch.inference_mode():
+            return largest_batch(batch_size, attempt)
     except Unsupported as error:
         return batch_size, [Outcome(unsupported=str(error)) for _ in cases]
 
@@ -124,10 +113,9 @@ def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progres
 
 
 def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Clock:
-    """Finish the warm-up and repeat the pass in every reading until that is long enough.
+    """Finish the warm-up of so many ``passes``, and repeat the pass in every reading until that is long enough.
 
-    ``passes`` are untimed, with the one that ran already in ``first`` seconds. If that was fast, one more is run for
-    an estimate without the cost of a first time.
+    One pass ran already, in ``first`` seconds. If it was fast, one more is run, without the cost of a first time.
     """
     once = first
     for _ in range(max(passes - 1, int(first < 10 * MIN_SAMPLE_S))):
@@ -148,7 +136,8 @@ def clock(forward: Callable[[], Any], repeats: int = 1, device: str = "cpu") -> 
     begin = time.perf_counter()
     for _ in range(repeats):
         forward()
-    synchronize(device)
+    if device.startswith("mps"):
+        torch.mps.synchronize()
     return (time.perf_counter() - begin) / repeats
 
 
@@ -183,68 +172,23 @@ def bootstrap_median(
 
 def iqr(values: np.ndarray) -> float:
     """Interquartile range."""
-    low, high = np.quantile(values, [0.25, 0.75])
-    return float(high - low)
-
-
-def _time_batch(
-    cases: Sequence[Case], rounds: int, warmup: int, device: str, tell: Tell, batch_size: int
-) -> list[Outcome]:
-    """Outcomes with batches of this size.
-
-    Raises:
-        torch.OutOfMemoryError: the device has not the memory for them.
-    """
-    outcomes = [Outcome() for _ in cases]
-    clocks: dict[int, Clock] = {}
-    with torch.inference_mode():
-        for number, case in enumerate(cases):
-            tell(f"warm up {case.name}")
-            try:
-                clocks[number] = _prepare(case, outcomes[number], batch_size, warmup, device)
-            except Unsupported as error:
-                outcomes[number].unsupported = str(error)
-        for number, seconds in interleave(clocks, rounds, tell).items():
-            outcomes[number].seconds = seconds
-    return outcomes
+    return float(np.subtract(*np.quantile(values, [0.75, 0.25])))
 
 
 def _prepare(case: Case, outcome: Outcome, batch_size: int, warmup: int, device: str) -> Clock:
-    """Warm a case up; its kernels and its memory are written to ``outcome``.
-
-    Raises:
-        Unsupported: the device cannot run it.
-    """
-    check(case.precision, device)
+    """Warm a case up; its kernels and its memory are written to ``outcome``."""
     model: Any = torch.compile(case.model, fullgraph=True, dynamic=False) if case.compile else case.model
-    inputs = noise(batch_size, case.shape, device, weights_dtype(case.precision), case.channels_last)
+    inputs = noise(batch_size, case.shape, device, case.precision, case.channels_last)
     forward = with_attention_kernel(case.attention, case.precision, device, partial(model, inputs))
-    with _refusals():
-        begin = time.perf_counter()
-        logits, outcome.kernels = run_forced(forward, case.attention, case.compile)
-        synchronize(device)
-        seconds = time.perf_counter() - begin
+    found: list[Any] = []
+    seconds = clock(lambda: found.extend(run_forced(forward, case.attention, case.compile)), 1, device)
+    logits, outcome.kernels = found
     if not logits.isfinite().all():
-        raise Unsupported(
-            f"{type(case.model).__name__} gives non-finite logits in {case.precision}; use another precision"
-        )
+        name = type(case.model).__name__
+        raise Unsupported(f"{name} gives non-finite logits in {case.precision}; use another precision")
     if warmup > 1 or seconds < 10 * MIN_SAMPLE_S:
         # Not in the first pass: what torch's libraries then set up for these shapes stays allocated.
-        begin = time.perf_counter()
-        _, outcome.working_memory_mb = working_memory(forward, device)
-        synchronize(device)
-        warmup, seconds = max(1, warmup - 1), time.perf_counter() - begin
+        found = []
+        seconds = clock(lambda: found.extend(working_memory(forward, device)), 1, device)
+        outcome.working_memory_mb, warmup = found[1], max(1, warmup - 1)
     return warm_up(forward, warmup, device, seconds)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Errors of the compiler, and of operators that a device lacks, become reasons."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise Unsupported(f"torch has no such operator here: {first_line(error)}") from None
-    except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise Unsupported(f"torch.compile: {first_line(error)}") from None
-        raise

@@ -14,8 +14,6 @@ examples:
   python -m cropr bench --spec results/laptop/bench/3f2a91c07d/record.json --out again   # a row of a table again
 """
 
-from __future__ import annotations
-
 import argparse
 
 from cropr.bench.specs import BenchSpec
@@ -24,7 +22,6 @@ from cropr.cli.spec_flags import number, say, show_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     add_measuring_flags(parser, BenchSpec)
 
 

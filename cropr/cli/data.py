@@ -9,22 +9,18 @@ examples:
   python -m cropr data check /data/ADEChallengeData2016 --layout ade20k --classes 150
 """
 
-from __future__ import annotations
-
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from cropr.cli.spec_flags import LAYOUTS, add_fields, given, make_spec, read_values
+from cropr.cli.measuring import progress
+from cropr.cli.spec_flags import LAYOUTS, add_fields, given, make_spec, read_values, say
 from cropr.specs import ScenesSpec
-
-CONSOLE = Console(stderr=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sub-verbs ``scenes`` and ``check``."""
     verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     scenes = verbs.add_parser("scenes", help="write the embedded data set")
     scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; an earlier set is replaced")
@@ -39,35 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Dispatch to the sub-verb."""
-    {"scenes": _scenes, "check": _check}[args.what](args)
+    """Write or read the images, then print how many there are."""
+    with progress(MofNCompleteColumn(), TimeRemainingColumn()) as tick:
+        text = {"scenes": _scenes, "check": _check}[args.what](args, tick)
+    say(text)
 
 
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=CONSOLE)
-
-
-def _scenes(args: argparse.Namespace) -> None:
+def _scenes(args: argparse.Namespace, tick: Callable[..., None]) -> str:
     from cropr.data.layouts import write
 
     values = read_values(args.spec) if args.spec else {}
     spec = make_spec({**values, **given(args, ScenesSpec.model_fields)}, kind=ScenesSpec)
-    with _progress() as bar:
-        task = bar.add_task("scenes", total=spec.train + spec.val)
-        write(spec, args.out, args.layout, args.workers, lambda done: bar.advance(task, done))
-    CONSOLE.print(f"{spec.train} training and {spec.val} validation images in {args.out}")
+    tick("scenes", total=spec.train + spec.val)
+    write(spec, args.out, args.layout, args.workers, lambda done: tick("scenes", advance=done))
+    return f"{spec.train} training and {spec.val} validation images in {args.out}"
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, tick: Callable[..., None]) -> str:
     from cropr.data.check import check
 
-    with _progress() as bar:
-        task = bar.add_task("reading", total=None)
-        report = check(
-            args.root, args.classes, args.layout, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    def show(done: int, total: int) -> None:
+        tick("reading", completed=done, total=total)
+
+    report = check(args.root, args.classes, args.layout, show)
     report.raise_for_problems()
     images = ", ".join(f"{count} {split}" for split, count in report.images.items())
     classes = f" of {report.classes} classes" if report.classes else ""
-    CONSOLE.print(f"{args.root}: all images can be used ({'; '.join([images + classes, *report.notes])})")
+    return f"{args.root}: all images can be used ({'; '.join([images + classes, *report.notes])})"

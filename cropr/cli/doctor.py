@@ -8,8 +8,6 @@ Nothing is changed, and nothing is sent. Of your paths, only the data roots in c
 are shown. Without torch it prints the rest and says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -28,13 +26,10 @@ from cropr.records import provenance
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _LONG = ("cpu_info", "pip_packages", "conda_packages", "pip_version")
-"""What is not shown of ``torch.utils.collect_env``."""
-
 Report = dict[str, dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
     parser.add_argument("--config", type=Path, default="config/config.yaml", help="file that names the data roots")
     parser.add_argument("--results", type=Path, default="results", help="folder that the workflow writes to")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -55,12 +50,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def collect(config: Path, results: Path) -> Report:
-    """Facts about this computer and this installation, as sections of plain JSON values. Nothing is written.
-
-    Args:
-        config: the workflow's configuration; may be missing.
-        results: the workflow's output folder; may be missing.
-    """
+    """Facts about this computer and this installation, as sections of plain JSON values; ``config`` and ``results`` of
+    the workflow may be missing. Nothing is written."""
     here = provenance(time.time())
     software = {"cropr": __version__, "python": here["python"], **here["packages"]}
     software |= {name: version(name) for name in ("snakemake", "papermill") if find_spec(name)}
@@ -75,7 +66,7 @@ def collect(config: Path, results: Path) -> Report:
 def find_problems(report: Report) -> Iterator[str]:
     """What would stop a run or make its numbers wrong, each as a sentence with the fix."""
     torch, folders, usable = report["torch"], report["folders"], report["machine"]["cores_usable"]
-    if not torch["usable"]:
+    if "reason" in torch:
         yield f"torch cannot be imported ({torch['reason']}); make env installs it"
     elif (threads := torch["threads"]) > usable:
         yield f"torch uses {threads} threads on {usable} usable cores, which is slow; set OMP_NUM_THREADS={usable}"
@@ -108,15 +99,16 @@ def _folders(config: Path, results: Path) -> dict[str, Any]:
         values = parse(config.read_text(encoding="utf-8"), str(config))
     except (OSError, ValueError) as error:
         problem = f"{config}: {error}"
-    roots = {name: Path(values[name]) for name in ("folder", *LAYOUTS) if values.get(name)}
+    roots = {name: values[name] for name in ("folder", *LAYOUTS) if values.get(name)}
     return {
         "config": str(config),
         "config_error": problem,
-        "data_roots": {
-            name: {"path": str(root), "readable": root.is_dir() and os.access(root, os.R_OK | os.X_OK)}
-            for name, root in roots.items()
-        },
+        "data_roots": {name: {"path": root, "readable": _allows(root, os.R_OK)} for name, root in roots.items()},
         "results": str(results),
-        "results_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "results_writable": _allows(existing, os.W_OK),
         "disk_free_gb": round(shutil.disk_usage(existing).free / 1e9, 1),
     }
+
+
+def _allows(folder: str | Path, mode: int) -> bool:
+    return os.path.isdir(folder) and os.access(folder, mode | os.X_OK)

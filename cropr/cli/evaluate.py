@@ -8,8 +8,6 @@ examples:
   python -m cropr evaluate --predictions predictions.json --annotations coco/annotations/instances_val2017.json
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path
@@ -17,10 +15,10 @@ from pathlib import Path
 from cropr.cli import spec_flags as flags
 from cropr.records import make_record, provenance, write_record
 from cropr.tasks import TASKS, open_task
+from cropr.training.specs import TrainSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     flags.add_run_flags(parser)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec, with --weights instead of --run")
     for flag, text in (
@@ -41,21 +39,12 @@ def run(args: argparse.Namespace) -> None:
     started = time.time()
     if args.predictions or args.annotations:
         return _score(args, started)
-    if args.run_dir and (args.spec or args.weights):
-        raise ValueError("--run says which spec and weights; leave --spec and --weights out")
-    if not args.run_dir and not (args.spec and args.weights):
-        raise ValueError(
-            "name what to evaluate: --run DIR, or --spec FILE with --weights FILE, "
-            "or --predictions FILE with --annotations FILE"
-        )
-    own = () if args.run_dir else (flags.read_spec(args.spec), args.weights, args.seed or 0)
-    spec, weights, seed = own or flags.trained_run(args)
+    spec, weights, seed = _named(args)
     if args.data is None:
         raise ValueError("name the images with --data DIR")
     if args.save_predictions and spec.task != "detection":
         raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be 1 or more")
+    flags.require_positive(args, "batch_size")
 
     from cropr.data.loading import Share
     from cropr.tasks.base import EvaluationSettings
@@ -69,32 +58,37 @@ def run(args: argparse.Namespace) -> None:
         load_weights(model, weights)
         # As it was trained; the CPU has no fp16.
         precision = "fp32" if (world.device.type, spec.recipe.precision) == ("cpu", "fp16") else spec.recipe.precision
-        settings = EvaluationSettings(
-            batch_size=args.batch_size,
-            device=world.device,
-            precision=precision,
-            seed=seed,
-            total=world.sum,
-            gather=world.gather,
-            predictions=args.save_predictions if world.leads else None,
-        )
+        how = {"batch_size": args.batch_size, "precision": precision, "seed": seed, "device": world.device}
+        predictions = args.save_predictions if world.leads else None
+        settings = EvaluationSettings(**how, total=world.sum, gather=world.gather, predictions=predictions)
         share = Share(rank=world.rank, world=world.size, workers=args.workers)
         result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings, **share)
         if not world.leads:
             return None
         metrics, tokens = {**result.metrics, "deployed": int(args.deployed)}, list(model.token_trace)
-        found = {"seed": seed, "metrics": metrics, "tokens": tokens, "series": result.series}
-        origin = {"device": str(world.device), "precision": precision, "data_fingerprint": task.fingerprint}
         if args.out:
-            found["per_image"] = args.out.with_suffix(".npz").name
-            write_arrays(args.out.with_suffix(".npz"), result.images)
+            arrays = args.out.with_suffix(".npz")
+            write_arrays(arrays, result.images)
+            found = {"seed": seed, "metrics": metrics, "tokens": tokens, "series": result.series}
+            found["per_image"] = arrays.name
+            origin = {"device": str(world.device), "precision": precision, "data_fingerprint": task.fingerprint}
             write_record(args.out, make_record("evaluate", spec, started, found, **origin))
     flags.show_metrics(str(weights), metrics, TASKS[spec.task].metrics)
     flags.say(f"tokens: {', '.join(map(str, tokens))}")
     if relevance := result.series.get("relevance"):
-        rows = [{name.replace("_", " "): flags.number(value) for name, value in row.items()} for row in relevance]
-        flags.show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", rows)
+        flags.show_table("where the kept tokens lie: % of the kept patches, % of the object's patches", relevance)
     return None
+
+
+def _named(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
+    """Specification, weights and seed of what is evaluated."""
+    if args.run_dir:
+        flags.require_alone(args, "run", ("spec", "weights"))
+        return flags.trained_run(args)
+    if args.spec and args.weights:
+        return flags.make_spec(args.spec), args.weights, args.seed or 0
+    own = "--spec FILE with --weights FILE, or --predictions FILE with --annotations FILE"
+    raise ValueError(f"name what to evaluate: --run DIR, or {own}")
 
 
 def _score(args: argparse.Namespace, started: float) -> None:

@@ -11,8 +11,6 @@ examples:
   python -m cropr export --model vit_base_patch16_224 --rate 8 --out exported --bench   # also speed-up in onnxruntime
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from importlib.metadata import version
@@ -21,23 +19,17 @@ from typing import Any
 
 from cropr.bench.specs import BenchSpec
 from cropr.cli import spec_flags as flags
-from cropr.cli.measuring import origin, progress, require_positive, set_threads
+from cropr.cli.measuring import origin, progress, set_threads
 from cropr.records import RECORD, make_record, package_versions, write_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="directory of a finished training run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model.onnx, model.pt2 and record.json")
     flags.add_fields(flags.add_pruning_flags(parser), BenchSpec, ["image_size"])
     how = parser.add_argument_group("check and measurement")
-    how.add_argument(
-        "--batch-size",
-        type=int,
-        default=4,
-        metavar="N",
-        help="images per pass, compared and timed (default 4)",
-    )
+    text = "images per pass, compared and timed (default 4)"
+    how.add_argument("--batch-size", type=int, default=4, metavar="N", help=text)
     how.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default 5)")
     how.add_argument("--bench", action="store_true", help="also time the unpruned model in onnxruntime")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default OMP_NUM_THREADS, else all)")
@@ -46,30 +38,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export, check, print, write the record."""
     started = time.time()
-    require_positive(args, "batch_size", "rounds", "threads")
+    flags.require_positive(args, "batch_size", "rounds", "threads")
 
-    from cropr.build import build_model
+    from cropr.build import build_model, require_known
     from cropr.export import export, need
     from cropr.training.checkpoint import load_weights
 
     need()
     set_threads(args)
     spec: Any
+    model: Any
     if args.run_dir:
-        if found := flags.given(args, (*flags.PRUNING, "image_size")):
-            raise ValueError(f"--run and --{next(iter(found)).replace('_', '-')}: the run says what the model is")
+        flags.require_alone(args, "run", (*flags.PRUNING, "image_size"))
         spec, weights, _ = flags.trained_run(args)
         if spec.task != "classification":
             raise ValueError(f"--run {args.run_dir}: a run of {spec.task}; only image classifiers can be exported")
-        classes, size = spec.data.num_classes, spec.data.image_size
-    else:
-        flags.require_known(flags.require_model(args, "a training run with --run"))
-        values = {"model": {"name": args.model}, "prune": flags.pruning(args), **flags.given(args, ["image_size"])}
-        spec, weights = flags.make_spec(values, kind=BenchSpec), None
-        classes, size = 1000, spec.image_size
-    model: Any = build_model(spec.model, spec.prune, classes, size)
-    if weights is not None:
+        model = build_model(spec.model, spec.prune, spec.data.num_classes, spec.data.image_size)
         load_weights(model, weights)
+    else:
+        values = flags.model_and_pruning(args, "a training run with --run") | flags.given(args, ["image_size"])
+        require_known(args.model)
+        spec = flags.make_spec(values, kind=BenchSpec)
+        model = build_model(spec.model, spec.prune, 1000, spec.image_size)
     with progress() as tick:
         found = export(model.deploy(), args.out, args.batch_size, args.rounds, args.bench, tick)
     packages = {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")} | package_versions()

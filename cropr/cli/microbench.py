@@ -17,8 +17,6 @@ examples:
   python -m cropr microbench training --spec results/laptop/microbench/0f2a91c07d/record.json --out again
 """
 
-from __future__ import annotations
-
 import argparse
 
 from cropr.bench.specs import MEASURES
@@ -34,7 +32,6 @@ _KEYS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     parser.add_argument("measure", choices=sorted(MEASURES), help="what to measure")
     text = "change one value of the specification, such as image_size=448"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)

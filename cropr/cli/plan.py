@@ -10,8 +10,6 @@ examples:
   python -m cropr plan --model vit_base_patch16_224 --targets 2 --fusion none --align 8 --precision bf16 --verify
 """
 
-from __future__ import annotations
-
 import argparse
 
 from cropr.bench.specs import PlanSpec
@@ -21,7 +19,6 @@ _KEYS = ("target", "schedule", "predicted", "speedup", "speedup_low", "speedup_h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     add_measuring_flags(parser, PlanSpec, schedule=False)
 
 

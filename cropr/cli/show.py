@@ -10,8 +10,6 @@ examples:
   python -m cropr show --run runs/3f2a91c07d/seed0 --image cat.jpg --out cat.npz --picture cat.png
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path
@@ -27,7 +25,6 @@ _LOG = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     add_run_flags(parser, required=True)
     parser.add_argument("--images", type=int, default=8, metavar="N", help="validation images to show (default 8)")
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="this picture instead; repeatable")
@@ -73,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(shown)} images: {args.out}")
 
 
-def to_arrays(shown: list[Shown], task: str, depth: int) -> dict[str, Any]:
+def to_arrays(shown: list["Shown"], task: str, depth: int) -> dict[str, Any]:
     """What the file holds of n images.
 
     Returns:
@@ -87,15 +84,15 @@ def to_arrays(shown: list[Shown], task: str, depth: int) -> dict[str, Any]:
     from cropr.show import draw_map, grid_map
 
     after = [grid_map(one.output)[0].cpu() for one in shown]
-    drawn = {name: [getattr(one, name) for one in shown] for name in ("image", "prediction", "truth")}
-    drawn["images"] = drawn.pop("image")
+    drawn = {name: [getattr(one, name) for one in shown] for name in ("prediction", "truth")}
+    drawn["images"] = [one.image for one in shown]
     drawn["map"] = [draw_map(one.image, blocks, depth) for one, blocks in zip(shown, after, strict=True)]
+    texts = {name: [getattr(one, name) for one in shown] for name in ("truth_text", "prediction_text")}
     return {
         **{name: torch.stack(all_).permute(0, 2, 3, 1).numpy() for name, all_ in drawn.items() if all_[0] is not None},
+        **{name: np.array(all_, dtype=np.str_) for name, all_ in texts.items()},
         "pruned_after": torch.stack(after).flatten(1).numpy(),
         "grid": np.array(shown[0].output.grid),
         "depth": np.array(depth),
-        "truth_text": np.array([one.truth_text for one in shown], dtype=np.str_),
-        "prediction_text": np.array([one.prediction_text for one in shown], dtype=np.str_),
         "task": np.array(task),
     }

@@ -1,14 +1,12 @@
 """Flags of the verbs, and the specifications that they make up: from a file, from JSON, or from flags.
 
-``add_fields`` makes flags of the fields of a specification: name, type, choices, default and help come from the field.
+Name, type, choices, default and help of most flags come from the field of a specification and its docstring.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cropr.pruning.methods import FUSIONS, REDUCERS
+from cropr.records import read_record
 from cropr.specs import Spec, check
 from cropr.tasks import TASKS
 from cropr.training.specs import TrainSpec
@@ -33,45 +32,36 @@ LAYOUTS = tuple(task.layout for task in TASKS.values())
 def add_fields(
     group: argparse._ActionsContainer,
     spec: type[Spec],
-    names: Collection[str] | None = None,
+    names: Iterable[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """A flag for each field that holds a number, a word, a switch, or several numbers or words.
-
-    Args:
-        spec: its fields. The docstring below a field is the help of its flag.
-        names: these fields only; all by default.
-        defaults: field -> default for the help, where a verb has its own.
-    """
-    for name, field in spec.model_fields.items():
-        options = _options(field.annotation)
-        if options is None or (names is not None and name not in names):
+    """A flag for each field, or those named, that holds a number, a word, a switch, or several numbers or words;
+    ``defaults`` are for the help, where a verb has its own."""
+    for name in names or spec.model_fields:
+        field = spec.model_fields[name]
+        if (options := _options(field.annotation)) is None:
             continue
-        text = field.description or name.replace("_", " ")
-        text = " ".join(text.replace("`", "").split()).removesuffix(".")
-        text = text[0].lower() + text[1:]
+        text = " ".join((field.description or name.replace("_", " ")).replace("`", "").split()).removesuffix(".")
         default = (defaults or {}).get(name, None if field.is_required() else field.default)
-        if isinstance(default, tuple | list):
-            default = " ".join(map(str, default))
         if default is not None and "action" not in options:
-            text += f" (default {default})"
-        group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+            several = isinstance(default, tuple | list)
+            text += f" (default {' '.join(map(str, default)) if several else default})"
+        group.add_argument(flag(name), help=(text[0].lower() + text[1:]).replace("%", "%%"), **options)
 
 
 def _options(annotation: Any) -> dict[str, Any] | None:
     """Arguments of ``add_argument`` for values of a type; None for types that a flag cannot hold."""
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind in (Union, UnionType):
+        kinds = [part for part in parts if part is not NoneType]
         return {"type": _number, "metavar": "X"} if set(kinds) == {int, float} else _options(kinds[0])
-    if get_origin(annotation) in (tuple, list):
-        inner, *others = get_args(annotation)
-        options = _options(inner)
-        several = get_origin(annotation) is list or others == [Ellipsis]
-        return options and {**options, "nargs": "+" if several else 1 + len(others)}
-    if get_origin(annotation) is Annotated:
-        return _options(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return {"choices": get_args(annotation)}
+    if kind in (tuple, list):
+        options = _options(parts[0])
+        return options and {**options, "nargs": "+" if kind is list or Ellipsis in parts else len(parts)}
+    if kind is Annotated:
+        return _options(parts[0])
+    if kind is Literal:
+        return {"choices": parts}
     if annotation is bool:
         return {"action": "store_true"}
     letters = {int: "N", float: "X", str: "TEXT"}
@@ -91,15 +81,13 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
     group.add_argument("--reducer", choices=list(REDUCERS), help="how tokens are chosen (default cropr)")
     if schedule:
         group.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
-        group.add_argument(
-            "--schedule", metavar="JSON", help='another schedule, such as \'{"stages": {"at": {"6": 50}}}\''
-        )
+        text = 'another schedule, such as \'{"stages": {"at": {"6": 50}}}\''
+        group.add_argument("--schedule", metavar="JSON", help=text)
     group.add_argument("--fusion", choices=list(FUSIONS), help="how pruned tokens come back (default llf)")
     return group
 
 
 def add_machine_flags(parser: argparse._ActionsContainer, workers: bool = False) -> None:
-    """``--device`` and ``--threads``; with ``workers``, also ``--workers``."""
     parser.add_argument("--device", help="cpu, cuda; to measure also cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default OMP_NUM_THREADS, else all)")
     if workers:
@@ -115,78 +103,52 @@ def add_run_flags(parser: argparse.ArgumentParser, required: bool = False) -> No
     parser.add_argument("--seed", type=int, metavar="N", help="of random reducers (default: the run's)")
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Flags that the user gave, of those named, with their values."""
     values = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
-def require_lone_spec(args: argparse.Namespace, names: Iterable[str], fix: str = "") -> None:
-    """Refuse ``--spec`` together with flags that stand for parts of a specification.
-
-    Raises:
-        ValueError: they are given together; ``fix`` ends the message.
-    """
-    if args.spec and (found := given(args, names)):
-        flags = ", ".join("--" + name.replace("_", "-") for name in found)
-        raise ValueError(f"--spec and {flags}: the spec says it all{fix}")
+def require_alone(args: argparse.Namespace, whole: str, names: Iterable[str], fix: str = "") -> None:
+    """Raises: ValueError: flags that stand for parts of ``whole``, "spec" or "run", are given beside it."""
+    if found := given(args, names):
+        raise ValueError(f"--{whole} and {', '.join(map(flag, found))}: the {whole} says it all{fix}")
 
 
-def pruning(args: argparse.Namespace) -> dict[str, Any]:
-    """Reducer, schedule and fusion of a ``PruneSpec``, of the flags of ``add_pruning_flags``.
-
-    Raises:
-        ValueError: flags that do not go together, or a schedule that is neither JSON nor YAML.
-    """
-    reducer = args.reducer or "cropr"
-    pruned = reducer != "none"
-    values = {"reducer": reducer, "fusion": args.fusion or ("llf" if pruned else "none")}
-    if not hasattr(args, "schedule"):
-        return values
-    if args.schedule and args.rate is not None:
-        raise ValueError(f"--rate {args.rate} and --schedule {args.schedule}: give one of them")
-    if not pruned and (args.rate or args.schedule):
-        raise ValueError("--reducer none prunes nothing; leave --rate and --schedule out")
-    rate = 8 if args.rate is None else args.rate
-    schedule = parse(args.schedule, "--schedule") if args.schedule else {"constant": {"rate": rate * pruned}}
-    return {**values, "schedule": schedule}
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises: ValueError: a flag that is given is below 1."""
+    for name, value in given(args, names).items():
+        if value < 1:
+            raise ValueError(f"{flag(name)} {value}: must be 1 or more")
 
 
-def require_model(args: argparse.Namespace, instead: str = "a spec with --spec") -> str:
-    """The name that ``--model`` gave.
-
-    Raises:
-        ValueError: it is missing; ``instead`` says what else there is.
-    """
+def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --spec") -> dict[str, Any]:
+    """``model`` and ``prune`` of a specification, of the flags of ``add_pruning_flags``. Raises: ValueError: no model,
+    and ``instead`` says what else there is; flags that do not go together; a schedule that is not JSON."""
     if not args.model:
         raise ValueError(f"name a model with --model (for example vit_large_patch16_224) or {instead}")
-    return str(args.model)
-
-
-def require_known(name: str) -> str:
-    """The name of a model, if timm has it.
-
-    Raises:
-        ValueError: it does not; with models of similar names.
-    """
-    import timm
-
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:8]
-        raise ValueError(f"--model {name}: timm has no such model; close to it: {', '.join(close) or 'none'}")
-    return name
+    reducer = args.reducer or "cropr"
+    pruned = reducer != "none"
+    prune = {"reducer": reducer, "fusion": args.fusion or ("llf" if pruned else "none")}
+    if hasattr(args, "schedule"):
+        if args.schedule and args.rate is not None:
+            raise ValueError(f"--rate {args.rate} and --schedule {args.schedule}: give one of them")
+        if not pruned and (args.rate or args.schedule):
+            raise ValueError("--reducer none prunes nothing; leave --rate and --schedule out")
+        constant = {"constant": {"rate": (8 if args.rate is None else args.rate) * pruned}}
+        prune["schedule"] = parse(args.schedule, "--schedule") if args.schedule else constant
+    return {"model": {"name": args.model}, "prune": prune}
 
 
 # Specifications -----------------------------------------------------------------------------------------------------
 
 
 def read_values(text: str) -> dict[str, Any]:
-    """Keys and values of a spec, unchecked, from a JSON or YAML file, or from JSON itself.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON or YAML.
-    """
+    """Keys and values of a spec, unchecked, from a JSON or YAML file, or from JSON itself."""
     if text.lstrip().startswith("{"):
         return parse(text, "--spec")
     path = Path(text)
@@ -197,16 +159,13 @@ def read_values(text: str) -> dict[str, Any]:
 
 
 def make_spec(
-    values: Mapping[str, Any],
+    values: str | Mapping[str, Any],
     overrides: Iterable[str] = (),
     kind: type[Kind] = TrainSpec,  # type: ignore[assignment]
 ) -> Kind:
-    """Validate a spec.
-
-    Raises:
-        ValueError: key, value and what is allowed, a line each.
-    """
-    values = copy.deepcopy(dict(values))
+    """A spec of keys and values, or of what ``read_values`` reads; ``overrides``: KEY=VALUE of ``--set``. Raises:
+    ValueError: key, value and what is allowed, a line each."""
+    values = read_values(values) if isinstance(values, str) else copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -224,19 +183,8 @@ def make_spec(
     return check(kind, values, "spec")
 
 
-def read_spec(text: str, overrides: Iterable[str] = ()) -> TrainSpec:
-    """The ``make_spec`` of ``read_values``: a training run's specification from a file or JSON."""
-    return make_spec(read_values(text), overrides)
-
-
 def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
-    """Specification, weights and seed (if given, that of the flags) of the run that ``--run`` names.
-
-    Raises:
-        FileNotFoundError: no such directory, or no record in it.
-        ValueError: a record of something else.
-    """
-    from cropr.records import read_record
+    """Specification, weights and seed (if given, that of the flags) of the run that ``--run`` names."""
     from cropr.training.checkpoint import WEIGHTS
 
     folder: Path = args.run_dir
@@ -249,11 +197,7 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
-    """Keys and values of YAML or JSON; ``where`` it stands is for the error.
-
-    Raises:
-        ValueError: it is neither, or holds something else.
-    """
+    """Keys and values of YAML or JSON. Raises: ValueError: ``where`` it stands, and what it is instead."""
     import yaml
 
     try:
@@ -273,27 +217,27 @@ def say(text: str) -> None:
     Console().print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """A title and a table of rows, column -> text; all rows have the columns of the first."""
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A title and a table of rows, column -> value; all rows have the columns of the first."""
     say(title)
-    table = Table(*(rows[0] if rows else ()), box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = (name.replace("_", " ") for name in (rows[0] if rows else ()))
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(number, row.values()))
     Console().print(table)
 
 
 def show_metrics(title: str, metrics: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
     """A table of metrics by name. Those of the unpruned model (``base_...``) stand beside those of the pruned one, and
     the ends of an interval (``..._low``, ``..._high``) behind its middle. Metrics with a label are percentages."""
-    labels, rows = labels or {}, []
-    paired = any(name.startswith("base_") for name in metrics)
+    labels, rows, paired = labels or {}, [], any(name.startswith("base_") for name in metrics)
     for name, value in metrics.items():
         if name.startswith("base_") or (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in metrics):
             continue
         text = "no such object" if value is None else number(value) + " %" * (name in labels)
         if f"{name}_low" in metrics:
             text += f" [{number(metrics[f'{name}_low'])}, {number(metrics[f'{name}_high'])}]"
-        base = {"unpruned": number(metrics.get(f"base_{name}"))} if paired else {}
+        base = {"unpruned": metrics.get(f"base_{name}")} if paired else {}
         rows.append({"quantity": labels.get(name, name.replace("_", " ")), **base, "value": text})
     show_table(title, rows)
 

@@ -14,8 +14,6 @@ examples:
   torchrun --nproc-per-node 8 -m cropr train --data imagenet --spec spec.yaml   # 8 GPUs
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import logging
@@ -28,12 +26,10 @@ from cropr.training.specs import TrainSpec
 
 _LOG = logging.getLogger(__name__)
 _RECIPE = ("epochs", "batch_size", "accumulate", "precision")
-_FLAGS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
-"""Flags that stand for parts of a spec."""
+_PARTS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
     data = "the images: train/<class>/* and val/<class>/*, or the layout of the spec's task"
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
@@ -43,28 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
     flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
     recipe = parser.add_argument_group("recipe")
-    flags.add_fields(
-        recipe, RecipeSpec, _RECIPE, {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"}
-    )
+    own = {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"}
+    flags.add_fields(recipe, RecipeSpec, _RECIPE, own)
     recipe.add_argument("--lr", type=float, metavar="LR", help="peak learning rate (default 1e-3 per 256 images)")
     recipe.add_argument("--image-size", type=int, metavar="PX", help="default: the model's own")
     recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
     machine = parser.add_argument_group("machine (none of these changes the result on a CPU)")
     flags.add_machine_flags(machine, workers=True)
-    machine.add_argument(
-        "--checkpoint-minutes",
-        type=float,
-        default=10,
-        metavar="M",
-        help="minutes between checkpoints (default 10); one more after each epoch",
-    )
+    text = "minutes between checkpoints (default 10); one more after each epoch"
+    machine.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=text)
     machine.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="epochs; default: at the end only")
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
-    flags.require_lone_spec(args, _FLAGS, "; change single keys with --set")
-    spec = flags.read_spec(args.spec, args.set) if args.spec else None
+    spec: Any = None
+    if args.spec:
+        flags.require_alone(args, "spec", _PARTS, "; change single keys with --set")
+        spec = flags.make_spec(args.spec, args.set)
 
     from cropr.tasks import TASKS
     from cropr.training.distributed import start
@@ -76,9 +68,8 @@ def run(args: argparse.Namespace) -> None:
             logging.disable(logging.INFO)
         spec = spec or _spec_for_folder(args, on_gpu=world.device.type == "cuda")
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
+        how = {name: getattr(args, name) for name in ("init", "workers", "checkpoint_minutes", "evaluate_every")}
         try:
-            names = ("init", "workers", "checkpoint_minutes", "evaluate_every")
-            how = {name: getattr(args, name) for name in names}
             record = train(spec, args.seed, args.data, out, world=world, **how)
         except TrainingInterrupted as stop:
             message, number = stop.args
@@ -92,21 +83,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
-    """The spec that the flags describe: a recipe to fine-tune a model on a folder of images.
-
-    Raises:
-        ValueError: flags that do not go together, or a value that is not allowed.
-    """
+    """A recipe to fine-tune a model on a folder of images."""
+    from cropr.build import require_known
     from cropr.data.imagenet import load_splits
 
     split, _ = load_splits(args.data)
-    name = flags.require_known(flags.require_model(args))
+    values = flags.model_and_pruning(args)
+    name = require_known(args.model)
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
     batch = args.batch_size if args.batch_size is not None else min(64, len(split))
-    values = {
-        "model": {"name": name, "drop_path": 0.1, **flags.given(args, ["drop_path"])},
-        "prune": flags.pruning(args),
+    values["model"] |= {"drop_path": 0.1, **flags.given(args, ["drop_path"])}
+    values |= {
         "data": {
             **_input_of(name),
             **flags.given(args, ["image_size"]),
@@ -145,13 +133,10 @@ def _input_of(model: str) -> dict[str, Any]:
     """Image size, normalisation and evaluation crop that a timm model was made for."""
     import timm
 
-    if (config := timm.get_pretrained_cfg(model)) is None:
+    config = timm.get_pretrained_cfg(model)
+    if config is None:
         return {}
-    usual = config.interpolation in ("bicubic", "bilinear")
-    return {
-        "image_size": config.input_size[-1],
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "crop_pct": config.crop_pct,
-        "interpolation": config.interpolation if usual else "bicubic",
-    }
+    found = {name: getattr(config, name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    if config.interpolation not in ("bicubic", "bilinear"):
+        found["interpolation"] = "bicubic"
+    return found | {"image_size": config.input_size[-1]}

@@ -130,4 +130,4 @@ def test_command_writes_and_checks(tmp_path, layout, fewest, classes, capsys):
     write(spec, tmp_path / "library", layout)
     assert files(tmp_path / "command") == files(tmp_path / "library")
     assert main(["data", "check", str(tmp_path / "command"), "--layout", layout, "--classes", str(classes)]) == 0
-    assert "20 train" in " ".join(capsys.readouterr().err.split())
+    assert "20 train" in " ".join(capsys.readouterr().out.split())

@@ -120,11 +120,11 @@ def test_sweep_compares_with_its_own_setting_and_with_the_first(monkeypatch):
 
 @pytest.mark.model
 def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
-    attempt = timing._time_batch
-    monkeypatch.setattr(timing, "_time_batch", lambda *a: starved() if a[-1] > 2 else attempt(*a))
+    prepare = timing._prepare
+    monkeypatch.setattr(timing, "_prepare", lambda *a: starved() if a[2] > 2 else prepare(*a))
     cells = measure(spec("sweep", batch_sizes=[8]))["cells"]
     assert [(c["batch_size"], c["metrics"]["batch_size"]) for c in cells] == [(8, 2)] * 3
-    monkeypatch.setattr(timing, "_time_batch", starved)
+    monkeypatch.setattr(timing, "_prepare", starved)
     cells = measure(spec("sweep", batch_sizes=[2]))["cells"]
     assert [c["unsupported"] for c in cells] == ["out of memory with a single image: CUDA out of memory"] * 3
 
@@ -139,18 +139,13 @@ def test_blocks_run_on_the_counts_asked_for(monkeypatch, model):
         time_blocks, "_forward", lambda b, tokens, p: seen.add(tuple(tokens.x.shape)) or forward(b, tokens, p)
     )
     size = 64 if model is MODEL else 56
-    found = time_blocks.time_blocks(spec("blocks", model=model, image_size=size, tokens=[9, 30, 17, 8], rounds=3))
-    assert list(found) == [8, 9, 17, 30]
-    assert all(len(readings) == 3 and min(readings) > 0 for readings in found.values())
-    assert seen == {(2, count, 48) for count in found}
+    cells = measure(spec("blocks", model=model, image_size=size, tokens=[9, 30, 17, 8], rounds=3))["cells"]
+    assert [cell["tokens"] for cell in cells] == [8, 9, 17, 30]
+    assert all(len(cell["seconds"]) == 3 and min(cell["seconds"]) > 0 for cell in cells)
+    assert seen == {(2, count, 48) for count in (8, 9, 17, 30)}
     with pytest.raises(ValueError, match="1 tokens: the model has 1 prefix tokens"):
-        time_blocks.time_blocks(spec("blocks", tokens=[2, 3, 4, 5]).model_copy(update={"tokens": [1, 9]}))
-
-
-def test_blocks_record():
-    record = measure(spec("blocks", tokens=[8, 9, 16, 17], rounds=3))
-    assert [cell["tokens"] for cell in record["cells"]] == [8, 9, 16, 17]
-    for cell in record["cells"]:
+        measure(spec("blocks", tokens=[2, 3, 4, 5]).model_copy(update={"tokens": [1, 9]}))
+    for cell in cells if model is MODEL else ():
         n = cell["tokens"]
         assert cell["metrics"]["block_gmacs"] == pytest.approx((n * 12 * 48 * 48 + 2 * n * n * 48) / 1e9)
 
@@ -161,7 +156,7 @@ def test_blocks_record():
 def test_parts_of_a_profile_add_up_to_the_whole():
     asked = spec("profile", batch_size=2)
     built = models.build_variants(asked.model, asked.variants, 64, "cpu", torch.float32)
-    model, images = built["cropr_llf"], noise(2, (3, 64, 64), "cpu", torch.float32)
+    model, images = built["cropr_llf"], noise(2, (3, 64, 64), "cpu", "fp32")
     with torch.inference_mode(), profiling.labelled(model), profiling.quiet_profile() as profile:  # noqa: SIM117
         with profiling.record_function("part:other"):
             model(images)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cropr import cli
-from cropr.cli.spec_flags import read_spec
+from cropr.cli.spec_flags import make_spec
 from cropr.records import read_record
 from cropr.tasks.classification import run as classification
 from cropr.training import run as runs
@@ -310,22 +310,22 @@ def test_what_cannot_be_evaluated_is_named(finished, images, caplog, arguments, 
 )
 def test_bad_values_are_named_with_what_is_allowed(override, message):
     with pytest.raises(ValueError, match=r"spec|--set") as caught:
-        read_spec(tiny.spec().model_dump_json(exclude_none=True), [override])
+        make_spec(tiny.spec().model_dump_json(exclude_none=True), [override])
     assert message in str(caught.value)
 
 
 def test_all_problems_are_listed_at_once():
     with pytest.raises(ValueError, match=r"model\.name is missing") as caught:
-        read_spec('{"model": {}, "recipe": {"epochs": 0, "batch_size": 0}}')
+        make_spec('{"model": {}, "recipe": {"epochs": 0, "batch_size": 0}}')
     assert len(str(caught.value).splitlines()) == 3
 
 
 def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
     (tmp_path / "spec.yaml").write_text("model:\n  name: vit_small_patch16_224\nrecipe: {epochs: 3}\n")
-    assert read_spec(str(tmp_path / "spec.yaml")).recipe.epochs == 3
-    assert read_spec(str(finished / "record.json")) == tiny.spec()
+    assert make_spec(str(tmp_path / "spec.yaml")).recipe.epochs == 3
+    assert make_spec(str(finished / "record.json")) == tiny.spec()
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml: no such file"):
-        read_spec(str(tmp_path / "absent.yaml"))
+        make_spec(str(tmp_path / "absent.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A row of a throughput table: models, kernels, record, command. No test depends on how long anything takes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import timm
 import torch
 from instant import MODEL, VARIANTS, instant, on_cuda  # noqa: F401
 
-from cropr.bench import attention, heads, models, throughput
+from cropr.bench import device, heads, models, throughput
 from cropr.bench.device import Unsupported, noise
 from cropr.bench.specs import BenchSpec
 from cropr.bench.timing import Case, time_interleaved
@@ -34,8 +35,14 @@ def make(**changes):
     return BenchSpec.model_validate(values)
 
 
-def images(pair, which=0, dtype=torch.float32):
-    return noise(2, (3, pair.sizes[which], pair.sizes[which]), "cpu", dtype)
+def build(**changes):
+    """The models by name."""
+    cases = throughput.build(make(**changes), "cpu")
+    return SimpleNamespace(**{name: case.model for name, case in cases.items()})
+
+
+def images(size=64):
+    return noise(2, (3, size, size), "cpu", "fp32")
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -45,25 +52,25 @@ def images(pair, which=0, dtype=torch.float32):
 def test_base_is_the_timm_model(model):
     """The host that was built without memory computes what timm's own construction computes with these weights."""
     size = 56 if model is EVA else 64
-    pair = throughput.build(make(model=model, image_size=size), "cpu")
+    pair = build(model=model, image_size=size)
     assert pair.base is pair.pruned.model.backbone.host
     expected = timm.create_model(model["name"], num_classes=1000, img_size=size, **model["args"]).eval()
     expected.load_state_dict(pair.base.state_dict())
     with torch.inference_mode():
-        logits = pair.base(images(pair))
-        torch.testing.assert_close(logits, expected(images(pair)), rtol=0, atol=1e-6)
+        logits = pair.base(images(size))
+        torch.testing.assert_close(logits, expected(images(size)), rtol=0, atol=1e-6)
         assert logits.std() > 1e-3
-        assert pair.pruned(images(pair, 1)).isfinite().all()
+        assert pair.pruned(images(size)).isfinite().all()
 
 
 def test_random_weights_are_like_timms_and_scores_differ_by_image():
-    pair = throughput.build(make(), "cpu")
+    pair = build()
     block = pair.base.blocks[0]
     assert block.mlp.fc1.weight.std() == pytest.approx(0.02, rel=0.05)
     assert (block.norm1.weight == 1).all()
     assert (block.mlp.fc1.bias == 0).all()
     assert not any(t.is_meta or t.requires_grad for t in pair.pruned.state_dict(keep_vars=True).values())
-    kept = pair.pruned.detailed(images(pair, 1)).kept[2]
+    kept = pair.pruned.detailed(images()).kept[2]
     assert kept[0].tolist() != kept[1].tolist()
 
 
@@ -76,7 +83,7 @@ def test_variants_share_one_host_and_a_second_image_size_makes_a_second():
     assert models.token_trace(built["unpruned"]) == [17] * 5
     # Deployed weights are one vector a module larger.
     assert models.weights_mb(built["a"]) - models.weights_mb(built["unpruned"]) == pytest.approx(2 * 48 * 4 / 1e6)
-    pair = throughput.build(make(prune={"reducer": "none"}, image_size=96, pruned_image_size=64), "cpu")
+    pair = build(prune={"reducer": "none"}, image_size=96, pruned_image_size=64)
     assert pair.base is not pair.pruned.model.backbone.host
     assert pair.pruned.model.token_trace == (17,) * 5
     torch.testing.assert_close(pair.base.head.weight, pair.pruned.model.backbone.host.head.weight)
@@ -84,16 +91,16 @@ def test_variants_share_one_host_and_a_second_image_size_makes_a_second():
 
 def test_a_cast_model_is_stored_in_its_precision_and_a_mixed_one_in_full():
     for precision, dtype in (("bf16", torch.bfloat16), ("amp_bf16", torch.float32)):
-        pair = throughput.build(make(precision=precision), "cpu")
+        pair = build(precision=precision)
         assert {p.dtype for p in pair.pruned.parameters()} == {dtype}
 
 
 def test_channels_last_lays_out_the_patch_embedding():
-    pair = throughput.build(make(channels_last=True), "cpu")
+    pair = build(channels_last=True)
     assert pair.base.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
-    given = noise(2, (3, 64, 64), "cpu", torch.float32, channels_last=True)
+    given = noise(2, (3, 64, 64), "cpu", "fp32", channels_last=True)
     assert given.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(pair.base(given), pair.base(images(pair)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pair.base(given), pair.base(images()), rtol=0, atol=1e-5)
 
 
 # Attention kernels and other ways to run -----------------------------------------------------------------------------
@@ -107,13 +114,13 @@ def outcome(model, **changes):
 @pytest.mark.parametrize("kernel", ["math", "flash"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "amp_bf16"])
 def test_a_forced_kernel_really_runs(kernel, precision):
-    pair = throughput.build(make(precision=precision), "cpu")
+    pair = build(precision=precision)
     found = outcome(pair.pruned, attention=kernel, precision=precision)
     assert (found.unsupported, found.kernels, len(found.seconds)) == (None, {kernel: 4}, 3)
 
 
 def test_one_case_that_cannot_run_does_not_stop_the_others():
-    pair = throughput.build(make(), "cpu")
+    pair = build()
     shape = (3, 64, 64)
     cases = [Case(name=kernel, model=pair.base, shape=shape, attention=kernel) for kernel in ("cudnn", "flash")]
     fitted, (missing, found) = time_interleaved(cases, 2, rounds=3, warmup=1, device="cpu")
@@ -125,15 +132,15 @@ def test_one_case_that_cannot_run_does_not_stop_the_others():
 
 def test_another_kernel_than_the_forced_one_is_not_measured_as_if_it_were():
     with pytest.raises(Unsupported, match="attention flash: forced, but 4 calls of math ran"):
-        attention.verify({"math": 4}, "flash")
+        device.verify({"math": 4}, "flash")
     with pytest.raises(Unsupported, match=r"forced, but no attention kernel at all ran after torch\.compile"):
-        attention.verify({}, "flash", compiled=True)
-    attention.verify({}, "math", compiled=True)  # compiled, math is a few products without a name
-    attention.verify({"flash": 3, "math": 1}, "auto")
+        device.verify({}, "flash", compiled=True)
+    device.verify({}, "math", compiled=True)  # compiled, math is a few products without a name
+    device.verify({"flash": 3, "math": 1}, "auto")
 
 
 def test_logits_that_are_not_finite_are_refused():
-    pair = throughput.build(make(), "cpu")
+    pair = build()
     pair.base.head.bias.fill_(float("inf"))
     assert "non-finite logits in fp32" in outcome(pair.base).unsupported
 
@@ -141,7 +148,7 @@ def test_logits_that_are_not_finite_are_refused():
 def test_compiled_models_are_timed_and_refusals_of_the_compiler_are_reasons(monkeypatch):
     from torch._dynamo.exc import Unsupported as Refused
 
-    pair, compiled = throughput.build(make(), "cpu"), []
+    pair, compiled = build(), []
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append((model, options)) or model)
     outcome(pair.pruned, compile=True)
     assert compiled == [(pair.pruned, {"fullgraph": True, "dynamic": False})]
@@ -220,8 +227,7 @@ def test_unpruned_against_itself_has_mac_ratio_one():
 
 def test_heads_and_encoder_are_those_of_the_detector():
     """Without pruning the two encoders are one; with the heads' weights a detector finds the same boxes."""
-    spec = make(**DETECTOR)
-    pair = throughput.build(spec, "cpu")
+    spec, pair = make(**DETECTOR), build(**DETECTOR)
     assert pair.base.model.backbone is pair.pruned.model.backbone
     dense = build_detector(spec.model, PruneSpec(), spec.detector, 3, 64).eval()
     dense.backbone.load_state_dict(pair.base.model.backbone.state_dict())
@@ -230,12 +236,12 @@ def test_heads_and_encoder_are_those_of_the_detector():
     missing = whole.load_state_dict(pair.heads.state_dict(), strict=False).missing_keys
     assert not [name for name in missing if name.startswith(Detector.inherits)]
     with torch.inference_mode():
-        mapped = pair.base(images(pair))
-        torch.testing.assert_close(mapped, dense(images(pair)).encoded.logits, rtol=0, atol=1e-6)
-        assert pair.pruned(images(pair)).shape == mapped.shape == (2, 48, 8, 8)
-        found = torch.cat([image.scores for image in whole.detect(images(pair))])
+        mapped = pair.base(images())
+        torch.testing.assert_close(mapped, dense(images()).encoded.logits, rtol=0, atol=1e-6)
+        assert pair.pruned(images()).shape == mapped.shape == (2, 48, 8, 8)
+        found = torch.cat([image.scores for image in whole.detect(images())])
         assert len(found) == 2 * spec.detector.max_detections
-        torch.testing.assert_close(pair.heads(whole(images(pair)).encoded.logits), found)
+        torch.testing.assert_close(pair.heads(whole(images()).encoded.logits), found)
 
 
 @pytest.mark.model
@@ -245,7 +251,7 @@ def test_a_whole_detector_takes_its_encoder_and_its_heads():
     metrics, series = record["metrics"], record["series"]
     rounds = zip(series["base_seconds"], series["seconds"], series["heads_seconds"], strict=True)
     assert metrics["speedup_whole"] == pytest.approx(np.median([(a + c) / (b + c) for a, b, c in rounds]))
-    pair = throughput.build(spec, "cpu")
+    pair = build(**DETECTOR, precision="bf16")
     base, pruned, rest = flops.macs(pair.base), flops.macs(pair.pruned), pair.heads.macs()
     assert metrics["mac_ratio_whole"] == pytest.approx((base.total + rest) / (pruned.total + rest))
     assert metrics["gmacs_linear"] == pytest.approx(pruned.linear / 1e9)

@@ -72,7 +72,7 @@ def test_utilisation_and_peak_by_hand(monkeypatch):
     readings = iter([9.0, 0.5, 0.25, 0.5])  # the first is the warm-up
     monkeypatch.setattr(models, "clock", lambda *_: next(readings))
     monkeypatch.setattr(models, "SECONDS", 0)
-    assert models._rate(8, torch.float32, "cpu") == pytest.approx(2 * 8**3 / 0.25)
+    assert models._rate(8, torch.float32, "cpu", 1) == pytest.approx(2 * 8**3 / 0.25)
 
 
 def test_working_memory_counts_what_the_work_takes_and_gives_back():
