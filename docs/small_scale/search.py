@@ -1,11 +1,11 @@
 """Try rows and settings of the laptop scale on images that no table uses: scenes of seed 1.
 
     python docs/small_scale/search.py classification imagenet_methods/none imagenet_methods/random_r8_llf
-    python docs/small_scale/search.py segmentation ade20k/cropr --set recipe.query_lr=1 --set prune.schedule='{constant: {rate: 9}}'
+    python docs/small_scale/search.py segmentation ade20k/cropr --set recipe.query_lr=1 --seed 1
 
 Runs start from the shipped weights. Each prints one line: what was changed, metrics, and for classification the share of
-the object's patches that are alive after each module. Its record lies in results/search/. A run that is there is not
-repeated. docs/small_scale.md holds the figures that decided for the laptop scale.
+the object's patches that are alive at the input and after each module, in percent. Its record lies in results/search/. A
+run that is there is not repeated. docs/small_scale.md holds the figures that decided for the laptop scale.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
         record = train(spec, args.seed, images, out, world=World(), init=Path(grid.shipped[spec.init]))
         metrics = {key: round(record["metrics"][key], 1) for key in TASKS[args.task].metrics}
         alive = [round(block["object_kept"], 1) for block in record["series"].get("relevance", [])]
-        print(name, *args.set, f"seed {args.seed}", metrics, "alive", alive, flush=True)
+        print(name, *args.set, f"seed {args.seed}", metrics, "alive", alive, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
