@@ -21,9 +21,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cropr.bench.device import arithmetic_dtype, kind_of
 from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Outcome, clock, speed
-from cropr.build import build_model
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.base import build_model
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.encoder import build_encoder
 

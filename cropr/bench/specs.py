@@ -6,12 +6,17 @@ Pure Python and pydantic, no torch: the workflow and the command line read and w
 from __future__ import annotations
 
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cropr.specs import ModelSpec, PruneSpec, Spec
-from cropr.tasks.detection import DetModelSpec
+from cropr.tasks import TASKS
+
+if TYPE_CHECKING:
+    from cropr.tasks.detection import DetModelSpec
+else:  # by the table of tasks: a bench of a classifier needs no module of detection
+    DetModelSpec = TASKS["detection"].detector
 
 UNPRUNED = "unpruned"
 """Name of the timm model itself among its variants."""

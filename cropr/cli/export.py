@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cropr.cli.spec_flags as flags
 from cropr.bench.specs import BenchSpec
-from cropr.cli import spec_flags as flags
 from cropr.cli.measuring import origin, progress, require_positive, set_threads
 from cropr.records import RECORD, make_record, package_versions, write_record
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.time()
     require_positive(args, "batch_size", "rounds", "threads")
 
-    from cropr.build import build_model
     from cropr.export import export, need
+    from cropr.tasks.base import build_model
     from cropr.training.checkpoint import load_weights
 
     need()

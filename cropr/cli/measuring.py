@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cropr.cli import spec_flags as flags
+import cropr.cli.spec_flags as flags
 from cropr.records import RECORD, make_record, write_record
 from cropr.specs import Spec
 

@@ -22,9 +22,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cropr.cli import spec_flags as flags
+import cropr.cli.spec_flags as flags
 from cropr.specs import ModelSpec, RecipeSpec
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TrainSpec
 
 _LOG = logging.getLogger(__name__)
 _RECIPE = ("epochs", "batch_size", "accumulate", "precision")

@@ -15,12 +15,11 @@ from torch import nn
 
 from cropr.data.loading import Share, some
 from cropr.records import RECORD, provenance, read_record, write_record
-from cropr.tasks import open_task
+from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import Evaluation, EvaluationSettings, TaskRun, differences
 from cropr.training.checkpoint import WEIGHTS, latest_checkpoint, load_initial, save_weights
 from cropr.training.distributed import World
 from cropr.training.loop import CHECKPOINTS, LOG, Settings, fit, summarise
-from cropr.training.specs import TrainSpec
 
 FINAL_NORMS = ("norm", "fc_norm")
 """timm's two places for the last norm: with average pooling ``fc_norm``, else ``norm``. A host whose pooling differs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.cli.doctor import collect, find_problems
 
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from cropr import cli
+from cropr.__main__ import main
 from cropr.cli.spec_flags import read_spec
 from cropr.records import read_record
 from cropr.tasks.classification import run as classification
@@ -78,8 +78,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(images, tmp_pa
     before = steps(out)
     assert before[-1] % 6 != 5  # lines after the last checkpoint, which ends an epoch, are done again
 
-    assert cli.main(command(spec, images, out)) == 0
-    assert cli.main(command(spec, images, tmp_path / "undisturbed")) == 0
+    assert main(command(spec, images, out)) == 0
+    assert main(command(spec, images, tmp_path / "undisturbed")) == 0
     assert_equal_weights(out, tmp_path / "undisturbed")
     assert steps(out) == list(range(48))
     assert not (out / "checkpoint").exists()
@@ -250,7 +250,7 @@ def test_two_processes_train_as_one(images, tmp_path):
 def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "test_vit", "--image-size", "64", "--rate", "2", "--epochs", "1", "--batch-size", "16"]
-    assert cli.main(["train", "--data", str(images), *flags, "--set", "recipe.layer_decay=0.8"]) == 0
+    assert main(["train", "--data", str(images), *flags, "--set", "recipe.layer_decay=0.8"]) == 0
     (record_file,) = tmp_path.glob("runs/*/seed0/record.json")
     record = read_record(record_file)
     assert record_file.parts[-3] == record["id"]
@@ -266,7 +266,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
     for more in ([], ["--deployed"]):
         result = tmp_path / "evaluated.json"
         arguments = ["--run", str(record_file.parent), "--data", str(images), "--out", str(result), *more]
-        assert cli.main(["evaluate", *arguments]) == 0
+        assert main(["evaluate", *arguments]) == 0
         evaluated = read_record(result)["metrics"]
         assert evaluated["top1"] == record["metrics"]["top1"]
         assert evaluated["loss"] == pytest.approx(record["metrics"]["loss"], abs=1e-5)
@@ -286,7 +286,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
 def test_what_cannot_be_evaluated_is_named(finished, images, caplog, arguments, message):
     other = tiny.spec(model__args={**tiny.spec().model.args, "depth": 5}).model_dump_json()
     arguments = [word.replace("RUN", str(finished)).replace("OTHER", other) for word in arguments]
-    assert cli.main(["evaluate", "--data", str(images), *arguments]) == 2
+    assert main(["evaluate", "--data", str(images), *arguments]) == 2
     assert message in caplog.text
 
 
@@ -334,7 +334,7 @@ def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
 )
 def test_flags_that_cannot_work_end_in_one_message(images, tmp_path, caplog, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--data", str(images), *arguments]) == 2
+    assert main(["train", "--data", str(images), *arguments]) == 2
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert message in error
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny import files
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.data import scenes
 from cropr.data.layouts import write
 from cropr.data.scenes import DISTRACTOR, OBJECT, compose, fingerprint, object_mask, object_patches

@@ -21,8 +21,7 @@ from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule
 from cropr.specs import PruneSpec, RecipeSpec, ScenesSpec, Spec, check
-from cropr.tasks import TASKS
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import (
     ArtefactConfig,
     Row,
