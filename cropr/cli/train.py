@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     from cropr.tasks import TASKS
     from cropr.training.distributed import start
-    from cropr.training.loop import TrainingInterrupted
-    from cropr.training.run import train
+    from cropr.training.loop import TrainingInterrupted, train
 
     with start(args.device, args.threads) as world:
         if not world.leads:

@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.loading import ImageError, Samples, decode, require_folders, some, standardise, unreadable
+from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, some, standardise, unreadable
 from cropr.tasks.segmentation import TASK, SegDataSpec
 
 FOLDER = "ADEChallengeData2016"
@@ -41,10 +41,9 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], Pair]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images of one split and their annotations, ordered by name."""
+    """Images of one split and their annotations, ordered by name. The root is ``ADEChallengeData2016``."""
 
     root: Path
-    """``ADEChallengeData2016``."""
     name: str
     images: tuple[Path, ...]
     annotations: tuple[Path, ...]
@@ -189,9 +188,8 @@ class TrainTransform:
             image, labels = F.horizontal_flip(image), F.horizontal_flip(labels)
         if self.distort:
             image = self.distort(image)
-        missing = [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]]
-        padded = F.pad(labels, missing, fill=IGNORE).as_subclass(Tensor)
-        return F.pad(standardise(image, spec.mean, spec.std), missing, fill=0.0), padded
+        padded = pad(labels, spec.image_size, IGNORE).as_subclass(Tensor)
+        return pad(standardise(image, spec.mean, spec.std), spec.image_size), padded
 
 
 class EvalTransform:

@@ -21,7 +21,7 @@ from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from cropr.data.loading import Samples, decode, require_folders, some
+from cropr.data.loading import Samples, decode, require_folders, some, wrong_count
 from cropr.tasks.classification import TASK, DataSpec
 
 Transform = Callable[[Image.Image], Tensor]
@@ -71,11 +71,8 @@ def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[Split, Spl
     for has, lacks in ((train, val), (val, train)):
         if lacks.classes and (only := sorted(set(has.classes) - set(lacks.classes))):
             problems.append(f"{root}: classes of {has.name} that {lacks.name} lacks: {some(only, ', ')}")
-    if num_classes is not None and not problems and len(train.classes) != num_classes:
-        problems.append(
-            f"{root} has {len(train.classes)} classes, the settings say {num_classes}; "
-            f"set num_classes to {len(train.classes)} or choose another directory"
-        )
+    if not problems:
+        problems += wrong_count(f"{root}", len(train.classes), "classes", num_classes)
     return (train, val), problems
 
 

@@ -16,8 +16,7 @@ from cropr.tasks import TrainSpec
 from cropr.tasks.detection import run
 from cropr.tasks.detection.run import Detection
 from cropr.training.distributed import World
-from cropr.training.loop import TrainingInterrupted
-from cropr.training.run import train
+from cropr.training.loop import TrainingInterrupted, train
 
 SPEC = TrainSpec(
     task="detection",

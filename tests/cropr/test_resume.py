@@ -19,9 +19,9 @@ from cropr.__main__ import main
 from cropr.cli.spec_flags import read_spec
 from cropr.records import read_record
 from cropr.tasks.classification import run as classification
-from cropr.training import run as runs
+from cropr.training import loop as runs
 from cropr.training.distributed import World
-from cropr.training.run import train
+from cropr.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,20 +207,20 @@ RUNS = {
 
 def _train_as(rank, port, images, out):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from cropr.training import checkpoint, run
+    from cropr.training import checkpoint, loop
     from cropr.training.distributed import start
 
-    fit = run.fit
+    fit = loop.fit
 
     def fit_and_save(model, *rest):
         history = fit(model, *rest)
         checkpoint.save_weights(out / name / f"rank{rank}" / "weights.safetensors", model)
         return history
 
-    run.fit = fit_and_save
+    loop.fit = fit_and_save
     with start("cpu", threads=1) as world:
         for name, changes in RUNS.items():
-            run.train(tiny.spec(**changes), 0, images, out / name, world=world)
+            loop.train(tiny.spec(**changes), 0, images, out / name, world=world)
 
 
 @pytest.mark.model

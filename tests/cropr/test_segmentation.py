@@ -25,7 +25,7 @@ from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses, patch_labels, spread
 from cropr.training.checkpoint import load_weights
 from cropr.training.distributed import World
-from cropr.training.run import train
+from cropr.training.loop import train
 
 SCENES = ScenesSpec(image_size=32, train=24, val=6, scale=(1.5, 1.5), objects=(1, 2))
 R40 = {"constant": {"rate": 40}}
