@@ -162,7 +162,6 @@ class Agreement(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """The same tokens for every image, and logits within ``TOLERANCE``."""
         return self.same_tokens == self.images and self.logits <= TOLERANCE
 
 
@@ -175,11 +174,7 @@ def to_program(model: Exportable, image_size: int) -> torch.export.ExportedProgr
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[str]) -> None:
     """Write a program of ``to_program`` as ONNX, with input ``images`` and the named outputs; weights over 2 GB go to a
-    file beside it.
-
-    Raises:
-        ValueError: a package is missing, with the command that installs it.
-    """
+    file beside it. Raises what ``need`` raises."""
     need()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter warns of its own parts
@@ -244,10 +239,6 @@ def compare(model: Exportable, session: Any, images: Tensor) -> Agreement:
 
 
 def need() -> None:
-    """Check that the packages for ONNX are installed.
-
-    Raises:
-        ValueError: names of the missing packages, and the command that installs them.
-    """
+    """ValueError, with the command that installs them, if packages for ONNX are missing."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ValueError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(_PACKAGES)}")

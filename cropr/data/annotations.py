@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LISTS = ("categories", "images", "annotations")
-
 Segmentation = list[list[float]] | dict[str, Any]
 """Polygons, or RLE with ``size`` and ``counts`` (compressed to text, or a list of run lengths)."""
 
@@ -95,10 +93,10 @@ def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
 def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str]]:
     """As ``read_annotations``, for a file that ``read_content`` has read."""
     problems: list[str] = []
-    categories, images, annotations = (_by_id(key, content[key], problems) for key in LISTS)
-    for kind, entries in (("image", images), ("annotation", annotations), ("category", categories)):
-        if not entries and not problems:
-            problems.append(f"lists no {kind}")
+    kinds = {"categories": "category", "images": "image", "annotations": "annotation"}
+    categories, images, annotations = (_by_id(key, content[key], problems) for key in kinds)
+    if not problems:
+        problems += [f"lists no {kind}" for key, kind in kinds.items() if not content[key]]
     wrong_images = {number: _wrong_image(entry) for number, entry in images.items()}
     problems += [f"image {number}: {wrong}" for number, wrong in wrong_images.items() if wrong]
     by_id = {

@@ -74,19 +74,18 @@ def check(
 
 def _failures(reads: Sequence[Callable[[], object]], progress: Progress | None) -> tuple[str, ...]:
     """Call all; returns the messages of those that raise ``ImageError``."""
+
+    def failure(read: Callable[[], object]) -> str | None:
+        try:
+            read()
+        except ImageError as error:
+            return str(error)
+        return None
+
     bad: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(reads), 256):
-            chunk = reads[start : start + 256]
-            bad += filter(None, pool.map(_failure, chunk))
-            if progress:
-                progress(start + len(chunk), len(reads))
+        for done, message in enumerate(pool.map(failure, reads), start=1):
+            bad += [message] if message else []
+            if progress and (done % 256 == 0 or done == len(reads)):
+                progress(done, len(reads))
     return tuple(bad)
-
-
-def _failure(read: Callable[[], object]) -> str | None:
-    try:
-        read()
-    except ImageError as error:
-        return str(error)
-    return None

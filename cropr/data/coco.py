@@ -14,9 +14,9 @@ dictionaries, one an image of n instances, with torchvision's keys and conventio
 
 Evaluation has the last three alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
 
-Skipped and counted (``Annotations.skipped``): instances whose box has no area within the image, or whose polygons all
-have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images
-without an instance, as the reference recipe does; evaluation keeps them.
+Instances whose box has no area within the image, or whose polygons all have fewer than three points, are skipped and
+counted; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images without an instance, as
+the reference recipe does; evaluation keeps them.
 """
 
 from __future__ import annotations
@@ -132,11 +132,7 @@ def fingerprint(splits: Iterable[CocoSplit]) -> str:
 
 
 def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
-    """uint8 [3, H, W].
-
-    Raises:
-        ImageError: it cannot be read, or has another size than its annotation says.
-    """
+    """uint8 [3, H, W]. ImageError: it cannot be read, or has another size than its annotation says."""
     listed, path = split.images[index], split.path(index)
     image = F.to_image(decode(path))
     if (found := tuple(image.shape[-2:])) != (listed.height, listed.width):
@@ -148,11 +144,7 @@ def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
 
 
 def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
-    """uint8 [n, H, W] of the instances of an image: union of the polygons, or the decoded RLE.
-
-    Raises:
-        ImageError: a segmentation cannot be decoded.
-    """
+    """uint8 [n, H, W] of the instances of an image. ImageError: a segmentation cannot be decoded."""
     image = split.images[index]
     masks = np.zeros((split.annotations.instances.count(image.id), image.height, image.width), np.uint8)
     for mask, instance in zip(masks, split.instances(index), strict=True):
@@ -166,7 +158,6 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
 
 
 def read_pair(split: CocoSplit, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Image and masks; see ``read_image`` and ``read_masks``."""
     return read_image(split, index), read_masks(split, index)
 
 

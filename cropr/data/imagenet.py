@@ -29,12 +29,11 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The images of one split, ordered by class and name."""
+    """The images of one split, ordered by class and name; ``classes`` are the folders, in the order of the labels."""
 
     root: Path
     name: str
     classes: tuple[str, ...]
-    """Names of the class folders, in the order of the labels."""
     paths: tuple[str, ...]
     labels: tuple[int, ...]
 
@@ -82,8 +81,8 @@ def _list(root: Path, name: str) -> Split:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         return Split(root, name, (), (), ())
-    labels_of = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(folder), labels_of, IMG_EXTENSIONS, allow_empty=True)
+    labels = {name: label for label, name in enumerate(classes)}
+    samples = make_dataset(str(folder), labels, IMG_EXTENSIONS, allow_empty=True)
     return Split(root, name, tuple(classes), tuple(p for p, _ in samples), tuple(label for _, label in samples))
 
 

@@ -60,7 +60,9 @@ def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec:
     # scale masks would lie up to half a pixel to the left of and above their objects.
     parts = F.resized_crop_image(masks.as_subclass(Tensor), **place, interpolation=InterpolationMode.NEAREST_EXACT)
     kept = parts.flatten(1).any(dim=1).bool()
-    cut = _outside(marks.as_subclass(Tensor), window)[kept]
+    ends = window.left, window.top, window.left + window.width, window.top + window.height
+    beyond = (marks.as_subclass(Tensor) - torch.tensor(ends)) * torch.tensor([1, 1, -1, -1]) < 0
+    cut = beyond.any(dim=1)[kept]
     fresh = F.resized_crop(marks, **place).as_subclass(Tensor)[kept]
     fresh[cut] = masks_to_boxes(parts[kept][cut]) + fresh.new_tensor([0, 0, 1, 1])
     return View(seen, fresh, parts[kept], kept)
@@ -94,10 +96,3 @@ def fit(image: Tensor, side: int) -> Tensor:
     """uint8 [3, H, W] -> [3, h, w], the longer of which is ``side``."""
     window = view_window((image.shape[-2], image.shape[-1]), side, 1.0, (0.0, 0.0))
     return F.resize_image(image.as_subclass(Tensor), list(window.size))
-
-
-def _outside(boxes: Tensor, window: Window) -> Tensor:
-    """[n] bool: boxes [n, 4] that reach beyond the window."""
-    start = boxes.new_tensor([window.left, window.top])
-    end = start + boxes.new_tensor([window.width, window.height])
-    return (boxes[:, :2] < start).any(dim=1) | (boxes[:, 2:] > end).any(dim=1)

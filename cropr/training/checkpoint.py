@@ -179,11 +179,8 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
 
     Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
     file is of another run. Positions are interpolated if the patch grid differs; the classifier starts fresh if the
-    number of classes differs. Everything else must match, except for what ``fresh`` declares.
-
-    ``fresh`` are names of the host's modules that may be missing from the file or from the model, such as ``fc_norm``.
-
-    Raises: as ``load_weights``.
+    number of classes differs. Modules of the host named in ``fresh`` may be missing from the file or from the model.
+    Everything else must match. Raises what ``load_weights`` raises.
     """
     tensors = _read(path)
     if any(name.startswith(HOST) for name in tensors):

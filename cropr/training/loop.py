@@ -161,8 +161,7 @@ def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters in training form, and how many of them only training needs (the deployed form has one vector a
-    reducer instead, no parameters)."""
+    """Parameters in training form, and how many of them only training needs."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     extra = sum(size for name, size in sizes.items() if name.startswith("reducers."))
     return {"parameters": sum(sizes.values()), "parameters_training_only": extra}
@@ -289,7 +288,6 @@ class _Run:
             clock = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
         self._saved = time.monotonic()
         if self.world.leads:
             os.fsync(self.log.fileno())  # a checkpoint is never ahead of its log
@@ -317,16 +315,12 @@ class _Run:
 
     def _require_finite(self, result: optim.StepResult, epoch: int, lr: float) -> None:
         """An overflow of fp16 is normal once in a while: the step was skipped and the loss scale halved."""
-        what = None
-        if not math.isfinite(result.loss):
-            what = f"the loss is {result.loss}"
-        elif not math.isfinite(result.aux_loss or 0):
-            what = f"the auxiliary loss is {result.aux_loss}"
-        elif self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0):
-            what = f"the gradient norm is {result.grad_norm}"
-        if what:
+        overflown = self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0)
+        numbers = {"loss": result.loss, "auxiliary loss": result.aux_loss or 0}
+        numbers |= {"gradient norm": result.grad_norm} if overflown else {}
+        if wrong := [f"the {name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
-                f"{what} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
+                f"{wrong[0]} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
                 "Lower recipe.base_lr, lengthen recipe.warmup_epochs or set recipe.clip_grad"
             )
 
@@ -345,7 +339,7 @@ def summarise(log: Path) -> dict[str, float]:
 
 def _line(step: int, epoch: int, lr: float, result: optim.StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
     """A line of the log. Numbers that are not finite become null, which JSON has."""
-    numbers = {"loss": result.loss, "aux_loss": result.aux_loss, "grad_norm": result.grad_norm}
+    numbers = {key: getattr(result, key) for key in ("loss", "aux_loss", "grad_norm")}
     finite = {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
     speed = {"images": result.images, "images_per_s": round(result.images / sum(seconds), 2)}
     times = {key: round(1000 * value, 3) for key, value in zip(("data_ms", "step_ms"), seconds, strict=True)}
@@ -372,7 +366,6 @@ class Progress(Bar):
         self._task = self.add_task("training", total=total, completed=done, numbers="")
 
     def step(self, line: dict[str, Any]) -> None:
-        """One step was done; ``line`` is its line of the log."""
         step = line["step"] + 1
         loss = "nan" if line["loss"] is None else f"{line['loss']:.3f}"
         numbers = f"loss {loss}, {line['images_per_s']:.3g} images/s"
@@ -391,7 +384,6 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal's name."""
         return signal.Signals(self.requested).name if self.requested else "another process"
 
     def __enter__(self) -> StopRequest:
