@@ -80,7 +80,8 @@ def start(device: str | None = None, threads: int | None = None) -> Iterator[Wor
         raise ValueError(f"--device {kind}: choose cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave the option out to train on the CPU")
-    torch.set_num_threads(threads or torch.get_num_threads())
+    if threads is not None:
+        torch.set_num_threads(threads)
     place, size = torch.device("cpu"), int(os.environ.get("WORLD_SIZE", 1))
     if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
