@@ -14,13 +14,11 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +55,8 @@ def export(
 
     Returns:
         ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a logit,
-        largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` of the ONNX graph by
-        type, and ``series`` (seconds a batch, round by round).
+        largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` by type, and ``series``
+        (seconds a batch, round by round).
 
     Raises:
         ValueError: a reducer that cannot be exported, a missing package, or a file that does not agree with PyTorch.
@@ -66,7 +64,13 @@ def export(
     exportable, host = Exportable(model), model.model.backbone.host
     size = host.patch_embed.img_size[0]
     images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
-    graph = _write(exportable, size, folder, tell)
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("torch.export")
+    program = to_program(exportable, size)
+    torch.export.save(program, folder / PT2)
+    tell("ONNX")
+    to_onnx(program, folder / ONNX, exportable.names)
+    graph = inspect(folder / ONNX)
     tell("run the file")
     session = open_session(folder / ONNX, torch.get_num_threads())
     agreement = compare(exportable, session, images)
@@ -81,12 +85,11 @@ def export(
         passes["base_onnx"] = partial(_unpruned_session(model, size, tell).run, ["logits"], inputs)
     with torch.inference_mode():
         seconds = time_passes(passes, rounds, "cpu", tell)
+    sizes = {
+        file: sum(f.stat().st_size for f in folder.glob(f"{file}*")) for file in (ONNX, PT2)
+    }  # with weights beside
     metrics = {
-        # With what stands beside a file under its name: external weights.
-        **{
-            f"{name.partition('.')[2]}_mb": sum(f.stat().st_size for f in folder.glob(f"{name}*")) / 1e6
-            for name in (ONNX, PT2)
-        },
+        **{f"{file.partition('.')[2]}_mb": size / 1e6 for file, size in sizes.items()},
         "images": agreement.images,
         "same_tokens": agreement.same_tokens,
         "logits_difference": agreement.logits,
@@ -100,17 +103,6 @@ def export(
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
         metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
     return {"metrics": metrics, "operators": graph.operators, "series": seconds}
-
-
-def _write(model: Exportable, size: int, folder: Path, tell: Tell) -> Graph:
-    """Write both files; returns the properties of the ONNX graph."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tell("torch.export")
-    program = to_program(model, size)
-    torch.export.save(program, folder / PT2)
-    tell("ONNX")
-    to_onnx(program, folder / ONNX, model.names)
-    return inspect(folder / ONNX)
 
 
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
@@ -151,31 +143,25 @@ class Exportable(nn.Module):
         return (output.logits, *output.kept.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Graph:
-    """Properties of an ONNX file that decide whether an engine takes it."""
+class Graph(NamedTuple):
+    """Properties of an ONNX file that decide whether an engine takes it: number of nodes by type, the most frequent
+    first; k of every Top-K in the graph's order; names of scatter nodes with a reduction."""
 
     operators: dict[str, int]
-    """How many nodes of each type, the most frequent first."""
     topk: tuple[int, ...]
-    """k of every Top-K, in the graph's order."""
     reducing_scatters: tuple[str, ...]
-    """Names of scatter nodes with a reduction."""
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """The file beside PyTorch, on the same images."""
+class Agreement(NamedTuple):
+    """The file beside PyTorch: of so many images, so many with the same tokens after every block, and the largest
+    absolute difference of a logit."""
 
     images: int
     same_tokens: int
-    """Images of which both keep the same tokens after every block."""
     logits: float
-    """Largest absolute difference of a logit."""
 
     @property
     def holds(self) -> bool:
-        """The same tokens for every image, and logits within ``TOLERANCE``."""
         return self.same_tokens == self.images and self.logits <= TOLERANCE
 
 
@@ -188,16 +174,17 @@ def to_program(model: Exportable, image_size: int) -> torch.export.ExportedProgr
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[str]) -> None:
     """Write a program of ``to_program`` as ONNX, with input ``images`` and the named outputs; weights over 2 GB go to a
-    file beside it.
-
-    Raises:
-        ValueError: a package is missing, with the command that installs it.
-    """
+    file beside it. Raises what ``need`` raises."""
     need()
-    with _quiet():
-        converted = torch.onnx.export(
-            program, input_names=["images"], output_names=list(names), dynamo=True, optimize=True, verbose=False
-        )
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter warns of its own parts
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            converted = torch.onnx.export(
+                program, input_names=["images"], output_names=list(names), dynamo=True, optimize=True, verbose=False
+            )
+    finally:
+        logging.disable(before)
     assert converted is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     converted.save(path)
@@ -252,25 +239,6 @@ def compare(model: Exportable, session: Any, images: Tensor) -> Agreement:
 
 
 def need() -> None:
-    """Check that the packages for ONNX are installed.
-
-    Raises:
-        ValueError: names of the missing packages, and the command that installs them.
-    """
+    """ValueError, with the command that installs them, if packages for ONNX are missing."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ValueError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(_PACKAGES)}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's warnings about its own parts."""
-    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript", "onnx_ir"))}
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -63,12 +64,7 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Read a record; ``path`` is the file or the job's directory.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a JSON object.
-    """
+    """Read a record; ``path`` is the file or the job's directory. FileNotFoundError, ValueError: no record."""
     path = Path(path)
     path = path / RECORD if path.is_dir() else path
     try:
@@ -99,16 +95,13 @@ def provenance(
     """Where the numbers of a record come from.
 
     Args:
-        started: ``time.time()`` at the start of the job; gives ``started`` (UTC) and ``wall_s``.
+        started: ``time.time()`` at the start of the job.
         device: torch's name of the device that computed, ``cpu`` or ``cuda:0``.
         precision: ``fp32``, ``bf16`` or ``fp16``; None where the job computes no network.
-        data_fingerprint: digest of the data set that was read.
         more: further entries; one with a name from above replaces it.
 
-    Returns:
-        commit and dirty (None outside a checkout), python, packages, platform, device, cpu, threads, precision,
-        started, wall_s, peak_memory_mb, data_fingerprint. Megabytes are 10^6 bytes: the allocator's peak on CUDA,
-        else the peak resident size of this process.
+    Megabytes are 10^6 bytes: the allocator's peak on CUDA, else the peak resident size of this process. Outside a
+    checkout, commit and dirty are None.
     """
     commit, dirty = _checkout()
     return {
@@ -117,7 +110,7 @@ def provenance(
         "python": platform.python_version(),
         "packages": package_versions(),
         "platform": platform.platform(),
-        "device": _device_name(device),
+        "device": sys.modules["torch"].cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "cpu": cpu_model(),
         "threads": _threads(),
         "precision": precision,
@@ -142,33 +135,21 @@ def package_versions() -> dict[str, str]:
 def cpu_model() -> str:
     """The processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def peak_memory_mb(device: str = "cpu") -> float:
     """Peak memory so far in 10^6 bytes: of torch's allocator on CUDA, else of this process (0 where unknown)."""
     if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return float(sys.modules["torch"].cuda.max_memory_allocated(device) / 1e6)
     try:
         import resource
     except ImportError:  # Windows
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB on Linux
-
-
-def _device_name(device: str) -> str:
-    if not device.startswith("cuda"):
-        return "cpu"
-    import torch
-
-    return torch.cuda.get_device_name(device)
 
 
 def _threads() -> int:
@@ -202,9 +183,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
     """All floats below ``value`` with their dotted key."""
     if isinstance(value, float):
         yield key, value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _numbers(item, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for position, item in enumerate(value):
-            yield from _numbers(item, f"{key}[{position}]")
+    elif isinstance(value, dict | list | tuple):
+        items, form = (value.items(), "{}.{}") if isinstance(value, dict) else (enumerate(value), "{}[{}]")
+        for name, item in items:
+            yield from _numbers(item, form.format(key, name))

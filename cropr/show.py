@@ -106,14 +106,8 @@ def class_colour(label: int) -> Colour:
 
 
 def choose(labels: Sequence[int], count: int) -> list[int]:
-    """Indices of ``count`` images spread over the classes, and within a class over its images.
-
-    A function of labels and count, so that every run on a data set shows the same images. Fewer if there are fewer.
-    Images whose label is below 0 have no class and come last.
-
-    Raises:
-        ValueError: no image is asked for.
-    """
+    """Indices of ``count`` images (or all, if there are fewer) spread over the classes, and within a class over its
+    images: a function of labels and count. Images whose label is below 0 have no class and come last."""
     if count < 1:
         raise ValueError(f"--images {count}: must be 1 or more")
     members = [[i for i, other in enumerate(labels) if other == label] for label in sorted(set(labels)) if label >= 0]
@@ -127,29 +121,22 @@ def choose(labels: Sequence[int], count: int) -> list[int]:
 
 
 def rarest(present: Sequence[Collection[int]]) -> list[int]:
-    """For images that show several classes: the one that the fewest images show, -1 for images without a class.
-
-    Of classes that are equally rare, the first. A choice spread over these labels shows the variety of the data, where
-    almost every image has a wall or a person.
-    """
+    """For images that show several classes: the (first) one that the fewest images show, -1 for images without a class.
+    A choice spread over these labels shows the variety of data in which almost every image has a wall or a person."""
     counts = Counter(label for labels in present for label in set(labels))
     return [min(labels, key=lambda label: (counts[label], label), default=-1) for labels in present]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """An image, what the model did with it, and what a task says about it."""
+    """An image, uint8 [3, H, W], as the model sees it, padding included; the encoder's output for it alone; and what a
+    task says about it: true and predicted labels or objects drawn over the image, or the names of classes instead."""
 
     image: Tensor
-    """uint8 [3, H, W]: the image as the model sees it, padding included."""
     output: Output
-    """Of the encoder, for this image alone."""
     truth: Tensor | None = None
-    """The true labels or objects drawn over the image, uint8 [3, H, W]; None where they are classes or unknown."""
     prediction: Tensor | None = None
-    """The same of what the model predicts."""
     truth_text: str = ""
-    """Name of the true class; empty for dense tasks, and where it is unknown."""
     prediction_text: str = ""
 
 
@@ -171,10 +158,8 @@ def panels(arrays: Mapping[str, Any]) -> Image.Image:
     and truth (or names of classes below), and the colours of the blocks at the end."""
     font: Any = ImageFont.load_default(size=_TEXT - 3)
     titles = {"images": "image", "map": "pruning map", "prediction": "prediction", "truth": "truth"}
-    texts = {
-        "images": arrays["truth_text"],
-        "map": [text and f"predicted: {text}" for text in arrays["prediction_text"]],
-    }
+    predicted = [text and f"predicted: {text}" for text in arrays["prediction_text"]]
+    texts = {"images": arrays["truth_text"], "map": predicted}
     names = [name for name in titles if name in arrays]
     lines = _TEXT if any(arrays["prediction_text"]) else 0
     width, height = _SIDE + _GAP, _SIDE + _GAP + lines

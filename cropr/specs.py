@@ -164,9 +164,7 @@ def check(model: type[Model], values: Any, where: str, name: Namer = lambda _: N
     """Validate values.
 
     Args:
-        model: of pydantic.
-        values: keys and values.
-        where: they stand, such as a file's name; begins every line of an error.
+        where: the values stand, such as a file's name; begins every line of an error.
         name: a reader's name for what a dotted key stands in, such as a row of a list; None for most.
 
     Raises:
@@ -206,8 +204,7 @@ def _siblings(model: type[BaseModel], location: Iterable[str | int]) -> list[str
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        kinds = _models(annotation)
-        if not kinds:
+        if not (kinds := _models(annotation)):
             return []
         model = kinds[0]
         if get_origin(annotation) is dict:

@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cropr.bench.device import arithmetic_dtype, kind_of
 from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Outcome, clock, speed
-from cropr.build import build_model, require_known
 from cropr.pruning.model import DeployedViT, PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.base import build_model, require_known
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.model import build_encoder
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cropr.specs import ModelSpec, PruneSpec, Spec
-from cropr.tasks.detection import DetModelSpec
+from cropr.tasks import TASKS
+
+if TYPE_CHECKING:
+    from cropr.tasks.detection import DetModelSpec
+else:  # by the table of tasks: a bench of a classifier needs no module of detection
+    DetModelSpec = TASKS["detection"].detector
 
 UNPRUNED = "unpruned"
 """Name of the timm model itself among its variants."""

@@ -12,10 +12,9 @@ import argparse
 import time
 from pathlib import Path
 
-from cropr.cli import spec_flags as flags
+import cropr.cli.spec_flags as flags
 from cropr.records import make_record, provenance, write_record
-from cropr.tasks import TASKS, open_task
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TASKS, TrainSpec, open_task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

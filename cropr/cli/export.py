@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cropr.cli.spec_flags as flags
 from cropr.bench.specs import BenchSpec
-from cropr.cli import spec_flags as flags
 from cropr.cli.measuring import origin, progress, set_threads
 from cropr.records import RECORD, make_record, package_versions, write_record
 
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.time()
     flags.require_positive(args, "batch_size", "rounds", "threads")
 
-    from cropr.build import build_model, require_known
     from cropr.export import export, need
+    from cropr.tasks.base import build_model, require_known
     from cropr.training.checkpoint import load_weights
 
     need()

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-from cropr.cli import spec_flags as flags
+import cropr.cli.spec_flags as flags
 from cropr.records import RECORD, write_record
 from cropr.specs import Spec
 

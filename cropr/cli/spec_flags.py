@@ -18,8 +18,7 @@ from rich.table import Table
 from cropr.pruning.methods import FUSIONS, REDUCERS
 from cropr.records import read_record
 from cropr.specs import Spec, check
-from cropr.tasks import TASKS
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TASKS, TrainSpec
 
 Kind = TypeVar("Kind", bound=Spec)
 PRUNING = ("model", "reducer", "rate", "schedule", "fusion")

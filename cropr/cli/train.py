@@ -20,9 +20,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cropr.cli import spec_flags as flags
+import cropr.cli.spec_flags as flags
 from cropr.specs import ModelSpec, RecipeSpec
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TrainSpec
 
 _LOG = logging.getLogger(__name__)
 _RECIPE = ("epochs", "batch_size", "accumulate", "precision")
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     from cropr.tasks import TASKS
     from cropr.training.distributed import start
-    from cropr.training.loop import TrainingInterrupted
-    from cropr.training.run import train
+    from cropr.training.loop import TrainingInterrupted, train
 
     with start(args.device, args.threads) as world:
         if not world.leads:
@@ -84,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     """A recipe to fine-tune a model on a folder of images."""
-    from cropr.build import require_known
     from cropr.data.imagenet import load_splits
+    from cropr.tasks.base import require_known
 
     split, _ = load_splits(args.data)
     values = flags.model_and_pruning(args)

@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.loading import ImageError, Samples, decode, require_folders, some, standardise, unreadable
+from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, some, standardise, unreadable
 from cropr.tasks.segmentation import TASK, SegDataSpec
 
 FOLDER = "ADEChallengeData2016"
@@ -41,10 +41,9 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], Pair]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images of one split and their annotations, ordered by name."""
+    """Images of one split and their annotations, by name. The root is ``ADEChallengeData2016``."""
 
     root: Path
-    """``ADEChallengeData2016``."""
     name: str
     images: tuple[Path, ...]
     annotations: tuple[Path, ...]
@@ -99,8 +98,7 @@ def decode_map(path: str | Path, num_classes: int) -> NDArray[np.uint8]:
     """Labels [H, W] of an annotation: classes from 0 on, ``IGNORE`` where the file has 0.
 
     Raises:
-        ImageError: the file cannot be read, has several channels or more than 8 bits, or a label above the number of
-            classes.
+        ImageError: the file cannot be read, is not one channel of 8 bits, or has a label above the number of classes.
     """
     try:
         with Image.open(path) as file:
@@ -119,11 +117,7 @@ def decode_map(path: str | Path, num_classes: int) -> NDArray[np.uint8]:
 
 
 def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """Image and labels [H, W] as of ``decode_map``.
-
-    Raises:
-        ImageError: a file cannot be used, or the two differ in size.
-    """
+    """Image and labels [H, W] as of ``decode_map``. ImageError: a file cannot be used, or the two differ in size."""
     path, annotation = split.images[index], split.annotations[index]
     image, labels = decode(path), decode_map(annotation, num_classes)
     if image.size != (size := labels.shape[::-1]):
@@ -189,16 +183,15 @@ class TrainTransform:
             image, labels = F.horizontal_flip(image), F.horizontal_flip(labels)
         if self.distort:
             image = self.distort(image)
-        missing = [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]]
-        padded = F.pad(labels, missing, fill=IGNORE).as_subclass(Tensor)
-        return F.pad(standardise(image, spec.mean, spec.std), missing, fill=0.0), padded
+        padded = pad(labels, spec.image_size, IGNORE).as_subclass(Tensor)
+        return pad(standardise(image, spec.mean, spec.std), spec.image_size), padded
 
 
+@dataclass(frozen=True)
 class EvalTransform:
     """Normalised image [3, h, w], and labels [H, W] as they are; see ``EvalImages``."""
 
-    def __init__(self, spec: SegDataSpec) -> None:
-        self.spec = spec
+    spec: SegDataSpec
 
     def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> Pair:
         if self.spec.evaluation == "single":

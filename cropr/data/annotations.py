@@ -15,46 +15,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LISTS = ("categories", "images", "annotations")
-
 Segmentation = list[list[float]] | dict[str, Any]
 """Polygons, or RLE with ``size`` and ``counts`` (compressed to text, or a list of run lengths)."""
 
 
 class CocoImage(NamedTuple):
-    """An image of an annotation file."""
+    """An image of an annotation file; ``file`` is relative to the folder of the split."""
 
     id: int
     file: str
-    """Relative to the folder of the split."""
     height: int
     width: int
 
 
 class Instance(NamedTuple):
-    """An object that is no crowd and has an area."""
+    """An object that is no crowd and has an area. Labels count the categories from 1 in the order of their ids; the box
+    is left, top, right, bottom in pixels, within the image."""
 
     id: int
     label: int
-    """From 1; the categories are counted in the order of their ids."""
     box: tuple[float, float, float, float]
-    """Left, top, right, bottom in pixels, within the image."""
     segmentation: Segmentation
 
 
 @dataclass(frozen=True, slots=True)
 class Annotations:
-    """One annotation file."""
+    """One annotation file: images by ascending id, categories (id and name, the label of entry k is k + 1) likewise,
+    the number of instances without area, the others by the id of their image."""
 
     path: Path
     images: tuple[CocoImage, ...]
-    """By ascending id."""
     categories: tuple[tuple[int, str], ...]
-    """Id and name, by ascending id; the label of entry k is k + 1."""
     skipped: int
-    """Instances without area."""
     instances: Packed = field(repr=False)
-    """By the id of their image."""
 
     @property
     def category_ids(self) -> tuple[int, ...]:
@@ -80,7 +73,7 @@ class Packed:
         return self._place.get(image, (0, 0))[1]
 
     def __getitem__(self, image: int) -> list[Instance]:
-        if image not in self._place:
+        if not self.count(image):
             return []
         position = self._place[image][0]
         group = json.loads(self._text[self._ends[position] : self._ends[position + 1]].tobytes())
@@ -100,15 +93,16 @@ def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
 def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str]]:
     """As ``read_annotations``, for a file that ``read_content`` has read."""
     problems: list[str] = []
-    categories, images, annotations = (_by_id(key, content[key], problems) for key in LISTS)
-    for kind, entries in (("image", images), ("annotation", annotations), ("category", categories)):
-        if not entries and not problems:
-            problems.append(f"lists no {kind}")
-    problems += [f"image {number}: {wrong}" for number, entry in images.items() if (wrong := _wrong_image(entry))]
+    kinds = {"categories": "category", "images": "image", "annotations": "annotation"}
+    categories, images, annotations = (_by_id(key, content[key], problems) for key in kinds)
+    if not problems:
+        problems += [f"lists no {kind}" for key, kind in kinds.items() if not content[key]]
+    wrong_images = {number: _wrong_image(entry) for number, entry in images.items()}
+    problems += [f"image {number}: {wrong}" for number, wrong in wrong_images.items() if wrong]
     by_id = {
         number: CocoImage(number, entry["file_name"], entry["height"], entry["width"])
         for number, entry in images.items()
-        if not _wrong_image(entry)
+        if not wrong_images[number]
     }
     labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
     packed: dict[int, list[Instance]] = {}
@@ -122,13 +116,8 @@ def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str
             skipped += 1
         else:
             packed.setdefault(image.id, []).append(instance)
-    result = Annotations(
-        path,
-        tuple(sorted(by_id.values())),
-        tuple((number, str(categories[number].get("name", number))) for number in labels),
-        skipped,
-        Packed(packed),
-    )
+    named = tuple((number, str(categories[number].get("name", number))) for number in labels)
+    result = Annotations(path, tuple(sorted(by_id.values())), named, skipped, Packed(packed))
     return result, [f"{path}: {problem}" for problem in problems]
 
 
@@ -175,18 +164,16 @@ def _wrong_image(entry: Mapping[str, Any]) -> str | None:
 
 def _wrong(entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], labels: Mapping[int, int]) -> str | None:
     """What is wrong with an annotation, None if nothing is."""
-    image, category, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
-    if type(image) is not int or image not in images:
-        return f"image_id {image!r} is not among the images"
-    if type(category) is not int or category not in labels:
-        return f"category_id {category!r} is not among the categories"
-    if wrong := wrong_box(box):
+    for key, allowed, what in (("image_id", images, "images"), ("category_id", labels, "categories")):
+        if type(number := entry.get(key)) is not int or number not in allowed:
+            return f"{key} {number!r} is not among the {what}"
+    if wrong := wrong_box(entry.get("bbox")):
         return wrong
     if entry.get("iscrowd") not in (0, 1):
         return f"iscrowd is {entry.get('iscrowd')!r}, not 0 or 1"
     if not is_number(entry.get("area")):
         return f"area is {entry.get('area')!r}, not a number; evaluation by size needs it"
-    return _wrong_segmentation(entry.get("segmentation"), images[image])
+    return _wrong_segmentation(entry.get("segmentation"), images[entry["image_id"]])
 
 
 def _wrong_segmentation(segmentation: Any, image: Mapping[str, Any]) -> str | None:
@@ -195,9 +182,8 @@ def _wrong_segmentation(segmentation: Any, image: Mapping[str, Any]) -> str | No
         return "segmentation: a polygon is a list of x, y, x, y, ..." if wrong else None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "segmentation is neither a list of polygons nor RLE with size and counts"
-    if segmentation["size"] != [image.get("height"), image.get("width")]:
-        return f"segmentation has size {segmentation['size']}, its image {[image.get('height'), image.get('width')]}"
-    return None
+    size = [image.get("height"), image.get("width")]
+    return None if segmentation["size"] == size else f"segmentation has size {segmentation['size']}, its image {size}"
 
 
 def _instance(entry: Mapping[str, Any], image: CocoImage, labels: Mapping[int, int]) -> Instance | None:

@@ -18,19 +18,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What ``check`` found."""
+    """What ``check`` found: number of classes if folders or settings give it, images per split, what is wrong with the
+    folders, a line per file that cannot be used (its path first), and what is passed over and no error."""
 
     root: Path
     classes: int | None
-    """None if neither folders nor settings give it."""
     images: dict[str, int]
-    """Per split."""
     problems: tuple[str, ...]
-    """What is wrong with the folders."""
     bad: tuple[str, ...]
-    """A line per file that cannot be used; it begins with the path."""
     notes: tuple[str, ...] = ()
-    """What is passed over, and no error."""
 
     def raise_for_problems(self, limit: int = 20) -> None:
         """ValueError with all problems and up to ``limit`` bad files, if there are any."""
@@ -78,19 +74,18 @@ def check(
 
 def _failures(reads: Sequence[Callable[[], object]], progress: Progress | None) -> tuple[str, ...]:
     """Call all; returns the messages of those that raise ``ImageError``."""
+
+    def failure(read: Callable[[], object]) -> str | None:
+        try:
+            read()
+        except ImageError as error:
+            return str(error)
+        return None
+
     bad: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(reads), 256):
-            chunk = reads[start : start + 256]
-            bad += [message for message in pool.map(_failure, chunk) if message]
-            if progress:
-                progress(start + len(chunk), len(reads))
+        for done, message in enumerate(pool.map(failure, reads), start=1):
+            bad += [message] if message else []
+            if progress and (done % 256 == 0 or done == len(reads)):
+                progress(done, len(reads))
     return tuple(bad)
-
-
-def _failure(read: Callable[[], object]) -> str | None:
-    try:
-        read()
-    except ImageError as error:
-        return str(error)
-    return None

@@ -14,9 +14,9 @@ dictionaries, one an image of n instances, with torchvision's keys and conventio
 
 Evaluation has the last three alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
 
-Skipped and counted (``Annotations.skipped``): instances whose box has no area within the image, or whose polygons all
-have fewer than three points; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images
-without an instance, as the reference recipe does; evaluation keeps them.
+Instances whose box has no area within the image, or whose polygons all have fewer than three points, are skipped and
+counted; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images without an instance, as
+the reference recipe does; evaluation keeps them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
 from cropr.data.jitter import fit, jitter
-from cropr.data.loading import ImageError, Samples, decode, require_folders, some, standardise
+from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, some, standardise, wrong_count
 from cropr.tasks.detection import TASK, DetDataSpec
 
 
@@ -65,11 +65,9 @@ class CocoSplit:
 
     @property
     def folder(self) -> Path:
-        """Of the images."""
         return self.root / f"{self.name}2017"
 
     def path(self, index: int) -> Path:
-        """File of an image."""
         return self.folder / self.images[index].file
 
     def instances(self, index: int) -> list[Instance]:
@@ -93,8 +91,7 @@ def load_coco(root: str | Path, num_classes: int | None = None) -> tuple[CocoSpl
 def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoSplit, CocoSplit], list[str]]:
     """Both splits, and what is wrong with them: a line a finding, with the file and the id.
 
-    Looked for: ids that are missing, not numbers, double or unknown; images without a file; boxes, sizes and
-    segmentations of a wrong form; splits without image or annotation; categories that differ between the splits, or
+    Looked for: what ``read_annotations`` finds, images without a file, categories that differ between the splits or
     whose number is not ``num_classes``.
 
     Raises:
@@ -111,11 +108,9 @@ def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoSplit,
     train, val = splits
     if not problems and (train.annotations.categories != val.annotations.categories):
         problems.append(f"{train.annotations.path} and {val.annotations.path} have different categories")
-    count = len(train.annotations.categories)
-    if num_classes is not None and not problems and count != num_classes:
-        problems.append(
-            f"{train.annotations.path} has {count} categories, the settings say {num_classes}; "
-            f"set num_classes to {count} or choose another directory"
+    if not problems:
+        problems += wrong_count(
+            f"{train.annotations.path}", len(train.annotations.categories), "categories", num_classes
         )
     return (train, val), problems
 
@@ -137,11 +132,7 @@ def fingerprint(splits: Iterable[CocoSplit]) -> str:
 
 
 def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
-    """uint8 [3, H, W].
-
-    Raises:
-        ImageError: it cannot be read, or has another size than its annotation says.
-    """
+    """uint8 [3, H, W]. ImageError: it cannot be read, or has another size than its annotation says."""
     listed, path = split.images[index], split.path(index)
     image = F.to_image(decode(path))
     if (found := tuple(image.shape[-2:])) != (listed.height, listed.width):
@@ -153,11 +144,7 @@ def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
 
 
 def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
-    """uint8 [n, H, W] of the instances of an image: union of the polygons, or the decoded RLE.
-
-    Raises:
-        ImageError: a segmentation cannot be decoded.
-    """
+    """uint8 [n, H, W] of the instances of an image. ImageError: a segmentation cannot be decoded."""
     image = split.images[index]
     masks = np.zeros((split.annotations.instances.count(image.id), image.height, image.width), np.uint8)
     for mask, instance in zip(masks, split.instances(index), strict=True):
@@ -171,7 +158,6 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
 
 
 def read_pair(split: CocoSplit, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Image and masks; see ``read_image`` and ``read_masks``."""
     return read_image(split, index), read_masks(split, index)
 
 
@@ -212,19 +198,17 @@ class TrainImages(EvalImages):
         super().__init__(replace(split, images=occupied), spec, seed)
 
     def sample(self, index: int) -> tuple[Tensor, Target]:
-        instances, side = self.split.instances(index), self.spec.image_size
+        instances = self.split.instances(index)
         boxes = torch.tensor([instance.box for instance in instances], dtype=torch.float32).reshape(-1, 4)
         view = jitter(read_image(self.split, index), boxes, read_masks(self.split, index), self.spec)
         labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)[view.kept]
-        masks = F.pad(view.masks, [0, 0, side - view.image.shape[-1], side - view.image.shape[-2]])
         image, sizes = self._with_sizes(view.image, index)
-        return image, {"boxes": view.boxes, "labels": labels, "masks": masks, **sizes}
+        return image, {"boxes": view.boxes, "labels": labels, "masks": pad(view.masks, self.spec.image_size), **sizes}
 
 
 def normalise(image: Tensor, spec: DetDataSpec) -> Tensor:
     """uint8 [3, h, w] -> float32 [3, S, S], padded with zeros, which is the mean colour."""
-    missing = [0, 0, spec.image_size - image.shape[-1], spec.image_size - image.shape[-2]]
-    return F.pad(standardise(image, spec.mean, spec.std), missing)
+    return pad(standardise(image, spec.mean, spec.std), spec.image_size)
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:

@@ -21,7 +21,7 @@ from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from cropr.data.loading import Samples, decode, require_folders, some
+from cropr.data.loading import Samples, decode, require_folders, some, wrong_count
 from cropr.tasks.classification import TASK, DataSpec
 
 Transform = Callable[[Image.Image], Tensor]
@@ -29,12 +29,11 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The images of one split, ordered by class and name."""
+    """The images of one split, ordered by class and name; ``classes`` are the folders, in the order of the labels."""
 
     root: Path
     name: str
     classes: tuple[str, ...]
-    """Names of the class folders, in the order of the labels."""
     paths: tuple[str, ...]
     labels: tuple[int, ...]
 
@@ -71,11 +70,8 @@ def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[Split, Spl
     for has, lacks in ((train, val), (val, train)):
         if lacks.classes and (only := sorted(set(has.classes) - set(lacks.classes))):
             problems.append(f"{root}: classes of {has.name} that {lacks.name} lacks: {some(only, ', ')}")
-    if num_classes is not None and not problems and len(train.classes) != num_classes:
-        problems.append(
-            f"{root} has {len(train.classes)} classes, the settings say {num_classes}; "
-            f"set num_classes to {len(train.classes)} or choose another directory"
-        )
+    if not problems:
+        problems += wrong_count(f"{root}", len(train.classes), "classes", num_classes)
     return (train, val), problems
 
 
@@ -85,8 +81,8 @@ def _list(root: Path, name: str) -> Split:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         return Split(root, name, (), (), ())
-    labels_of = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(folder), labels_of, IMG_EXTENSIONS, allow_empty=True)
+    labels = {name: label for label, name in enumerate(classes)}
+    samples = make_dataset(str(folder), labels, IMG_EXTENSIONS, allow_empty=True)
     return Split(root, name, tuple(classes), tuple(p for p, _ in samples), tuple(label for _, label in samples))
 
 

@@ -18,27 +18,23 @@ from cropr.tasks.detection import DetDataSpec
 
 
 class View(NamedTuple):
-    """What is seen of an image."""
+    """What is seen of an image: image uint8 [3, h, w], boxes [m, 4] float32 (left, top, right, bottom), masks uint8
+    [m, h, w], and which m of the n instances have a pixel in it, [n] bool."""
 
     image: Tensor
-    """uint8 [3, h, w]."""
     boxes: Tensor
-    """[m, 4] float32, left, top, right, bottom."""
     masks: Tensor
-    """uint8 [m, h, w]."""
     kept: Tensor
-    """[n] bool, m of them true: instances with a pixel in the view."""
 
 
 class Window(NamedTuple):
-    """A part of an image, in whole pixels, and the size to which it is resized."""
+    """A part of an image, in whole pixels, and the height and width to which it is resized."""
 
     top: int
     left: int
     height: int
     width: int
     size: tuple[int, int]
-    """Height, width."""
 
 
 def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec: DetDataSpec) -> View:
@@ -51,7 +47,6 @@ def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec:
         image: uint8 [3, H, W].
         boxes: [n, 4] float32, left, top, right, bottom, within the image.
         masks: uint8 [n, H, W].
-        spec: gives S, the range of scales and the probability of a flip.
     """
     flip, scale, down, right = torch.rand(4).tolist()
     marks = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
@@ -65,11 +60,12 @@ def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec:
     # scale masks would lie up to half a pixel to the left of and above their objects.
     parts = F.resized_crop_image(masks.as_subclass(Tensor), **place, interpolation=InterpolationMode.NEAREST_EXACT)
     kept = parts.flatten(1).any(dim=1).bool()
-    cut = _outside(marks.as_subclass(Tensor), window)[kept]
+    ends = window.left, window.top, window.left + window.width, window.top + window.height
+    beyond = (marks.as_subclass(Tensor) - torch.tensor(ends)) * torch.tensor([1, 1, -1, -1]) < 0
+    cut = beyond.any(dim=1)[kept]
     fresh = F.resized_crop(marks, **place).as_subclass(Tensor)[kept]
-    parts = parts[kept]
-    fresh[cut] = masks_to_boxes(parts[cut]) + fresh.new_tensor([0, 0, 1, 1])
-    return View(seen, fresh, parts, kept)
+    fresh[cut] = masks_to_boxes(parts[kept][cut]) + fresh.new_tensor([0, 0, 1, 1])
+    return View(seen, fresh, parts[kept], kept)
 
 
 def view_window(size: tuple[int, int], side: int, factor: float, offset: tuple[float, float]) -> Window:
@@ -100,10 +96,3 @@ def fit(image: Tensor, side: int) -> Tensor:
     """uint8 [3, H, W] -> [3, h, w], the longer of which is ``side``."""
     window = view_window((image.shape[-2], image.shape[-1]), side, 1.0, (0.0, 0.0))
     return F.resize_image(image.as_subclass(Tensor), list(window.size))
-
-
-def _outside(boxes: Tensor, window: Window) -> Tensor:
-    """[n] bool: boxes [n, 4] that reach beyond the window."""
-    start = boxes.new_tensor([window.left, window.top])
-    end = start + boxes.new_tensor([window.width, window.height])
-    return (boxes[:, :2] < start).any(dim=1) | (boxes[:, 2:] > end).any(dim=1)

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cropr.data.scenes import CLASSES, INCOMPLETE, SPLITS, Array, Scene, Split, compose, fingerprint, verify
-from cropr.records import RECORD, provenance, read_record, write_record
+from cropr.records import RECORD, make_record, read_record, write_record
 from cropr.specs import ScenesSpec
 
 PARALLEL_FROM = 1_000
@@ -33,18 +32,17 @@ PARALLEL_FROM = 1_000
 CHUNK = 200
 """Scenes that a worker writes at a time."""
 
-Entry = dict[str, Any]
-"""What the index of a layout holds of a scene."""
-_Chunk = tuple[ScenesSpec, str, Split, range, Path]
-
 TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
 """Folders of all layouts, which are removed before a set is written."""
+Entry = dict[str, Any]
+"""What the index of a layout holds of a scene."""
+Chunk = tuple[ScenesSpec, str, Split, range, Path]
 
 CATEGORIES = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
 """COCO ids of the digits: with gaps, as in the public files."""
 
 
-def _imagenet(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
+def _imagenet(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     """Class folders, and beside them the truth of the validation images, grey: the masks of ``Scene.mask``.
 
     <root>/{train,val}/digit_<label>/<index>.png
@@ -53,19 +51,22 @@ def _imagenet(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, 
     name = f"{split}/digit_{scene.label}/{index:06d}.png"
     if split == "val":
         _save(scene.mask, root / "truth" / name)
-    return _save(scene.image, root / name), {}
+    _save(scene.image, root / name)
+    return {}
 
 
-def _ade20k(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
+def _ade20k(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     """Images beside grey maps of labels, ``Scene.semantic``: 1 is the background, 2 + d digit d.
 
     <root>/ADEChallengeData2016/{images,annotations}/{training,validation}/<index>.png
     """
     name, top = f"{'training' if split == 'train' else 'validation'}/{index:06d}.png", root / "ADEChallengeData2016"
-    return _save(scene.image, top / "images" / name) + _save(scene.semantic, top / "annotations" / name), {}
+    _save(scene.image, top / "images" / name)
+    _save(scene.semantic, top / "annotations" / name)
+    return {}
 
 
-def _coco(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entry]:
+def _coco(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     """Images, and a file of instances a split. Scenes without a digit are images without annotations.
 
     <root>/{train,val}2017/<index>.png
@@ -89,11 +90,12 @@ def _coco(scene: Scene, split: Split, index: int, root: Path) -> tuple[int, Entr
         for left, top, right, bottom in [instance.box]
     ]
     image = {"id": index, "file_name": name, "height": height, "width": width}
-    return _save(scene.image, root / f"{split}2017" / name), {"image": image, "annotations": annotations}
+    _save(scene.image, root / f"{split}2017" / name)
+    return {"image": image, "annotations": annotations}
 
 
-def _coco_index(root: Path, split: Split, entries: list[Entry]) -> int:
-    """Write the file of instances; returns its bytes. Ids begin at 1: pycocotools takes a match with 0 for none."""
+def _coco_index(root: Path, split: Split, entries: list[Entry]) -> None:
+    """Write the file of instances. Ids begin at 1: pycocotools takes a match with 0 for none."""
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
     names = [{"id": number, "name": f"digit_{k}", "supercategory": "digit"} for k, number in enumerate(CATEGORIES)]
     content = {
@@ -104,11 +106,11 @@ def _coco_index(root: Path, split: Split, entries: list[Entry]) -> int:
     }
     path = root / "annotations" / f"instances_{split}2017.json"
     path.parent.mkdir(exist_ok=True)
-    return path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
 
 
 LAYOUTS = {"imagenet": _imagenet, "ade20k": _ade20k, "coco": _coco}
-"""Writer of one scene by layout: returns the bytes written, and the scene's entry in the index."""
+"""Writer of one scene by layout: returns the scene's entry in the index."""
 
 
 def run_lengths(region: NDArray[np.bool_]) -> list[int]:
@@ -144,26 +146,19 @@ def write(
         for split, count in zip(SPLITS, (spec.train, spec.val), strict=True)
         for start in range(0, count, CHUNK)
     ]
-    size, entries = 0, dict[Split, list[Entry]](train=[], val=[])
+    entries = dict[Split, list[Entry]](train=[], val=[])
     written = _run(chunks, workers if spec.train + spec.val >= PARALLEL_FROM else 1)
-    for (_, _, split, indices, _), (some, found) in zip(chunks, written, strict=True):
-        size += some
+    for (_, _, split, indices, _), found in zip(chunks, written, strict=True):
         entries[split] += found
         progress(len(indices))
     if layout == "coco":
-        size += sum(_coco_index(root, split, entries[split]) for split in SPLITS)
+        for split in SPLITS:
+            _coco_index(root, split, entries[split])
     classes = CLASSES + (layout == "ade20k")  # and the background
-    record = {
-        "kind": "data",
-        "id": spec.digest(),
-        "spec": spec.model_dump(mode="json"),
-        "layout": layout,
-        "seed": spec.seed,
-        "metrics": {"train_images": spec.train, "val_images": spec.val, "classes": classes, "megabytes": size / 1e6},
-        "tokens": [],
-        "series": {},
-        "provenance": provenance(started, data_fingerprint=fingerprint(spec)),
-    }
+    size = sum(file.stat().st_size for name in TOPS for file in (root / name).rglob("*") if file.is_file())
+    metrics = {"train_images": spec.train, "val_images": spec.val, "classes": classes, "megabytes": size / 1e6}
+    result = {"layout": layout, "seed": spec.seed, "metrics": metrics, "tokens": [], "series": {}}
+    record = make_record("data", spec, started, result, data_fingerprint=fingerprint(spec))
     write_record(root / RECORD, record)
     (root / INCOMPLETE).unlink()
 
@@ -181,7 +176,7 @@ def _clear(root: Path) -> None:
         shutil.rmtree(root / name, ignore_errors=True)
 
 
-def _run(chunks: list[_Chunk], workers: int) -> Iterator[tuple[int, list[Entry]]]:
+def _run(chunks: list[Chunk], workers: int) -> Iterator[list[Entry]]:
     if workers <= 1:
         yield from map(_write_chunk, chunks)
         return
@@ -190,17 +185,12 @@ def _run(chunks: list[_Chunk], workers: int) -> Iterator[tuple[int, list[Entry]]
         yield from pool.map(_write_chunk, chunks)
 
 
-def _write_chunk(chunk: _Chunk) -> tuple[int, list[Entry]]:
-    """Write some scenes; returns their bytes and entries."""
+def _write_chunk(chunk: Chunk) -> list[Entry]:
     spec, layout, split, indices, root = chunk
-    saved = [LAYOUTS[layout](compose(spec, split, index), split, index, root) for index in indices]
-    return sum(size for size, _ in saved), [entry for _, entry in saved]
+    return [LAYOUTS[layout](compose(spec, split, index), split, index, root) for index in indices]
 
 
-def _save(pixels: Array, path: Path) -> int:
-    """PNG; returns its bytes. Lossless, so that every machine trains on the same pixels; level 1 reads as fast as
-    JPEG."""
+def _save(pixels: Array, path: Path) -> None:
+    """PNG: lossless, so that every machine trains on the same pixels; level 1 reads as fast as JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "png", compress_level=1)
-    return path.write_bytes(file.getbuffer())
+    Image.fromarray(pixels).save(path, compress_level=1)

@@ -13,7 +13,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -66,6 +65,11 @@ def standardise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(mean), list(std))
 
 
+def pad(image: Tensor, side: int, fill: float = 0) -> Tensor:
+    """[..., h, w] -> [..., side, side]: filled on the right and at the bottom."""
+    return F.pad(image, [0, 0, side - image.shape[-1], side - image.shape[-2]], fill=fill)
+
+
 def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
     """The first names of a list, and how many more there are."""
     more = [f"and {len(names) - limit} more"] if len(names) > limit else []
@@ -86,6 +90,14 @@ def require_folders(root: Path, task: Task, inner: str = "") -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such directory; {task.layout} has {', '.join(task.folders)}")
     return top
+
+
+def wrong_count(where: str, found: int, what: str, expected: int | None) -> list[str]:
+    """A finding if a set has another number of classes than the settings say."""
+    if expected in (None, found):
+        return []
+    fix = f"set num_classes to {found} or choose another directory"
+    return [f"{where} has {found} {what}, the settings say {expected}; {fix}"]
 
 
 @contextmanager
@@ -146,7 +158,7 @@ class Share(TypedDict, total=False):
     """Which part of the batches a process takes, and how it reads it."""
 
     rank: int
-    """This process, counted from 0 (default)."""
+    """From 0 (default)."""
     world: int
     """Number of processes; default 1."""
     workers: int
@@ -159,8 +171,7 @@ class TrainBatches:
     """Training batches of this process, epoch by epoch.
 
     Args:
-        batch_size: images per batch over all processes; each has ``batch_size / world`` of them. Together, the shares
-            of all processes make up the batch of one process alone.
+        batch_size: images per batch over all processes, whose shares together are the batch of one process alone.
         seed: of the order.
         collate: makes a batch of samples; by default images and targets are stacked.
 
@@ -192,15 +203,11 @@ class TrainBatches:
         return self.count // self.batch_size
 
     def order(self, epoch: int) -> np.ndarray:
-        """Indices of all images in this epoch's order, a function of (seed, epoch)."""
+        """Indices of all images in this epoch's order."""
         return np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(self.count)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:
-        """Images [B, 3, H, W] and targets of the batches from ``start`` on; what lies before is not decoded.
-
-        Raises:
-            ImageError: an image cannot be read.
-        """
+        """Images [B, 3, H, W] and targets of the batches from ``start`` on; what lies before is not decoded."""
         order = self.order(epoch)
         batches = (order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self)))
         return self._loader.run([[(epoch, int(i)) for i in batch[self.rank :: self.world]] for batch in batches])
@@ -210,7 +217,7 @@ class EvalBatches:
     """This process's part of a set: batches of at most ``batch_size`` images.
 
     Over all processes every image is seen exactly once, so that counts can be summed. Images come in order, but those
-    of one kind (``Samples.kind``) together. Nothing in ``samples`` may be random.
+    of one kind (``Samples.kind``) together.
     """
 
     def __init__(
@@ -246,16 +253,17 @@ def _place(share: Share) -> tuple[int, int]:
 
 
 class _Loader:
-    """torch's loader over ``Samples``; workers live on between passes and global generators stay untouched."""
+    """torch's loader over batches of ``Samples``; workers live on between passes, global generators stay untouched."""
 
     def __init__(self, samples: Samples, collate: Collate, share: Share) -> None:
         self.layout = samples.layout
         self.todo: list[list[tuple[int, int]]] = []  # batches of (epoch, index) of the next pass
         workers = share.get("workers", 0)
         self.loader = DataLoader(
-            _Guarded(samples),
-            batch_sampler=self.todo,
-            collate_fn=partial(_collate, collate),
+            _Batches(samples, collate),
+            batch_size=None,  # an entry of the sampler is a batch
+            sampler=self.todo,
+            collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=share.get("pin_memory", False),
@@ -270,21 +278,19 @@ class _Loader:
             yield tuple(batch)
 
 
-class _Guarded(Dataset[Any]):
-    """Returns the error of an image that cannot be read: raised in a worker, it would come as a long traceback, and
-    torch would take seconds to end the workers."""
+class _Batches(Dataset[Any]):
+    """Batches by the keys of their samples. The error of an image that cannot be read is returned: raised in a worker,
+    it would come as a long traceback, and torch would take seconds to end the workers."""
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+    def __init__(self, samples: Samples, collate: Collate) -> None:
+        self.samples, self.collate = samples, collate
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any] | ImageError:
+    def __getitem__(self, keys: list[tuple[int, int]]) -> Any:
         try:
-            return self.samples[key]
+            return self.collate([self.samples[key] for key in keys])
         except ImageError as error:
             return error
 
 
-def _collate(collate: Collate, samples: Sequence[Any]) -> Any:
-    """A batch, or the first error."""
-    errors = (sample for sample in samples if isinstance(sample, ImageError))
-    return next(errors, None) or collate(list(samples))
+def _as_it_is(batch: Any) -> Any:
+    return batch

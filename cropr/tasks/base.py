@@ -9,14 +9,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cropr.data.loading import Share, TrainBatches
+from cropr.pruning.model import Model, PrunedViT, prune
+from cropr.pruning.schedule import Schedule
 from cropr.records import RECORD, read_record
-from cropr.training.specs import TrainSpec
+
+if TYPE_CHECKING:
+    from cropr.data.loading import Share, TrainBatches
+    from cropr.specs import ModelSpec, PruneSpec
+    from cropr.tasks import TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,47 @@ class TaskRun(BatchTask):
     @abstractmethod
     def evaluate(self, model: Any, settings: EvaluationSettings, **share: Unpack[Share]) -> Evaluation:
         """Evaluate a model, in training form or deployed; its mode stays the same."""
+
+
+def build_model(
+    model: ModelSpec,
+    spec: PruneSpec,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    kind: type[Model] = PrunedViT,  # type: ignore[assignment]
+) -> Model:
+    """The model of a training or benchmark spec; ``kind`` as of ``prune``.
+
+    The last block has no drop path where tokens are pruned (paper, section 4.1; the authors' code); in dense models,
+    it never has (the authors' code).
+    """
+    host: Any = timm.create_model(
+        model.name,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        drop_path_rate=model.drop_path,
+        **{"img_size": image_size, **model.args},
+    )
+    schedule = Schedule.from_config(spec.schedule)
+    pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
+    if pruned.reducers or pruned.dense:
+        for name, _ in list(host.blocks[-1].named_children()):
+            if name.startswith("drop_path"):
+                setattr(host.blocks[-1], name, nn.Identity())
+    return pruned
+
+
+def require_known(name: str) -> str:
+    """The name of a model, if timm has it.
+
+    Raises:
+        ValueError: it does not; with models of similar names.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:8]
+        raise ValueError(f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}")
+    return name
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

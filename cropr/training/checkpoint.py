@@ -7,6 +7,7 @@ when it is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -22,14 +23,17 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cropr.data.loading import some
-from cropr.records import replacing, write_text
+from cropr.records import RECORD, read_record, replacing, write_text
+from cropr.tasks.base import TaskRun
 from cropr.training.optim import HOST
 
 WEIGHTS = "weights.safetensors"
 """A finished run's weights, training form, in the run's directory."""
 
 AVERAGE = "average.safetensors"
-"""A checkpoint's averaged weights."""
+FINAL_NORMS = ("norm", "fc_norm")
+"""timm's two places for the last norm: with average pooling ``fc_norm``, else ``norm``. A host whose pooling differs
+from the pretrained one has a fresh norm there, as in the authors' code."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ def save_checkpoint(
         step: optimizer steps done.
         optimizer: of ``create_optimizer``; its groups carry ``names``.
         state: JSON; whatever else the loop needs to go on.
-        average: model with the averaged weights, where the recipe has an average.
+        average: model with the averaged weights.
     """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp_*"):
@@ -79,13 +83,17 @@ def latest_checkpoint(root: Path) -> Path | None:
     return max(root.glob("step_*"), default=None)
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put model and optimizer into the state of a checkpoint; returns its JSON part.
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> dict[str, Any]:
+    """Put all that ``save_checkpoint`` has written back; returns the JSON part.
 
     Raises:
         ValueError: it belongs to another model: missing, unexpected and mis-shaped keys are listed.
     """
     load_weights(model, checkpoint / "model.safetensors")
+    if average is not None:
+        load_weights(average, checkpoint / AVERAGE)
     path = checkpoint / "optimizer.safetensors"
     parameters = _trained(optimizer)
     optimizer.state.clear()
@@ -93,8 +101,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         name, _, part = key.rpartition("/")
         if name not in parameters:
             raise ValueError(f"{path}: state of {name}, which the model does not train; this is another model's")
-        parameter = parameters[name]
-        optimizer.state[parameter][part] = tensor.to(parameter.device)
+        optimizer.state[parameters[name]][part] = tensor.to(parameters[name].device)
     return dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
@@ -126,9 +133,40 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
+def initial_model(task: TaskRun, init: Path | None, resuming: bool) -> tuple[Any, str | None]:
+    """The model with the weights to start from (a run that is resumed needs none), and the digest of their file.
+
+    Raises:
+        ValueError, FileNotFoundError: weights, or a model of timm, that do not fit the specification.
+    """
+    spec = task.spec
+    known = spec.init in ("random", "timm")
+    if known and init is not None:
+        raise ValueError(f"spec.init = {spec.init}: takes no weights, but {init} was given; leave one of them out")
+    pretrained = spec.init == "timm" and not resuming
+    try:
+        model = task.build(pretrained)
+    except (RuntimeError, OSError, TypeError) as error:
+        # timm: unknown model or argument, weights that do not exist or cannot be fetched; ours: no adapter.
+        fix = "; without a network, give a file with --init" if pretrained else ""
+        raise ValueError(f"spec.model.name = {spec.model.name}: {error}{fix}") from error
+    path = init / WEIGHTS if init and init.is_dir() else init
+    if path is None:
+        if known or resuming:
+            return model, None
+        raise ValueError(f"spec.init = {spec.init}: name that run's weights with --init (file or directory of the run)")
+    if not resuming:
+        if (path.parent / RECORD).exists() and (found := read_record(path.parent)["id"]) != spec.init:
+            raise ValueError(f"{path} was made by run {found}, spec.init asks for {spec.init}")
+        if not task.load_published(model, path):
+            load_initial(model, path, fresh=FINAL_NORMS)
+    with path.open("rb") as file:
+        return model, hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 class Loaded(NamedTuple):
-    """What ``load_initial`` did with the host's parameters. ``resampled`` are positions interpolated to another
-    patch grid, also among ``loaded``; ``fresh`` keep their initial values; ``ignored`` are in the file only."""
+    """Names of host parameters that came from the file, of positions among them that were interpolated to another patch
+    grid, of parameters that keep their initial values, and of those in the file only."""
 
     loaded: tuple[str, ...]
     resampled: tuple[str, ...]
@@ -136,22 +174,21 @@ class Loaded(NamedTuple):
     ignored: tuple[str, ...]
 
 
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters in training form, and how many of them only training needs."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    extra = sum(size for name, size in sizes.items() if name.startswith("reducers."))
+    return {"parameters": sum(sizes.values()), "parameters_training_only": extra}
+
+
 def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loaded:
     """Start from the host weights of another run, or from a file with the names of a timm model.
 
     Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
     file has them. Positions are interpolated if the patch grid differs; the classifier starts fresh if the number of
-    classes differs. A class token, or a classifier, that the model lacks is ignored. Everything else must match, except
-    for what ``fresh`` declares.
-
-    Args:
-        model: a ``PrunedViT``.
-        path: safetensors file.
-        fresh: names of the host's modules that may be missing from the file or from the model, such as ``fc_norm``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: missing, unexpected or mis-shaped keys, all listed.
+    classes differs. A class token, or a classifier, that the model lacks is ignored. Modules of the host named in
+    ``fresh`` may be missing from the file or from the model. Everything else must match. Raises what ``load_weights``
+    raises.
     """
     tensors = _read(path)
     if any(name.startswith(HOST) for name in tensors):
@@ -170,16 +207,11 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
         apart |= heads
     found, wanted = ({name: tensor for name, tensor in all_.items() if name not in apart} for all_ in (tensors, own))
     _require_match(path, found, wanted)
-    loaded = tuple(name for name in own if name in tensors and name not in apart)
-    host.load_state_dict({**own, **{name: tensors[name] for name in loaded}})
+    host.load_state_dict({**own, **found})
     ignored = tuple(name for name in tensors if name in apart and name not in own)
-    result = Loaded(loaded, resampled, tuple(name for name in own if name in apart), ignored)
-    _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(loaded))
-    texts = (
-        "interpolated to this patch grid",
-        "start fresh, since the file has none that fit",
-        "in the file only, ignored",
-    )
+    result = Loaded(tuple(found), resampled, tuple(name for name in own if name in apart), ignored)
+    _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(found))
+    texts = "interpolated to this patch grid", "start fresh, since the file has none that fit", "in the file only"
     for text, names in zip(texts, result[1:], strict=True):
         if names:
             _LOG.info("  %s: %s", text, some(names, ", "))
@@ -189,8 +221,11 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
 def _inherit(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load the parts beside the host that go from one run to the next, such as a detector's heads."""
     parts = tuple(f"{part}." for part in getattr(model, "inherits", ()))
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
-    if found := {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}:
+    own, found = (
+        {name: tensor for name, tensor in all_.items() if name.startswith(parts)}
+        for all_ in (model.state_dict(), tensors)
+    )
+    if found:
         _require_match(path, found, own)
     model.load_state_dict(found, strict=False)
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, mixed precision, accumulation, a line of JSON a step, checkpoints, resuming.
+"""A training run from spec to record, and its loop: a line of JSON a step, checkpoints, resuming.
 
 All randomness of a step is a function of (seed, step, process), and all that a step changes is in the checkpoint: a run
 that was killed and resumed ends with the weights of an undisturbed one, bit for bit on the CPU.
@@ -10,37 +10,42 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from cropr.data.loading import TrainBatches
+import cropr.training.optim as optim
+from cropr.data.loading import Share, TrainBatches, some
+from cropr.records import RECORD, make_record, read_record, write_record
 from cropr.specs import RecipeSpec
-from cropr.tasks.base import BatchTask
-from cropr.training.checkpoint import AVERAGE, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
-from cropr.training.distributed import World
-from cropr.training.optim import (
-    Stepper,
-    StepResult,
-    create_optimizer,
-    create_schedule,
-    pruning_share,
-    seed_step,
-    total_steps,
+from cropr.tasks import TrainSpec, open_task
+from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, differences
+from cropr.tasks.per_image import FILE, write_arrays
+from cropr.training.checkpoint import (
+    WEIGHTS,
+    initial_model,
+    latest_checkpoint,
+    load_checkpoint,
+    parameters,
+    save_checkpoint,
+    save_weights,
 )
+from cropr.training.distributed import World
 
 CHECKPOINTS = "checkpoint"
 LOG = "log.jsonl"
@@ -60,18 +65,105 @@ class TrainingInterrupted(Exception):
     """A signal asked for an end; a checkpoint was written. ``args`` are message and signal number."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What does not change the result."""
 
     out: Path
-    """Directory of the run."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint must agree with to be resumed, for example spec and data fingerprint."""
     checkpoint_minutes: float = 10
     """Time between checkpoints within an epoch; there is one at the end of each epoch in any case."""
     evaluate_every: int = 0
-    """Evaluate after every so many epochs; 0 for never."""
+    """Epochs; 0 for never."""
+
+
+def train(
+    spec: TrainSpec,
+    seed: int,
+    data_root: Path,
+    out: Path,
+    *,
+    world: World,
+    init: Path | None = None,
+    workers: int = 0,
+    checkpoint_minutes: float = 10,
+    evaluate_every: int = 0,
+) -> dict[str, Any]:
+    """Run ``spec`` and return its record; at once if ``out`` has it already, from its checkpoint if it was cut off.
+
+    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
+
+    Args:
+        data_root: the images, in the layout of the task.
+        init: weights to start from, a safetensors file or the directory of a run; where ``spec.init`` is a digest.
+        workers: processes that decode images, per process that trains.
+
+    Raises:
+        ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
+        TrainingDiverged, TrainingInterrupted: see ``fit``.
+    """
+    started, recipe = time.time(), spec.recipe
+    if (record := finished(out, spec, seed)) is not None:
+        return record
+    task = open_task(spec, data_root)
+    torch.manual_seed(seed)
+    model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)
+    model.to(world.device)
+    share = Share(rank=world.rank, world=world.size, workers=workers, pin_memory=world.device.type == "cuda")
+    size = max(1, recipe.batch_size // (recipe.accumulate * world.size))
+    evaluation = EvaluationSettings(
+        batch_size=size,
+        device=world.device,
+        precision=recipe.precision,
+        seed=seed,
+        total=world.sum,
+        gather=world.gather,
+    )
+
+    def evaluate() -> Evaluation:
+        return task.evaluate(model, evaluation, **share)
+
+    identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
+    settings = Settings(out, identity, checkpoint_minutes, evaluate_every)
+    history = fit(model, task, task.batches(seed, **share), recipe, seed, settings, world, lambda: evaluate().metrics)
+    result = evaluate()
+    found = {
+        "seed": seed,
+        "metrics": {**result.metrics, **parameters(model)},
+        "tokens": list(model.token_trace),
+        "series": {**result.series, "epochs": history},
+        "per_image": FILE,
+    }
+    where = {"device": str(world.device), "precision": recipe.precision, "data_fingerprint": task.fingerprint}
+    record = make_record("train", spec, started, found, **where, processes=world.size, workers=workers)
+    if world.leads:
+        record["metrics"] |= summarise(out / LOG)
+        write_arrays(out / FILE, result.images)
+        save_weights(out / WEIGHTS, model, spec.digest())
+        write_record(out / RECORD, record)
+        shutil.rmtree(out / CHECKPOINTS)
+    world.wait()
+    return record
+
+
+def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
+    """The record in ``out`` if the run is complete, its weights included; None if it has yet to run.
+
+    Raises:
+        ValueError: ``out`` holds another run; the settings that differ are named.
+    """
+    if not (out / RECORD).exists() or not (out / WEIGHTS).exists():
+        return None
+    record = read_record(out)
+    if not (out / record.get("per_image", RECORD)).exists():
+        return None
+    mine = {"seed": seed, "spec": spec.model_dump(mode="json")}
+    theirs = {"seed": record.get("seed"), "spec": record.get("spec")}
+    if mine != theirs:
+        changes = some(differences(theirs, mine), limit=5)
+        raise ValueError(f"{out} holds the record of another run: {changes}. Choose another --out, or delete it")
+    return record
 
 
 def fit(
@@ -89,8 +181,7 @@ def fit(
     Where the recipe averages weights, the model has the average while it is evaluated, and in the end.
 
     Args:
-        model: a ``PrunedViT`` on ``world``'s device, with its initial weights.
-        evaluate: called after every ``settings.evaluate_every`` epochs.
+        model: on ``world``'s device, with its initial weights.
 
     Returns:
         What ``evaluate`` returned, with ``epoch`` (from 1), including evaluations before a resumption.
@@ -103,7 +194,7 @@ def fit(
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
     steps = len(loader)
     bar = Progress(run.total, run.step, steps, show=run.world.leads)
-    with closing(run.log.file), StopRequest() as stop, bar as progress:
+    with run.log, StopRequest() as stop, bar as progress:
         while run.step < run.total:
             try:
                 run.train_epoch(stop, progress)
@@ -125,46 +216,46 @@ def fit(
 @contextmanager
 def averaged(model: nn.Module, average: ModelEmaV3 | None) -> Iterator[None]:
     """Within, ``model`` has the averaged weights, if there is an average; afterwards its own, bit for bit."""
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()} if average else {}
-    if average:
-        model.load_state_dict(average.module.state_dict())
+    if average is None:
+        yield
+        return
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(average.module.state_dict())
     try:
         yield
     finally:
-        if average:
-            model.load_state_dict(own)
+        model.load_state_dict(own)
 
 
+@dataclass
 class _Run:
     """Everything that advances in training, and how it is saved and restored."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: BatchTask,
-        loader: TrainBatches,
-        recipe: RecipeSpec,
-        seed: int,
-        settings: Settings,
-        world: World,
-    ) -> None:
+    model: nn.Module
+    task: BatchTask
+    loader: TrainBatches
+    recipe: RecipeSpec
+    seed: int
+    settings: Settings
+    world: World
+
+    def __post_init__(self) -> None:
+        model, loader, recipe, settings, world = self.model, self.loader, self.recipe, self.settings, self.world
         if recipe.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
         if recipe.grad_checkpointing:
             model.backbone.host.set_grad_checkpointing()  # type: ignore[union-attr, operator]
-        self.model, self.loader, self.recipe, self.seed = model, loader, recipe, seed
-        self.settings, self.world = settings, world
         self.root = settings.out / CHECKPOINTS
         self.average = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
-        self.optimizer = create_optimizer(model, recipe)
-        self.schedule = create_schedule(self.optimizer, recipe, len(loader))
-        self.total = total_steps(recipe, len(loader))
-        self.stepper = Stepper(model, task, self.optimizer, recipe, world)
-        self.identity = {**settings.identity, "seed": seed, "steps_per_epoch": len(loader)}
+        self.optimizer = optim.create_optimizer(model, recipe)
+        self.schedule = optim.create_schedule(self.optimizer, recipe, len(loader))
+        self.total = optim.total_steps(recipe, len(loader))
+        self.stepper = optim.Stepper(model, self.task, self.optimizer, recipe, world)
+        self.identity = {**settings.identity, "seed": self.seed, "steps_per_epoch": len(loader)}
         self.step, self.history = 0, list[dict[str, float]]()
         if (checkpoint := latest_checkpoint(self.root)) is not None:
             self._resume(checkpoint)
-        self.log = StepLog(settings.out / LOG if world.leads else None, self.step)
+        self.log = open_log(settings.out / LOG if world.leads else Path(os.devnull), self.step)
         self._saved = time.monotonic()
 
     def train_epoch(self, stop: StopRequest, progress: Progress) -> None:
@@ -175,15 +266,15 @@ class _Run:
         for images, targets in islice(self.loader.epoch(epoch, first), self.total - self.step):
             loaded = time.perf_counter()
             self.schedule.step_update(self.step)
-            self.model.ramp(pruning_share(self.recipe, self.step, len(self.loader)))  # type: ignore[operator]
-            seed_step(self.seed, self.step, self.world.rank)
+            self.model.ramp(optim.pruning_share(self.recipe, self.step, len(self.loader)))  # type: ignore[operator]
+            optim.seed_step(self.seed, self.step, self.world.rank)
             result = self.stepper(images, targets, lambda: stop.requested is not None)
             if self.average:
                 self.average.update(self.model)
             seconds = loaded - clock, time.perf_counter() - loaded
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             line = _line(self.step, epoch, lr, result, seconds)
-            self.log.write(line)
+            self.log.write(json.dumps(line) + "\n")
             progress.step(line)
             self._require_finite(result, epoch, lr)
             self.step += 1
@@ -196,10 +287,9 @@ class _Run:
             clock = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
         self._saved = time.monotonic()
         if self.world.leads:
-            self.log.sync()
+            os.fsync(self.log.fileno())  # a checkpoint is never ahead of its log
             scaler = self.stepper.scaler.state_dict()
             state = {"identity": self.identity, "history": self.history, "scaler": scaler}
             average = self.average.module if self.average else None
@@ -210,31 +300,26 @@ class _Run:
         return f"last checkpoint: {latest_checkpoint(self.root) or 'none yet'}"
 
     def _resume(self, checkpoint: Path) -> None:
-        """Model and optimizer in the state of a checkpoint."""
         theirs = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]
-        if different := [key for key in self.identity if theirs.get(key) != self.identity[key]]:
-            changes = "; ".join(f"{key} was {theirs.get(key)}, is {self.identity[key]}" for key in different)
-            raise ValueError(f"{checkpoint} is of another run: {changes}. Choose another --out, or delete it")
-        state = load_checkpoint(checkpoint, self.model, self.optimizer)
-        if self.average:
-            load_weights(self.average.module, checkpoint / AVERAGE)
+        if changes := differences(theirs, self.identity):
+            raise ValueError(
+                f"{checkpoint} is of another run: {'; '.join(changes)}. Choose another --out, or delete it"
+            )
+        average = self.average.module if self.average else None
+        state = load_checkpoint(checkpoint, self.model, self.optimizer, average)
         if self.stepper.scaler.is_enabled():
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
         _LOG.info("resumed from %s, %d steps done", checkpoint, self.step)
 
-    def _require_finite(self, result: StepResult, epoch: int, lr: float) -> None:
+    def _require_finite(self, result: optim.StepResult, epoch: int, lr: float) -> None:
         """An overflow of fp16 is normal once in a while: the step was skipped and the loss scale halved."""
-        what = None
-        if not math.isfinite(result.loss):
-            what = f"the loss is {result.loss}"
-        elif not math.isfinite(result.aux_loss or 0):
-            what = f"the auxiliary loss is {result.aux_loss}"
-        elif self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0):
-            what = f"the gradient norm is {result.grad_norm}"
-        if what:
+        overflown = self.stepper.overflows > (OVERFLOWS if self.stepper.scaler.is_enabled() else 0)
+        numbers = {"loss": result.loss, "auxiliary loss": result.aux_loss or 0}
+        numbers |= {"gradient norm": result.grad_norm} if overflown else {}
+        if wrong := [f"the {name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
-                f"{what} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
+                f"{wrong[0]} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
                 "Lower recipe.base_lr, lengthen recipe.warmup_epochs or set recipe.clip_grad"
             )
 
@@ -251,36 +336,21 @@ def summarise(log: Path) -> dict[str, float]:
     return {"images": images, "train_images_per_s": images / seconds, "step_ms": float(np.median(steady))}
 
 
-def _line(step: int, epoch: int, lr: float, result: StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
+def _line(step: int, epoch: int, lr: float, result: optim.StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
     """A line of the log. Numbers that are not finite become null, which JSON has."""
-    numbers = {"loss": result.loss, "aux_loss": result.aux_loss, "grad_norm": result.grad_norm}
+    numbers = {key: getattr(result, key) for key in ("loss", "aux_loss", "grad_norm")}
     finite = {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
     speed = {"images": result.images, "images_per_s": round(result.images / sum(seconds), 2)}
     times = {key: round(1000 * value, 3) for key, value in zip(("data_ms", "step_ms"), seconds, strict=True)}
     return {"step": step, "epoch": epoch, "lr": lr, **finite, **speed, **times}
 
 
-class StepLog:
-    """``log.jsonl`` at ``path`` (None: written by another process): one line a step, each once, also over resumptions.
-
-    ``step`` steps are done; lines of later ones, which a killed run left, are dropped.
-    """
-
-    def __init__(self, path: Path | None, step: int) -> None:
-        path = path or Path(os.devnull)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-
-    def sync(self) -> None:
-        """All lines so far are on disk when this returns: a checkpoint is never ahead of its log."""
-        os.fsync(self.file.fileno())
+def open_log(path: Path, step: int) -> TextIO:
+    """The log of a run in which ``step`` steps are done; lines of later ones, which a killed run left, are dropped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 class Progress(Bar):
@@ -295,7 +365,6 @@ class Progress(Bar):
         self._task = self.add_task("training", total=total, completed=done, numbers="")
 
     def step(self, line: dict[str, Any]) -> None:
-        """One step was done; ``line`` is its line of the log."""
         step = line["step"] + 1
         loss = "nan" if line["loss"] is None else f"{line['loss']:.3f}"
         numbers = f"loss {loss}, {line['images_per_s']:.3g} images/s"
@@ -314,7 +383,6 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal's name."""
         return signal.Signals(self.requested).name if self.requested else "another process"
 
     def __enter__(self) -> StopRequest:

@@ -30,12 +30,8 @@ from cropr.training.distributed import World
 HOST = "backbone.host."
 """Prefix of the host model's parameters in a ``PrunedViT``."""
 
-QUERIES = ".scorer.queries"
-"""Suffix of the learned queries below ``reducers``."""
-
 POWERS = {"poly": 0.9, "constant": 0.0}
 """Exponent of a learning rate that falls as (1 - t) ** power; 0.9 is the authors' for segmentation."""
-
 NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token"})
 """Parameters of the host without weight decay, in addition to what the host names itself and all 1-D ones."""
 
@@ -76,7 +72,7 @@ def parameter_groups(model: nn.Module, recipe: RecipeSpec) -> list[dict[str, Any
         if not parameter.requires_grad:
             continue
         decay = 0.0 if parameter.ndim <= 1 or name in exempt else recipe.weight_decay
-        key = (scales[name] * (recipe.query_lr if name.endswith(QUERIES) else 1.0), decay)
+        key = (scales[name] * (recipe.query_lr if name.endswith(".scorer.queries") else 1.0), decay)
         group = groups.setdefault(key, {"lr_scale": key[0], "weight_decay": decay, "params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -85,8 +81,7 @@ def parameter_groups(model: nn.Module, recipe: RecipeSpec) -> list[dict[str, Any
 
 def create_optimizer(model: nn.Module, recipe: RecipeSpec) -> torch.optim.AdamW:
     """AdamW with torch's betas and epsilon, as the authors left them; all tensors of a group in one kernel."""
-    groups = parameter_groups(model, recipe)
-    return torch.optim.AdamW(groups, lr=recipe.peak_lr, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.peak_lr, fused=True)
 
 
 def total_steps(recipe: RecipeSpec, steps_per_epoch: float) -> int:
@@ -97,8 +92,8 @@ def total_steps(recipe: RecipeSpec, steps_per_epoch: float) -> int:
 def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_per_epoch: float) -> Scheduler:
     """Learning rate of each optimizer step: linear warm-up, then ``recipe.decay`` to ``min_lr``.
 
-    Call ``step_update(step)`` before step 0, 1, ...: the scheduler holds no state of its own. Warm-up starts at its
-    first increment, not at zero, so that no step is without effect.
+    Call ``step_update(step)`` before each step, from 0. Warm-up starts at its first increment, so that no step is
+    without effect.
 
     Raises:
         ValueError: warm-up takes up all epochs.
@@ -126,10 +121,9 @@ def pruning_share(recipe: RecipeSpec, step: int, steps_per_epoch: int) -> Fracti
     """Share of the schedule in force at an optimizer step, which counts from 0; 1 without a curriculum.
 
     It rises with each epoch, as the authors' segmentation does: R_e = floor(R e / (E / 2 - 1)) tokens a module in epoch
-    e of E, and R from the middle on. It is a function of the step alone, so a resumed run goes on with the right one.
-    Evaluation always prunes by the whole schedule. At rate 0 ours prunes nothing, where the authors' first module still
-    removes its extra token. Runs of part epochs and those of less than three, for which the formula has no ramp, rise
-    with each step instead.
+    e of E, and R from the middle on. At rate 0 ours prunes nothing, where the authors' first module still removes its
+    extra token. Runs of part epochs or less than three, for which the formula has no ramp, rise with each step instead.
+    Evaluation always prunes by the whole schedule.
     """
     if not recipe.curriculum:
         return Fraction(1)
@@ -189,11 +183,9 @@ class Stepper:
         # Losses, the request to stop and the norm in one transfer from the device.
         sums = world.sum(torch.cat((sums, sums.new_tensor([stop(), len(images)]))))
         loss, aux, wish, count, grad_norm = torch.cat((sums, norm.reshape(1).to(sums))).tolist()
-        result = StepResult(
-            loss / world.size, aux / world.size if self._reducers else None, grad_norm, wish > 0, int(count)
-        )
         self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
-        return result
+        aux_loss = aux / world.size if self._reducers else None
+        return StepResult(loss / world.size, aux_loss, grad_norm, wish > 0, int(count))
 
     def _backward(self, images: Tensor, targets: Any) -> Tensor:
         """Gradients of the mean over the batch, in micro-batches; [2]: main loss and mean auxiliary loss."""

@@ -18,10 +18,9 @@ import yaml
 
 from cropr.data.layouts import write
 from cropr.records import RECORD
-from cropr.tasks import TASKS
+from cropr.tasks import TASKS, TrainSpec
 from cropr.training.distributed import World
-from cropr.training.run import train
-from cropr.training.specs import TrainSpec
+from cropr.training.loop import train
 from workflow.paper.grid import load_grid
 
 OUT = Path("results/search")

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import equal
 from torchvision import tv_tensors
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.data.ade20k import (
     FOLDER,
     IGNORE,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cropr.build import build_model
 from cropr.pruning.model import PrunedViT
 from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks.base import build_model
 
 MAE_L = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg", "pool_include_prefix": True})
 R8 = {"constant": {"rate": 8}}

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cropr.build import build_model
 from cropr.data import scenes
 from cropr.data.imagenet import EvalImages, load_splits
 from cropr.data.layouts import write
 from cropr.data.loading import EvalBatches
 from cropr.pruning.model import Output
 from cropr.pruning.tokens import Tokens
-from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import Classification, Objective, evaluate, losses, object_map, soft_target
 

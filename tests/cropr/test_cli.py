@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from pydantic import Field
 
+from cropr.__main__ import VERBS, build_parser, main
 from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
-from cropr.cli import VERBS, build_parser, main
 from cropr.cli.spec_flags import add_fields, given, make_spec
 from cropr.records import provenance, read_record
 from cropr.specs import ScenesSpec, Spec

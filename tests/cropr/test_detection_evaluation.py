@@ -13,7 +13,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
-from cropr import cli
+from cropr.__main__ import main
 from cropr.data.coco import EvalImages, collate, load_coco, read_masks
 from cropr.data.loading import EvalBatches
 from cropr.records import read_record
@@ -305,7 +305,7 @@ def test_the_command_scores_a_file(annotations, tmp_path, capsys):
     predictions, out = tmp_path / "predictions.json", tmp_path / "record.json"
     predictions.write_text(json.dumps(perfect(annotations)))
     command = ["evaluate", "--predictions", str(predictions), "--annotations", str(annotations)]
-    assert cli.main([*command, "--out", str(out)]) == 0
+    assert main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "Box AP at IoU 0.75" in printed
     assert "100 %" in printed
@@ -329,5 +329,5 @@ def test_the_command_says_what_is_wrong(annotations, tmp_path, caplog, arguments
     places = {"TRUTH": annotations, "PREDICTIONS": tmp_path / "predictions.json", "TEXT": tmp_path / "text.json"}
     places["PREDICTIONS"].write_text(json.dumps(perfect(annotations)))
     places["TEXT"].write_text("no JSON")
-    assert cli.main(["evaluate", *(str(places.get(word, word)) for word in arguments)]) == 2
+    assert main(["evaluate", *(str(places.get(word, word)) for word in arguments)]) == 2
     assert message in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils import collect_env
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.cli.doctor import collect, find_problems
 
 

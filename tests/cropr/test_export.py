@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import cropr
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.export import TENSORRT_TOPK, Exportable, compare, inspect, open_session, to_onnx, to_program
 from cropr.pruning.model import DeployedViT
 from cropr.pruning.schedule import Schedule

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import equal
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.data.check import check
 from cropr.data.imagenet import EvalImages, TrainImages, eval_transform, load_splits, mixup, train_transform
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches, decode, seeded

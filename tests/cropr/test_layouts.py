@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from tiny import files
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.data import layouts
 from cropr.data.layouts import run_lengths, write
 from cropr.data.scenes import compose

@@ -6,11 +6,11 @@ import pytest
 import torch
 from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
 
+from cropr.__main__ import main
 from cropr.bench import models, profiling, scoring, sweep, time_blocks, timing, training_step
 from cropr.bench.device import noise
 from cropr.bench.microbench import measure
 from cropr.bench.specs import MEASURES
-from cropr.cli import main
 from cropr.pruning.reducers import Context
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens

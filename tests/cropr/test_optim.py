@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cropr.build import build_model
 from cropr.specs import ModelSpec, PruneSpec, RecipeSpec
+from cropr.tasks.base import build_model
 from cropr.training.optim import create_optimizer, create_schedule, layer_scales, parameter_groups
 
 VIT = ModelSpec(

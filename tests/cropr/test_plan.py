@@ -5,10 +5,10 @@ import json
 import pytest
 from instant import MODEL, instant  # noqa: F401
 
+from cropr.__main__ import main
 from cropr.bench import plan
 from cropr.bench.models import build_on_meta
 from cropr.bench.specs import PlanSpec
-from cropr.cli import main
 from cropr.pruning.flops import Cost
 from cropr.pruning.schedule import Schedule
 from cropr.records import read_record

@@ -16,13 +16,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from cropr import cli
+from cropr.__main__ import main
 from cropr.cli.spec_flags import make_spec
 from cropr.records import read_record
 from cropr.tasks.classification import run as classification
-from cropr.training import run as runs
+from cropr.training import loop as runs
 from cropr.training.distributed import World
-from cropr.training.run import train
+from cropr.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,8 +79,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(images, tmp_pa
     before = steps(out)
     assert before[-1] % 6 != 5  # lines after the last checkpoint, which ends an epoch, are done again
 
-    assert cli.main(command(spec, images, out)) == 0
-    assert cli.main(command(spec, images, tmp_path / "undisturbed")) == 0
+    assert main(command(spec, images, out)) == 0
+    assert main(command(spec, images, tmp_path / "undisturbed")) == 0
     assert_equal_weights(out, tmp_path / "undisturbed")
     assert steps(out) == list(range(48))
     assert not (out / "checkpoint").exists()
@@ -210,20 +210,20 @@ RUNS = {
 
 def _train_as(rank, port, images, out):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from cropr.training import checkpoint, run
+    from cropr.training import checkpoint, loop
     from cropr.training.distributed import start
 
-    fit = run.fit
+    fit = loop.fit
 
     def fit_and_save(model, *rest):
         history = fit(model, *rest)
         checkpoint.save_weights(out / name / f"rank{rank}" / "weights.safetensors", model)
         return history
 
-    run.fit = fit_and_save
+    loop.fit = fit_and_save
     with start("cpu", threads=1) as world:
         for name, changes in RUNS.items():
-            run.train(tiny.spec(**changes), 0, images, out / name, world=world)
+            loop.train(tiny.spec(**changes), 0, images, out / name, world=world)
 
 
 @pytest.mark.model
@@ -256,7 +256,7 @@ def test_two_processes_train_as_one(images, tmp_path):
 def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "test_vit", "--image-size", "64", "--rate", "2", "--epochs", "1", "--batch-size", "16"]
-    assert cli.main(["train", "--data", str(images), *flags, "--set", "recipe.layer_decay=0.8"]) == 0
+    assert main(["train", "--data", str(images), *flags, "--set", "recipe.layer_decay=0.8"]) == 0
     (record_file,) = tmp_path.glob("runs/*/seed0/record.json")
     record = read_record(record_file)
     assert record_file.parts[-3] == record["id"]
@@ -272,7 +272,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
     for more in ([], ["--deployed"]):
         result = tmp_path / "evaluated.json"
         arguments = ["--run", str(record_file.parent), "--data", str(images), "--out", str(result), *more]
-        assert cli.main(["evaluate", *arguments]) == 0
+        assert main(["evaluate", *arguments]) == 0
         evaluated = read_record(result)["metrics"]
         assert evaluated["top1"] == record["metrics"]["top1"]
         assert evaluated["loss"] == pytest.approx(record["metrics"]["loss"], abs=1e-5)
@@ -292,7 +292,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
 def test_what_cannot_be_evaluated_is_named(finished, images, caplog, arguments, message):
     other = tiny.spec(model__args={**tiny.spec().model.args, "depth": 5}).model_dump_json()
     arguments = [word.replace("RUN", str(finished)).replace("OTHER", other) for word in arguments]
-    assert cli.main(["evaluate", "--data", str(images), *arguments]) == 2
+    assert main(["evaluate", "--data", str(images), *arguments]) == 2
     assert message in caplog.text
 
 
@@ -340,7 +340,7 @@ def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
 )
 def test_flags_that_cannot_work_end_in_one_message(images, tmp_path, caplog, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--data", str(images), *arguments]) == 2
+    assert main(["train", "--data", str(images), *arguments]) == 2
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert message in error
     assert not (tmp_path / "runs").exists()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import files
 
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.data import scenes
 from cropr.data.layouts import write
 from cropr.data.scenes import DISTRACTOR, OBJECT, compose, fingerprint, object_mask, object_patches

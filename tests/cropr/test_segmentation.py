@@ -19,14 +19,13 @@ from cropr.pruning.model import Output
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec
-from cropr.tasks import open_task
+from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import EvaluationSettings
 from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses, spread
 from cropr.training.checkpoint import load_weights
 from cropr.training.distributed import World
-from cropr.training.run import train
-from cropr.training.specs import TrainSpec
+from cropr.training.loop import train
 
 SCENES = ScenesSpec(image_size=32, train=24, val=6, scale=(1.5, 1.5), objects=(1, 2))
 R40 = {"constant": {"rate": 40}}

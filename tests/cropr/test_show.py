@@ -10,18 +10,17 @@ from PIL import Image
 from torch import nn
 
 import cropr
-from cropr.cli import main
+from cropr.__main__ import main
 from cropr.data.layouts import write
 from cropr.data.scenes import compose
 from cropr.records import write_record
 from cropr.show import OPACITY, block_colour, choose, draw_map, pruned_after, rarest, show
 from cropr.specs import ModelSpec, PruneSpec, ScenesSpec
-from cropr.tasks import TASKS
+from cropr.tasks import TASKS, TrainSpec
 from cropr.tasks.classification import AugmentSpec, DataSpec
 from cropr.tasks.detection import show as detection
 from cropr.tasks.segmentation import SegDataSpec
 from cropr.training.checkpoint import WEIGHTS, save_weights
-from cropr.training.specs import TrainSpec
 
 SCENES = ScenesSpec(image_size=32, train=10, val=30, scale=(2.0, 2.0), distractors=(0, 1))
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ import timm
 import torch
 from instant import MODEL, VARIANTS, instant, on_cuda  # noqa: F401
 
+from cropr.__main__ import main
 from cropr.bench import device, heads, models, throughput
 from cropr.bench.device import Unsupported, noise
 from cropr.bench.specs import BenchSpec
 from cropr.bench.timing import Case, time_interleaved
-from cropr.cli import main
 from cropr.pruning import flops
 from cropr.records import read_record
 from cropr.specs import PruneSpec

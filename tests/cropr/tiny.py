@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cropr.build import build_model
 from cropr.data.imagenet import Split, TrainImages
 from cropr.data.loading import TrainBatches
 from cropr.pruning.model import PrunedViT
+from cropr.tasks import TrainSpec
+from cropr.tasks.base import build_model
 from cropr.tasks.classification.run import Objective
-from cropr.training.specs import TrainSpec
 
 CLASSES = 3
 

@@ -90,7 +90,7 @@ def test_a_reducer_is_its_module_and_a_row(project: Project) -> None:
     )
     assert python(project, code).split() == ["loudest", "1", "1", "2"]
     help_text = python(
-        project, "import sys; sys.argv = ['cropr', 'bench', '--help']; import cropr.cli; cropr.cli.main()"
+        project, "import sys; sys.argv = ['cropr', 'bench', '--help']; from cropr.__main__ import main; main()"
     )
     assert "loudest" in help_text
 

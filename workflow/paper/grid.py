@@ -19,8 +19,7 @@ from typing import Any
 
 from cropr.bench.specs import BenchSpec
 from cropr.specs import ScenesSpec, Spec
-from cropr.tasks import TASKS
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import (
     ArtefactConfig,
     Row,

@@ -10,8 +10,7 @@ from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule
 from cropr.specs import PruneSpec, RecipeSpec, Spec, check
-from cropr.tasks import TASKS
-from cropr.training.specs import TrainSpec
+from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import Row, RowConfig, Scale, TaskAtScale, merge
 
 UNPRUNED = RowConfig(row="none", label="")

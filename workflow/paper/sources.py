@@ -20,7 +20,6 @@ NEUTRAL = frozenset(
     {
         "cropr",
         "cropr.bench.specs",
-        "cropr.cli",
         "cropr.cli.measuring",
         "cropr.cli.spec_flags",
         "cropr.pruning.methods",
@@ -30,7 +29,6 @@ NEUTRAL = frozenset(
         "cropr.tasks.classification",
         "cropr.tasks.detection",
         "cropr.tasks.segmentation",
-        "cropr.training.specs",
         "workflow",
         "workflow.paper",
         *(f"workflow.paper.{name}" for name in _GRID_SIDE),

@@ -15,15 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.build import build_model
 from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
-from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
+from cropr.tasks import TrainSpec
+from cropr.tasks.base import (
+    BatchTask,
+    Evaluation,
+    EvaluationSettings,
+    Losses,
+    TaskRun,
+    autocast,
+    build_model,
+    names_fingerprint,
+)
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.per_image import in_order
-from cropr.training.specs import TrainSpec
 
 _ALONE = EvaluationSettings()
 

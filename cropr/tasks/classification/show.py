@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from cropr.build import build_model
 from cropr.data.imagenet import eval_transform, load_splits
 from cropr.data.loading import decode
 from cropr.pruning.model import Output
 from cropr.show import Answers, Shown, to_pixels
+from cropr.tasks import TrainSpec
+from cropr.tasks.base import build_model
 from cropr.tasks.classification import DataSpec
-from cropr.training.specs import TrainSpec
 
 
 class ClassAnswers(Answers):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprint, load_coco
 from cropr.data.loading import EvalBatches, Share, TrainBatches
+from cropr.tasks import TrainSpec
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint
 from cropr.tasks.detection.evaluation import evaluate
 from cropr.tasks.detection.model import DetectionOutput, Detector, build_detector, losses
-from cropr.training.specs import TrainSpec
 
 
 class Detection(TaskRun):

@@ -18,10 +18,10 @@ from cropr.data.coco import load_coco, normalise, read_image, read_masks
 from cropr.data.jitter import fit
 from cropr.data.loading import decode
 from cropr.show import Answers, Shown, class_colour, rarest, to_pixels
+from cropr.tasks import TrainSpec
 from cropr.tasks.detection import DetDataSpec, DetModelSpec
 from cropr.tasks.detection.masks import encode_masks
 from cropr.tasks.detection.model import DetectionOutput, build_detector
-from cropr.training.specs import TrainSpec
 
 MIN_SCORE = 0.3
 """Objects of lower confidence are not drawn."""

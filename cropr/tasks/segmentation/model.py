@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cropr.build import build_model
 from cropr.data.ade20k import IGNORE
 from cropr.pruning.backbones import Backbone
 from cropr.pruning.fusion import Fusion
@@ -23,7 +22,7 @@ from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens, take
 from cropr.specs import ModelSpec, PruneSpec
-from cropr.tasks.base import Losses
+from cropr.tasks.base import Losses, build_model
 
 
 class PrunedSegmenter(PrunedViT):

@@ -12,12 +12,12 @@ from torch import Tensor
 from cropr.data.ade20k import EvalImages, TrainImages, load_splits
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.pruning.model import DeployedViT, Output
+from cropr.tasks import TrainSpec
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
 from cropr.tasks.per_image import in_order
 from cropr.tasks.segmentation.inference import predict
 from cropr.tasks.segmentation.metrics import count_pixels, scores
 from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses
-from cropr.training.specs import TrainSpec
 
 
 class Segmentation(TaskRun):

@@ -15,9 +15,9 @@ from cropr.data.ade20k import IGNORE, EvalTransform, decode_map, load_splits, re
 from cropr.data.loading import decode
 from cropr.pruning.model import Output
 from cropr.show import Answers, Shown, class_colour, rarest, to_pixels
+from cropr.tasks import TrainSpec
 from cropr.tasks.segmentation import SegDataSpec
 from cropr.tasks.segmentation.model import build
-from cropr.training.specs import TrainSpec
 
 SAMPLE = 500
 """Annotations that are read to choose images by, evenly spaced: more would take too long for photos."""
