@@ -3,9 +3,9 @@
     python docs/small_scale/search.py classification imagenet_methods/none imagenet_methods/random_r8_llf
     python docs/small_scale/search.py segmentation ade20k/cropr --set recipe.query_lr=1 --seed 1
 
-Runs start from the shipped weights. Each prints one line: what was changed, metrics, and for classification the share of
-the object's patches that are alive at the input and after each module, in percent. Its record lies in results/search/. A
-run that is there is not repeated. docs/small_scale.md holds the figures that decided for the laptop scale.
+Runs start from the shipped weights. Each prints one line: what was changed, metrics, and for classification the share
+of the object's patches that are alive at the input and after each module, in percent. Records lie in results/search/.
+A run that is there is not repeated. docs/small_scale.md holds the figures that decided for the laptop scale.
 """
 
 from __future__ import annotations
