@@ -61,7 +61,8 @@ def main() -> None:
         torch.set_num_threads(1)
         out = OUT / f"{spec.digest()}-seed{args.seed}"
         record = train(spec, args.seed, images, out, world=World(), init=Path(grid.shipped[spec.init]))
-        metrics = {key: round(record["metrics"][key], 1) for key in TASKS[args.task].metrics}
+        measured = record["metrics"]
+        metrics = {key: round(measured[key], 1) for key in TASKS[args.task].metrics if key in measured}
         alive = [round(block["object_kept"], 1) for block in record["series"].get("relevance", [])]
         print(name, *args.set, f"seed {args.seed}", metrics, "alive", alive, flush=True)  # noqa: T201
 

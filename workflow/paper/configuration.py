@@ -45,8 +45,10 @@ class PretrainBlock(Block):
     recipe: RecipeSpec
     task: str | None = None
     """Task of this scale on whose images and losses the host is trained; None: the task itself."""
+    then: RecipeSpec | None = None
+    """Of a second run, on the task itself and without pruning, for heads that take long to train; None: there is none."""
     shipped: str | None = None
-    """Weights file in the repository; used if this very specification made it."""
+    """File in the repository with the weights of the last of these runs; used if this very specification made it."""
 
 
 class BenchBlock(Block):

@@ -54,9 +54,13 @@ class Resolver:
             spec = self._train(donor, pretrain.recipe, UNPRUNED, PruneSpec(), "random").model_copy(
                 update={"model": model}
             )
-            self.inits[task] = self._keep(self.pretrains, pretrain.task or task, spec)
+            init = self._keep(self.pretrains, pretrain.task or task, spec)
+            if pretrain.then is not None:
+                heads = self._train(own, pretrain.then, UNPRUNED, PruneSpec(), init)
+                init = self._keep(self.pretrains, task, heads)
+            self.inits[task] = init
             if pretrain.shipped:
-                self.shipped[spec.digest()] = pretrain.shipped
+                self.shipped[init] = pretrain.shipped
         return own
 
     def row(self, where: str, name: str, listed: RowConfig, meant: RowConfig, task: str, needs: Collection[str]) -> Row:

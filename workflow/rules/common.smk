@@ -58,10 +58,15 @@ def images(wildcards):
 
 
 def train_inputs(wildcards):
-    """The images, and the weights to start from unless timm has them."""
-    init = GRID.runs[wildcards.run].init
+    """The images, and the weights to start from if a run makes them."""
+    init = GRID.spec(wildcards.run).init
     made = {"init": f"{OUT}/pretrain/{init}/weights.safetensors"}
     return images(wildcards) | (made if init in GRID.pretrains else {})
+
+
+def init_flag(wildcards, input):
+    """Flag that names the weights to start from."""
+    return f"--init {input.init}" if "init" in input.keys() else ""
 
 
 def notebook_inputs(wildcards):

@@ -50,7 +50,7 @@ rule shipped:
 
 rule pretrain:
     input:
-        unpack(images),
+        unpack(train_inputs),
     output:
         weights=f"{OUT}/pretrain/{{run}}/weights.safetensors",
         # As an output, it is deleted before the job runs again: a run that finds its record does nothing.
@@ -67,11 +67,12 @@ rule pretrain:
         spec=lambda wildcards: text(GRID.pretrains[wildcards.run]),
         code=lambda wildcards: run_code("train", GRID.pretrains[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
+        init=init_flag,
     message:
         "Making the pretrained weights {wildcards.run} (log: {log})"
     shell:
         "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
-        " --out $(dirname {output.record}) --threads {threads} > {log} 2>&1"
+        " --out $(dirname {output.record}) {params.init} --threads {threads} > {log} 2>&1"
 
 
 rule train:
@@ -93,9 +94,7 @@ rule train:
         code=lambda wildcards: run_code("train", GRID.runs[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
         row=lambda wildcards, output: GRID.names[wildcards.run],
-        init=lambda wildcards, input: (
-            f"--init {input.init}" if "init" in input.keys() else ""
-        ),
+        init=init_flag,
     message:
         "Training {params.row}, seed {wildcards.seed} (log: {log})"
     shell:
