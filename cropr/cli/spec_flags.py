@@ -115,7 +115,8 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 def require_alone(args: argparse.Namespace, whole: str, names: Iterable[str], fix: str = "") -> None:
     """Raises: ValueError: flags that stand for parts of ``whole``, "spec" or "run", are given beside it."""
     if found := given(args, names):
-        raise ValueError(f"--{whole} and {', '.join(map(flag, found))}: the {whole} says it all{fix}")
+        parts = ", ".join(map(flag, found))
+        raise ValueError(f"--{whole} has the values of {parts}: leave {parts} out{fix}")
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
     spec: Any = None
     if args.spec:
-        flags.require_alone(args, "spec", _PARTS, "; change single keys with --set")
+        flags.require_alone(args, "spec", _PARTS, ", or change single keys with --set")
         spec = flags.make_spec(args.spec, args.set)
 
     from cropr.tasks import TASKS

@@ -284,7 +284,7 @@ def test_a_user_trains_by_flags_and_evaluates(images, tmp_path, capsys, monkeypa
     [
         ([], "name what to evaluate"),
         (["--run", "absent"], "absent: no such directory"),
-        (["--run", "RUN", "--spec", "x.yaml"], "leave --spec and --weights out"),
+        (["--run", "RUN", "--spec", "x.yaml"], "leave --spec out"),
         (["--run", "RUN", "--batch-size", "0"], "--batch-size 0"),
         (["--spec", "OTHER", "--weights", "RUN/weights.safetensors"], "does not fit the model; missing"),
     ],
@@ -331,7 +331,7 @@ def test_a_spec_is_read_from_yaml_json_and_records(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vit_smal_patch16_224"], "timm has no such model; close to it"),
+        (["--model", "vit_smal_patch16_224"], "timm has no model 'vit_smal_patch16_224'; close to it"),
         ([], "name a model with --model"),
         (["--model", "test_vit", "--reducer", "none", "--rate", "4"], "--reducer none prunes nothing"),
         (["--model", "test_vit", "--batch-size", "0"], "recipe.batch_size = 0: must be >= 1"),
