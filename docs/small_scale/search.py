@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("rows", nargs="+", metavar="ARTEFACT/ROW")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the specification")
+    parser.add_argument("--weights", type=Path, help="start from this file instead of the shipped one")
     parser.add_argument("--seed", type=int, default=0, help="of training")
     args = parser.parse_args()
     grid = load_grid("config")
@@ -59,8 +60,9 @@ def main() -> None:
         if not (images / RECORD).exists():
             write(spec.data.scenes, images, TASKS[args.task].layout)  # type: ignore[arg-type]
         torch.set_num_threads(1)
-        out = OUT / f"{spec.digest()}-seed{args.seed}"
-        record = train(spec, args.seed, images, out, world=World(), init=Path(grid.shipped[spec.init]))
+        weights = args.weights or Path(grid.shipped[spec.init])
+        out = OUT / f"{spec.digest()}-seed{args.seed}-{weights.stem}"
+        record = train(spec, args.seed, images, out, world=World(), init=weights)
         measured = record["metrics"]
         metrics = {key: round(measured[key], 1) for key in TASKS[args.task].metrics if key in measured}
         alive = [round(block["object_kept"], 1) for block in record["series"].get("relevance", [])]
