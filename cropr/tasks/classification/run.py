@@ -20,6 +20,7 @@ from cropr.data.scenes import object_mask, object_patches
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
 from cropr.tasks.classification import DataSpec
+from cropr.tasks.scoring import Scoring
 from cropr.training.specs import TrainSpec
 
 _ALONE = EvaluationSettings()
@@ -118,7 +119,8 @@ def evaluate(
         Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``;
         series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
         on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
-        means over images; block 0 is the input.
+        means over images; block 0 is the input; with Cropr modules, series ``scoring``
+        (``cropr.tasks.scoring``).
 
     Raises:
         ValueError: there are no images.
@@ -128,10 +130,11 @@ def evaluate(
     torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
     sums, shares = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    seen, blocks = 0, [0]
+    seen, blocks, scoring = 0, [0], Scoring(model)
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, settings.precision):
+        scoring.on_object = None if objects is None else objects[seen : seen + len(labels)]
+        with autocast(device, settings.precision), scoring:
             output: Output = forward(images)
         sums += _counts(output.logits.float(), labels)
         if objects is not None:
@@ -144,12 +147,12 @@ def evaluate(
         raise ValueError("no image to evaluate: the validation set is empty")
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
     if objects is None:
-        return Evaluation(metrics, {"relevance": []})
+        return Evaluation(metrics, {"relevance": [], **scoring.series(settings.total)})
     relevance = [
         {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * alive / max(with_object, 1)}
         for block, (kept, alive, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
     ]
-    return Evaluation(metrics, {"relevance": relevance})
+    return Evaluation(metrics, {"relevance": relevance, **scoring.series(settings.total)})
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:

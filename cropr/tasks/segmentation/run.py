@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cropr.data.ade20k import EvalImages, TrainImages, load_splits
+from cropr.data.ade20k import IGNORE, EvalImages, TrainImages, load_splits
 from cropr.data.loading import EvalBatches, Share, TrainBatches
+from cropr.data.scenes import OBJECT, object_patches
 from cropr.pruning.model import DeployedViT, Output
 from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
+from cropr.tasks.scoring import Scoring
 from cropr.tasks.segmentation.inference import predict
 from cropr.tasks.segmentation.metrics import confusion, scores
 from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses
@@ -42,22 +45,33 @@ class Segmentation(TaskRun):
         self, model: PrunedSegmenter | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
     ) -> Evaluation:
         """Metrics ``miou``, ``macc``, ``aacc`` (percent) from one confusion matrix over all images; series ``iou`` by
-        class, None for classes that are neither labelled nor predicted."""
+        class, None for classes that are neither labelled nor predicted, and ``scoring`` (``cropr.tasks.scoring``)."""
         training, device = model.training, settings.device
+        scoring, host = Scoring(model), (model.model if isinstance(model, DeployedViT) else model).backbone.host
         model.eval()
         torch.manual_seed(settings.seed)
 
         def forward(windows: Tensor) -> Tensor:
-            with autocast(device, settings.precision):
+            with autocast(device, settings.precision), scoring:
                 output = model(windows)
             return output if isinstance(output, Tensor) else output.logits
 
         counts = torch.zeros(self.data.num_classes, self.data.num_classes, dtype=torch.int64, device=device)
         images = torch.zeros(1, dtype=torch.int64, device=device)
         for batch, labels in EvalBatches(EvalImages(self.splits[1], self.data), settings.batch_size, **share):
+            scoring.on_object = self._objects(labels, host.patch_embed.grid_size)
             logits = predict(forward, batch.to(device, non_blocking=True), labels.shape[-2:], self.data)
             counts += confusion(logits.argmax(dim=1), labels.to(device), self.data.num_classes)
             images += len(batch)
         model.train(training)
         metrics, iou = scores(settings.total(counts))
-        return Evaluation({**metrics, "val_images": int(settings.total(images))}, {"iou": iou})
+        series: dict[str, list[Any]] = {"iou": iou, **scoring.series(settings.total)}
+        return Evaluation({**metrics, "val_images": int(settings.total(images))}, series)
+
+    def _objects(self, labels: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """[B, N] bool: patches on an object, of labels [B, H, W] of scenes, in which 0 is background; None for images
+        that are not scenes, or that are not predicted as they were drawn."""
+        if self.data.scenes is None or self.data.scenes.image_size != self.data.image_size:
+            return None
+        masks = np.where((labels > 0) & (labels != IGNORE), OBJECT, 0)
+        return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks])
