@@ -123,7 +123,10 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["evaluate", "--run", "nowhere", "--data", "images"], "nowhere"),
         (["bench", "--model", "vit_nonsense"], "vit_nonsense"),
         (["bench", "--model", "vit_tiny_patch16_224", "--rate", "900"], "900"),
-        (["bench", "--model", "vit_tiny_patch16_224", "--spec", "{}"], "--spec has the values of --model: leave --model out"),
+        (
+            ["bench", "--model", "vit_tiny_patch16_224", "--spec", "{}"],
+            "--spec has the values of --model: leave --model out",
+        ),
         (["bench", "--model", "m", "--rounds", "2"], "rounds = 2: must be >= 3"),
         (["bench", "--model", "m", "--rate", "4", "--schedule", "{}"], "give one of them"),
         (["bench", "--spec", "missing.json"], "--spec missing.json: no such file"),

@@ -139,6 +139,7 @@ def test_record_of_a_run(finished, images):
     assert record["tokens"] == [17, 12, 8, 8, 17]
     assert record["provenance"]["precision"] == "fp32"
     assert len(record["provenance"]["data_fingerprint"]) == 16
+    assert [set(row) for row in record["series"].pop("scoring")] == [{"block", "entropy"}] * 2
     assert record["series"] == {"relevance": [], "epochs": []}
 
 

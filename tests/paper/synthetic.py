@@ -23,7 +23,7 @@ from cropr.tasks import TASKS
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]
-BASE = {"reactivation": "unpruned", "ablations": "cropr", "relevance": "random"}
+BASE = {"reactivation": "unpruned", "ablations": "cropr", "relevance": "random", "scoring": "cropr"}
 
 
 def run_cells(name: str, results: Path) -> None:
@@ -103,9 +103,12 @@ def train_record(name: str, task: str, seed: int, pruned: bool = True) -> dict[s
     metrics |= {"loss": round(rng.uniform(0.1, 1), 4), "step_ms": round(rng.uniform(20, 40), 2), "images": 96}
     metrics |= {"val_images": 48, "parameters": 78_398, "parameters_training_only": 19_796, "box_ap50": 71.25}
     relevance = [{"block": b, "kept_on_object": 20.0 + b, "object_kept": 100.0 - 9 * b} for b in range(3)]
+    series: dict[str, Any] = {"relevance": relevance}
+    if "random" not in name:
+        series["scoring"] = [{"block": b, "entropy": 0.9, "auc_sum": 0.8, "recall_sum": 90.0} for b in (1, 2)]
     spec = {"model": {"name": "vit_tiny_patch8_224", "args": {"depth": 4}}, "data": {"image_size": 32}}
     return {
-        "id": name, "kind": "train", "seed": seed, "metrics": metrics, "series": {"relevance": relevance},
+        "id": name, "kind": "train", "seed": seed, "metrics": metrics, "series": series,
         "tokens": TOKENS if pruned else [17] * 5, "provenance": {}, "spec": {**spec, "recipe": {"epochs": 1}},
     }  # fmt: skip
 

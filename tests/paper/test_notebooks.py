@@ -20,6 +20,7 @@ METRIC = {
     "imagenet_methods": ("top1", "top-1 (%)"),
     "ablations": ("top1", "top-1 (%)"),
     "relevance": ("top1", "top-1 (%)"),
+    "scoring": ("top1", "top-1 (%)"),
     "ade20k": ("miou", "mIoU (%)"),
     "reactivation": ("miou", "mIoU (%)"),
     "coco": ("box_ap", "box AP (%)"),

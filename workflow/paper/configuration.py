@@ -46,7 +46,7 @@ class PretrainBlock(Block):
     task: str | None = None
     """Task of this scale on whose images and losses the host is trained; None: the task itself."""
     then: RecipeSpec | None = None
-    """Of a second run, on the task itself and without pruning, for heads that take long to train; None: there is none."""
+    """Of a second run, on the task itself and without pruning, for heads that take long to train; None: none."""
     shipped: str | None = None
     """File in the repository with the weights of the last of these runs; used if this very specification made it."""
 

@@ -119,7 +119,10 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
         first=first,
         counts={verdict: int((claims["verdict"] == verdict).sum()) for verdict in VERDICTS},
         signs=VERDICTS,
-        claims={(str(name), titles[str(name)]): own.to_dict("records") for name, own in claims.groupby("notebook", sort=False)},
+        claims={
+            (str(name), titles[str(name)]): own.to_dict("records")
+            for name, own in claims.groupby("notebook", sort=False)
+        },
         sections=sections,
     )
 

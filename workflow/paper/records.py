@@ -7,6 +7,7 @@ folder is looked for in the working directory and in its parents, so that a note
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 from os.path import relpath
@@ -26,6 +27,10 @@ SPEED = (
     "speedup", "speedup_over_mac_ratio", "speedup_whole",
 )  # fmt: skip
 """Columns of speed that are there even if nothing was measured."""
+SCORING = (
+    "entropy", "attention_on_object", "object_share", "auc_sum", "auc_softmax", "recall_sum", "recall_softmax",
+)  # fmt: skip
+"""Columns of blocks that say what a Cropr module sees."""
 PUBLISHED = ("row", "quantity", "value", "source", "confidence")
 
 
@@ -101,17 +106,20 @@ def load_blocks(artefact: str, results: str | Path) -> pd.DataFrame:
     """Training runs, block by block: one line per row, seed and block (0 is the input).
 
     Returns:
-        What the row is, ``seed``, ``block``, ``tokens`` after it, and where the truth is known ``kept_on_object`` and
-        ``object_kept``: kept patches that lie on the object, the object's patches that are kept (percent).
+        What the row is, ``seed``, ``block``, ``tokens`` after it; where the truth is known ``kept_on_object`` and
+        ``object_kept``: kept patches that lie on the object, the object's patches that are kept (percent); and
+        ``SCORING`` of the Cropr module that follows the block (``cropr.tasks.scoring``), NaN where there is none.
     """
     manifest, lines = load_manifest(artefact, results), []
     for row in _ran(manifest):
         for path in row["records"]:
             record = _read(manifest, path, results)
-            relevance = {entry["block"]: entry for entry in record["series"].get("relevance", [])}
+            known: dict[int, dict[str, float]] = {}
+            for entry in [*record["series"].get("relevance", []), *record["series"].get("scoring", [])]:
+                known.setdefault(entry["block"], {}).update(entry)
             for block, tokens in enumerate(record.get("tokens", ())):
                 line = {**_facts(row), "seed": record["seed"], "block": block, "tokens": tokens}
-                lines.append({**line, **relevance.get(block, {})})
+                lines.append({**line, **dict.fromkeys(SCORING, math.nan), **known.get(block, {})})
     return pd.DataFrame(lines)
 
 

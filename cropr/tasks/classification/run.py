@@ -32,6 +32,7 @@ from cropr.tasks.base import (
 )
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.per_image import in_order
+from cropr.tasks.scoring import Scoring
 
 _ALONE = EvaluationSettings()
 
@@ -132,8 +133,9 @@ def evaluate(
         Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``;
         series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
         on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
-        means over images; block 0 is the input. Images of this process in their order: ``correct`` [n] bool and, with
-        objects, ``object_kept`` [n, blocks], shares from 0 to 1, NaN where there is no object.
+        means over images; block 0 is the input; with Cropr modules, series ``scoring`` (``cropr.tasks.scoring``). Images
+        of this process in their order: ``correct`` [n] bool and, with objects, ``object_kept`` [n, blocks], shares from
+        0 to 1, NaN where there is no object.
 
     Raises:
         ValueError: there are no images.
@@ -143,12 +145,13 @@ def evaluate(
     torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
     sums, shares = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    seen, blocks = 0, [0]
+    seen, blocks, scoring = 0, [0], Scoring(model)
     correct: list[Tensor] = []
     alive: list[Tensor] = []
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, settings.precision):
+        scoring.on_object = None if objects is None else objects[seen : seen + len(labels)]
+        with autocast(device, settings.precision), scoring:
             output: Output = forward(images)
         ranked, counts = _counts(output.logits.float(), labels)
         sums += counts
@@ -166,12 +169,12 @@ def evaluate(
     found = {name: torch.cat(x).cpu().numpy() for name, x in (("correct", correct), ("object_kept", alive)) if x}
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
     if objects is None:
-        return Evaluation(metrics, {"relevance": []}, found)
+        return Evaluation(metrics, {"relevance": [], **scoring.series(settings.total)}, found)
     relevance = [
         {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * share / max(with_object, 1)}
         for block, (kept, share, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
     ]
-    return Evaluation(metrics, {"relevance": relevance}, found)
+    return Evaluation(metrics, {"relevance": relevance, **scoring.series(settings.total)}, found)
 
 
 def _counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
