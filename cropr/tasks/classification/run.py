@@ -130,12 +130,12 @@ def evaluate(
         objects: [images, N] bool, which patches lie on the labelled object, in the order of ``batches``.
 
     Returns:
-        Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``;
-        series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
+        Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``.
+        Series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
         on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
-        means over images; block 0 is the input; with Cropr modules, series ``scoring`` (``cropr.tasks.scoring``). Images
-        of this process in their order: ``correct`` [n] bool and, with objects, ``object_kept`` [n, blocks], shares from
-        0 to 1, NaN where there is no object.
+        means over images; block 0 is the input. Series ``scoring``: see ``cropr.tasks.scoring``. Images of this process
+        in their order: ``correct`` [n] bool and, with objects, ``object_kept`` [n, blocks], shares from 0 to 1, NaN
+        where there is no object.
 
     Raises:
         ValueError: there are no images.
