@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cropr.pruning.reducers.select import Cropr
-
 FIGURES = ("entropy", "attention_on_object", "object_share", "auc_sum", "auc_softmax", "recall_sum", "recall_softmax")
 
 
@@ -31,7 +29,7 @@ class Scoring:
         named = reducers.items() if isinstance(reducers, nn.ModuleDict) else ()
         self.on_object: Tensor | None = None
         """[B, N] bool, which patches of the next images lie on the object; None where that is not known."""
-        self._modules = {int(block): module for block, module in named if isinstance(module, Cropr)}
+        self._modules = {int(block): module for block, module in named if getattr(module, "learns", False)}
         self._sums = {block: module.scorer.queries.new_zeros(len(FIGURES), 2, dtype=torch.float64)
                       for block, module in self._modules.items()}  # fmt: skip
         self._hooks: list[RemovableHandle] = []
@@ -56,7 +54,7 @@ class Scoring:
         return {"scoring": rows}
 
     @torch.no_grad()
-    def _look(self, block: int, module: Cropr, arguments: tuple[Any, ...]) -> None:
+    def _look(self, block: int, module: Any, arguments: tuple[Any, ...]) -> None:
         """Before a module runs on (tokens, K, ...): add the figures of its images to the sums."""
         tokens, keep, *_ = arguments
         on_object = None if self.on_object is None else self.on_object.to(tokens.index.device).gather(1, tokens.index)

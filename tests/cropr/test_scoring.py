@@ -7,10 +7,9 @@ import math
 import pytest
 import tiny
 import torch
-from cropr.training.specs import TrainSpec
 
 from cropr.data.layouts import write
-from cropr.tasks import open_task
+from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import EvaluationSettings
 from cropr.tasks.classification.run import evaluate
 from cropr.tasks.scoring import FIGURES, Scoring, auc, figures

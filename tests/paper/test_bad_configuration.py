@@ -121,9 +121,9 @@ def test_data_root_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_overrides_are_laid_over_the_scale() -> None:
-    grid = load_grid(CONFIG, "ci", overrides={"tasks": {"classification": {"recipe": {"epochs": 2}}}})
+    grid = load_grid(CONFIG, "ci", overrides={"tasks": {"classification": {"recipe": {"min_lr": 0.25}}}})
     runs = [spec for spec in grid.runs.values() if spec.task == "classification"]
-    assert {(spec.recipe.epochs, spec.recipe.batch_size) for spec in runs} == {(2, 32)}
+    assert {(spec.recipe.min_lr, spec.recipe.batch_size) for spec in runs} == {(0.25, 32)}
     with pytest.raises(ValueError, match=r"ci\.yaml with overrides: recipes: unknown key"):
         load_grid(CONFIG, "ci", overrides={"recipes": 1})
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}

@@ -94,7 +94,7 @@ def made_up(monkeypatch, claim, value):
         for seed in range(7)
     ]
     name = "load_speed" if claim.quantity in TIMED else "load_records"
-    monkeypatch.setattr(claims, name, lambda *_: pd.DataFrame(lines))
+    monkeypatch.setattr(claims, name, lambda *_, **__: pd.DataFrame(lines))
 
 
 @pytest.mark.parametrize("claim", load_claims(), ids=lambda claim: claim.id)
