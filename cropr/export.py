@@ -53,10 +53,9 @@ def export(
     ``model`` is deployed, float32, on the CPU; ``batch_size`` images are checked and timed. With ``against_unpruned``
     the unpruned host is also exported, to a file that is deleted again, and timed in turn.
 
-    Returns:
-        ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a logit,
-        largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` by type, and ``series``
-        (seconds a batch, round by round).
+    Returns ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a
+    logit, largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` by type, and
+    ``series`` (seconds a batch, round by round).
 
     Raises:
         ValueError: a reducer that cannot be exported, a missing package, or a file that does not agree with PyTorch.
@@ -85,13 +84,11 @@ def export(
         passes["base_onnx"] = partial(_unpruned_session(model, size, tell).run, ["logits"], inputs)
     with torch.inference_mode():
         seconds = time_passes(passes, rounds, "cpu", tell)
-    sizes = {
-        file: sum(f.stat().st_size for f in folder.glob(f"{file}*")) for file in (ONNX, PT2)
-    }  # with weights beside
+    # A file of weights may lie beside.
+    sizes = {file: sum(part.stat().st_size for part in folder.glob(f"{file}*")) for file in (ONNX, PT2)}
     metrics = {
         **{f"{file.partition('.')[2]}_mb": size / 1e6 for file, size in sizes.items()},
-        "images": agreement.images,
-        "same_tokens": agreement.same_tokens,
+        **{"images": agreement.images, "same_tokens": agreement.same_tokens},
         "logits_difference": agreement.logits,
         "largest_k": max(graph.topk, default=0),
         "topk": len(graph.topk),

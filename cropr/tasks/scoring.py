@@ -6,7 +6,7 @@ B images, N patches of the grid, n patches alive before a module, K kept by it, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ class Scoring:
 
     def __init__(self, model: nn.Module) -> None:
         reducers = getattr(model, "reducers", None)
-        named = reducers.items() if isinstance(reducers, nn.ModuleDict) else ()
+        named: Iterable[tuple[str, Any]] = reducers.items() if isinstance(reducers, nn.ModuleDict) else ()
         self.on_object: Tensor | None = None
         """[B, N] bool, which patches of the next images lie on the object; None where that is not known."""
         self._modules = {int(block): module for block, module in named if getattr(module, "learns", False)}

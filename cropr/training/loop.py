@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -34,7 +35,7 @@ from cropr.data.loading import Share, TrainBatches, some
 from cropr.records import RECORD, make_record, read_record, write_record
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
-from cropr.tasks.base import BatchTask, Evaluation, EvaluationSettings, differences
+from cropr.tasks.base import BatchTask, EvaluationSettings, differences
 from cropr.tasks.per_image import FILE, write_arrays
 from cropr.training.checkpoint import (
     WEIGHTS,
@@ -93,27 +94,22 @@ def train(
     """Run ``spec`` and return its record; at once if ``out`` has it already, from its checkpoint if it was cut off.
 
     Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
-
-    Args:
-        data_root: the images, in the layout of the task.
-        init: weights to start from, a safetensors file or the directory of a run; where ``spec.init`` is a digest.
-        workers: processes that decode images, per process that trains.
+    ``data_root`` has the images in the layout of the task; ``workers`` processes decode them for each that trains. If
+    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run.
 
     Raises:
         ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
         TrainingDiverged, TrainingInterrupted: see ``fit``.
     """
-    started, recipe = time.time(), spec.recipe
     if (record := finished(out, spec, seed)) is not None:
         return record
-    task = open_task(spec, data_root)
+    started, recipe, task = time.time(), spec.recipe, open_task(spec, data_root)
     torch.manual_seed(seed)
     model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)
     model.to(world.device)
     share = Share(rank=world.rank, world=world.size, workers=workers, pin_memory=world.device.type == "cuda")
-    size = max(1, recipe.batch_size // (recipe.accumulate * world.size))
     evaluation = EvaluationSettings(
-        batch_size=size,
+        batch_size=max(1, recipe.batch_size // (recipe.accumulate * world.size)),
         device=world.device,
         precision=recipe.precision,
         seed=seed,
@@ -121,12 +117,10 @@ def train(
         gather=world.gather,
     )
 
-    def evaluate() -> Evaluation:
-        return task.evaluate(model, evaluation, **share)
-
+    evaluate = partial(task.evaluate, model, evaluation, **share)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
-    settings = Settings(out, identity, checkpoint_minutes, evaluate_every)
-    history = fit(model, task, task.batches(seed, **share), recipe, seed, settings, world, lambda: evaluate().metrics)
+    settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, **share)
+    history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
     result = evaluate()
     found = {
         "seed": seed,

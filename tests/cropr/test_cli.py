@@ -137,7 +137,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["bench", "--model", "m", "--threads", "0"], "--threads 0: must be 1 or more"),
         (["export", "--out", "x"], "name a model with --model"),
         (["export", "--run", "nowhere", "--out", "x"], "nowhere: no such directory"),
-        (["export", "--run", "nowhere", "--model", "m", "--out", "x"], "--run and --model"),
+        (["export", "--run", "nowhere", "--model", "m", "--out", "x"], "--run has the values of --model"),
         (["export", "--model", "vit_nonsense", "--out", "x"], "vit_nonsense"),
         (["export", "--model", "m", "--rounds", "0", "--out", "x"], "--rounds 0: must be 1 or more"),
         (["show", "--run", "nowhere", "--data", "images", "--out", "maps"], "nowhere"),

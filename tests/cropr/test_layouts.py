@@ -124,7 +124,7 @@ def test_class_folders_need_a_digit_in_every_image(tmp_path):
 @pytest.mark.parametrize(("layout", "fewest", "classes"), [("imagenet", 1, 10), ("ade20k", 0, 11), ("coco", 0, 10)])
 def test_command_writes_and_checks(tmp_path, layout, fewest, classes, capsys):
     spec = SMALL.model_copy(update={"train": 20, "val": 10, "objects": (fewest, 2)})
-    options = ["--spec", json.dumps({"val": 10, "train": 3}), "--train", "20", "--distractors", "[0, 3]"]
+    options = ["--spec", json.dumps({"val": 10, "train": 3}), "--train", "20", "--distractors", "0", "3"]
     options += ["--objects", str(fewest), "2", "--layout", layout]
     assert main(["data", "scenes", "--out", str(tmp_path / "command"), *options]) == 0
     write(spec, tmp_path / "library", layout)
