@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     spec = load_grid("config").config.tasks["classification"].model
-    host = timm.create_model(spec.name, img_size=64, num_classes=0, **spec.args, **spec.pools["avg"])
+    host = timm.create_model(spec.name, img_size=64, num_classes=10, **spec.args, **spec.pools["avg"])
     decoder = Decoder(host.embed_dim, 64)
     images = torch.stack([torch.from_numpy(compose(ScenesSpec(), "train", i).image) for i in range(IMAGES)])
     parameters = [*host.parameters(), *decoder.parameters()]

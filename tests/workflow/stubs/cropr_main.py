@@ -24,7 +24,7 @@ if verb == "train" and (out / "record.json").exists():
 spec = json.loads(args.spec)
 seed = int(args.seed or 0)
 metrics = {"top1": 80.0 + seed + len(args.spec) % 5, "step_ms": 50.0, "loss": 0.5}
-record = {"kind": verb, "spec": spec, "seed": seed, "metrics": metrics, "provenance": {}}
+record = {"kind": verb, "spec": spec, "seed": seed, "metrics": metrics, "series": {}, "provenance": {}}
 out.mkdir(parents=True, exist_ok=True)
 (out / "record.json").write_text(json.dumps(record))
 if verb == "train":
