@@ -82,5 +82,5 @@ def test_links_of_the_report_lead_somewhere(done: Project) -> None:
 def test_one_ablation_is_compared_without_training(done: Project) -> None:
     output = done.run(*CI, "row=no_mlp", "--", "compare")
     assert "Aggregator: no MLP" in output
-    assert "one seed: no interval" in output
+    assert "One seed says nothing of another" in output
     assert not re.search(r"Training \w+/", output), "a job ran"
