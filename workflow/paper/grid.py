@@ -122,14 +122,16 @@ class Grid:
         }
 
     def priority(self, job: str) -> int:
-        """Greater for runs, first weights (both by id) and images (by layout) that an earlier artefact waits for."""
+        """Greater for runs, first weights (both by id) and images (by layout) that an earlier artefact waits for; what
+        runs wait for comes before what waits for nothing."""
 
         def needs(run: str) -> set[str]:
             chain = [run, *([init] if (init := self.runs[run].init) in self.pretrains else [])]
             return {*chain, *(self.source(one).layout for one in chain)}
 
         ranked = enumerate(reversed(self.artefacts.values()), start=1)
-        return max((rank for rank, a in ranked if any(row.run and job in needs(row.run) for row in a.rows)), default=0)
+        rank = max((rank for rank, a in ranked if any(row.run and job in needs(row.run) for row in a.rows)), default=0)
+        return 2 * rank + (job not in self.runs)
 
     def comparable(self) -> list[str]:
         """``artefact/row`` of every row that runs and has a baseline."""

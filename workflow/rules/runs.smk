@@ -18,10 +18,10 @@ rule data:
         f"{OUT}/data/{{layout}}/record.json",
     log:
         f"{LOGS}/data/{{layout}}.log",
-    priority: lambda wildcards: SHORT + GRID.priority(wildcards.layout)
+    priority: lambda wildcards: GRID.priority(wildcards.layout)
     conda:
         "../../envs/train.yaml"
-    threads: CORES
+    threads: 1
     params:
         spec=lambda wildcards: text(GRID.generated[wildcards.layout]),
         code=code_digest("cropr.cli.data"),
@@ -57,7 +57,7 @@ rule pretrain:
         record=f"{OUT}/pretrain/{{run}}/record.json",
     log:
         f"{LOGS}/pretrain/{{run}}.log",
-    priority: lambda wildcards: SHORT + GRID.priority(wildcards.run)
+    priority: lambda wildcards: GRID.priority(wildcards.run)
     conda:
         "../../envs/train.yaml"
     threads: CORES
