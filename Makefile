@@ -31,7 +31,7 @@ WANTED := $(if $(filter file,$(origin PYTHON)),$(or $(ACTUAL),any),$(call versio
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "variables: SCALE=laptop SEEDS=(one at the laptop scale) CORES=all PYTHON=python3 (3.11 or newer)"
+	@echo "variables: SCALE=laptop SEEDS=(the scale's) CORES=all PYTHON=python3 (3.11 or newer)"
 
 reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|workstation|paper SEEDS=3
 	$(SNAKEMAKE)
