@@ -14,8 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-Place = Literal["before_last_block", "after_last_block", "after_head"]
-"""Where a fusion brings pruned tokens back."""
+Place = Literal["after_attention", "after_block", "before_last_block", "after_last_block", "after_head"]
+"""Where a reducer acts (the first two) or a fusion brings pruned tokens back."""
+Family = Literal["pruner", "merger", "slots", "adaptive"]
+"""Pruners choose whole tokens; mergers average tokens; slots mix all tokens; adaptive methods have a count by image, or
+in training a mask."""
 
 _HERE = Path(__file__).parent
 
@@ -39,7 +42,11 @@ class Method:
     marker: str = "X"
     """In every figure, as matplotlib names it."""
     place: Place | None = None
-    """Of a fusion; None for reducers and for ``none``."""
+    """Of a fusion, or where a reducer acts unless told otherwise; None for ``none``."""
+    family: Family = "pruner"
+    """Of a reducer."""
+    trained: bool = False
+    """Has weights of its own: needs training before it is of use."""
 
     @property
     def module(self) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -19,7 +19,7 @@ from cropr.pruning.backbones.base import Backbone, adapt
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.fusion import create as create_fusion
 from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
-from cropr.pruning.reducers.base import Context, Reducer, create
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, create
 from cropr.pruning.schedule import Schedule, attended, trace
 from cropr.pruning.tokens import Tokens
 
@@ -35,19 +35,32 @@ class Output:
     tokens: Tokens
     """After the last norm. ``tokens.raster()`` sorts them by place."""
     kept: dict[int, Tensor]
-    """Block -> raster indices [B, K] of the patches alive after its reducer."""
+    """Block -> raster indices [B, K] of the patches alive after its reducer, or of the centres of merged ones; padding
+    repeats an index. Without blocks whose tokens have no place."""
     grid: tuple[int, int]
     """Rows and columns of the patch grid."""
+    sources: dict[int, Tensor] = field(default_factory=dict)
+    """Block -> ``Tokens.source`` [B, all patches] after its reducer; of methods that merge."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Further losses of the reducers by name, in training mode: weighted scalars, means over the reducers."""
+
+    @property
+    def extra_loss(self) -> Tensor | float:
+        """Sum of ``losses``."""
+        return sum(self.losses.values())
 
     def pruned_after(self, num_patches: int) -> Tensor:
-        """[B, num_patches] int64: block after which each patch was pruned; 0 for never."""
-        first = next(iter(self.kept.values()), self.tokens.index)
-        after = torch.zeros(first.shape[0], num_patches, dtype=torch.int64, device=first.device)
+        """[B, num_patches] int64: block after which each patch was pruned, or went into the token of another patch;
+        0 for never. Raises ValueError for methods that mix all patches into slots."""
+        if not self.kept and self.tokens.index is None:
+            raise ValueError("this method mixes all patches into slots without a place: there is no pruning map")
+        lead = self.logits
+        after = torch.zeros(lead.shape[0], num_patches, dtype=torch.int64, device=lead.device)
         alive = torch.ones_like(after, dtype=torch.bool)
         for block, index in self.kept.items():
             stays = torch.zeros_like(alive).scatter(1, index, True)
             after[alive & ~stays] = block
-            alive = stays
+            alive = alive & stays
         return after
 
 
@@ -74,7 +87,8 @@ class PrunedViT(nn.Module):
         self.schedule = schedule
         self.reducers = nn.ModuleDict({str(block): reducer for block, reducer in reducers.items()})
         self.fusion = fusion
-        self._wants_pixels = any(reducer.wants_pixels for reducer in reducers.values())
+        self._verify(list(reducers.values()))
+        self._wants_pixels = any("pixels" in reducer.reads for reducer in reducers.values())
         self._share: Fraction | None = None
         self._counts: dict[int, tuple[int, ...]] = {}
         self.counts(backbone.num_patches)
@@ -117,31 +131,75 @@ class PrunedViT(nn.Module):
         grid = self.backbone.grid(images)
         pixels = patch_variance(images, grid) if self._wants_pixels else None
         kept: dict[int, Tensor] = {}
+        sources: dict[int, Tensor] = {}
         pruned: dict[int, Tokens] = {}
         aux: list[Tensor] = []
+        losses: dict[str, list[Tensor]] = {}
         for block, count in enumerate(counts, start=1):
-            before, tokens = tokens, self.backbone.run(block, tokens, position)
-            if str(block) not in self.reducers:
+            reducer = self._active(block, tokens.num_patches, count)
+            if reducer is None:
+                tokens = self.backbone.run(block, tokens, position)
                 continue
-            reducer = cast(Reducer, self.reducers[str(block)])
-            if count == tokens.num_patches and not (reducer.learns and self.training):
-                continue
-            attention = self.backbone.cls_attention(block, before, position) if reducer.wants_attention else None
-            reduction = reducer(tokens, count, Context(attention, pixels), want_pruned=self.fusion is not None)
-            tokens, kept[block] = reduction.kept, reduction.kept.index
+            reduction = self._reduce(reducer, block, count, tokens, position, pixels)
+            tokens = reduction.kept
+            if tokens.index is not None:
+                kept[block] = tokens.index
+            if tokens.source is not None:
+                sources[block] = tokens.source
             if reduction.pruned is not None:
                 pruned[block] = reduction.pruned
             if reduction.aux is not None:
                 aux.append(reduction.aux)
+            for name, loss in reduction.losses.items():
+                losses.setdefault(name, []).append(loss)
         fused = self._fuse("before_last_block", tokens, pruned)
         mask = None if self.fusion is None else self.fusion.mask(tokens, fused)
         tokens = self.backbone.run(self.backbone.depth, fused, position, mask)
         tokens = self.backbone.norm(self._fuse("after_last_block", tokens, pruned))
-        return Output(self._predict(images, tokens, pruned), tuple(aux), tokens, kept, grid)
+        logits = self._predict(images, tokens, pruned)
+        means = {name: torch.stack(each).mean() for name, each in losses.items()}
+        return Output(logits, tuple(aux), tokens, kept, grid, sources, means)
+
+    def _active(self, block: int, patches: int, count: int) -> Reducer | None:
+        """The reducer of a block, if it has something to do."""
+        if str(block) not in self.reducers:
+            return None
+        reducer = cast(Reducer, self.reducers[str(block)])
+        idle = count == patches and not reducer.slots and not (reducer.learns and self.training)
+        return None if idle else reducer
+
+    def _reduce(
+        self, reducer: Reducer, block: int, count: int, before: Tokens, position: Any, pixels: Tensor | None
+    ) -> Reduction:
+        """Run a block with its reducer."""
+        half = reducer.place == "after_attention"
+        backbone = self.backbone
+        tokens = (backbone.attend if half else backbone.run)(block, before, position)
+        found = {name: getattr(backbone, name)(block, before, position) for name in reducer.reads - {"pixels"}}
+        context = Context(**found, pixels=pixels if "pixels" in reducer.reads else None)
+        reduction = reducer(tokens, count, context, want_pruned=self.fusion is not None)
+        return replace(reduction, kept=backbone.mlp(block, reduction.kept)) if half else reduction
+
+    def _verify(self, reducers: list[Reducer]) -> None:
+        """Refuse what this model, its fusion or its host cannot do with the reducers: ValueError or TypeError."""
+        for reducer in reducers[:1]:
+            name = type(reducer).__name__
+            if self.fusion is not None and not reducer.leaves_pruned:
+                raise ValueError(
+                    f"{name} leaves no pruned tokens behind that {type(self.fusion).__name__} could bring back; use "
+                    "fusion 'none'"
+                )
+            if self.dense and reducer.slots:
+                raise ValueError(
+                    f"{name} mixes all patches into slots without a place, and this model makes a prediction per "
+                    "patch; use a method that prunes or merges"
+                )
+            self.backbone.verify_reducer(reducer)
 
     def _counts_now(self, num_patches: int) -> tuple[int, ...]:
-        """As ``counts``, or in training, the part of the schedule that is in force."""
-        if self._share is None or not self.training:
+        """As ``counts``, or in training, the part of the schedule that is in force. The number of slots is fixed."""
+        fixed = any(cast(Reducer, reducer).slots for reducer in self.reducers.values())
+        if self._share is None or not self.training or fixed:
             return self.counts(num_patches)
         return self._resolve(num_patches, self._share)
 
@@ -227,9 +285,12 @@ def prune(
     if not outputs:
         raise ValueError("the host has no classes (num_classes=0): name num_outputs for the auxiliary heads")
     options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
-    modules = {block: create(reducer, backbone.dim, outputs, **options) for block in sites}
-    if any(module.wants_attention for module in modules.values()):
-        backbone.verify_cls_attention()
+    fused, patches = before_last_block(fusion), backbone.num_patches
+    counts = schedule.resolve(patches, backbone.depth, fused, backbone.prefix)
+    modules = {
+        block: create(reducer, backbone.dim, outputs, keep=counts[block - 1], depth=block / backbone.depth, **options)
+        for block in sites
+    }
     return kind(backbone, schedule, modules, bring_back)
 
 

@@ -177,7 +177,9 @@ class Loaded(NamedTuple):
 def parameters(model: nn.Module) -> dict[str, int]:
     """Parameters in training form, and how many of them only training needs."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    extra = sum(size for name, size in sizes.items() if name.startswith("reducers."))
+    parts = [name.split(".") for name in sizes if name.startswith("reducers.")]
+    unneeded = [p for p in parts if p[2] in model.get_submodule(".".join(p[:2])).training_only]  # type: ignore[operator]
+    extra = sum(sizes[".".join(part)] for part in unneeded)
     return {"parameters": sum(sizes.values()), "parameters_training_only": extra}
 
 

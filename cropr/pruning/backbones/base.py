@@ -6,7 +6,7 @@ An adapter's file declares the classes that it adapts as a literal, so that only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cropr.pruning.methods import declared
@@ -34,8 +35,10 @@ class Backbone(nn.Module):
     """Class of the host; a subclass must not have a ``forward_features`` of its own, which we would skip."""
     block_types: ClassVar[tuple[type[nn.Module], ...]]
     """Classes of blocks that can be run one by one."""
+    halved_types: ClassVar[tuple[type[nn.Module], ...]]
+    """Those of them that ``attend`` and ``mlp`` can run by halves: a norm before each."""
     attention_type: ClassVar[type[nn.Module]]
-    """Class of a block's ``attn`` that ``cls_attention`` can read."""
+    """Class of a block's ``attn`` whose projections can be read."""
     host: Any
 
     def __init__(self, host: nn.Module) -> None:
@@ -74,6 +77,45 @@ class Backbone(nn.Module):
 
     def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
         """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
+        if tokens.gate is not None:
+            return self.mlp(block, self.attend(block, tokens, position))
+        module = self.host.blocks[block - 1]
+        return tokens.replace(self._call(module, tokens.x, **self._arguments(block, tokens, position, mask)))
+
+    def attend(self, block: int, tokens: Tokens, position: Any) -> Tokens:
+        """The first half of a block: attention, added to its input. Needs ``verify_halves``."""
+
+        def half(x: Tensor) -> Tensor:
+            module = self.host.blocks[block - 1]
+            normed = module.norm1(x)
+            if tokens.gate is None:
+                found = module.attn(normed, **self._arguments(block, tokens, position))
+            else:
+                heads = gated_attention(*self._project(block, normed, tokens, position), tokens.gate, self.prefix)
+                found = module.attn.proj_drop(module.attn.proj(module.attn.norm(heads.transpose(1, 2).flatten(2))))
+            return x + module.drop_path1(self._scale(module, 1, found))
+
+        return tokens.replace(self._call(half, tokens.x))
+
+    def mlp(self, block: int, tokens: Tokens) -> Tokens:
+        """The second half: MLP, added to its input. Both halves equal the block to the bit."""
+
+        def half(x: Tensor) -> Tensor:
+            module = self.host.blocks[block - 1]
+            return x + module.drop_path2(self._scale(module, 2, module.mlp(module.norm2(x))))
+
+        return tokens.replace(self._call(half, tokens.x))
+
+    def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments of a block, and of its attention: the mask of a fusion or the bias of the tokens."""
+        return {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
+
+    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
+        """LayerScale of the first or second half of a block."""
+        raise NotImplementedError
+
+    def _project(self, block: int, normed: Tensor, tokens: Tokens, position: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, keys and values [B, H, L, d] as they enter a block's attention, from its normed input."""
         raise NotImplementedError
 
     def keys(self, block: int, tokens: int) -> int:
@@ -91,31 +133,77 @@ class Backbone(nn.Module):
         """
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Attention that the CLS query pays to each patch in this block, averaged over heads, [B, N] float32.
+        """Attention that the CLS query pays to each patch in this block, [B, H, N] float32.
 
-        ``tokens`` are the block's input. Only this row is computed; the block itself stays on fused attention.
+        ``tokens`` are the block's input, here and below. Only this row is computed; the block itself stays on fused
+        attention.
         """
         raise NotImplementedError
 
-    def verify_cls_attention(self) -> None:
-        """Refuse hosts whose CLS row cannot be computed.
+    def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """Keys before rotary positions, averaged over heads: [B, L, d]."""
+        raise NotImplementedError
+
+    def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """Euclidean norm of each patch's value, [B, H, N] float32."""
+        raise NotImplementedError
+
+    def column_sums(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """Attention that each patch receives, summed over heads and queries: [B, N] float32. Computes all of it."""
+        with torch.no_grad():
+            query, key, _ = self._project(block, self._normed(block, tokens), tokens, position)
+            logits = (query @ key.transpose(2, 3)).float()
+            bias = tokens.bias(torch.float32)
+            rows = (logits if bias is None else logits + bias).softmax(dim=3)
+            return rows.sum(dim=(1, 2))[:, self.prefix :]
+
+    def reading_macs(self, field: str, tokens: int) -> int:
+        """Multiply-adds of one image for a field of ``Context``; ``tokens`` with prefix."""
+        dim, heads = self.dim, self.host.blocks[0].attn.num_heads
+        cost = {
+            "pixels": 0,
+            "cls_attention": 2 * dim * dim + tokens * dim * heads,
+            "mean_key": tokens * dim * dim // heads,
+            "value_norms": tokens * dim * dim,
+            "column_sums": 3 * tokens * dim * dim + tokens**2 * dim,
+        }
+        return cost[field]
+
+    def verify_reducer(self, reducer: Any) -> None:
+        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) that needs what this host cannot do.
 
         Raises:
             TypeError: what is missing or not supported, by name.
         """
-        if self.host.cls_token is None:
-            raise self._refuse("no class token, for a reducer that reads its attention,")
+        name = type(reducer).__name__
+        if "cls_attention" in reducer.reads and self.host.cls_token is None:
+            raise self._refuse(f"no class token, for {name}, which reads its attention,")
         for module in self.host.blocks:
-            if type(getattr(module, "attn", None)) is not self.attention_type:
-                raise self._refuse(f"blocks of type {type(module).__name__}, for a reducer that reads attention,")
+            if reducer.reads - {"pixels"} and type(getattr(module, "attn", None)) is not self.attention_type:
+                raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which reads attention,")
+            halves = reducer.place == "after_attention" or "gate" in reducer.sets
+            if halves and type(module) not in self.halved_types:
+                raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which acts within them,")
+        if reducer.sets and getattr(self.host, "attn_pool", None) is not None:
+            raise self._refuse(f"attention pooling, for {name}, whose tokens differ in weight,")
 
     def norm(self, tokens: Tokens) -> Tokens:
         """The host's norm after the last block."""
         return tokens.replace(self.host.norm(tokens.x))
 
     def head(self, tokens: Tokens) -> Tensor:
-        """The host's own pooling and classifier: [B, classes]."""
-        return self.host.forward_head(tokens.x)
+        """The host's own pooling and classifier: [B, classes]. A mean weighs tokens by size, validity and gate."""
+        weight, host = tokens.weight, self.host
+        if weight is None or host.global_pool == "token":
+            return host.forward_head(tokens.x)
+        if host.global_pool != "avg":
+            raise self._refuse(f"pooling {host.global_pool!r}, for tokens that differ in weight,")
+        lead = self.prefix if getattr(host, "pool_include_prefix", False) else 0
+        weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(1)
+        mean = (weight.to(tokens.x.dtype) @ tokens.x[:, self.prefix - lead :]).squeeze(1) / weight.sum(dim=2).to(
+            tokens.x.dtype
+        )
+        return host.head(host.head_drop(host.fc_norm(mean)))
 
     def predict(self, tokens: Tokens) -> Tokens:
         """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""
@@ -135,12 +223,16 @@ class Backbone(nn.Module):
         if not isinstance(self.host.head, nn.Linear):
             raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
 
-    def _call(self, block: int, x: Tensor, **arguments: Any) -> Tensor:
-        """One block, under the host's own activation checkpointing switch."""
+    def _normed(self, block: int, tokens: Tokens) -> Tensor:
+        """Input of a block's attention: after its first norm, if that comes before."""
         module = self.host.blocks[block - 1]
+        return module.norm1(tokens.x) if type(module) in self.halved_types else tokens.x
+
+    def _call(self, function: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
+        """A block or a half of one, under the host's own activation checkpointing switch."""
         if self.host.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(module, x, use_reentrant=False, **arguments)
-        return module(x, **arguments)
+            return checkpoint(function, x, use_reentrant=False, **arguments)
+        return function(x, **arguments)
 
     def _verify(self) -> None:
         if type(self.host).forward_features is not self.host_type.forward_features:  # type: ignore[attr-defined]
@@ -181,6 +273,29 @@ def _adapters() -> dict[str, tuple[str, str]]:
     return {host: (module, name) for file in files for module, host, name in declared(file, "ADAPTERS")}
 
 
-def cls_row(logits: Tensor, scale: float, prefix: int) -> Tensor:
-    """Attention row from raw logits [B, H, L] of the CLS query: softmax, patches only, mean over heads, [B, N]."""
-    return (logits.float() * scale).softmax(dim=-1)[:, :, prefix:].mean(dim=1)
+def cls_row(logits: Tensor, tokens: Tokens) -> Tensor:
+    """Attention of the CLS query to the patches, [B, H, N], from its scaled logits [B, H, L]."""
+    bias = tokens.bias(torch.float32)
+    logits = logits.float() if bias is None else logits.float() + bias.squeeze(2)
+    return logits.softmax(dim=-1)[:, :, tokens.prefix :]
+
+
+def gated_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, prefix: int) -> Tensor:
+    """Attention [B, H, L, d] in which others see a patch as far as its gate [B, N] is open, and each token itself.
+
+    The gate multiplies the exponential, so that a gradient reaches closed gates: no fused kernel does that. Query
+    (scaled), key and value are [B, H, L, d]. As in DynamicViT, with its epsilon.
+    """
+    length, epsilon = query.shape[2], 1e-6
+    logits = (query @ key.transpose(2, 3)).float()
+    seen = F.pad(gate, (prefix, 0), value=1.0)[:, None, None]
+    own = torch.eye(length, device=gate.device)
+    weight = (logits - logits.amax(dim=3, keepdim=True)).exp() * (seen + (1 - seen) * own)
+    weight = (weight + epsilon / length) / (weight.sum(dim=3, keepdim=True) + epsilon)
+    return weight.to(value.dtype) @ value
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Precision of the attention on x: that of autocast where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -19,6 +19,7 @@ class EvaBackbone(Backbone):
 
     host_type = timm_eva.Eva
     block_types = (timm_eva.EvaBlock, timm_eva.EvaBlockPostNorm)
+    halved_types = (timm_eva.EvaBlock,)
     attention_type = timm_eva.EvaAttention
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
@@ -26,41 +27,66 @@ class EvaBackbone(Backbone):
         x, rope = host._pos_embed(host.patch_embed(images))
         return Tokens.full(host.norm_pre(x), self.prefix), rope
 
-    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
-        return tokens.replace(self._call(block, tokens.x, rope=self._rope(block, tokens, position), attn_mask=mask))
+    def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
+        return {**super()._arguments(block, tokens, position, mask), "rope": self._rope(block, tokens, position)}
+
+    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
+        gamma = getattr(module, f"gamma_{half}")
+        return x if gamma is None else gamma * x
+
+    def _project(self, block: int, normed: Tensor, tokens: Tokens, position: Any) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.host.blocks[block - 1].attn
+        query, key, value = (_part(attention, part, normed) for part in range(3))
+        rope = self._rope(block, tokens, position)
+        query, key = (self._turn(attention, x, rope) for x in (attention.q_norm(query), attention.k_norm(key)))
+        return query * attention.scale, key, value
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        module = self.host.blocks[block - 1]
-        attention = module.attn
-        x = module.norm1(tokens.x) if isinstance(module, timm_eva.EvaBlock) else tokens.x
-        query, key = _project(attention, x)
-        query, key = attention.q_norm(query), attention.k_norm(key)
-        rope = self._rope(block, tokens, position)
-        if rope is not None:
-            lead, patches = key[:, :, : self.prefix], key[:, :, self.prefix :]
-            key = torch.cat((lead, apply_rot_embed_cat(patches, rope, half=attention.rotate_half)), dim=2)
-        logits = (query @ key.transpose(-2, -1)).squeeze(2)
-        return cls_row(logits, attention.scale, self.prefix)
+        attention = self.host.blocks[block - 1].attn
+        x = self._normed(block, tokens)
+        query = attention.q_norm(_part(attention, 0, x[:, :1])) * attention.scale
+        key = self._turn(attention, attention.k_norm(_part(attention, 1, x)), self._rope(block, tokens, position))
+        return cls_row((query @ key.transpose(-2, -1)).squeeze(2), tokens)
+
+    def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        attention = self.host.blocks[block - 1].attn
+        key: Tensor = attention.k_norm(_part(attention, 1, self._normed(block, tokens)))
+        return key.mean(dim=1)
+
+    def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        normed = self._normed(block, tokens)[:, self.prefix :]
+        return _part(self.host.blocks[block - 1].attn, 2, normed).float().norm(dim=3)
+
+    def verify_reducer(self, reducer: Any) -> None:
+        super().verify_reducer(reducer)
+        if reducer.slots and getattr(self.host, "rope", None) is not None:
+            raise self._refuse(f"rotary positions, for {type(reducer).__name__}, whose tokens have no place,")
+
+    def _turn(self, attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        """Queries or keys [B, H, L, d] with the rotary positions of their patches."""
+        if rope is None:
+            return x
+        lead, patches = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        return torch.cat((lead, apply_rot_embed_cat(patches, rope, half=attention.rotate_half)), dim=2).type_as(x)
 
     def _rope(self, block: int, tokens: Tokens, position: Any) -> Tensor | None:
         """Rotary rows of the tokens alive: [B, 1, N, 2 d], or [B, H, N, 2 d] where the table has heads."""
         if position is None:
             return None
+        assert tokens.index is not None
         table = position[block - 1] if getattr(self.host, "rope_mixed", False) else position
         rows = apply_keep_indices_nlc(tokens.x, table, tokens.index)
         return rows.unsqueeze(1) if table.ndim == 2 else rows
 
 
-def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """CLS query [B, H, 1, d] and all keys [B, H, L, d] by EVA's fused or separate projections."""
+def _part(attention: Any, part: int, x: Tensor) -> Tensor:
+    """Queries (0), keys (1) or values (2) [B, H, L, d] of x [B, L, C], by EVA's fused or separate projections."""
     if attention.qkv is None:
-        query, key = attention.q_proj(x[:, :1]), attention.k_proj(x)
+        found = (attention.q_proj, attention.k_proj, attention.v_proj)[part](x)
     else:
-        width = attention.qkv.weight.shape[0] // 3
-        query = F.linear(x[:, :1], attention.qkv.weight[:width], attention.q_bias)
-        key = F.linear(x, attention.qkv.weight[width : 2 * width], attention.k_bias)
-    heads = (attention.num_heads, -1)
-    return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
+        bias = (attention.q_bias, attention.k_bias, attention.v_bias)[part]
+        found = F.linear(x, attention.qkv.weight.chunk(3)[part], bias)
+    return found.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
 
 ADAPTERS = {"timm.models.eva.Eva": "EvaBackbone"}

@@ -24,6 +24,7 @@ class ViTBackbone(Backbone):
         timm_vit.ParallelScalingBlock,
         timm_vit.ParallelThingsBlock,
     )
+    halved_types = (timm_vit.Block,)
     attention_type = Attention
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
@@ -31,28 +32,46 @@ class ViTBackbone(Backbone):
         x = host.norm_pre(host._pos_embed(host.patch_embed(images)))
         return Tokens.full(x, self.prefix), None
 
-    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
-        return tokens.replace(self._call(block, tokens.x, attn_mask=mask))
+    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
+        scaled: Tensor = getattr(module, f"ls{half}")(x)
+        return scaled
+
+    def _project(self, block: int, normed: Tensor, tokens: Tokens, position: Any) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.host.blocks[block - 1].attn
+        query, key, value = attention.qkv(normed).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attention.q_norm(query) * attention.scale, attention.k_norm(key), value
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        module = self.host.blocks[block - 1]
-        attention = module.attn
-        x = module.norm1(tokens.x) if isinstance(module, timm_vit.Block) else tokens.x
-        heads = attention.num_heads
-        query_weight, key_weight, _ = attention.qkv.weight.unflatten(0, (3, heads, -1))  # each [H, d, C]
-        query_bias, key_bias = None, None
-        if attention.qkv.bias is not None:
-            query_bias, key_bias, _ = attention.qkv.bias.unflatten(0, (3, -1))
-        query = F.linear(x[:, 0], query_weight.flatten(0, 1), query_bias).unflatten(-1, (heads, -1))
-        query = attention.q_norm(query)  # [B, H, d]
+        attention = self.host.blocks[block - 1].attn
+        x = self._normed(block, tokens)
+        query = self._part(attention, 0, x[:, 0])  # [B, H, d]
+        query = attention.q_norm(query) * attention.scale
         if isinstance(attention.k_norm, nn.Identity):
             # q (W x) = (W^T q) x: one vector a head instead of a projection of every token. The bias of the keys adds
             # the same to all logits of a head, which softmax does not see.
-            folded = torch.einsum("bhd,hdc->bhc", query, key_weight)
-            return cls_row(folded @ x.transpose(-2, -1), attention.scale, self.prefix)
-        key = F.linear(x, key_weight.flatten(0, 1), key_bias).unflatten(-1, (heads, -1))
-        logits = torch.einsum("bhd,blhd->bhl", query, attention.k_norm(key))
-        return cls_row(logits, attention.scale, self.prefix)
+            weight = attention.qkv.weight.unflatten(0, (3, attention.num_heads, -1))[1]  # [H, d, C]
+            return cls_row(torch.einsum("bhd,hdc->bhc", query, weight) @ x.transpose(-2, -1), tokens)
+        key = attention.k_norm(self._part(attention, 1, x))
+        return cls_row(torch.einsum("bhd,blhd->bhl", query, key), tokens)
+
+    def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        attention = self.host.blocks[block - 1].attn
+        x = self._normed(block, tokens)
+        if not isinstance(attention.k_norm, nn.Identity):
+            return attention.k_norm(self._part(attention, 1, x)).mean(dim=2)
+        # The mean of projections is the projection by the mean.
+        heads = (3, attention.num_heads, -1)
+        bias = None if attention.qkv.bias is None else attention.qkv.bias.unflatten(0, heads)[1].mean(dim=0)
+        return F.linear(x, attention.qkv.weight.unflatten(0, heads)[1].mean(dim=0), bias)
+
+    def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
+        value = self._part(self.host.blocks[block - 1].attn, 2, self._normed(block, tokens)[:, self.prefix :])
+        return value.float().norm(dim=3).transpose(1, 2)
+
+    def _part(self, attention: Any, part: int, x: Tensor) -> Tensor:
+        """Queries (0), keys (1) or values (2) of x [..., C], [..., H, d]."""
+        bias = None if attention.qkv.bias is None else attention.qkv.bias.chunk(3)[part]
+        return F.linear(x, attention.qkv.weight.chunk(3)[part], bias).unflatten(-1, (attention.num_heads, -1))
 
 
 ADAPTERS = {"timm.models.vision_transformer.VisionTransformer": "ViTBackbone"}

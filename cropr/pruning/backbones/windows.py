@@ -74,8 +74,15 @@ class WindowedBackbone(Backbone):
         if block in self.global_blocks:
             return super().run(block, tokens, everywhere, mask)
         size = self.window_tokens
+        assert tokens.index is not None
         chunks = Tokens(tokens.x.reshape(-1, size, tokens.x.shape[-1]), tokens.index.reshape(-1, size), prefix=0)
         return tokens.replace(super().run(block, chunks, within).x.reshape(tokens.x.shape))
+
+    def verify_reducer(self, reducer: Any) -> None:
+        if not reducer.leaves_pruned or reducer.reads - {"pixels"} or reducer.place != "after_block":
+            name = type(reducer).__name__
+            raise self._refuse(f"windows, for {name}, which does more than prune by a score after a block,")
+        super().verify_reducer(reducer)
 
     def _window_table(self, rows: int, columns: int) -> Tensor:
         """Rotary table of the whole grid with the distance between neighbours that it has inside a window."""

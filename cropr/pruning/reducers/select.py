@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from cropr.pruning.methods import Place
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, ScoreReducer, select
 from cropr.pruning.scorer import Aggregator, AuxiliaryHead, FoldedScorer, Scorer
 from cropr.pruning.tokens import Tokens
@@ -36,7 +37,13 @@ METHODS = {
     },
     "random": {"class": "Random", "label": "Random", "colour": "#0072b2", "marker": "o"},
     "variance": {"class": "Variance", "label": "Variance", "colour": "#009e73", "marker": "o"},
-    "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "marker": "o"},
+    "attn_topk": {
+        "class": "AttentionTopK",
+        "label": "Attn Top-K",
+        "colour": "#cc79a7",
+        "marker": "o",
+        "options": ("place",),
+    },
 }
 """Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
 
@@ -53,7 +60,9 @@ class Cropr(Reducer):
     """
 
     sign: ClassVar[int] = 1
+    leaves_pruned: ClassVar[bool] = True
     learns: ClassVar[bool] = True
+    training_only: ClassVar[tuple[str, ...]] = ("scorer", "aggregator", "head")
 
     def __init__(
         self,
@@ -91,6 +100,9 @@ class Cropr(Reducer):
         logits, x = self.scorer(x)
         return replace(select(tokens, score, keep, want_pruned), aux=self.head(self.aggregator(logits, x)))
 
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return tokens * dim
+
     @torch.no_grad()
     def deploy(self) -> Reducer:
         scorer = self.scorer.fold()
@@ -113,6 +125,9 @@ class FoldedCropr(ScoreReducer):
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         return _score_patches(self.scorer, tokens)
 
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return tokens * dim
+
 
 def _score_patches(scorer: FoldedScorer, tokens: Tokens) -> Tensor:
     """[B, N]. The prefix is scored, too, and cut off: leaving it out first would copy all tokens."""
@@ -123,7 +138,7 @@ class Random(ScoreReducer):
     """Uniform scores, fresh for every image, block and call, from torch's global generator."""
 
     def score(self, tokens: Tokens, context: Context) -> Tensor:
-        return torch.rand(tokens.index.shape, device=tokens.x.device)
+        return torch.rand(tokens.patches.shape[:2], device=tokens.x.device)
 
 
 class Variance(ScoreReducer):
@@ -132,18 +147,20 @@ class Variance(ScoreReducer):
     Our reading of the paper's "Variance [43]" row: no public code defines it (docs/reducers.md).
     """
 
-    wants_pixels: ClassVar[bool] = True
+    reads = frozenset({"pixels"})
 
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         assert context.pixels is not None
+        assert tokens.index is not None
         return context.pixels.gather(1, tokens.index)
 
 
 class AttentionTopK(ScoreReducer):
     """Attention of the CLS query in the block just run, averaged over heads; wants CLS pooling."""
 
-    wants_attention: ClassVar[bool] = True
+    places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
+    reads = frozenset({"cls_attention"})
 
     def score(self, tokens: Tokens, context: Context) -> Tensor:
         assert context.cls_attention is not None
-        return context.cls_attention.detach()
+        return context.cls_attention.detach().mean(dim=1)

@@ -93,7 +93,8 @@ class Classification(Objective, TaskRun):
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
-    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1).
+    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1), plus other losses that
+    the reducers have.
 
     Args:
         output: of a model in training mode.
@@ -102,11 +103,11 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     """
     main = F.cross_entropy(output.logits.float(), target)
     if not output.aux:
-        return Losses(main, main, main.new_empty(0))
+        return Losses(main + output.extra_loss, main, main.new_empty(0))
     # One kernel for all modules.
     log_probability = torch.stack(output.aux).float().log_softmax(dim=-1)  # [M, B, Q, classes]
     aux = -(log_probability * target[:, None]).sum(dim=-1).mean(dim=(1, 2))
-    return Losses(main + aux_weight * aux.sum(), main, aux)
+    return Losses(main + aux_weight * aux.sum() + output.extra_loss, main, aux)
 
 
 def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:

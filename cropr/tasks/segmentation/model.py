@@ -71,12 +71,16 @@ def build(
 
 
 def spread(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-    """Values of the patch tokens at their places, [B, C, h, w]; empty places take those of the nearest patch alive.
+    """Values of the patch tokens at their places, [B, C, h, w]; empty places take those of the nearest patch alive, or
+    of the token that their patch went into.
 
     Nearest in the grid, Euclidean; of two at the same distance, the one that comes first in raster order.
     """
+    assert tokens.index is not None
     size, columns, device = grid[0] * grid[1], grid[1], tokens.index.device
-    if tokens.num_patches == size:
+    if tokens.source is not None:
+        source = tokens.source
+    elif tokens.num_patches == size:
         position = torch.arange(size, device=device).expand_as(tokens.index)
         source = torch.empty_like(tokens.index).scatter(1, tokens.index, position)
     else:
@@ -98,13 +102,13 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     target = target.long()
     main = F.cross_entropy(output.logits.float(), target, ignore_index=IGNORE, reduction="sum") / _labelled(target)
     if not output.aux:
-        return Losses(main, main, main.new_empty(0))
+        return Losses(main + output.extra_loss, main, main.new_empty(0))
     _require_queries(output.aux[0].shape[1], output.grid)
     logits = torch.stack(output.aux).float()  # [M, B, Q, classes]
     labels = patch_labels(target, output.grid).flatten(1).expand(logits.shape[:3])
     each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="none")
     aux = each.view(len(logits), -1).sum(dim=1) / _labelled(labels[0])
-    return Losses(main + aux_weight * aux.sum(), main, aux)
+    return Losses(main + aux_weight * aux.sum() + output.extra_loss, main, aux)
 
 
 def patch_labels(target: Tensor, grid: tuple[int, int]) -> Tensor:

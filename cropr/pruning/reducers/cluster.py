@@ -1,0 +1,183 @@
+"""Methods that cluster the patch tokens: K-Medoids (Token Pooling) and DPC-KNN.
+
+Rules are those of the reference code as far as they could be established, and corrected ones (docs/reducers.md).
+B batch, N patch tokens, K clusters, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cropr.pruning.methods import Place
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected, pool, represent
+from cropr.pruning.tokens import Tokens, take
+
+METHODS = {
+    "k_medoids": {
+        "class": "KMedoids",
+        "label": "K-Medoids",
+        "colour": "#9467bd",
+        "marker": "v",
+        "options": ("place", "rule", "weights", "iterations"),
+        "family": "merger",
+    },
+    "dpc_knn": {
+        "class": "DpcKnn",
+        "label": "DPC-KNN",
+        "colour": "#17becf",
+        "marker": "v",
+        "options": ("place", "rule", "weights", "neighbours"),
+        "family": "merger",
+        "trained": True,
+    },
+}
+"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+
+Rule = Literal["reference", "corrected"]
+
+
+class KMedoids(Reducer):
+    """Clusters the patches around K of them, which stay unchanged (Marin et al., 2023, weighted K-Medoids).
+
+    The first medoids are the K patches of largest weight; assignment and update alternate.
+
+    Args:
+        rule: how a medoid is updated. ``corrected``: the member with the least weighted distance to the members of its
+            cluster. ``reference``: that with the least distance to all patches times its own weight.
+        weights: ``attention``: what each patch receives from all queries; ``cls``: from the CLS query; ``equal``.
+        iterations: updates.
+    """
+
+    places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
+
+    def __init__(
+        self,
+        *args: Any,
+        rule: Rule = "reference",
+        weights: Literal["attention", "cls", "equal"] = "attention",
+        iterations: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        fields = {"attention": {"column_sums"}, "cls": {"cls_attention"}, "equal": set()}
+        if weights not in fields:
+            raise ValueError(f"weights={weights!r}; choose one of {', '.join(fields)}")
+        if iterations < 0:
+            raise ValueError(f"iterations={iterations} must be 0 or more")
+        self.corrected, self.iterations, self.reads = is_corrected(rule), iterations, frozenset(fields[weights])
+
+    @torch.no_grad()
+    def clusters(self, x: Tensor, weight: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Medoids [B, K] and clusters [B, N] of x [B, N, C] with weights [B, N]."""
+        distance = distances(x)
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        medoids = weight.topk(keep, dim=1).indices
+        assignment = take(distance, medoids).argmin(dim=1)
+        for _ in range(self.iterations):
+            if self.corrected:
+                same = assignment.unsqueeze(2) == assignment.unsqueeze(1)
+                cost = (same * distance) @ weight.unsqueeze(2)
+            else:
+                cost = weight.unsqueeze(2) * distance.sum(dim=2, keepdim=True)
+            cost = cost.squeeze(2)
+            least = cost.new_full(medoids.shape, torch.inf).scatter_reduce(1, assignment, cost, "amin")
+            best = torch.where(cost == least.gather(1, assignment), place, x.shape[1])
+            found = medoids.new_full(medoids.shape, x.shape[1]).scatter_reduce(1, assignment, best, "amin")
+            medoids = torch.where(found < x.shape[1], found, medoids)  # an empty cluster keeps its medoid
+            assignment = take(distance, medoids).argmin(dim=1)
+        return medoids, assignment
+
+    def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
+        weight = context.column_sums
+        if context.cls_attention is not None:
+            weight = context.cls_attention.mean(dim=1)
+        if weight is None:
+            weight = tokens.x.new_ones(tokens.patches.shape[:2], dtype=torch.float32)
+        return Reduction(represent(tokens, *self.clusters(tokens.patches, weight.detach(), keep)))
+
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return patches**2 * dim + self.iterations * (patches**2 if self.corrected else 0)
+
+
+class DpcKnn(Reducer):
+    """Clusters the patches by density peaks and averages each cluster (Du et al., 2016; as in TCFormer).
+
+    A centre has many patches nearby and is far from every denser patch.
+
+    Args:
+        rule: ``reference``: density times distance, where exp underflows for tokens of large norm, so that a constant
+            pattern of 1e-6 decides; ``corrected``: the logarithm of it.
+        weights: of the members of a cluster: ``learned``, exp of a linear layer, trained by the main loss; ``equal``.
+        neighbours: k, of which the density is the mean; the patch is one of them.
+    """
+
+    places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
+
+    def __init__(
+        self,
+        dim: int,
+        num_outputs: int,
+        *,
+        rule: Rule = "reference",
+        weights: Literal["learned", "equal"] = "learned",
+        neighbours: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, num_outputs, **kwargs)
+        if weights not in ("learned", "equal"):
+            raise ValueError(f"weights={weights!r}; choose 'learned' or 'equal'")
+        if neighbours < 1:
+            raise ValueError(f"neighbours={neighbours} must be 1 or more")
+        self.corrected, self.neighbours = is_corrected(rule), neighbours
+        self.weight = nn.Linear(dim, 1) if weights == "learned" else None
+        if self.weight is not None:
+            nn.init.trunc_normal_(self.weight.weight, std=0.02)
+            nn.init.zeros_(self.weight.bias)
+
+    @torch.no_grad()
+    def clusters(self, x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Centres [B, K] and clusters [B, N] of x [B, N, C]."""
+        distance = distances(x) * x.shape[2] ** -0.5
+        place = torch.arange(x.shape[1], device=x.device)
+        near = distance.topk(min(self.neighbours, x.shape[1]), dim=2, largest=False, sorted=False).values
+        density = -near.square().mean(dim=2)
+        if not self.corrected:
+            density = density.exp() + 1e-6 * (place * 0.618034).frac()
+        denser = density.unsqueeze(1) > density.unsqueeze(2)
+        apart = distance.masked_fill(~denser, torch.inf).amin(dim=2)
+        apart = torch.where(apart.isinf(), distance.amax(dim=(1, 2)).unsqueeze(1), apart)
+        score = apart.clamp(min=1e-30).log() + density if self.corrected else apart * density
+        centres = score.topk(keep, dim=1).indices
+        assignment = take(distance, centres).argmin(dim=1)
+        rank = place[:keep].expand_as(centres)
+        return centres, assignment.scatter(1, centres, rank)
+
+    def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
+        assert tokens.index is not None
+        patches = tokens.patches
+        centres, assignment = self.clusters(patches, keep)
+        with torch.autocast(patches.device.type, enabled=False):
+            x = patches.float()
+            weight = x.new_ones(*x.shape[:2], 1)
+            if self.weight is not None:
+                logit = self.weight(x)
+                # A factor for each image changes no average and keeps exp in range.
+                weight = (logit - logit.detach().amax(dim=1, keepdim=True)).exp() if self.corrected else logit.exp()
+            merged = pool(x * weight, assignment, keep) / (pool(weight, assignment, keep) + 1e-6)
+        return Reduction(tokens.merge(merged.to(patches.dtype), tokens.index.gather(1, centres), assignment))
+
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return patches**2 * dim + (0 if self.weight is None else patches * dim)
+
+
+def distances(x: Tensor) -> Tensor:
+    """Euclidean distances [B, N, N] in float32 of x [B, N, C], whatever its precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        x = x - x.mean(dim=1, keepdim=True)  # large common parts would cancel digits
+        square = x.square().sum(dim=2)
+        found = square.unsqueeze(1) + square.unsqueeze(2) - 2 * (x @ x.transpose(1, 2))
+        return found.clamp(min=0).sqrt().diagonal_scatter(torch.zeros_like(square), dim1=1, dim2=2)
