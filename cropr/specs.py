@@ -112,8 +112,8 @@ class ImagesSpec(Spec):
 class RecipeSpec(Spec):
     """How it is trained. Defaults are the authors' ImageNet recipe (docs/authors_code.md)."""
 
-    epochs: int | float = Field(50, gt=0)
-    """Passes over the training images; 0.5 ends after half of them."""
+    epochs: int | float = Field(50, ge=0)
+    """Passes over the training images; 0.5 ends after half of them, 0 evaluates the initial weights as they are."""
     batch_size: int = Field(1024, ge=1)
     """Images per optimizer step over all devices and accumulated micro-batches."""
     accumulate: int = Field(1, ge=1)
@@ -136,6 +136,8 @@ class RecipeSpec(Spec):
     clip_grad: float | None = None
     grad_checkpointing: bool = False
     """Compute each block again in the backward pass, not keep its activations: less memory, a third more time."""
+    freeze_encoder: bool = False
+    """Train only what pruning adds, and the heads: the encoder keeps the weights that it starts with."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights over steps, which is then evaluated and kept; None for none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"

@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
         if world.leads:
             metrics, labels = record["metrics"], list(TASKS[spec.task].metrics.items())[:2]
             figures = ", ".join(f"{label} {metrics[name]:.2f} %" for name, label in labels)
-            speed = f"{metrics['train_images_per_s']:.3g} training images/s"
-            flags.say(f"{figures} of {metrics['val_images']} images, {speed}: {out}")
+            speed = f", {metrics['train_images_per_s']:.3g} training images/s" if spec.recipe.epochs else ""
+            flags.say(f"{figures} of {metrics['val_images']} images{speed}: {out}")
 
 
 def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:

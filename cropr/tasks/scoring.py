@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-FIGURES = ("entropy", "attention_on_object", "object_share", "auc_sum", "auc_softmax", "recall_sum", "recall_softmax")
+from cropr.pruning.reducers.select import Cropr
+
+FIGURES = ("entropy", "attention_on_object", "object_share", "auc_sum", "auc_softmax", "recall_sum", "recall_softmax",
+           "aux_top1")  # fmt: skip
 
 
 class Scoring:
@@ -29,7 +32,9 @@ class Scoring:
         named: Iterable[tuple[str, Any]] = reducers.items() if isinstance(reducers, nn.ModuleDict) else ()
         self.on_object: Tensor | None = None
         """[B, N] bool, which patches of the next images lie on the object; None where that is not known."""
-        self._modules = {int(block): module for block, module in named if getattr(module, "learns", False)}
+        self.labels: Tensor | None = None
+        """[B], classes of the next images; None without a class an image."""
+        self._modules = {int(block): module for block, module in named if isinstance(module, Cropr)}
         self._sums = {block: module.scorer.queries.new_zeros(len(FIGURES), 2, dtype=torch.float64)
                       for block, module in self._modules.items()}  # fmt: skip
         self._hooks: list[RemovableHandle] = []
@@ -59,9 +64,14 @@ class Scoring:
         tokens, keep, *_ = arguments
         on_object = None if self.on_object is None else self.on_object.to(tokens.index.device).gather(1, tokens.index)
         with torch.autocast(tokens.x.device.type, enabled=False):
-            logits, _ = module.scorer(tokens.patches.float())
+            logits, x = module.scorer(tokens.x.float())
+            guess = None if self.labels is None else module.head(module.aggregator(logits, x)).mean(dim=1).argmax(dim=1)
+            logits = logits[..., tokens.prefix :]
         width = tokens.x.shape[-1] // module.scorer.num_heads
-        for name, values in figures(logits, width, on_object, keep).items():
+        found = figures(logits, width, on_object, keep)
+        if guess is not None:
+            found["aux_top1"] = 100 * (guess == self.labels).double()
+        for name, values in found.items():
             known = ~values.isnan()
             self._sums[block][FIGURES.index(name)] += torch.stack((values[known].sum(), known.sum()))
 

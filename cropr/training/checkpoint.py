@@ -23,6 +23,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cropr.data.loading import some
+from cropr.pruning.flops import macs
+from cropr.pruning.model import PrunedViT
 from cropr.records import RECORD, read_record, replacing, write_text
 from cropr.tasks.base import TaskRun
 from cropr.training.optim import HOST
@@ -181,6 +183,11 @@ def parameters(model: nn.Module) -> dict[str, int]:
     unneeded = [p for p in parts if p[2] in model.get_submodule(".".join(p[:2])).training_only]  # type: ignore[operator]
     extra = sum(sizes[".".join(part)] for part in unneeded)
     return {"parameters": sum(sizes.values()), "parameters_training_only": extra}
+
+
+def multiply_adds(model: nn.Module) -> dict[str, float]:
+    """``gmacs`` of the deployed model for one image, in 10^9; nothing for a detector, whose heads depend on the image."""
+    return {"gmacs": macs(model.deploy()).total / 1e9} if isinstance(model, PrunedViT) else {}
 
 
 def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loaded:

@@ -120,11 +120,13 @@ def train(
     evaluate = partial(task.evaluate, model, evaluation, **share)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
     settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, **share)
-    history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
+    history = []
+    if recipe.epochs:
+        history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
     result = evaluate()
     found = {
         "seed": seed,
-        "metrics": {**result.metrics, **parameters(model)},
+        "metrics": {**result.metrics, **parameters(model), **multiply_adds(model)},
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
         "per_image": FILE,
@@ -132,11 +134,11 @@ def train(
     where = {"device": str(world.device), "precision": recipe.precision, "data_fingerprint": task.fingerprint}
     record = make_record("train", spec, started, found, **where, processes=world.size, workers=workers)
     if world.leads:
-        record["metrics"] |= summarise(out / LOG)
+        record["metrics"] |= summarise(out / LOG) if recipe.epochs else {}
         write_arrays(out / FILE, result.images)
         save_weights(out / WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
-        shutil.rmtree(out / CHECKPOINTS)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=not recipe.epochs)
     world.wait()
     return record
 

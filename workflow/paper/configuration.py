@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +119,8 @@ class RowConfig(Block):
     """Key of the scale's ``image_sizes``; None: the image size of its data."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Laid over the scale's recipe."""
+    start: str | None = None
+    """``artefact/row`` with whose weights, of the same seed, it starts; None: those of the scale."""
     repeat: bool = False
     """Runs with every seed of the scale. Other rows run with the first, unless the call names seeds."""
     measure: str | None = None
@@ -282,16 +284,27 @@ def read_scale(folder: Path, name: str, overrides: Mapping[str, Any] | None = No
 
 def read_artefacts(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
     """The artefacts of the tasks that a scale has, in their order."""
-    configs = {file.stem: _read_artefact(file) for file in (folder / "experiments").glob("*.yaml")}
+    configs = {file.stem: _read_artefact(file, scale) for file in (folder / "experiments").glob("*.yaml")}
     ordered = sorted(configs.items(), key=lambda item: (item[1].order, item[0]))
     return {name: config for name, config in ordered if config.is_microbench or config.task in scale.tasks}
 
 
-def _read_artefact(file: Path) -> ArtefactConfig:
+def _read_artefact(file: Path, scale: ScaleConfig) -> ArtefactConfig:
     values = read_yaml(file)
+    if isinstance(values.get("rows"), list):
+        known = scale.tasks[task].schedules if (task := values.get("task", "classification")) in scale.tasks else {}
+        values["rows"] = [one for row in values["rows"] for one in _each_schedule(row, known)]
     rows = enumerate(values["rows"] if isinstance(values.get("rows"), list) else ())
     names = {f"rows.{place}": f"row {row['row']}" for place, row in rows if isinstance(row, dict) and "row" in row}
     return check(ArtefactConfig, values, str(file), lambda key: names.get(".".join(key.split(".")[:2])))
+
+
+def _each_schedule(row: Any, known: Collection[str]) -> list[Any]:
+    """A row with a list of schedules stands for a row with each of them that is known, whose name ends in that of the
+    schedule."""
+    if not isinstance(row, dict) or not isinstance(row.get("schedule"), list):
+        return [row]
+    return [row | {"row": f"{row.get('row')}_{name}", "schedule": name} for name in row["schedule"] if name in known]
 
 
 class TaskAtScale:

@@ -126,7 +126,9 @@ class Grid:
         runs wait for comes before what waits for nothing."""
 
         def needs(run: str) -> set[str]:
-            chain = [run, *([init] if (init := self.runs[run].init) in self.pretrains else [])]
+            chain = [run]
+            while (init := self.spec(chain[-1]).init) in self.runs or init in self.pretrains:
+                chain.append(init)
             return {*chain, *(self.source(one).layout for one in chain)}
 
         ranked = enumerate(reversed(self.artefacts.values()), start=1)
@@ -229,8 +231,12 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
     rows = []
     for row in artefact.rows:
         where = f"{file}: row {row.row}"
-        meant = _used(where, row, {key: other for key, other in artefacts.items() if other.task == artefact.task})
-        rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, artefact.task, artefact.needs))
+        same = {key: other for key, other in artefacts.items() if other.task == artefact.task}
+        meant = _used(where, row, same)
+        start = None if meant.start is None else _find(f"{where}: start", meant.start, same)
+        if start is not None and start.start is not None:
+            raise ValueError(f"{where}: start = {meant.start!r} starts itself with the weights of another row")
+        rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, start, artefact.task, artefact.needs))
     return tuple(rows)
 
 
@@ -240,10 +246,15 @@ def _used(where: str, row: RowConfig, artefacts: Mapping[str, ArtefactConfig]) -
         return row
     if extra := sorted(row.model_fields_set - {"row", "label", "use"}):
         raise ValueError(f"{where}: {', '.join(extra)} cannot be given with use; drop one of them")
-    places = {f"{name}/{r.row}": r for name, config in artefacts.items() for r in config.rows if r.use is None}
-    if row.use not in places:
-        raise ValueError(f"{where}: use = {row.use!r} is no row; choose one of {', '.join(places)}")
-    return places[row.use]
+    return _find(f"{where}: use", row.use, artefacts)
+
+
+def _find(where: str, name: str, artefacts: Mapping[str, ArtefactConfig]) -> RowConfig:
+    """The row of that name, ``artefact/row``; ValueError, with those that there are, if there is none."""
+    places = {f"{key}/{r.row}": r for key, config in artefacts.items() for r in config.rows if r.use is None}
+    if name not in places:
+        raise ValueError(f"{where} = {name!r} is no row; choose one of {', '.join(places)}")
+    return places[name]
 
 
 def _verify_names(scale: Scale, artefacts: Mapping[str, Artefact], resolver: Resolver) -> None:

@@ -63,7 +63,16 @@ class Resolver:
                 self.shipped[init] = pretrain.shipped
         return own
 
-    def row(self, where: str, name: str, listed: RowConfig, meant: RowConfig, task: str, needs: Collection[str]) -> Row:
+    def row(
+        self,
+        where: str,
+        name: str,
+        listed: RowConfig,
+        meant: RowConfig,
+        start: RowConfig | None,
+        task: str,
+        needs: Collection[str],
+    ) -> Row:
         """Resolve a row.
 
         Args:
@@ -71,6 +80,7 @@ class Resolver:
             name: ``artefact/row``.
             listed: the row itself, which gives name and label.
             meant: the row that says what is run: another one if ``use`` names it.
+            start: the row whose weights it starts with, if it names one.
             task: of its artefact.
             needs: what its artefact reads.
 
@@ -90,9 +100,10 @@ class Resolver:
         run, bench, settings = None, None, own.config.bench
         seeds = self.seeds if meant.repeat or self.every_row else self.seeds[:1]
         if why is None:
-            prune = _prune(where, meant, schedule)
-            recipe = check(RecipeSpec, own.config.recipe.model_dump() | meant.recipe, f"{where}: recipe")
-            run = self._keep(self.runs, name, self._train(own, recipe, meant, prune, self.inits[task]))
+            init = self.inits[task]
+            if start is not None:
+                init = self._run(where, str(meant.start), start, own, init)
+            run = self._run(where, name, meant, own, init)
             if "bench" in needs and listed.row in (settings.rows or [listed.row]):
                 bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
         return Row(
@@ -136,6 +147,12 @@ class Resolver:
         table[spec.digest()] = spec
         self.names.setdefault(spec.digest(), name)
         return spec.digest()
+
+    def _run(self, where: str, name: str, row: RowConfig, own: TaskAtScale, init: str) -> str:
+        """Add the training run of a row; its id."""
+        prune = _prune(where, row, own.schedule(where, row))
+        recipe = check(RecipeSpec, own.config.recipe.model_dump() | row.recipe, f"{where}: recipe")
+        return self._keep(self.runs, name, self._train(own, recipe, row, prune, init))
 
     def _train(self, own: TaskAtScale, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
         return TrainSpec(

@@ -60,8 +60,12 @@ def images(wildcards):
 def train_inputs(wildcards):
     """The images, and the weights to start from if a run makes them."""
     init = GRID.spec(wildcards.run).init
-    made = {"init": f"{OUT}/pretrain/{init}/weights.safetensors"}
-    return images(wildcards) | (made if init in GRID.pretrains else {})
+    made = images(wildcards)
+    if init in GRID.pretrains:
+        made["init"] = f"{OUT}/pretrain/{init}/weights.safetensors"
+    if init in GRID.runs:
+        made["init"] = f"{OUT}/runs/{init}/seed{wildcards.seed}/weights.safetensors"
+    return made
 
 
 def init_flag(wildcards, input):

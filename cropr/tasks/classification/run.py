@@ -135,8 +135,8 @@ def evaluate(
         Series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
         on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
         means over images; block 0 is the input. Series ``scoring``: see ``cropr.tasks.scoring``. Images of this process
-        in their order: ``correct`` [n] bool and, with objects, ``object_kept`` [n, blocks], shares from 0 to 1, NaN
-        where there is no object.
+        in their order: ``correct`` [n] bool; ``pruned_after`` [n, N] int8, see ``Output``, but for slots; and, with
+        objects, ``object_kept`` [n, blocks], shares from 0 to 1, NaN where there is no object.
 
     Raises:
         ValueError: there are no images.
@@ -149,25 +149,33 @@ def evaluate(
     seen, blocks, scoring = 0, [0], Scoring(model)
     correct: list[Tensor] = []
     alive: list[Tensor] = []
+    after: list[Tensor] = []
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         scoring.on_object = None if objects is None else objects[seen : seen + len(labels)]
+        scoring.labels = labels
         with autocast(device, settings.precision), scoring:
             output: Output = forward(images)
         ranked, counts = _counts(output.logits.float(), labels)
         sums += counts
         correct.append(ranked[:, 0])
+        if output.tokens.index is None:  # slots, which have no place
+            objects = None
+        else:
+            after.append(output.pruned_after(output.grid[0] * output.grid[1]).to(torch.int8))
         if objects is not None:
             on_object = objects[seen : seen + len(labels)].to(device)
-            shares = shares + _shares(output, on_object)
-            alive.append(_alive(output, on_object))
+            masks = _masks(output, on_object)
+            shares = shares + _shares(masks, on_object)
+            alive.append(_alive(masks, on_object))
             blocks = [0, *output.kept]
         seen += len(labels)
     model.train(training)
     top1, top5, loss, count = settings.total(sums).tolist()
     if not count:
         raise ValueError("no image to evaluate: the validation set is empty")
-    found = {name: torch.cat(x).cpu().numpy() for name, x in (("correct", correct), ("object_kept", alive)) if x}
+    arrays = {"correct": correct, "object_kept": alive, "pruned_after": after}
+    found = {name: torch.cat(x).cpu().numpy() for name, x in arrays.items() if x}
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
     if objects is None:
         return Evaluation(metrics, {"relevance": [], **scoring.series(settings.total)}, found)
@@ -198,21 +206,27 @@ def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> T
     return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
 
 
-def _shares(output: Output, on_object: Tensor) -> Tensor:
+def _masks(output: Output, on_object: Tensor) -> list[Tensor]:
+    """[B, N] bool, for the input and after every pruning block: patches with a token of their own."""
+    everything = torch.ones_like(on_object)
+    return [everything, *(torch.zeros_like(on_object).scatter(1, index, True) for index in output.kept.values())]
+
+
+def _shares(masks: list[Tensor], on_object: Tensor) -> Tensor:
     """[blocks, 4]: sums over images, for the input and after every pruning block, see ``evaluate``.
 
     The columns: share of the kept patches on the object, share of the object's patches kept (0 for an image without
     one), images with an object, images. ``on_object``: [B, N] bool.
     """
     size, rows = on_object.sum(dim=1), []
-    for kept in (on_object, *(on_object.gather(1, index) for index in output.kept.values())):
-        hit = kept.sum(dim=1).double()
-        shares = (hit / kept.shape[1]).sum(), (hit / size.clamp(min=1)).sum()
+    for mask in masks:
+        hit = (mask & on_object).sum(dim=1).double()
+        shares = (hit / mask.sum(dim=1)).sum(), (hit / size.clamp(min=1)).sum()
         rows.append(torch.stack([*shares, (size > 0).sum(), (size >= 0).sum()]))
     return torch.stack(rows)
 
 
-def _alive(output: Output, on_object: Tensor) -> Tensor:
+def _alive(masks: list[Tensor], on_object: Tensor) -> Tensor:
     """[B, blocks]: share of each image's object patches that are kept, NaN without an object; see ``_shares``."""
-    kept = [on_object, *(on_object.gather(1, index) for index in output.kept.values())]
-    return torch.stack([patches.sum(dim=1) for patches in kept], dim=1) / on_object.sum(dim=1, keepdim=True)
+    kept = [(mask & on_object).sum(dim=1) for mask in masks]
+    return torch.stack(kept, dim=1) / on_object.sum(dim=1, keepdim=True)
