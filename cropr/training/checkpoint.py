@@ -186,7 +186,7 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def multiply_adds(model: nn.Module) -> dict[str, float]:
-    """``gmacs`` of the deployed model for one image, in 10^9; nothing for a detector, whose heads depend on the image."""
+    """``gmacs`` of the deployed model for one image, in 10^9; nothing for a detector, whose heads vary by image."""
     return {"gmacs": macs(model.deploy()).total / 1e9} if isinstance(model, PrunedViT) else {}
 
 

@@ -42,6 +42,7 @@ from cropr.training.checkpoint import (
     initial_model,
     latest_checkpoint,
     load_checkpoint,
+    multiply_adds,
     parameters,
     save_checkpoint,
     save_weights,
