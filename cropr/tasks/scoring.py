@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cropr.pruning.reducers.select import Cropr
-
 FIGURES = ("entropy", "attention_on_object", "object_share", "auc_sum", "auc_softmax", "recall_sum", "recall_softmax",
            "aux_top1")  # fmt: skip
 
@@ -34,7 +32,7 @@ class Scoring:
         """[B, N] bool, which patches of the next images lie on the object; None where that is not known."""
         self.labels: Tensor | None = None
         """[B], classes of the next images; None without a class an image."""
-        self._modules = {int(block): module for block, module in named if isinstance(module, Cropr)}
+        self._modules = {int(block): module for block, module in named if hasattr(module, "aggregator")}
         self._sums = {block: module.scorer.queries.new_zeros(len(FIGURES), 2, dtype=torch.float64)
                       for block, module in self._modules.items()}  # fmt: skip
         self._hooks: list[RemovableHandle] = []

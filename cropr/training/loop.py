@@ -121,9 +121,7 @@ def train(
     evaluate = partial(task.evaluate, model, evaluation, **share)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
     settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, **share)
-    history = []
-    if recipe.epochs:
-        history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
+    history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
     result = evaluate()
     found = {
         "seed": seed,
@@ -188,6 +186,8 @@ def fit(
         TrainingInterrupted: after SIGTERM or SIGINT.
         ValueError: recipe that cannot run here, or a checkpoint of another run.
     """
+    if not recipe.epochs:
+        return []
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
     steps = len(loader)
     bar = Progress(run.total, run.step, steps, show=run.world.leads)

@@ -102,7 +102,7 @@ def test_only_models_with_queries_have_the_series():
     model = tiny.model(tiny.spec())
     deployed, own = evaluate(model.deploy(), batches(4)), evaluate(model, batches(4))
     assert "scoring" not in deployed.series
-    assert [set(row) for row in own.series["scoring"]] == [{"block", "entropy"}] * 2  # no truth
+    assert [set(row) for row in own.series["scoring"]] == [{"block", "entropy", "aux_top1"}] * 2  # no truth
 
 
 def test_nothing_stays_hooked():

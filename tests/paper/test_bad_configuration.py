@@ -42,7 +42,7 @@ def classification(**values: object) -> dict[str, Any]:
     ("file", "change", "message"),
     [
         ("ci", classification(recipe={"epoch": 3}), r"ci\.yaml: tasks\..*recipe\.epoch: unknown.*epochs"),
-        ("ci", classification(recipe={"epochs": 0}), r"ci\.yaml: tasks\..*\.epochs = 0: must be > 0"),
+        ("ci", classification(recipe={"epochs": -1}), r"ci\.yaml: tasks\..*\.epochs = -1: must be >= 0"),
         ("ci", {"maps": -1, "colour": "red"}, r"(?s)maps = -1.*colour: unknown key"),
         ("ci", classification(schedules={"r8": {"constant": {"rate": 12}}}),
          r"ci\.yaml: tasks\.classification\.schedules\.r8 = .*12.*: .*lower the rate to \d+ or less"),

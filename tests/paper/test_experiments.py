@@ -153,7 +153,11 @@ def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) 
     pretrain = grid.pretrains[attention.init]
     assert (pretrain.prune.reducer, pretrain.model.args["global_pool"]) == ("none", "avg")
     assert attention.model.args["global_pool"] == "token"
-    assert {spec.init for spec in grid.runs.values() if spec.task == "classification"} == {pretrain.digest()}
+    unpruned = grid.artefacts["imagenet_methods"]["none"].run
+    inits = {spec.init for spec in grid.runs.values() if spec.task == "classification"}
+    assert inits == {pretrain.digest(), unpruned}
+    untrained = grid.runs[str(grid.artefacts["training_free"]["tome_r8"].run)]
+    assert (untrained.init, untrained.recipe.epochs) == (unpruned, 0)
 
 
 @pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
@@ -212,8 +216,8 @@ def test_manifest_says_all_that_a_notebook_needs() -> None:
     assert rows["cropr_r8_llf"]["records"] == [f"results/laptop/runs/{run}/seed{seed}/record.json" for seed in (0, 1)]
     assert rows["cropr_r8_llf"]["maps"] is None
     assert rows["cropr_r50"]["schedule"] == "R=16 @ 2,4,6"
-    assert (rows["tome_r8"]["records"], rows["tome_r8"]["bench"]) == ([], None)
-    assert rows["tome_r8"]["why"]
+    assert rows["small_image"]["records"] == []
+    assert rows["small_image"]["why"]
     assert grid.manifest("pruning_maps")["rows"][0]["maps"] == f"results/laptop/maps/{run}/seed0.npz"
     relevance = grid.artefacts["relevance"].rows
     assert set(grid.files("relevance")) == {record for row in relevance for record in row.records}
@@ -223,7 +227,7 @@ def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
     assert grid.find_row("no_mlp") == ("ablations", "no_mlp")
     assert grid.find_row("imagenet_methods/random_r8_llf") == ("imagenet_methods", "random_r8_llf")
-    for wrong in ("no_mlpp", "ablations/cropr", "imagenet_methods/tome_r8", "relevance/random"):
+    for wrong in ("no_mlpp", "ablations/cropr", "imagenet_methods/small_image", "relevance/random"):
         with pytest.raises(ValueError, match=rf"row = '{wrong}'.*ablations/no_mlp"):
             grid.find_row(wrong)
     with pytest.raises(ValueError, match="no such row to compare"):

@@ -128,8 +128,6 @@ class RowConfig(Block):
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: list[str] | None = None
     """Scales that have this row; None: all."""
-    why: str | None = None
-    """Why the row cannot run: its reducer does not exist yet."""
 
 
 class ArtefactConfig(Block):

@@ -90,12 +90,8 @@ class Resolver:
         own, measured = self.tasks[task], self.measured[task]
         schedule, why = own.schedule(where, meant), None
         if meant.reducer not in REDUCERS:
-            if (why := meant.why) is None:
-                raise ValueError(
-                    f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}, or say why "
-                    "it does not exist yet (key why)"
-                )
-        elif meant.scales is not None and self.scale.name not in meant.scales:
+            raise ValueError(f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}")
+        if meant.scales is not None and self.scale.name not in meant.scales:
             why = f"left out at the {self.scale.name} scale"
         run, bench, settings = None, None, own.config.bench
         seeds = self.seeds if meant.repeat or self.every_row else self.seeds[:1]
