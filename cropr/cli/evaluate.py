@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
     flags.require_positive(args, "batch_size")
 
     from cropr.data.loading import Share
-    from cropr.tasks.base import EvaluationSettings
-    from cropr.tasks.per_image import write_arrays
+    from cropr.tasks.base import EvaluationSettings, write_arrays
     from cropr.training.checkpoint import load_weights
     from cropr.training.distributed import start
 

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
 from cropr.pruning.model import Model, PrunedViT, prune
 from cropr.pruning.schedule import Schedule
-from cropr.records import RECORD, read_record
+from cropr.records import RECORD, read_record, replacing
 
 if TYPE_CHECKING:
     from cropr.data.loading import Share, TrainBatches
@@ -44,7 +45,7 @@ class Evaluation:
     metrics: dict[str, float]
     series: dict[str, list[Any]] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
-    """Arrays with a result for each image (``cropr.tasks.per_image``)."""
+    """Arrays with a result for each image, in the order of the validation set; ``image`` has their names or numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +184,27 @@ def names_fingerprint(root: Path, paths: Iterable[str | Path]) -> str:
     """Fingerprint of images by the names of their files below ``root``."""
     names = "".join(f"{Path(path).relative_to(root).as_posix()}\n" for path in paths)
     return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def in_order(
+    gather: Callable[[list[Any]], list[Any]], indices: Sequence[int], arrays: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arrays of all processes, in the order of the validation set.
+
+    Args:
+        gather: joins the lists of all processes.
+        indices: places in the validation set of this process's images.
+        arrays: a line for each of them.
+    """
+    parts = [part for part in gather([(list(indices), dict(arrays))]) if part[0]]
+    order = np.argsort(np.concatenate([np.asarray(places) for places, _ in parts]), kind="stable")
+    return {name: np.concatenate([own[name] for _, own in parts])[order] for name in parts[0][1]}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an npz whole or not at all; equal arrays give equal bytes."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], words: str = "was {}, is {}") -> list[str]:

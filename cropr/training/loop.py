@@ -35,8 +35,7 @@ from cropr.data.loading import Share, TrainBatches, some
 from cropr.records import RECORD, make_record, read_record, write_record
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
-from cropr.tasks.base import BatchTask, EvaluationSettings, differences
-from cropr.tasks.per_image import FILE, write_arrays
+from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
 from cropr.training.checkpoint import (
     WEIGHTS,
     initial_model,
@@ -50,6 +49,7 @@ from cropr.training.distributed import World
 
 CHECKPOINTS = "checkpoint"
 LOG = "log.jsonl"
+PER_IMAGE = "per_image.npz"
 OVERFLOWS = 30
 """fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
 LOG_SECONDS = 30
@@ -127,13 +127,13 @@ def train(
         "metrics": {**result.metrics, **parameters(model)},
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
-        "per_image": FILE,
+        "per_image": PER_IMAGE,
     }
     where = {"device": str(world.device), "precision": recipe.precision, "data_fingerprint": task.fingerprint}
     record = make_record("train", spec, started, found, **where, processes=world.size, workers=workers)
     if world.leads:
         record["metrics"] |= summarise(out / LOG)
-        write_arrays(out / FILE, result.images)
+        write_arrays(out / PER_IMAGE, result.images)
         save_weights(out / WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
         shutil.rmtree(out / CHECKPOINTS)

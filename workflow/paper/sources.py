@@ -31,6 +31,7 @@ NEUTRAL = frozenset(
         "cropr.tasks.segmentation",
         "workflow",
         "workflow.paper",
+        "workflow.paper.microbench",
         *(f"workflow.paper.{name}" for name in _GRID_SIDE),
     }
 )

@@ -41,14 +41,17 @@ def bench_code(spec):
 
 
 def microbench_verb(spec):
-    """Command of a microbenchmark or a plan, up to its specification."""
-    return f"microbench {spec.measure}" if hasattr(spec, "measure") else "plan"
+    """Module and verb of a microbenchmark or a plan."""
+    if hasattr(spec, "measure"):
+        return f"workflow.paper.microbench {spec.measure}"
+    return "cropr plan"
 
 
 def microbench_code(spec):
     """Digest of the code behind a microbenchmark or a plan."""
-    verb, cells = microbench_verb(spec).split()[0], getattr(spec, "cells", None)
-    return code_digest(f"cropr.cli.{verb}", cells, REDUCERS["cropr"].path)
+    cells = getattr(spec, "cells", None)
+    verb = "workflow.paper.microbench.__main__" if cells else "cropr.cli.plan"
+    return code_digest(verb, cells, REDUCERS["cropr"].path)
 
 
 def images(wildcards):

@@ -28,10 +28,10 @@ from cropr.tasks.base import (
     TaskRun,
     autocast,
     build_model,
+    in_order,
     names_fingerprint,
 )
 from cropr.tasks.classification import DataSpec
-from cropr.tasks.per_image import in_order
 from cropr.tasks.scoring import Scoring
 
 _ALONE = EvaluationSettings()

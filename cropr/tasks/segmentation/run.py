@@ -14,8 +14,7 @@ from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.data.scenes import OBJECT, object_patches
 from cropr.pruning.model import DeployedViT, Output
 from cropr.tasks import TrainSpec
-from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, names_fingerprint
-from cropr.tasks.per_image import in_order
+from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun, autocast, in_order, names_fingerprint
 from cropr.tasks.scoring import Scoring
 from cropr.tasks.segmentation.inference import predict
 from cropr.tasks.segmentation.metrics import count_pixels, scores
