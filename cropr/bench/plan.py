@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 
 from cropr.bench.device import weights_dtype
 from cropr.bench.models import build_on_meta, build_variants
-from cropr.bench.record import recorded
 from cropr.bench.specs import PlanSpec
-from cropr.bench.timing import Case, Outcome, Tell, ratio, time_interleaved
+from cropr.bench.timing import Case, Outcome, Tell, ratio, recorded, time_interleaved
 from cropr.pruning.flops import Cost
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule

@@ -10,9 +10,8 @@ from typing import Any
 
 from cropr.bench.device import Unsupported, check, weights_dtype
 from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
-from cropr.bench.record import recorded
 from cropr.bench.specs import UNPRUNED, BenchSpec
-from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved
+from cropr.bench.timing import Case, Tell, against, ratio, recorded, speed, time_interleaved
 from cropr.pruning import flops
 
 

@@ -20,7 +20,6 @@ NEUTRAL = frozenset(
     {
         "cropr",
         "cropr.bench.specs",
-        "cropr.cli.measuring",
         "cropr.cli.spec_flags",
         "cropr.pruning.methods",
         "cropr.records",

@@ -313,7 +313,7 @@ def _object_kept(images: Arrays, counts: NDArray[Any]) -> NDArray[Any]:
 
 
 def _miou(images: Arrays, counts: NDArray[Any]) -> NDArray[Any]:
-    """Mean IoU over the classes that a sample labels or predicts (``cropr.tasks.segmentation.metrics``)."""
+    """Mean IoU over the classes that a sample labels or predicts (``cropr.tasks.segmentation.run``)."""
     pixels = images["pixels"].astype(np.float64)  # [n, 3, C]
     right, labelled, predicted = (counts @ pixels[:, part] for part in range(3))
     with np.errstate(invalid="ignore"):

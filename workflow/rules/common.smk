@@ -30,8 +30,10 @@ def digest(value):
 def run_code(verb, spec):
     """Digest of the code behind a job that trains a model or shows its pruning maps."""
     task = TASKS[spec.task]
-    found = task.show if verb == "show" else task.run
-    return code_digest(f"cropr.cli.{verb}", found, REDUCERS[spec.prune.reducer].path)
+    shown = task.show if verb == "show" else None
+    return code_digest(
+        f"cropr.cli.{verb}", task.run, shown, REDUCERS[spec.prune.reducer].path
+    )
 
 
 def bench_code(spec):

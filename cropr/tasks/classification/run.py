@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
-from cropr.data.loading import EvalBatches, Share, TrainBatches
+from cropr.data.imagenet import EvalImages, Split, TrainImages, load_splits, mixup
+from cropr.data.loading import EvalBatches, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
+from cropr.distributed import ALONE, World
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.tasks import TrainSpec
 from cropr.tasks.base import (
+    DEFAULT,
     BatchTask,
     Evaluation,
     EvaluationSettings,
@@ -33,8 +34,6 @@ from cropr.tasks.base import (
 )
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.scoring import Scoring
-
-_ALONE = EvaluationSettings()
 
 
 class Objective(BatchTask):
@@ -56,11 +55,12 @@ class Objective(BatchTask):
 class Classification(Objective, TaskRun):
     """Images in class folders, soft targets, mixing."""
 
-    def __init__(self, spec: TrainSpec, root: Path) -> None:
-        assert isinstance(spec.data, DataSpec)
+    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
         TaskRun.__init__(self, spec, root)
-        Objective.__init__(self, spec.data, spec.prune.aux_weight)
-        self.splits = load_splits(root, spec.data.num_classes)
+        Objective.__init__(self, self.data, spec.prune.aux_weight)
+
+    def load(self, root: Path) -> tuple[Split, Split]:
+        return load_splits(root, self.data.num_classes)
 
     def folder_fingerprint(self) -> str:
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
@@ -68,37 +68,34 @@ class Classification(Objective, TaskRun):
     def build(self, pretrained: bool = False) -> PrunedViT:
         return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
 
-    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
+    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         """Raises ValueError for mixup or cutmix, which mix pairs, with an odd number of images per process."""
         size = self.spec.recipe.batch_size
-        batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, **share)
-        if self.mix is not None and size // batches.world % 2:
+        batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, world=world, workers=workers)
+        if self.mix is not None and size // world.size % 2:
             raise ValueError(
-                f"mixup and cutmix mix pairs, but a process has {size // batches.world} images of a batch; "
-                f"make batch_size ({size}) a multiple of {2 * batches.world}"
+                f"mixup and cutmix mix pairs, but a process has {size // world.size} images of a batch; "
+                f"make batch_size ({size}) a multiple of {2 * world.size}"
             )
         return batches
 
-    def evaluate(
-        self, model: PrunedViT | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
-    ) -> Evaluation:
-        split = self.splits[1]
-        batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
+    def evaluate(self, model: PrunedViT | DeployedViT, settings: EvaluationSettings = DEFAULT) -> Evaluation:
+        split, world = self.splits[1], settings.world
+        images = EvalImages(split, self.data)
+        batches = EvalBatches(images, settings.batch_size, world=world, workers=settings.workers)
         host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
         objects = object_map([split.paths[index] for index in batches.indices], self.data, host.patch_embed.grid_size)
         result = evaluate(model, batches, settings, objects)
         names = np.array([Path(split.paths[index]).relative_to(split.root).as_posix() for index in batches.indices])
-        arrays = in_order(settings.gather, batches.indices, {"image": names, **result.images})
+        arrays = in_order(world.gather, batches.indices, {"image": names, **result.images})
         return replace(result, images=arrays)
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
-    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1).
+    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1), in training mode.
 
-    Args:
-        output: of a model in training mode.
-        target: [B, classes], probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
-            [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
+    ``target`` [B, classes] are probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
+    [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
     """
     main = F.cross_entropy(output.logits.float(), target)
     if not output.aux:
@@ -120,7 +117,7 @@ def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    settings: EvaluationSettings = _ALONE,
+    settings: EvaluationSettings = DEFAULT,
     objects: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
@@ -140,49 +137,45 @@ def evaluate(
     Raises:
         ValueError: there are no images.
     """
-    device, training = settings.device, model.training
+    device, training = settings.world.device, model.training
     model.eval()
     torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
-    sums, shares = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
     seen, blocks, scoring = 0, [0], Scoring(model)
-    correct: list[Tensor] = []
-    alive: list[Tensor] = []
+    results, shares = list[Tensor](), list[Tensor]()
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        scoring.on_object = None if objects is None else objects[seen : seen + len(labels)]
+        scoring.on_object = None if objects is None else objects[seen : seen + len(labels)].to(device)
         with autocast(device, settings.precision), scoring:
             output: Output = forward(images)
-        ranked, counts = _counts(output.logits.float(), labels)
-        sums += counts
-        correct.append(ranked[:, 0])
-        if objects is not None:
-            on_object = objects[seen : seen + len(labels)].to(device)
-            shares = shares + _shares(output, on_object)
-            alive.append(_alive(output, on_object))
+        results.append(_results(output.logits.float(), labels))
+        if scoring.on_object is not None:
+            shares.append(_shares(output, scoring.on_object))
             blocks = [0, *output.kept]
         seen += len(labels)
     model.train(training)
-    top1, top5, loss, count = settings.total(sums).tolist()
+    own = torch.cat([torch.zeros(3, 0, dtype=torch.float64, device=device), *results], dim=1)
+    count, *sums = settings.world.sum(torch.stack((own.new_tensor(seen), *own.sum(dim=1)))).tolist()
     if not count:
         raise ValueError("no image to evaluate: the validation set is empty")
-    found = {name: torch.cat(x).cpu().numpy() for name, x in (("correct", correct), ("object_kept", alive)) if x}
-    metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
-    if objects is None:
-        return Evaluation(metrics, {"relevance": [], **scoring.series(settings.total)}, found)
-    relevance = [
-        {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * share / max(with_object, 1)}
-        for block, (kept, share, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
-    ]
-    return Evaluation(metrics, {"relevance": relevance, **scoring.series(settings.total)}, found)
+    top1, top5, loss = (value / count for value in sums)
+    metrics = {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "val_images": int(count)}
+    found, relevance = {"correct": own[0].bool().cpu().numpy()}, list[dict[str, float]]()
+    if shares:
+        each = torch.cat(shares, dim=1)  # [2, images, blocks]
+        found["object_kept"] = each[1].float().cpu().numpy()
+        totals = settings.world.sum(torch.stack((each.nansum(dim=1), (~each.isnan()).sum(dim=1).double())))
+        means = 100 * totals[0] / totals[1].clamp(min=1)
+        rows = zip(blocks, *means.tolist(), strict=True)
+        relevance = [{"block": block, "kept_on_object": kept, "object_kept": share} for block, kept, share in rows]
+    return Evaluation(metrics, {"relevance": relevance, **scoring.series(settings.world.sum)}, found)
 
 
-def _counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 5] bool: which guess is right, best first; [4]: images right at first, right within five, losses, images."""
+def _results(logits: Tensor, labels: Tensor) -> Tensor:
+    """[3, B] float64 of each image: whether the first guess is right, or one of the first five, and the loss."""
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    sums = torch.stack((ranked[:, 0].sum(), ranked.sum(), loss.double(), loss.new_tensor(len(labels)))).double()
-    return ranked, sums
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return torch.stack((ranked[:, 0].double(), ranked.any(dim=1).double(), loss.double()))
 
 
 def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
@@ -198,20 +191,8 @@ def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> T
 
 
 def _shares(output: Output, on_object: Tensor) -> Tensor:
-    """[blocks, 4]: sums over images, for the input and after every pruning block, see ``evaluate``.
-
-    The columns: share of the kept patches on the object, share of the object's patches kept (0 for an image without
-    one), images with an object, images. ``on_object``: [B, N] bool.
-    """
-    size, rows = on_object.sum(dim=1), []
-    for kept in (on_object, *(on_object.gather(1, index) for index in output.kept.values())):
-        hit = kept.sum(dim=1).double()
-        shares = (hit / kept.shape[1]).sum(), (hit / size.clamp(min=1)).sum()
-        rows.append(torch.stack([*shares, (size > 0).sum(), (size >= 0).sum()]))
-    return torch.stack(rows)
-
-
-def _alive(output: Output, on_object: Tensor) -> Tensor:
-    """[B, blocks]: share of each image's object patches that are kept, NaN without an object; see ``_shares``."""
-    kept = [on_object, *(on_object.gather(1, index) for index in output.kept.values())]
-    return torch.stack([patches.sum(dim=1) for patches in kept], dim=1) / on_object.sum(dim=1, keepdim=True)
+    """[2, B, blocks]: of each image, at the input and after every pruning block, the share of the kept patches that lie
+    on the object, and that of the object's patches that are kept, NaN without an object. ``on_object``: [B, N] bool."""
+    alive = [on_object, *(on_object.gather(1, index) for index in output.kept.values())]
+    hit = torch.stack([patches.sum(dim=1) for patches in alive], dim=1).double()
+    return torch.stack((hit / hit.new_tensor([patches.shape[1] for patches in alive]), hit / hit[:, :1]))

@@ -19,8 +19,7 @@ examples:
 
 import argparse
 
-from cropr.cli.measuring import add_record_flags, measured, show_cells
-from cropr.cli.spec_flags import make_spec, read_values
+from cropr.cli.spec_flags import add_record_flags, make_spec, measured, read_values, show_cells
 from workflow.paper.microbench import MEASURES
 
 _KEYS = (

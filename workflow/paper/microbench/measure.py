@@ -4,8 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from cropr.bench.device import Unsupported, check
-from cropr.bench.record import recorded
-from cropr.bench.timing import Tell
+from cropr.bench.timing import Tell, recorded
 from workflow.paper.microbench import MicrobenchSpec
 
 
