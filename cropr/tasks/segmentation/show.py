@@ -50,7 +50,7 @@ class MapAnswers(Answers):
 
 def _drawn(pixels: Tensor, labels: Tensor) -> Tensor:
     """Labels [h, w] over the image in the window [3, S, S]; what has no label stays plain."""
-    labels = pad(labels.byte(), pixels.shape[-1], IGNORE)
+    labels = pad(labels[None].byte(), pixels.shape[-1], IGNORE)[0]
     present = [label for label in labels.unique().tolist() if label != IGNORE]
     if not present:
         return pixels
