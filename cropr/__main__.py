@@ -12,7 +12,6 @@ VERBS = {
     "train": "train or fine-tune a model, pruned or not, and evaluate it",
     "evaluate": "evaluate trained weights",
     "bench": "measure throughput of a pruned model against the unpruned one",
-    "microbench": "measure precisions, attention kernels, token counts, where time goes, training",
     "plan": "find the schedule that reaches a speed-up",
     "export": "write a deployed model as torch.export and ONNX, and check the file",
     "show": "draw the pruning maps of a trained model on images",

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +55,8 @@ def export(
 
     Returns ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a
     logit, largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` by type, and
-    ``series`` (seconds a batch, round by round).
-
-    Raises:
-        ValueError: a reducer that cannot be exported, a missing package, or a file that does not agree with PyTorch.
+    ``series`` (seconds a batch, round by round). Raises ValueError: a reducer that cannot be exported, a missing
+    package, or a file that does not agree with PyTorch.
     """
     exportable, host = Exportable(model), model.model.backbone.host
     size = host.patch_embed.img_size[0]
@@ -69,14 +67,14 @@ def export(
     torch.export.save(program, folder / PT2)
     tell("ONNX")
     to_onnx(program, folder / ONNX, exportable.names)
-    graph = inspect(folder / ONNX)
+    operators, of_graph = inspect(folder / ONNX)
     tell("run the file")
     session = open_session(folder / ONNX, torch.get_num_threads())
-    agreement = compare(exportable, session, images)
-    if not agreement.holds:
+    same, difference = compare(exportable, session, images)
+    if same < batch_size or difference > TOLERANCE:
         raise ValueError(
-            f"{folder / ONNX} does not agree with PyTorch: the same tokens for {agreement.same_tokens} of "
-            f"{agreement.images} images, logits differ by up to {agreement.logits:.2g}; do not deploy it"
+            f"{folder / ONNX} does not agree with PyTorch: the same tokens for {same} of {batch_size} images, logits "
+            f"differ by up to {difference:.2g}; do not deploy it"
         )
     inputs = {"images": images.numpy()}
     passes = {"onnx": partial(session.run, ["logits"], inputs), "torch": partial(model, images)}
@@ -88,18 +86,15 @@ def export(
     sizes = {file: sum(part.stat().st_size for part in folder.glob(f"{file}*")) for file in (ONNX, PT2)}
     metrics = {
         **{f"{file.partition('.')[2]}_mb": size / 1e6 for file, size in sizes.items()},
-        **{"images": agreement.images, "same_tokens": agreement.same_tokens},
-        "logits_difference": agreement.logits,
-        "largest_k": max(graph.topk, default=0),
-        "topk": len(graph.topk),
-        "reducing_scatters": len(graph.reducing_scatters),
+        **{"images": batch_size, "same_tokens": same, "logits_difference": difference},
+        **of_graph,
         **{f"{name}_ms": float(np.median(values)) * 1e3 for name, values in seconds.items()},
     }
     if against_unpruned:
         base, mac_ratio = seconds["base_onnx"], flops.macs(host).total / flops.macs(model).total
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
         metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
-    return {"metrics": metrics, "operators": graph.operators, "series": seconds}
+    return {"metrics": metrics, "operators": operators, "series": seconds}
 
 
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
@@ -112,11 +107,8 @@ def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
 
 
 class Exportable(nn.Module):
-    """A deployed model whose outputs are a plain tuple of tensors, as graphs have them.
-
-    Raises:
-        ValueError: a reducer that draws random numbers: no two programs draw the same.
-    """
+    """A deployed model whose outputs are a plain tuple of tensors, as graphs have them. Raises ValueError: a reducer
+    that draws random numbers: no two programs draw the same."""
 
     def __init__(self, model: DeployedViT) -> None:
         super().__init__()
@@ -138,28 +130,6 @@ class Exportable(nn.Module):
         """Images [B, 3, H, W] to logits [B, classes] and kept indices [B, K] int64, a block each."""
         output = self.model.detailed(images)
         return (output.logits, *output.kept.values())
-
-
-class Graph(NamedTuple):
-    """Properties of an ONNX file that decide whether an engine takes it: number of nodes by type, the most frequent
-    first; k of every Top-K in the graph's order; names of scatter nodes with a reduction."""
-
-    operators: dict[str, int]
-    topk: tuple[int, ...]
-    reducing_scatters: tuple[str, ...]
-
-
-class Agreement(NamedTuple):
-    """The file beside PyTorch: of so many images, so many with the same tokens after every block, and the largest
-    absolute difference of a logit."""
-
-    images: int
-    same_tokens: int
-    logits: float
-
-    @property
-    def holds(self) -> bool:
-        return self.same_tokens == self.images and self.logits <= TOLERANCE
 
 
 def to_program(model: Exportable, image_size: int) -> torch.export.ExportedProgram:
@@ -187,9 +157,9 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[s
     converted.save(path)
 
 
-def inspect(path: Path) -> Graph:
-    """Read the operators of an ONNX file, without its weights, and warn of those that TensorRT refuses."""
-    need()
+def inspect(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Read an ONNX file, without its weights, and warn of what TensorRT refuses: numbers of nodes by type; numbers of
+    Top-K (``topk``) and scatters with a reduction (``reducing_scatters``), and the ``largest_k`` of a Top-K."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -209,12 +179,12 @@ def inspect(path: Path) -> Graph:
     if max(topk, default=0) > TENSORRT_TOPK:
         _LOG.warning("a Top-K of k = %d is above TensorRT's limit of %d", max(topk), TENSORRT_TOPK)
     operators = Counter(node.op_type for node in graph.node)
-    return Graph(dict(operators.most_common()), tuple(topk), tuple(scatters))
+    found = {"largest_k": max(topk, default=0), "topk": len(topk), "reducing_scatters": len(scatters)}
+    return dict(operators.most_common()), found
 
 
 def open_session(path: Path, threads: int) -> Any:
     """An onnxruntime session on the CPU, with so many threads for one operation."""
-    need()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -225,14 +195,15 @@ def open_session(path: Path, threads: int) -> Any:
 
 
 @torch.inference_mode()
-def compare(model: Exportable, session: Any, images: Tensor) -> Agreement:
-    """Run the same images [B, 3, H, W] through PyTorch and an onnxruntime session; compare tokens block by block."""
+def compare(model: Exportable, session: Any, images: Tensor) -> tuple[int, float]:
+    """Images, of [B, 3, H, W], for which PyTorch and an onnxruntime session keep the same tokens after every block, and
+    the largest absolute difference of a logit."""
     expected = [output.numpy() for output in model(images)]
     actual = session.run(model.names, {"images": images.numpy()})
     same = np.ones(len(images), dtype=bool)
     for ours, theirs in zip(expected[1:], actual[1:], strict=True):
         same &= (ours == theirs).all(axis=1)
-    return Agreement(len(images), int(same.sum()), float(np.abs(expected[0] - actual[0]).max()))
+    return int(same.sum()), float(np.abs(expected[0] - actual[0]).max())
 
 
 def need() -> None:

@@ -52,12 +52,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
-    """Write ``record`` as JSON with sorted keys, whole or not at all.
-
-    Raises:
-        ValueError: a number is NaN or infinite; the message names its key.
-        TypeError: a value is not JSON (a tensor, a path).
-    """
+    """Write ``record`` as JSON with sorted keys, whole or not at all. Raises ValueError: a number is NaN or infinite;
+    the message names its key; TypeError: a value is not JSON (a tensor, a path)."""
     if bad := [key for key, number in _numbers(record, "record") if not math.isfinite(number)]:
         raise ValueError(f"{path}: {', '.join(bad)} is not a finite number; a record holds results, not failures")
     write_text(path, json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n")
@@ -94,14 +90,9 @@ def provenance(
 ) -> dict[str, Any]:
     """Where the numbers of a record come from.
 
-    Args:
-        started: ``time.time()`` at the start of the job.
-        device: torch's name of the device that computed, ``cpu`` or ``cuda:0``.
-        precision: ``fp32``, ``bf16`` or ``fp16``; None where the job computes no network.
-        more: further entries; one with a name from above replaces it.
-
-    Megabytes are 10^6 bytes: the allocator's peak on CUDA, else the peak resident size of this process. Outside a
-    checkout, commit and dirty are None.
+    ``started`` is ``time.time()`` at the start of the job, ``device`` torch's name, ``precision`` None where the job
+    computes no network. An entry of ``more`` with a name from above replaces it. Megabytes are 10^6 bytes: the peak of
+    the allocator on CUDA, else of this process's resident size. Outside a checkout, commit and dirty are None.
     """
     commit, dirty = _checkout()
     return {

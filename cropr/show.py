@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.utils import draw_segmentation_masks
 
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
+from cropr.tasks import TrainSpec, open_task
 
 Colour = tuple[int, int, int]
 
@@ -40,12 +42,8 @@ _SIDE, _TEXT, _GAP = 192, 16, 8
 
 
 def pruned_after(model: PrunedViT | DeployedViT, images: Tensor) -> Tensor:
-    """Block after which each patch was pruned, int64 [B, h, w]; 0 for patches that are never pruned.
-
-    Args:
-        model: made by ``cropr.prune``, or its deployed form. It runs in evaluation mode and keeps its own mode.
-        images: [B, 3, H, W], normalised as for the model.
-    """
+    """Block after which each patch was pruned, int64 [B, h, w]; 0 for patches that are never pruned. The model runs in
+    evaluation mode and keeps its own mode; ``images`` [B, 3, H, W] are normalised for it."""
     training = model.training
     with torch.inference_mode():
         output = model.eval().detailed(images) if isinstance(model, DeployedViT) else model.eval()(images)
@@ -64,12 +62,8 @@ def show(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """Pruning maps, drawn over the images: uint8 [B, 3, H, W], on the CPU.
-
-    Args:
-        model, images: as of ``pruned_after``.
-        mean, std: with which the images were normalised; by default those of the timm model.
-    """
+    """Pruning maps, drawn over the images: uint8 [B, 3, H, W], on the CPU; arguments as of ``pruned_after``. The images
+    were normalised with ``mean`` and ``std``, by default those of the timm model."""
     vit = model.model if isinstance(model, DeployedViT) else model
     config = getattr(vit.backbone.host, "pretrained_cfg", {})
     pixels = to_pixels(images, mean or config.get("mean", (0.5,) * 3), std or config.get("std", (0.5,) * 3))
@@ -141,12 +135,19 @@ class Shown:
 
 
 class Answers:
-    """Images of one task and what a model answers on them. Each task names its own subclass in ``Task.show``."""
+    """Images of one task and what a model answers on them. Each task names its own subclass in ``Task.show``. ``root``:
+    images in the layout of the task; None where only single files are shown. Raises what ``TaskRun`` raises."""
 
-    model: PrunedViT
-    """In training form and evaluation mode; weights are loaded from outside."""
-    labels: Sequence[int] = ()
-    """Class of each validation image, for ``choose``; -1 for images without a class."""
+    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
+        run = open_task(spec, root)
+        self.data: Any = run.data
+        self.split: Any = run.splits[1] if run.splits else None
+        self.model = run.build().eval()
+        """In training form; weights are loaded from outside."""
+
+    def labels(self) -> Sequence[int]:
+        """Class of each validation image, for ``choose``; -1 for images without a class."""
+        raise NotImplementedError
 
     def show(self, item: int | str, device: torch.device) -> Shown:
         """Run the model on the validation image of this number, or on the file of this name."""

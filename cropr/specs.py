@@ -88,7 +88,7 @@ class ScenesSpec(Spec):
     """Training images."""
     val: int = Field(2_000, ge=1)
     """Validation images."""
-    scale: tuple[float, float] = (2.0, 2.0)
+    scale: Range = (2.0, 2.0)
     """Size of digits and distractors, in units of their 8 px originals: drawn between these two."""
     distractors: tuple[int, int] = (7, 11)
     """Digits with shuffled quadrants in an image, at least and at most."""
@@ -96,6 +96,29 @@ class ScenesSpec(Spec):
     """Whole digits in an image, at least and at most. They do not overlap."""
     seed: int = 0
     """Of the generator."""
+
+    @property
+    def places(self) -> range:
+        """Offsets, along an axis, at which digits of the largest scale lie side by side on a grid of 8 px."""
+        side = round(8 * self.scale[1])
+        return range(0, self.image_size - side + 1, -(-side // 8) * 8)
+
+    @model_validator(mode="after")
+    def _possible(self) -> ScenesSpec:
+        for name, (fewest, most) in (("objects", self.objects), ("distractors", self.distractors)):
+            if not 0 <= fewest <= most:
+                raise ValueError(f"{name} {(fewest, most)} is not an increasing pair of counts")
+        digits = f"at scale {self.scale[1]} in an image of {self.image_size} px"
+        if not (room := len(self.places) ** 2):
+            raise ValueError(
+                f"no digit fits {digits}; lower scale to at most {self.image_size / 8:g} or raise image_size"
+            )
+        if self.objects[1] > room:
+            raise ValueError(
+                f"up to {self.objects[1]} digits {digits}, which has room for {room}; lower objects or scale, or raise "
+                "image_size"
+            )
+        return self
 
 
 class ImagesSpec(Spec):
@@ -163,15 +186,9 @@ class Refused(ValueError):
 
 
 def check(model: type[Model], values: Any, where: str, name: Namer = lambda _: None) -> Model:
-    """Validate values.
-
-    Args:
-        where: the values stand, such as a file's name; begins every line of an error.
-        name: a reader's name for what a dotted key stands in, such as a row of a list; None for most.
-
-    Raises:
-        Refused: a line for every problem: where, key, value, and what is allowed.
-    """
+    """Validate values, which stand ``where`` an error begins with, such as a file. ``name`` gives a reader's name for
+    what a dotted key stands in, such as a row of a list. Raises Refused: a line for every problem: where, key, value,
+    and what is allowed."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

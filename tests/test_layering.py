@@ -25,7 +25,7 @@ LAYERS = ("pruning", "specs", "data", "tasks", "training", "bench", "cli")
 """Packages and modules of ``cropr``, lowest first: each imports only itself and those before it."""
 TORCH_FREE = (
     "cropr", "cropr.specs", "cropr.__main__", "cropr.records", "cropr.bench.specs", "cropr.tasks",
-    "workflow.paper", "workflow.paper.grid", "workflow.paper.sources",
+    "workflow.paper", "workflow.paper.grid", "workflow.paper.microbench", "workflow.paper.sources",
 )  # fmt: skip
 
 

@@ -15,9 +15,8 @@ from torchvision.models.detection.image_list import ImageList
 
 from cropr.pruning.flops import counts
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import BOX_SIZE, MASK_SIZE, CascadeHeads
-from cropr.tasks.detection.neck import SimpleFeaturePyramid
-from cropr.tasks.detection.proposals import ProposalNetwork
+from cropr.tasks.detection.cascade import BOX_SIZE, MASK_SIZE, CascadeHeads, ProposalNetwork
+from cropr.tasks.detection.model import SimpleFeaturePyramid
 
 NUM_CLASSES = 80
 """COCO's."""

@@ -10,11 +10,10 @@ from collections.abc import Generator
 from functools import partial
 from typing import Any, TypeAlias
 
-from cropr.bench.microbench import recorded
-from cropr.bench.models import build_on_meta
-from cropr.bench.specs import PlanSpec, SweepSpec
-from cropr.bench.sweep import sweep_cells
-from cropr.bench.timing import Tell
+from cropr.bench.device import weights_dtype
+from cropr.bench.models import build_on_meta, build_variants
+from cropr.bench.specs import PlanSpec
+from cropr.bench.timing import Case, Outcome, Tell, ratio, recorded, time_interleaved
 from cropr.pruning.flops import Cost
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule
@@ -28,7 +27,7 @@ ATTEMPTS = 6
 _Search: TypeAlias = Generator[Schedule, Any, dict[str, Any]]
 
 
-@recorded
+@recorded("plan")
 def measure(spec: PlanSpec, device: str, tick: Tell) -> dict[str, Any]:
     """Plan every target; with ``spec.verify``, measure and correct on a device by torch's name; ``tick`` is called with
     each next step.
@@ -56,8 +55,8 @@ def measure(spec: PlanSpec, device: str, tick: Tell) -> dict[str, Any]:
 
 
 def _search(spec: PlanSpec, cost: Cost, target: float) -> _Search:
-    """Yields schedules to measure, is sent their cells of a sweep, and returns the line of the record: of several
-    schedules the one whose speed-up is closest to the target."""
+    """Yields schedules to measure, is sent what ``_measure`` gives for each, and returns the line of the record: of
+    several schedules the one whose speed-up is closest to the target."""
     asked, reason, planned = target, None, None
     tried: dict[Any, dict[str, Any]] = {}
     try:
@@ -119,7 +118,16 @@ def _measure(spec: PlanSpec, pending: dict[_Search, Schedule], device: str, tell
         f"schedule {number}": spec.prune.model_copy(update={"schedule": schedule.to_config()})
         for number, schedule in enumerate(pending.values(), 1)
     }
-    same: dict[str, Any] = {key: getattr(spec, key) for key in ("model", "image_size", "rounds")}
-    how = {"batch_sizes": [spec.batch_size], "precisions": [spec.precision]}
-    _, *cells = sweep_cells(SweepSpec(measure="sweep", variants=variants, **same, **how), device, tell)
-    return dict(zip(pending, cells, strict=True))
+    tell("build")
+    models = build_variants(spec.model, variants, spec.image_size, device, weights_dtype(spec.precision))
+    shape = (3, spec.image_size, spec.image_size)
+    cases = [Case(name=name, model=model, shape=shape, precision=spec.precision) for name, model in models.items()]
+    _, (base, *outcomes) = time_interleaved(cases, spec.batch_size, spec.rounds, 1, device, tell)
+    return {search: _cell(base, outcome) for search, outcome in zip(pending, outcomes, strict=True)}
+
+
+def _cell(base: Outcome, outcome: Outcome) -> dict[str, Any]:
+    """What was measured of a schedule, or why it could not be."""
+    if reason := base.unsupported or outcome.unsupported:
+        return {"unsupported": reason}
+    return {"metrics": ratio("speedup", base.seconds, outcome.seconds), "seconds": outcome.seconds}

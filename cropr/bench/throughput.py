@@ -9,14 +9,13 @@ from importlib import import_module
 from typing import Any
 
 from cropr.bench.device import Unsupported, check, weights_dtype
-from cropr.bench.microbench import recorded
 from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
 from cropr.bench.specs import UNPRUNED, BenchSpec
-from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved
+from cropr.bench.timing import Case, Tell, against, ratio, recorded, speed, time_interleaved
 from cropr.pruning import flops
 
 
-@recorded
+@recorded("bench")
 def measure(spec: BenchSpec, device: str, tick: Tell) -> dict[str, Any]:
     """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ import torch
 from torch import nn
 
 from cropr.bench.device import Unsupported, largest_batch, noise, run_forced, with_attention_kernel, working_memory
+from cropr.distributed import reuse_freed_memory
+from cropr.records import make_record
+from cropr.specs import Spec
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
@@ -192,3 +195,27 @@ def _prepare(case: Case, outcome: Outcome, batch_size: int, warmup: int, device:
         seconds = clock(lambda: found.extend(working_memory(forward, device)), 1, device)
         outcome.working_memory_mb, warmup = found[1], max(1, warmup - 1)
     return warm_up(forward, warmup, device, seconds)
+
+
+def recorded(kind: str) -> Callable[..., Any]:
+    """Decorator: a function that measures what a spec describes, on a device by torch's name, returns a record.
+
+    What it calls ``provenance`` joins that of the record. Where the device cannot run it, the record has no metrics,
+    and ``unsupported`` says why. Raises: ValueError: an impossible model, schedule or reducer, or no such device.
+    """
+
+    def decorate(find: Callable[[Any, str, Tell], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        @wraps(find)
+        def measure(spec: Spec, device: str = "cpu", tick: Tell = no_progress) -> dict[str, Any]:
+            started = time.time()
+            reused = device == "cpu" and reuse_freed_memory()
+            try:
+                found = find(spec, device, tick)
+            except Unsupported as error:
+                found = {"metrics": {}, "unsupported": str(error)}
+            origin = {"device": device, "freed_memory_reused": reused, **found.pop("provenance", {})}
+            return make_record(kind, spec, started, found, **origin)
+
+        return measure
+
+    return decorate

@@ -17,8 +17,7 @@ examples:
 import argparse
 
 from cropr.bench.specs import BenchSpec
-from cropr.cli.measuring import add_measuring_flags, measured, origin, spec_from_flags
-from cropr.cli.spec_flags import number, say, show_metrics
+from cropr.cli.spec_flags import add_measuring_flags, measured, number, origin, say, show_metrics, spec_from_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from cropr.cli.measuring import progress
-from cropr.cli.spec_flags import LAYOUTS, add_fields, given, make_spec, read_values, say
+from cropr.cli.spec_flags import LAYOUTS, add_fields, given, make_spec, progress, read_values, say
 from cropr.specs import ScenesSpec
 
 

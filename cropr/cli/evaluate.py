@@ -11,6 +11,7 @@ examples:
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import cropr.cli.spec_flags as flags
 from cropr.records import make_record, provenance, write_record
@@ -45,11 +46,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--save-predictions: {spec.task} has no file of results; only detection has")
     flags.require_positive(args, "batch_size")
 
-    from cropr.data.loading import Share
-    from cropr.tasks.base import EvaluationSettings
-    from cropr.tasks.per_image import write_arrays
+    from cropr.distributed import start
+    from cropr.tasks.base import EvaluationSettings, write_arrays
     from cropr.training.checkpoint import load_weights
-    from cropr.training.distributed import start
 
     with start(args.device, args.threads) as world:
         task = open_task(spec, args.data)
@@ -57,11 +56,10 @@ def run(args: argparse.Namespace) -> None:
         load_weights(model, weights)
         # As it was trained; the CPU has no fp16.
         precision = "fp32" if (world.device.type, spec.recipe.precision) == ("cpu", "fp16") else spec.recipe.precision
-        how = {"batch_size": args.batch_size, "precision": precision, "seed": seed, "device": world.device}
+        how: dict[str, Any] = {"batch_size": args.batch_size, "precision": precision, "seed": seed}
         predictions = args.save_predictions if world.leads else None
-        settings = EvaluationSettings(**how, total=world.sum, gather=world.gather, predictions=predictions)
-        share = Share(rank=world.rank, world=world.size, workers=args.workers)
-        result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings, **share)
+        settings = EvaluationSettings(world=world, workers=args.workers, predictions=predictions, **how)
+        result = task.evaluate((model.deploy() if args.deployed else model).to(world.device), settings)
         if not world.leads:
             return None
         metrics, tokens = {**result.metrics, "deployed": int(args.deployed)}, list(model.token_trace)

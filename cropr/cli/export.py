@@ -19,7 +19,7 @@ from typing import Any
 
 import cropr.cli.spec_flags as flags
 from cropr.bench.specs import BenchSpec
-from cropr.cli.measuring import origin, progress, set_threads
+from cropr.cli.spec_flags import origin, progress
 from cropr.records import RECORD, make_record, package_versions, write_record
 
 
@@ -38,14 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export, check, print, write the record."""
     started = time.time()
-    flags.require_positive(args, "batch_size", "rounds", "threads")
+    flags.require_positive(args, "batch_size", "rounds")
 
+    from cropr.distributed import set_threads
     from cropr.export import export, need
     from cropr.tasks.base import build_model, require_known
     from cropr.training.checkpoint import load_weights
 
     need()
-    set_threads(args)
+    set_threads(args.threads)
     spec: Any
     model: Any
     if args.run_dir:

@@ -13,7 +13,7 @@ examples:
 import argparse
 
 from cropr.bench.specs import PlanSpec
-from cropr.cli.measuring import add_measuring_flags, measured, show_cells, spec_from_flags
+from cropr.cli.spec_flags import add_measuring_flags, measured, show_cells, spec_from_flags
 
 _KEYS = ("target", "schedule", "predicted", "speedup", "speedup_low", "speedup_high", "rounds", "reached")
 

@@ -45,17 +45,17 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
+    from cropr.distributed import start
     from cropr.show import choose, panels
     from cropr.tasks import TASKS
     from cropr.training.checkpoint import load_weights
-    from cropr.training.distributed import start
 
     task = TASKS[spec.task]
     with start(args.device, args.threads) as world:
         answers: Answers = task.load(task.show)(spec, args.data)
         load_weights(answers.model, weights)
         answers.model.to(world.device)
-        items: list[Any] = [*map(str, args.image)] if args.image else choose(answers.labels, args.images)
+        items: list[Any] = [*map(str, args.image)] if args.image else choose(answers.labels(), args.images)
         if len(items) < args.images and not args.image:
             _LOG.warning("%s: only %d validation images of %d", args.data, len(items), args.images)
         torch.manual_seed(seed)

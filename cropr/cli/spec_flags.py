@@ -1,4 +1,4 @@
-"""Flags of the verbs, and the specifications that they make up: from a file, from JSON, or from flags.
+"""What verbs share: flags, the specifications that they make up, what is printed, and how a measurement is recorded.
 
 Name, type, choices, default and help of most flags come from the field of a specification and its docstring.
 """
@@ -6,17 +6,20 @@ Name, type, choices, default and help of most flags come from the field of a spe
 import argparse
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cropr.pruning.methods import FUSIONS, REDUCERS
-from cropr.records import read_record
+from cropr.records import RECORD, read_record, write_record
 from cropr.specs import Spec, check
 from cropr.tasks import TASKS, TrainSpec
 
@@ -24,6 +27,7 @@ Kind = TypeVar("Kind", bound=Spec)
 PRUNING = ("model", "reducer", "rate", "schedule", "fusion")
 """Names of the flags that ``add_pruning_flags`` adds."""
 LAYOUTS = tuple(task.layout for task in TASKS.values())
+_LOG = logging.getLogger(__name__)
 
 # Flags --------------------------------------------------------------------------------------------------------------
 
@@ -247,3 +251,80 @@ def number(value: Any) -> str:
     if isinstance(value, list):
         return f"{value[0]} to {min(value)}"
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# Measurements -------------------------------------------------------------------------------------------------------
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser, kind: type[Spec], schedule: bool = True) -> None:
+    """Flags of a verb that measures a model by name; ``spec_from_flags`` reads them."""
+    add_pruning_flags(parser, schedule)
+    how = parser.add_argument_group("measurement")
+    add_fields(how, kind)
+    add_record_flags(parser, how, f"{kind.__name__}; instead of flags")
+
+
+def add_record_flags(parser: argparse.ArgumentParser, how: argparse._ActionsContainer, what: str) -> None:
+    """``--spec``, and the flags that ``measured`` reads."""
+    parser.add_argument("--spec", metavar="FILE", help=f"a JSON or YAML file, or JSON, of a {what}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write record.json there")
+    add_machine_flags(how)
+
+
+def spec_from_flags(args: argparse.Namespace, kind: type[Kind], together: Collection[str] = ()) -> Kind:
+    """The specification of a measurement that ``--spec`` or flags describe; ``together``: flags that go with both."""
+    values = given(args, kind.model_fields)
+    if args.spec:
+        require_alone(args, "spec", {*PRUNING, *values} - {*together})
+        return make_spec({**read_values(args.spec), **given(args, together)}, kind=kind)
+    return make_spec(values | model_and_pruning(args), kind=kind)
+
+
+def show_cells(title: str, record: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """A row for each cell of a record, with the ``keys`` that any cell has; below, why some could not be measured."""
+    cells = record.get("cells", [])
+    flat = [{**cell, **(cell.get("metrics") or {})} for cell in cells]
+    shown = [key for key in keys if any(key in cell for cell in flat)]
+    show_table(title, [{key: cell.get(key) for key in shown} for cell in flat])
+    for key, text in (("unsupported", "not measured"), ("reason", "not reached")):
+        for reason in dict.fromkeys(cell[key] for cell in cells if cell.get(key)):
+            say(f"{text}: {reason}")
+    say(origin(record))
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """Device, threads, version of torch and duration of a record."""
+    told = record["provenance"]
+    return f"{told['device']}, {told['threads']} threads, torch {told['packages']['torch']}, {told['wall_s']:.0f} s"
+
+
+def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to.
+
+    If it is written, it also says what the device cannot run, so that a table of several precisions is complete on any
+    device; else that is an error.
+    """
+    import torch
+
+    from cropr.distributed import set_threads
+
+    set_threads(args.threads)
+    with progress() as tick:
+        record = measure(spec, args.device or ("cuda" if torch.cuda.is_available() else "cpu"), tick)
+    if args.out:
+        write_record(args.out / RECORD, record)
+    if reason := record.get("unsupported"):
+        if not args.out:
+            raise ValueError(reason)
+        _LOG.warning("not measured: %s", reason)
+    return record
+
+
+@contextmanager
+def progress(*columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+    """A line on the terminal that says what runs and for how long. Call what it gives with the name of each step, and
+    with ``completed`` or ``advance`` and ``total`` where ``columns`` show a count."""
+    shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn())
+    with Progress(*shown, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", total=None)
+        yield lambda what, **counts: bar.update(task, description=what, **counts)

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
         flags.require_alone(args, "spec", _PARTS, ", or change single keys with --set")
         spec = flags.make_spec(args.spec, args.set)
 
+    from cropr.distributed import start
     from cropr.tasks import TASKS
-    from cropr.training.distributed import start
     from cropr.training.loop import TrainingInterrupted, train
 
     with start(args.device, args.threads) as world:

@@ -8,8 +8,8 @@ Maps that leave this module count classes from 0 and have ``IGNORE`` where there
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, some, standardise, unreadable
+from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, settle, some, standardise, unreadable
 from cropr.tasks.segmentation import TASK, SegDataSpec
 
 FOLDER = "ADEChallengeData2016"
@@ -36,7 +36,6 @@ CROPS = 10
 """Crops that are tried for one in which no class prevails."""
 
 Pair = tuple[Tensor, Tensor]
-Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], Pair]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +51,13 @@ class Split:
         return len(self.images)
 
 
-def load_splits(root: str | Path) -> tuple[Split, Split]:
-    """List training and validation images. Nothing is decoded.
-
-    Raises:
-        FileNotFoundError: the root or a folder is missing.
-        ValueError: a split without images, images without annotation, annotations without image, or a set of scenes
-            whose writing was interrupted.
-    """
-    splits, problems = survey(Path(root))
-    if problems:
-        raise ValueError(some(problems))
-    return splits
-
-
-def survey(root: Path) -> tuple[tuple[Split, Split], list[str]]:
-    """Both splits, and what is wrong within their folders. Raises what ``require_folders`` raises."""
-    inner, problems = require_folders(root, TASK, FOLDER), list[str]()
-    training, validation = (_list(inner, name, problems) for name in SPLITS)
-    return (training, validation), problems
+def load_splits(root: str | Path, problems: list[str] | None = None) -> tuple[Split, Split]:
+    """List training and validation images. Nothing is decoded. What is wrong joins ``problems``, if that is given.
+    Raises FileNotFoundError: the root or a folder is missing; ValueError: a split without images, images without
+    annotation, annotations without image, or a set of scenes whose writing was interrupted."""
+    inner, found = require_folders(Path(root), TASK, FOLDER), list[str]()
+    training, validation = (_list(inner, name, found) for name in SPLITS)
+    return settle((training, validation), found, problems)
 
 
 def _list(root: Path, name: str, problems: list[str]) -> Split:
@@ -95,11 +82,8 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def decode_map(path: str | Path, num_classes: int) -> NDArray[np.uint8]:
-    """Labels [H, W] of an annotation: classes from 0 on, ``IGNORE`` where the file has 0.
-
-    Raises:
-        ImageError: the file cannot be read, is not one channel of 8 bits, or has a label above the number of classes.
-    """
+    """Labels [H, W] of an annotation: classes from 0 on, ``IGNORE`` where the file has 0. Raises ImageError: the file
+    cannot be read, is not one channel of 8 bits, or has a label above the number of classes."""
     try:
         with Image.open(path) as file:
             file.load()
@@ -132,13 +116,10 @@ class EvalImages(Samples):
 
     layout = TASK.layout
 
-    def __init__(self, split: Split, spec: SegDataSpec, seed: int | None = None) -> None:
-        super().__init__(split, spec, seed)
-        self.transform: Transform = EvalTransform(spec) if seed is None else TrainTransform(spec)
-
     def sample(self, index: int) -> Pair:
         image, labels = read_pair(self.split, index, self.spec.num_classes)
-        return self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels)))
+        view = eval_view if self.seed is None else train_view
+        return view(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels)), self.spec)
 
     def kind(self, index: int) -> tuple[int, int] | None:
         """Width and height by the head of the file; None if it cannot be read, which loading it will report."""
@@ -162,41 +143,30 @@ def is_random(spec: SegDataSpec) -> bool:
     return not whole or spec.resize != (1, 1) or spec.hflip > 0 or spec.photometric
 
 
-class TrainTransform:
+def train_view(image: tv_tensors.Image, labels: tv_tensors.Mask, spec: SegDataSpec) -> Pair:
     """Resize, crop, flip, distort colours, normalise, pad: image [3, S, S] and labels [S, S].
 
     The authors' pipeline, mmseg's, by torchvision (whose colour distortions and bilinear filter are not OpenCV's to the
     last digit). Labels are resized by nearest neighbour. Padding is at the right and the bottom: 0 in the normalised
     image, ``IGNORE`` in the labels.
     """
-
-    def __init__(self, spec: SegDataSpec) -> None:
-        self.spec = spec
-        self.distort = _distortion() if spec.photometric else None
-
-    def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> Pair:
-        spec, size = self.spec, random_size(image, self.spec)
-        image, labels = F.resize(image, size), F.resize(labels, size)
-        crop = capped_crop(labels, spec)
-        image, labels = F.crop(image, *crop), F.crop(labels, *crop)
-        if spec.hflip and torch.rand(()) < spec.hflip:
-            image, labels = F.horizontal_flip(image), F.horizontal_flip(labels)
-        if self.distort:
-            image = self.distort(image)
-        padded = pad(labels, spec.image_size, IGNORE).as_subclass(Tensor)
-        return pad(standardise(image, spec.mean, spec.std), spec.image_size), padded
+    size = random_size(image, spec)
+    image, labels = F.resize(image, size), F.resize(labels, size)
+    crop = capped_crop(labels, spec)
+    image, labels = F.crop(image, *crop), F.crop(labels, *crop)
+    if spec.hflip and torch.rand(()) < spec.hflip:
+        image, labels = F.horizontal_flip(image), F.horizontal_flip(labels)
+    if spec.photometric:
+        image = _distortion()(image)
+    padded = pad(labels, spec.image_size, IGNORE).as_subclass(Tensor)
+    return pad(standardise(image, spec.mean, spec.std), spec.image_size), padded
 
 
-@dataclass(frozen=True)
-class EvalTransform:
+def eval_view(image: tv_tensors.Image, labels: tv_tensors.Mask, spec: SegDataSpec) -> Pair:
     """Normalised image [3, h, w], and labels [H, W] as they are; see ``EvalImages``."""
-
-    spec: SegDataSpec
-
-    def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> Pair:
-        if self.spec.evaluation == "single":
-            image = F.resize(image, _scaled(image, self.spec.image_size / max(image.shape[-2:])))
-        return standardise(image, self.spec.mean, self.spec.std), labels.as_subclass(Tensor)
+    if spec.evaluation == "single":
+        image = F.resize(image, _scaled(image, spec.image_size / max(image.shape[-2:])))
+    return standardise(image, spec.mean, spec.std), labels.as_subclass(Tensor)
 
 
 def _scaled(image: Tensor, factor: float) -> list[int]:
@@ -230,6 +200,7 @@ def capped_crop(labels: Tensor, spec: SegDataSpec) -> tuple[int, int, int, int]:
     return top, left, height, width
 
 
+@cache
 def _distortion() -> v2.Transform:
     """mmseg's photometric distortion: each with odds of a half, contrast first or last. Ranges are its own: a fifth of
     the circle for the hue; brightness is scaled here, where mmseg adds up to 32 levels."""

@@ -81,12 +81,9 @@ class Packed:
 
 
 def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
-    """A file's content, and what is wrong with it, a line a finding; the content is of use if there is none.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: empty, not JSON, or without ``images``, ``annotations`` and ``categories``.
-    """
+    """A file's content, and what is wrong with it, a line a finding; the content is of use if there is none. Raises
+    FileNotFoundError: no such file; ValueError: empty, not JSON, or without ``images``, ``annotations`` and
+    ``categories``."""
     return parse(path, read_content(path))
 
 

@@ -38,30 +38,22 @@ class CheckReport:
 def check(
     root: str | Path, num_classes: int | None = None, layout: str = "imagenet", progress: Progress | None = None
 ) -> CheckReport:
-    """Read all images of both splits.
-
-    Args:
-        num_classes: expected number of classes.
-        layout: ``imagenet``, ``ade20k`` or ``coco``.
-
-    Raises:
-        FileNotFoundError: the root or a folder is missing.
-        ValueError: a set of scenes whose writing was interrupted.
-    """
-    root, notes = Path(root), tuple[str, ...]()
+    """Read all images of both splits; ``layout`` is ``imagenet``, ``ade20k`` or ``coco``. Raises FileNotFoundError: the
+    root or a folder is missing; ValueError: a set of scenes whose writing was interrupted."""
+    root, notes, problems = Path(root), tuple[str, ...](), list[str]()
     splits: Iterable[Any]
     if layout == "imagenet":
-        splits, problems = imagenet.survey(root, num_classes)
+        splits = imagenet.load_splits(root, num_classes, problems)
         reads: list[Callable[[], object]] = [partial(decode, path) for split in splits for path in split.paths]
         num_classes = len(splits[0].classes)
     elif layout == "ade20k":
-        splits, problems = ade20k.survey(root)
+        splits = ade20k.load_splits(root, problems)
         classes = 255 if num_classes is None else num_classes
         reads = [partial(ade20k.read_pair, split, index, classes) for split in splits for index in range(len(split))]
     else:
         from cropr.data import coco  # needs pycocotools
 
-        splits, problems = coco.survey(root, num_classes)
+        splits = coco.load_coco(root, num_classes, problems)
         # Images without a file are among the problems.
         places = [(split, index) for split in splits for index in range(len(split)) if split.path(index).is_file()]
         reads = [partial(coco.read_pair, split, index) for split, index in places]

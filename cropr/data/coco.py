@@ -25,18 +25,19 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
-from cropr.data.jitter import fit, jitter
-from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, some, standardise, wrong_count
+from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, settle, standardise, wrong_count
 from cropr.tasks.detection import TASK, DetDataSpec
 
 
@@ -75,44 +76,25 @@ class CocoSplit:
         return self.annotations.instances[self.images[index].id]
 
 
-def load_coco(root: str | Path, num_classes: int | None = None) -> tuple[CocoSplit, CocoSplit]:
-    """Read the annotations of training and validation images. Nothing is decoded.
-
-    Raises:
-        FileNotFoundError: the root, a folder or an annotation file is missing.
-        ValueError: whatever ``survey`` finds, all of it (the first twenty in full).
-    """
-    splits, problems = survey(Path(root), num_classes)
-    if problems:
-        raise ValueError(some(problems, "\n  "))
-    return splits
-
-
-def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[CocoSplit, CocoSplit], list[str]]:
-    """Both splits, and what is wrong with them: a line a finding, with the file and the id.
-
-    Looked for: what ``read_annotations`` finds, images without a file, categories that differ between the splits or
-    whose number is not ``num_classes``.
-
-    Raises:
-        FileNotFoundError: the root, a folder or an annotation file is missing.
-        ValueError: an annotation file that is not JSON, or a generated set whose writing was interrupted.
-    """
+def load_coco(
+    root: str | Path, num_classes: int | None = None, problems: list[str] | None = None
+) -> tuple[CocoSplit, CocoSplit]:
+    """Read the annotations of training and validation images. Nothing is decoded. What is wrong joins ``problems``, if
+    that is given. Raises FileNotFoundError: the root, a folder or an annotation file is missing; ValueError: an
+    annotation file that is not JSON, or a generated set whose writing was interrupted; what ``read_annotations`` finds;
+    images without a file; categories that differ between the splits or whose number is not ``num_classes``."""
+    root, findings, splits = Path(root), list[str](), []
     require_folders(root, TASK)
-    problems: list[str] = []
-    splits = []
     for name in ("train", "val"):
-        annotations, found = read_annotations(root / "annotations" / f"instances_{name}2017.json")
+        annotations, wrong = read_annotations(root / "annotations" / f"instances_{name}2017.json")
         splits.append(CocoSplit(root, name, annotations, annotations.images))
-        problems += found + _missing_files(splits[-1])
-    train, val = splits
-    if not problems and (train.annotations.categories != val.annotations.categories):
-        problems.append(f"{train.annotations.path} and {val.annotations.path} have different categories")
-    if not problems:
-        problems += wrong_count(
-            f"{train.annotations.path}", len(train.annotations.categories), "categories", num_classes
-        )
-    return (train, val), problems
+        findings += wrong + _missing_files(splits[-1])
+    train, val = (split.annotations for split in splits)
+    if not findings and train.categories != val.categories:
+        findings.append(f"{train.path} and {val.path} have different categories")
+    if not findings:
+        findings += wrong_count(f"{train.path}", len(train.categories), "categories", num_classes)
+    return settle((splits[0], splits[1]), findings, problems)
 
 
 def _missing_files(split: CocoSplit) -> list[str]:
@@ -185,11 +167,8 @@ class EvalImages(Samples):
 
 
 class TrainImages(EvalImages):
-    """Images with large-scale jitter, and all targets; the jitter may leave no instance.
-
-    Raises:
-        ValueError: no image has an instance.
-    """
+    """Images with large-scale jitter, and all targets; the jitter may leave no instance. Raises ValueError: no image
+    has an instance."""
 
     def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
         occupied = tuple(image for image in split.images if split.annotations.instances.count(image.id))
@@ -215,3 +194,75 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Targ
     """Images [B, 3, S, S]; targets stay a list, since they have different numbers of instances."""
     images, targets = zip(*samples, strict=True)
     return torch.stack(images), list(targets)
+
+
+class View(NamedTuple):
+    """What is seen of an image: image uint8 [3, h, w], boxes [m, 4] float32 (left, top, right, bottom), masks uint8
+    [m, h, w], and which m of the n instances have a pixel in it, [n] bool."""
+
+    image: Tensor
+    boxes: Tensor
+    masks: Tensor
+    kept: Tensor
+
+
+class Window(NamedTuple):
+    """A part of an image, in whole pixels, and the height and width to which it is resized."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: tuple[int, int]
+
+
+def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec: DetDataSpec) -> View:
+    """Large-scale jitter of an image uint8 [3, H, W], boxes [n, 4] float32 (left, top, right, bottom, within the image)
+    and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S.
+
+    A box that the crop cuts is drawn anew around what is left of its mask: the rest of the annotated box may be larger
+    than the rest of the object. Four numbers are drawn from torch's global generator, whatever they decide.
+    """
+    flip, scale, down, right = torch.rand(4).tolist()
+    marks = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+    if flip < spec.hflip:
+        image, marks, masks = F.horizontal_flip(image), F.horizontal_flip(marks), F.horizontal_flip(masks)
+    low, high = spec.scale
+    window = view_window(tuple(image.shape[-2:]), spec.image_size, low + scale * (high - low), (down, right))
+    place = {**window._asdict(), "size": list(window.size)}
+    seen = F.resized_crop_image(image.as_subclass(Tensor), **place)
+    # torchvision's own choice for masks, NEAREST, takes the left upper pixel of those that fall together: at a small
+    # scale masks would lie up to half a pixel to the left of and above their objects.
+    parts = F.resized_crop_image(masks.as_subclass(Tensor), **place, interpolation=InterpolationMode.NEAREST_EXACT)
+    kept = parts.flatten(1).any(dim=1).bool()
+    ends = window.left, window.top, window.left + window.width, window.top + window.height
+    beyond = (marks.as_subclass(Tensor) - torch.tensor(ends)) * torch.tensor([1, 1, -1, -1]) < 0
+    cut = beyond.any(dim=1)[kept]
+    fresh = F.resized_crop(marks, **place).as_subclass(Tensor)[kept]
+    fresh[cut] = masks_to_boxes(parts[kept][cut]) + fresh.new_tensor([0, 0, 1, 1])
+    return View(seen, fresh, parts[kept], kept)
+
+
+def view_window(size: tuple[int, int], side: int, factor: float, offset: tuple[float, float]) -> Window:
+    """The part of an image of ``size`` H, W that is seen, at most ``side`` pixels each way, when it is resized by
+    ``factor`` (1: the longer side becomes ``side``) and then cropped, at ``offset`` in [0, 1] from top and left.
+
+    The crop is taken from the file's pixels and resized afterwards: the same view, up to the rounding of the crop to
+    whole pixels, without the enlarged image and its masks, which would take up to a gigabyte.
+    """
+    scale = factor * side / max(size)
+    starts, lengths, seen = [], [], []
+    for length, where in zip(size, offset, strict=True):
+        resized = max(1, round(length * scale))
+        visible = min(side, resized)
+        taken = max(1, round(length * visible / resized))
+        starts.append(min(round(where * (resized - visible) * length / resized), length - taken))
+        lengths.append(taken)
+        seen.append(visible)
+    return Window(starts[0], starts[1], lengths[0], lengths[1], (seen[0], seen[1]))
+
+
+def fit(image: Tensor, side: int) -> Tensor:
+    """uint8 [3, H, W] -> [3, h, w], the longer of which is ``side``."""
+    window = view_window((image.shape[-2], image.shape[-1]), side, 1.0, (0.0, 0.0))
+    return F.resize_image(image.as_subclass(Tensor), list(window.size))

@@ -21,7 +21,7 @@ from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from cropr.data.loading import Samples, decode, require_folders, some, wrong_count
+from cropr.data.loading import Samples, decode, require_folders, settle, some, wrong_count
 from cropr.tasks.classification import TASK, DataSpec
 
 Transform = Callable[[Image.Image], Tensor]
@@ -41,38 +41,30 @@ class Split:
         return len(self.paths)
 
 
-def load_splits(root: str | Path, num_classes: int | None = None) -> tuple[Split, Split]:
-    """List training and validation images. Nothing is decoded.
-
-    Raises:
-        FileNotFoundError: the root or a split is missing.
-        ValueError: no class folder, a folder without image, different folders in train and val, another number of
-            classes than ``num_classes`` (all of these at once), or generated images whose writing was interrupted.
-    """
-    splits, problems = survey(Path(root), num_classes)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return splits
-
-
-def survey(root: Path, num_classes: int | None = None) -> tuple[tuple[Split, Split], list[str]]:
-    """Both splits, and what is wrong within their folders; raises what ``require_folders`` raises."""
+def load_splits(
+    root: str | Path, num_classes: int | None = None, problems: list[str] | None = None
+) -> tuple[Split, Split]:
+    """List training and validation images. Nothing is decoded. What is wrong joins ``problems``, if that is given.
+    Raises FileNotFoundError: the root or a split is missing; ValueError: no class folder, a folder without image,
+    different folders in train and val, another number of classes than ``num_classes`` (all of these at once), or
+    generated images whose writing was interrupted."""
+    root = Path(root)
     require_folders(root, TASK)
     train, val = (_list(root, name) for name in TASK.folders)
-    problems = []
+    found = []
     for split in (train, val):
         folder = root / split.name
         if not split.classes:
-            problems.append(f"{folder}: no class folder; put images into {split.name}/<class>/")
+            found.append(f"{folder}: no class folder; put images into {split.name}/<class>/")
         filled = set(split.labels)
         if empty := [name for label, name in enumerate(split.classes) if label not in filled]:
-            problems.append(f"{folder}: no image in {some(empty, ', ')}; remove the folder or put images there")
+            found.append(f"{folder}: no image in {some(empty, ', ')}; remove the folder or put images there")
     for has, lacks in ((train, val), (val, train)):
         if lacks.classes and (only := sorted(set(has.classes) - set(lacks.classes))):
-            problems.append(f"{root}: classes of {has.name} that {lacks.name} lacks: {some(only, ', ')}")
-    if not problems:
-        problems += wrong_count(f"{root}", len(train.classes), "classes", num_classes)
-    return (train, val), problems
+            found.append(f"{root}: classes of {has.name} that {lacks.name} lacks: {some(only, ', ')}")
+    if not found:
+        found += wrong_count(f"{root}", len(train.classes), "classes", num_classes)
+    return settle((train, val), found, problems)
 
 
 def _list(root: Path, name: str) -> Split:
@@ -97,10 +89,8 @@ def train_transform(spec: DataSpec) -> Transform:
     """timm's training transform: RGB image -> [3, H, W], normalised.
 
     Where nothing is random (``is_random``): the centre crop of evaluation without its margin. Random erasing fills one
-    box with noise (the authors' recipe).
-
-    Raises:
-        ValueError: colour jitter beside an auto-augment policy, which timm would ignore.
+    box with noise (the authors' recipe). Raises ValueError: colour jitter beside an auto-augment policy, which timm
+    would ignore.
     """
     augment = spec.augment
     if augment.color_jitter and augment.auto_augment:

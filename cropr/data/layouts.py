@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cropr.data.scenes import CLASSES, INCOMPLETE, SPLITS, Array, Scene, Split, compose, fingerprint, verify
+from cropr.data.scenes import CLASSES, INCOMPLETE, SPLITS, Array, Scene, Split, compose, fingerprint
 from cropr.records import RECORD, make_record, read_record, write_record
 from cropr.specs import ScenesSpec
 
@@ -36,7 +37,7 @@ TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017",
 """Folders of all layouts, which are removed before a set is written."""
 Entry = dict[str, Any]
 """What the index of a layout holds of a scene."""
-Chunk = tuple[ScenesSpec, str, Split, range, Path]
+Place = tuple[Split, int]
 
 CATEGORIES = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
 """COCO ids of the digits: with gaps, as in the public files."""
@@ -137,20 +138,15 @@ def write(
         ValueError: impossible spec, or ``root`` holds something that is not a set of scenes.
     """
     started, root = time.time(), Path(root)
-    verify(spec)
     if layout == "imagenet" and spec.objects[0] < 1:
         raise ValueError(f"scenes: objects {spec.objects}: an image without a digit has no class; begin at 1")
     _clear(root)
-    chunks = [
-        (spec, layout, split, range(start, min(start + CHUNK, count)), root)
-        for split, count in zip(SPLITS, (spec.train, spec.val), strict=True)
-        for start in range(0, count, CHUNK)
-    ]
+    places = [(split, index) for split in SPLITS for index in range(getattr(spec, split))]
     entries = dict[Split, list[Entry]](train=[], val=[])
-    written = _run(chunks, workers if spec.train + spec.val >= PARALLEL_FROM else 1)
-    for (_, _, split, indices, _), found in zip(chunks, written, strict=True):
-        entries[split] += found
-        progress(len(indices))
+    written = _run(partial(_write_one, spec, layout, root), places, workers if len(places) >= PARALLEL_FROM else 1)
+    for (split, _), entry in zip(places, written, strict=True):
+        entries[split].append(entry)
+        progress(1)
     if layout == "coco":
         for split in SPLITS:
             _coco_index(root, split, entries[split])
@@ -176,18 +172,17 @@ def _clear(root: Path) -> None:
         shutil.rmtree(root / name, ignore_errors=True)
 
 
-def _run(chunks: list[Chunk], workers: int) -> Iterator[list[Entry]]:
+def _run(write_one: Callable[[Place], Entry], places: list[Place], workers: int) -> Iterator[Entry]:
     if workers <= 1:
-        yield from map(_write_chunk, chunks)
+        yield from map(write_one, places)
         return
     # Spawned, since forking a process in which torch runs threads can hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write_chunk, chunks)
+        yield from pool.map(write_one, places, chunksize=CHUNK)
 
 
-def _write_chunk(chunk: Chunk) -> list[Entry]:
-    spec, layout, split, indices, root = chunk
-    return [LAYOUTS[layout](compose(spec, split, index), split, index, root) for index in indices]
+def _write_one(spec: ScenesSpec, layout: str, root: Path, place: Place) -> Entry:
+    return LAYOUTS[layout](compose(spec, *place), *place, root)
 
 
 def _save(pixels: Array, path: Path) -> None:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as F
 
 from cropr.data.scenes import INCOMPLETE
+from cropr.distributed import ALONE, World
 from cropr.tasks import Task
 
+Splits = TypeVar("Splits")
 Collate = Callable[[list[Any]], Any]
 """Makes a batch (images, targets) of a list of (image, target)."""
 
@@ -35,11 +37,8 @@ class ImageError(ValueError):
 
 
 def decode(path: str | Path) -> Image.Image:
-    """An image in RGB and upright: other modes are converted, EXIF orientation is applied, 16 bits become 8.
-
-    Raises:
-        ImageError: the file cannot be read to its end.
-    """
+    """An image in RGB and upright: other modes are converted, EXIF orientation is applied, 16 bits become 8. Raises
+    ImageError: the file cannot be read to its end."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -78,11 +77,8 @@ def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
 
 def require_folders(root: Path, task: Task, inner: str = "") -> Path:
     """``root``, or its folder ``inner`` if there is one, after a check that it holds the folders of a task's layout.
-
-    Raises:
-        FileNotFoundError: the root or a folder is missing.
-        ValueError: generated images whose writing was interrupted.
-    """
+    Raises FileNotFoundError: the root or a folder is missing; ValueError: generated images whose writing was
+    interrupted."""
     if (root / INCOMPLETE).exists():
         raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
     top = root / inner if (root / inner).is_dir() else root
@@ -90,6 +86,16 @@ def require_folders(root: Path, task: Task, inner: str = "") -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such directory; {task.layout} has {', '.join(task.folders)}")
     return top
+
+
+def settle(splits: Splits, found: Sequence[str], problems: list[str] | None) -> Splits:
+    """The splits, if nothing was found wrong with them or ``problems`` is given, which it then joins. Raises ValueError
+    with the findings otherwise."""
+    if problems is None and found:
+        raise ValueError(some(found, "\n  "))
+    if problems is not None:
+        problems += found
+    return splits
 
 
 def wrong_count(where: str, found: int, what: str, expected: int | None) -> list[str]:
@@ -117,13 +123,8 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class Samples(Dataset[tuple[Tensor, Any]], ABC):
-    """Samples (epoch, index) -> (image [3, H, W], target), random by (seed, epoch, index) alone.
-
-    Args:
-        split: what ``sample`` reads: ``root``, ``name``, and as its length the number of images.
-        spec: of the images.
-        seed: of what is random in ``sample``; if None, nothing is, and no time is spent on seeding.
-    """
+    """Samples (epoch, index) -> (image [3, H, W], target) of a ``split`` with ``root``, ``name`` and a length. What is
+    random in ``sample`` depends on (seed, epoch, index) alone; if the seed is None, nothing is."""
 
     layout: ClassVar[str]
     """As in ``python -m cropr data check --layout``."""
@@ -136,11 +137,8 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
 
     @abstractmethod
     def sample(self, index: int) -> tuple[Tensor, Any]:
-        """One image and its target. May draw from the global generators of Python, numpy and torch.
-
-        Raises:
-            ImageError: a file of this sample cannot be used.
-        """
+        """One image and its target. May draw from the global generators of Python, numpy and torch. Raises ImageError:
+        a file of this sample cannot be used."""
 
     def kind(self, index: int) -> Hashable:
         """Evaluation puts only images of one kind into a batch; for example, those of equal size can be stacked."""
@@ -154,19 +152,6 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
             return self.sample(index)
 
 
-class Share(TypedDict, total=False):
-    """Which part of the batches a process takes, and how it reads it."""
-
-    rank: int
-    """From 0 (default)."""
-    world: int
-    """Number of processes; default 1."""
-    workers: int
-    """Processes that decode; 0 (default) decodes in this one."""
-    pin_memory: bool
-    """For faster copies to CUDA; default False."""
-
-
 class TrainBatches:
     """Training batches of this process, epoch by epoch.
 
@@ -174,6 +159,7 @@ class TrainBatches:
         batch_size: images per batch over all processes, whose shares together are the batch of one process alone.
         seed: of the order.
         collate: makes a batch of samples; by default images and targets are stacked.
+        workers: processes that decode; 0 decodes in this one.
 
     Raises:
         ValueError: fewer images than a batch, or a batch that does not divide into the processes.
@@ -185,18 +171,19 @@ class TrainBatches:
         batch_size: int,
         seed: int = 0,
         collate: Collate = default_collate,
-        **share: Unpack[Share],
+        world: World = ALONE,
+        workers: int = 0,
     ) -> None:
-        self.rank, self.world = _place(share)
+        self.world = world
         if len(samples) < batch_size:
             raise ValueError(
                 f"{samples.split.root}: {samples.split.name} has {len(samples)} images, fewer than one batch of "
                 f"{batch_size}; lower batch_size to at most {len(samples)} or add images"
             )
-        if batch_size % self.world:
-            raise ValueError(f"batch_size {batch_size} does not divide into {self.world} processes; make it a multiple")
+        if batch_size % world.size:
+            raise ValueError(f"batch_size {batch_size} does not divide into {world.size} processes; make it a multiple")
         self.count, self.batch_size, self.seed = len(samples), batch_size, seed
-        self._loader = _Loader(samples, collate, share)
+        self._loader = _Loader(samples, collate, world, workers)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -210,7 +197,9 @@ class TrainBatches:
         """Images [B, 3, H, W] and targets of the batches from ``start`` on; what lies before is not decoded."""
         order = self.order(epoch)
         batches = (order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self)))
-        return self._loader.run([[(epoch, int(i)) for i in batch[self.rank :: self.world]] for batch in batches])
+        return self._loader.run(
+            [[(epoch, int(i)) for i in batch[self.world.rank :: self.world.size]] for batch in batches]
+        )
 
 
 class EvalBatches:
@@ -221,17 +210,21 @@ class EvalBatches:
     """
 
     def __init__(
-        self, samples: Samples, batch_size: int, collate: Collate = default_collate, **share: Unpack[Share]
+        self,
+        samples: Samples,
+        batch_size: int,
+        collate: Collate = default_collate,
+        world: World = ALONE,
+        workers: int = 0,
     ) -> None:
         assert samples.seed is None, "evaluation is not random"
-        rank, world = _place(share)
         kinds: dict[Hashable, list[int]] = {}
-        for index in range(rank, len(samples), world):
+        for index in range(world.rank, len(samples), world.size):
             kinds.setdefault(samples.kind(index), []).append(index)
         self._batches = [
             alike[start : start + batch_size] for alike in kinds.values() for start in range(0, len(alike), batch_size)
         ]
-        self._loader = _Loader(samples, collate, share)
+        self._loader = _Loader(samples, collate, world, workers)
 
     @property
     def indices(self) -> list[int]:
@@ -246,19 +239,12 @@ class EvalBatches:
         return self._loader.run([[(0, index) for index in batch] for batch in self._batches])
 
 
-def _place(share: Share) -> tuple[int, int]:
-    rank, world = share.get("rank", 0), share.get("world", 1)
-    assert 0 <= rank < world, (rank, world)
-    return rank, world
-
-
 class _Loader:
     """torch's loader over batches of ``Samples``; workers live on between passes, global generators stay untouched."""
 
-    def __init__(self, samples: Samples, collate: Collate, share: Share) -> None:
+    def __init__(self, samples: Samples, collate: Collate, world: World, workers: int) -> None:
         self.layout = samples.layout
         self.todo: list[list[tuple[int, int]]] = []  # batches of (epoch, index) of the next pass
-        workers = share.get("workers", 0)
         self.loader = DataLoader(
             _Batches(samples, collate),
             batch_size=None,  # an entry of the sampler is a batch
@@ -266,7 +252,7 @@ class _Loader:
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=share.get("pin_memory", False),
+            pin_memory=world.device.type == "cuda",
             generator=torch.Generator(),  # else each pass draws a seed from the global one
         )
 

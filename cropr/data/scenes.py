@@ -19,6 +19,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,9 +101,7 @@ def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
 
     Each call draws from a generator of its own, seeded by (``spec.seed``, split, index), so that the order and the
     process in which scenes are made change nothing. Training and validation scenes use different handwritten digits.
-    Raises what ``verify`` raises.
     """
-    verify(spec)
     random = np.random.default_rng(np.random.SeedSequence([spec.seed, SPLITS.index(split), index]))
     digits = _digits()[split]
     canvas = _background(spec.image_size, random)
@@ -126,31 +125,6 @@ def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
         mask[region] = OBJECT
         instances.append(Instance(label, region))
     return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(instances))
-
-
-def verify(spec: ScenesSpec) -> None:
-    """Refuse what no scene can be made of.
-
-    Raises:
-        ValueError: a range that is none, a digit of the largest scale that does not fit into the image, or more digits
-            than fit side by side.
-    """
-    low, high = spec.scale
-    if not 0 < low <= high:
-        raise ValueError(f"scenes: scale {spec.scale} is not an increasing pair of positive numbers")
-    if round(CELL * high) > spec.image_size:
-        raise ValueError(
-            f"scenes: a digit at scale {high} is {round(CELL * high)} px wide, the image {spec.image_size} px; "
-            f"lower scale to at most {spec.image_size / CELL:g} or raise image_size"
-        )
-    for name, (fewest, most) in (("objects", spec.objects), ("distractors", spec.distractors)):
-        if not 0 <= fewest <= most:
-            raise ValueError(f"scenes: {name} {(fewest, most)} is not an increasing pair of counts")
-    if spec.objects[1] > (room := len(_lattice(spec)) ** 2):
-        raise ValueError(
-            f"scenes: up to {spec.objects[1]} digits at scale {high} in an image of {spec.image_size} px, "
-            f"which has room for {room}; lower objects or scale, or raise image_size"
-        )
 
 
 @cache
@@ -201,7 +175,7 @@ def _resampling(size: int, to: int) -> Glyph:
 def _add_area(areas: list[Area], glyphs: list[Glyph], spec: ScenesSpec, random: np.random.Generator) -> list[Area]:
     """Areas of all glyphs, of which the last has none yet: one of the free places on the grid.
 
-    Where there is none, all digits move to a regular lattice, which has room for them (``verify``).
+    Where there is none, all digits move to a regular lattice, which has room for them (``ScenesSpec.places``).
     """
     shape = glyphs[-1].shape
     if not areas:
@@ -210,16 +184,9 @@ def _add_area(areas: list[Area], glyphs: list[Glyph], spec: ScenesSpec, random: 
     everywhere = (_area((top, left), shape) for top in rows for left in columns)
     if free := [area for area in everywhere if not _touches(area, areas)]:
         return [*areas, free[random.integers(len(free))]]
-    side = _lattice(spec)
-    places = random.permutation(len(side) ** 2)[: len(glyphs)]
-    corners = ((side[place // len(side)], side[place % len(side)]) for place in places)
-    return [_area(corner, glyph.shape) for corner, glyph in zip(corners, glyphs, strict=True)]
-
-
-def _lattice(spec: ScenesSpec) -> range:
-    """Offsets, along an axis, at which digits of the largest scale lie side by side on the grid."""
-    side = round(CELL * spec.scale[1])
-    return range(0, spec.image_size - side + 1, -(-side // CELL) * CELL)
+    corners = list(product(spec.places, repeat=2))
+    chosen = random.permutation(len(corners))[: len(glyphs)]
+    return [_area(corners[place], glyph.shape) for place, glyph in zip(chosen, glyphs, strict=True)]
 
 
 def _place(shape: tuple[int, ...], size: int, random: np.random.Generator) -> tuple[int, int]:
@@ -302,9 +269,7 @@ def object_patches(mask: Array, grid: tuple[int, int], threshold: float = 0.1) -
 
     A patch counts if at least ``threshold`` of its pixels are 255. The default takes in patches that a stroke crosses
     (a stroke is about 1.5 cells wide at the smallest scale, a fifth of a patch) and leaves out those that it grazes.
-
-    Raises:
-        ValueError: the mask does not divide into the grid.
+    Raises ValueError: the mask does not divide into the grid.
     """
     (height, width), (rows, columns) = mask.shape, grid
     if height % rows or width % columns:

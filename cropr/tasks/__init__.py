@@ -91,7 +91,7 @@ class TrainSpec(Spec):
         return value if isinstance(value, kind) else check(kind, {} if value is None else value, kind.__name__)
 
 
-def open_task(spec: TrainSpec, root: Path) -> TaskRun:
+def open_task(spec: TrainSpec, root: Path | None) -> TaskRun:
     """The run of a specification, with its images; raises what ``TaskRun`` raises. Imports torch."""
     task = TASKS[spec.task]
     work: TaskRun = task.load(task.run)(spec, root)

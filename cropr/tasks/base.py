@@ -9,18 +9,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
+from cropr.distributed import ALONE, World
 from cropr.pruning.model import Model, PrunedViT, prune
 from cropr.pruning.schedule import Schedule
-from cropr.records import RECORD, read_record
+from cropr.records import RECORD, read_record, replacing
 
 if TYPE_CHECKING:
-    from cropr.data.loading import Share, TrainBatches
+    from cropr.data.loading import TrainBatches
     from cropr.specs import ModelSpec, PruneSpec
     from cropr.tasks import TrainSpec
 
@@ -44,26 +46,28 @@ class Evaluation:
     metrics: dict[str, float]
     series: dict[str, list[Any]] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
-    """Arrays with a result for each image (``cropr.tasks.per_image``)."""
+    """Arrays with a result for each image, in the order of the validation set; ``image`` has their names or numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
     """How an evaluation runs; on a CPU only the seed changes a result."""
 
+    world: World = ALONE
+    """This process, its device and its peers."""
+    workers: int = 0
+    """Processes that decode images; 0 decodes in this one."""
     batch_size: int = 64
     """Largest number of images in a batch of this process."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     """``fp32``, or ``bf16`` or ``fp16`` for autocast."""
     seed: int = 0
     """Of reducers that choose at random."""
-    total: Callable[[Tensor], Tensor] = lambda sums: sums
-    """Adds tensors over processes; by default there is one process."""
-    gather: Callable[[list[Any]], list[Any]] = lambda items: items
-    """Joins the lists of all processes; by default there is one process."""
     predictions: Path | None = None
     """File for detections in COCO's result format. If None, nothing is written."""
+
+
+DEFAULT = EvaluationSettings()
 
 
 class BatchTask(ABC):
@@ -91,11 +95,16 @@ class BatchTask(ABC):
 
 
 class TaskRun(BatchTask):
-    """A task with its data, for one specification; ``root`` holds the images in the layout of the task. Raises
-    ValueError or FileNotFoundError for images that are missing or differ from those of the spec."""
+    """A task with its data, for one specification; ``root`` holds the images in the layout of the task, None where none
+    is needed. Raises ValueError or FileNotFoundError for images that are missing or differ from those of the spec."""
 
-    def __init__(self, spec: TrainSpec, root: Path) -> None:
-        self.spec, self.root, self.data = spec, root, cast(Any, spec.data)
+    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
+        self.spec, self.root, self.data = spec, cast(Path, root), cast(Any, spec.data)
+        self.splits: Any = None if root is None else self.load(root)
+
+    @abstractmethod
+    def load(self, root: Path) -> tuple[Any, Any]:
+        """Training and validation images."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,11 +132,11 @@ class TaskRun(BatchTask):
         return False
 
     @abstractmethod
-    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
-        """Training batches of this process."""
+    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
+        """Training batches of this process; ``workers`` processes decode them."""
 
     @abstractmethod
-    def evaluate(self, model: Any, settings: EvaluationSettings, **share: Unpack[Share]) -> Evaluation:
+    def evaluate(self, model: Any, settings: EvaluationSettings = DEFAULT) -> Evaluation:
         """Evaluate a model, in training form or deployed; its mode stays the same."""
 
 
@@ -154,18 +163,19 @@ def build_model(
     schedule = Schedule.from_config(spec.schedule)
     pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
     if pruned.reducers or pruned.dense:
-        for name, _ in list(host.blocks[-1].named_children()):
-            if name.startswith("drop_path"):
-                setattr(host.blocks[-1], name, nn.Identity())
+        keep_last_block(host)
     return pruned
 
 
-def require_known(name: str) -> str:
-    """The name of a model, if timm has it.
+def keep_last_block(host: Any) -> None:
+    """Take drop path out of the last block."""
+    for name, _ in list(host.blocks[-1].named_children()):
+        if name.startswith("drop_path"):
+            setattr(host.blocks[-1], name, nn.Identity())
 
-    Raises:
-        ValueError: it does not; with models of similar names.
-    """
+
+def require_known(name: str) -> str:
+    """The name of a model, if timm has it. Raises ValueError: it does not; with models of similar names."""
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:8]
         raise ValueError(f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}")
@@ -183,6 +193,22 @@ def names_fingerprint(root: Path, paths: Iterable[str | Path]) -> str:
     """Fingerprint of images by the names of their files below ``root``."""
     names = "".join(f"{Path(path).relative_to(root).as_posix()}\n" for path in paths)
     return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def in_order(
+    gather: Callable[[list[Any]], list[Any]], indices: Sequence[int], arrays: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arrays of all processes, joined by ``gather``, in the order of the validation set; ``indices`` are the places in
+    it of this process's images, of which ``arrays`` have a line each."""
+    parts = [part for part in gather([(list(indices), dict(arrays))]) if part[0]]
+    order = np.argsort(np.concatenate([np.asarray(places) for places, _ in parts]), kind="stable")
+    return {name: np.concatenate([own[name] for _, own in parts])[order] for name in parts[0][1]}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an npz whole or not at all; equal arrays give equal bytes."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], words: str = "was {}, is {}") -> list[str]:

@@ -77,11 +77,9 @@ class Scoring:
 def figures(logits: Tensor, width: int, on_object: Tensor | None, keep: int) -> dict[str, Tensor]:
     """Figures of each image, [B] float64. Learnt scores are meant, as Cropr ranks; ``NonSalient`` turns them around.
 
-    Args:
-        logits: [B, H, Q, n], of the patches without the prefix, which the softmax leaves out here.
-        width: channels of a head; the aggregator divides by its root.
-        on_object: [B, n] bool; if None, ``entropy`` alone is known.
-        keep: K.
+    ``logits`` are [B, H, Q, n], of the patches without the prefix, which the softmax leaves out here; ``width`` is the
+    channels of a head, by whose root the aggregator divides; ``on_object`` is [B, n] bool, or None: then ``entropy``
+    alone is known; ``keep`` is K.
 
     Returns:
         ``entropy`` of the softmax over log n, mean over queries; in percent, ``attention_on_object``, the mass of the

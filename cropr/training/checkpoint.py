@@ -12,10 +12,10 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,11 +50,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory.
 
-    Args:
-        step: optimizer steps done.
-        optimizer: of ``create_optimizer``; its groups carry ``names``.
-        state: JSON; whatever else the loop needs to go on.
-        average: model with the averaged weights.
+    ``step`` counts the optimizer steps done; ``state`` is JSON, whatever else the loop needs to go on; ``average`` is a
+    model with the averaged weights. The groups of the optimizer carry ``names`` (``create_optimizer``).
     """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp_*"):
@@ -88,11 +85,8 @@ def latest_checkpoint(root: Path) -> Path | None:
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
 ) -> dict[str, Any]:
-    """Put all that ``save_checkpoint`` has written back; returns the JSON part.
-
-    Raises:
-        ValueError: it belongs to another model: missing, unexpected and mis-shaped keys are listed.
-    """
+    """Put all that ``save_checkpoint`` has written back; returns the JSON part. Raises ValueError: it belongs to
+    another model: missing, unexpected and mis-shaped keys are listed."""
     load_weights(model, checkpoint / "model.safetensors")
     if average is not None:
         load_weights(average, checkpoint / AVERAGE)
@@ -124,23 +118,16 @@ def save_weights(path: Path, model: nn.Module, spec: str | None = None) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load exactly the parameters and buffers that the model has.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: missing, unexpected or mis-shaped keys, all listed; or not a safetensors file.
-    """
+    """Load exactly the parameters and buffers that the model has. Raises FileNotFoundError: no such file; ValueError:
+    missing, unexpected or mis-shaped keys, all listed; or not a safetensors file."""
     tensors = _read(path)
     _require_match(path, tensors, model.state_dict())
     model.load_state_dict(tensors)
 
 
 def initial_model(task: TaskRun, init: Path | None, resuming: bool) -> tuple[Any, str | None]:
-    """The model with the weights to start from (a run that is resumed needs none), and the digest of their file.
-
-    Raises:
-        ValueError, FileNotFoundError: weights, or a model of timm, that do not fit the specification.
-    """
+    """The model with the weights to start from (a run that is resumed needs none), and the digest of their file. Raises
+    ValueError, FileNotFoundError: weights, or a model of timm, that do not fit the specification."""
     spec = task.spec
     known = spec.init in ("random", "timm")
     if known and init is not None:
@@ -161,19 +148,9 @@ def initial_model(task: TaskRun, init: Path | None, resuming: bool) -> tuple[Any
         if (path.parent / RECORD).exists() and (found := read_record(path.parent)["id"]) != spec.init:
             raise ValueError(f"{path} was made by run {found}, spec.init asks for {spec.init}")
         if not task.load_published(model, path):
-            load_initial(model, path, fresh=FINAL_NORMS)
+            load_initial(model, path)
     with path.open("rb") as file:
         return model, hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-class Loaded(NamedTuple):
-    """Names of host parameters that came from the file, of positions among them that were interpolated to another patch
-    grid, of parameters that keep their initial values, and of those in the file only."""
-
-    loaded: tuple[str, ...]
-    resampled: tuple[str, ...]
-    fresh: tuple[str, ...]
-    ignored: tuple[str, ...]
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -189,17 +166,17 @@ def multiply_adds(model: nn.Module) -> dict[str, float]:
     """``gmacs`` of the deployed model for one image, in 10^9; nothing for a detector, whose heads vary by image."""
     # Found by name: what training computes does not depend on how multiply-adds are counted.
     macs = import_module("cropr.pruning.flops").macs
-    return {"gmacs": macs(model.deploy()).total / 1e9} if isinstance(model, PrunedViT) else {}  # type: ignore[operator]
+    return {"gmacs": macs(model.deploy()).total / 1e9} if isinstance(model, PrunedViT) else {}
 
 
-def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loaded:
+def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:
     """Start from the host weights of another run, or from a file with the names of a timm model.
 
     Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
     file has them. Positions are interpolated if the patch grid differs; the classifier starts fresh if the number of
-    classes differs. A class token, or a classifier, that the model lacks is ignored. Modules of the host named in
-    ``fresh`` may be missing from the file or from the model. Everything else must match. Raises what ``load_weights``
-    raises.
+    classes differs. A class token, or a classifier, that the model lacks is ignored. ``FINAL_NORMS`` may be
+    missing from the file or from the model. Everything else must match. Raises what ``load_weights``
+    raises. Returns names of tensors: ``loaded``, among them ``interpolated``; ``fresh`` and ``ignored``.
     """
     tensors = _read(path)
     if any(name.startswith(HOST) for name in tensors):
@@ -212,21 +189,23 @@ def load_initial(model: nn.Module, path: Path, fresh: Sequence[str] = ()) -> Loa
         if "pos_embed" in tensors:
             tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     resampled = _resample_positions(host, own, tensors)
-    apart = {name for name in {*own, *tensors} if name.split(".")[0] in fresh and (name in own) != (name in tensors)}
+    apart = {
+        name for name in {*own, *tensors} if name.split(".")[0] in FINAL_NORMS and (name in own) != (name in tensors)
+    }
     heads = {name for name in {*own, *tensors} if name.startswith(("head.", "head_dist."))}
     if any(name not in own or tensors[name].shape != own[name].shape for name in heads & set(tensors)):
         apart |= heads
     found, wanted = ({name: tensor for name, tensor in all_.items() if name not in apart} for all_ in (tensors, own))
     _require_match(path, found, wanted)
     host.load_state_dict({**own, **found})
-    ignored = tuple(name for name in tensors if name in apart and name not in own)
-    result = Loaded(tuple(found), resampled, tuple(name for name in own if name in apart), ignored)
+    report = {"loaded": list(found), "interpolated": resampled, "fresh": [name for name in own if name in apart]}
+    report["ignored"] = [name for name in tensors if name in apart and name not in own]
     _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(found))
     texts = "interpolated to this patch grid", "start fresh, since the file has none that fit", "in the file only"
-    for text, names in zip(texts, result[1:], strict=True):
+    for text, names in zip(texts, [*report.values()][1:], strict=True):
         if names:
             _LOG.info("  %s: %s", text, some(names, ", "))
-    return result
+    return report
 
 
 def _inherit(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -241,18 +220,18 @@ def _inherit(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> Non
     model.load_state_dict(found, strict=False)
 
 
-def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> tuple[str, ...]:
+def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
     """Fit absolute positions to the host's patch grid, in place; names of those that changed."""
     name = "pos_embed"
     if name not in own or name not in tensors or own[name].shape == tensors[name].shape:
-        return ()
+        return []
     prefix = 0 if getattr(host, "no_embed_class", False) else int(host.num_prefix_tokens)  # type: ignore[arg-type]
     patches = tensors[name].shape[1] - prefix
     if tensors[name].shape[-1] != own[name].shape[-1] or patches < 1 or math.isqrt(patches) ** 2 != patches:
-        return ()  # another width or no square grid: reported as mis-shaped
+        return []  # another width or no square grid: reported as mis-shaped
     grid = host.patch_embed.grid_size  # type: ignore[union-attr]
     tensors[name] = resample_abs_pos_embed(tensors[name], new_size=list(grid), num_prefix_tokens=prefix)  # type: ignore[arg-type]
-    return (name,)
+    return [name]
 
 
 def _require_match(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

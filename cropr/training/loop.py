@@ -13,8 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -31,12 +30,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import cropr.training.optim as optim
-from cropr.data.loading import Share, TrainBatches, some
+from cropr.data.loading import TrainBatches, some
+from cropr.distributed import World
 from cropr.records import RECORD, make_record, read_record, write_record
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
-from cropr.tasks.base import BatchTask, EvaluationSettings, differences
-from cropr.tasks.per_image import FILE, write_arrays
+from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
 from cropr.training.checkpoint import (
     WEIGHTS,
     initial_model,
@@ -47,10 +46,10 @@ from cropr.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from cropr.training.distributed import World
 
 CHECKPOINTS = "checkpoint"
 LOG = "log.jsonl"
+PER_IMAGE = "per_image.npz"
 OVERFLOWS = 30
 """fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
 LOG_SECONDS = 30
@@ -96,11 +95,9 @@ def train(
 
     Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
     ``data_root`` has the images in the layout of the task; ``workers`` processes decode them for each that trains. If
-    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run.
-
-    Raises:
-        ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
-        TrainingDiverged, TrainingInterrupted: see ``fit``.
+    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run. Raises ValueError,
+    FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name; TrainingDiverged, TrainingInterrupted:
+    see ``fit``.
     """
     if (record := finished(out, spec, seed)) is not None:
         return record
@@ -108,33 +105,26 @@ def train(
     torch.manual_seed(seed)
     model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)
     model.to(world.device)
-    share = Share(rank=world.rank, world=world.size, workers=workers, pin_memory=world.device.type == "cuda")
-    evaluation = EvaluationSettings(
-        batch_size=max(1, recipe.batch_size // (recipe.accumulate * world.size)),
-        device=world.device,
-        precision=recipe.precision,
-        seed=seed,
-        total=world.sum,
-        gather=world.gather,
-    )
-
-    evaluate = partial(task.evaluate, model, evaluation, **share)
+    size = max(1, recipe.batch_size // (recipe.accumulate * world.size))
+    how: dict[str, Any] = {"batch_size": size, "precision": recipe.precision, "seed": seed}
+    evaluation = EvaluationSettings(world=world, workers=workers, **how)
+    evaluate = partial(task.evaluate, settings=evaluation)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
-    settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, **share)
-    history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
-    result = evaluate()
+    settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, world, workers)
+    history = fit(model, task, batches, recipe, seed, settings, world, lambda own: evaluate(own).metrics)
+    result = evaluate(model)
     found = {
         "seed": seed,
         "metrics": {**result.metrics, **parameters(model), **multiply_adds(model)},
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
-        "per_image": FILE,
+        "per_image": PER_IMAGE,
     }
     where = {"device": str(world.device), "precision": recipe.precision, "data_fingerprint": task.fingerprint}
     record = make_record("train", spec, started, found, **where, processes=world.size, workers=workers)
     if world.leads:
         record["metrics"] |= summarise(out / LOG) if recipe.epochs else {}
-        write_arrays(out / FILE, result.images)
+        write_arrays(out / PER_IMAGE, result.images)
         save_weights(out / WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=not recipe.epochs)
@@ -143,11 +133,8 @@ def train(
 
 
 def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
-    """The record in ``out`` if the run is complete, its weights included; None if it has yet to run.
-
-    Raises:
-        ValueError: ``out`` holds another run; the settings that differ are named.
-    """
+    """The record in ``out`` if the run is complete, its weights included; None if it has yet to run. Raises ValueError:
+    ``out`` holds another run; the settings that differ are named."""
     if not (out / RECORD).exists() or not (out / WEIGHTS).exists():
         return None
     record = read_record(out)
@@ -169,11 +156,11 @@ def fit(
     seed: int,
     settings: Settings,
     world: World | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, from the last checkpoint in ``settings.out`` if there is one.
 
-    Where the recipe averages weights, the model has the average while it is evaluated, and in the end.
+    Where the recipe averages weights, the average is evaluated, and the model has it in the end.
 
     Args:
         model: on ``world``'s device, with its initial weights.
@@ -202,26 +189,11 @@ def fit(
                 raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
             epoch, begun = divmod(run.step, steps)
             if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
-                with averaged(model, run.average):
-                    run.history.append({"epoch": epoch, **evaluate()})
+                run.history.append({"epoch": epoch, **evaluate(run.average.module if run.average else model)})
             run.save()
     if run.average:
         model.load_state_dict(run.average.module.state_dict())
     return run.history
-
-
-@contextmanager
-def averaged(model: nn.Module, average: ModelEmaV3 | None) -> Iterator[None]:
-    """Within, ``model`` has the averaged weights, if there is an average; afterwards its own, bit for bit."""
-    if average is None:
-        yield
-        return
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(average.module.state_dict())
-    try:
-        yield
-    finally:
-        model.load_state_dict(own)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,12 +20,13 @@ import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
+from cropr.distributed import World
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.schedule import ramp
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask, autocast
-from cropr.training.distributed import World
 
 HOST = "backbone.host."
 """Prefix of the host model's parameters in a ``PrunedViT``."""
@@ -37,12 +38,8 @@ NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token"})
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Learning-rate scale of every parameter: ``decay`` to the power of the levels above it.
-
-    Args:
-        model: a ``PrunedViT``, whose host says through timm's ``group_matcher`` what its stem is.
-        decay: between 0 and 1; 1 is no layer decay.
-    """
+    """Learning-rate scale of every parameter of a ``PrunedViT``: ``decay`` (1 is none) to the power of the levels above
+    it. The host says through timm's ``group_matcher`` what its stem is."""
     host = model.get_submodule(HOST.rstrip("."))
     stem = re.compile(host.group_matcher(coarse=False)["stem"])  # type: ignore[operator]
     depth = len(host.blocks)  # type: ignore[arg-type]
@@ -93,10 +90,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_
     """Learning rate of each optimizer step: linear warm-up, then ``recipe.decay`` to ``min_lr``.
 
     Call ``step_update(step)`` before each step, from 0. Warm-up starts at its first increment, so that no step is
-    without effect.
-
-    Raises:
-        ValueError: warm-up takes up all epochs.
+    without effect. Raises ValueError: warm-up takes up all epochs.
     """
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(
@@ -175,9 +169,10 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._backward(images, targets)
         self.scaler.unscale_(self.optimizer)
-        norm = clip(self._encoder, self.recipe.clip_grad)
+        limit = math.inf if self.recipe.clip_grad is None else self.recipe.clip_grad
+        norm = clip_grad_norm_(self._encoder, limit)
         if self._reducers:
-            clip(self._reducers, self.recipe.clip_grad)
+            clip_grad_norm_(self._reducers, limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # Losses, the request to stop and the norm in one transfer from the device.
@@ -205,15 +200,6 @@ class Stepper:
                 self.scaler.scale(losses.total * share).backward()
             sums += share * torch.stack((losses.main.detach(), aux.mean() if aux.numel() else aux.new_zeros(())))
         return sums
-
-
-def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """Norm of the gradients, which are scaled down to ``limit`` if they exceed it; None for no limit."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from cropr.data.layouts import write
+from cropr.distributed import World
 from cropr.records import RECORD
 from cropr.tasks import TASKS, TrainSpec
-from cropr.training.distributed import World
 from cropr.training.loop import train
 from workflow.paper.grid import load_grid
 

@@ -18,16 +18,17 @@ from cropr.data.ade20k import (
     IGNORE,
     EvalImages,
     TrainImages,
-    TrainTransform,
     capped_crop,
     decode_map,
     load_splits,
     random_size,
+    train_view,
 )
 from cropr.data.check import check
 from cropr.data.layouts import write
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches, seeded
 from cropr.data.scenes import INCOMPLETE, compose
+from cropr.distributed import World
 from cropr.specs import ScenesSpec
 from cropr.tasks.segmentation import SegDataSpec
 
@@ -89,7 +90,7 @@ def test_pairs_are_listed_by_name_from_either_folder(root):
         (lambda r: (r / "annotations/training/3.png").unlink(), ValueError, r"no annotation .* of 3.png$"),
         (lambda r: (r / "images/training/3.png").unlink(), ValueError, r"no image of the annotations 3.png$"),
         (lambda r: save(r / "images/training/3.jpg", np.zeros((4, 4, 3))), ValueError, r"share a name: 3.jpg, 3.png"),
-        (lambda r: [p.unlink() for p in (r / "images/training").iterdir()], ValueError, r"images/training: no image; "),
+        (lambda r: [p.unlink() for p in (r / "images/training").iterdir()], ValueError, r"images/training: no image\n"),
         (lambda r: (r / INCOMPLETE).touch(), ValueError, r"interrupted"),
     ],
 )
@@ -185,7 +186,7 @@ def test_padding_lies_at_the_right_and_the_bottom():
         tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte()),
         tv_tensors.Mask(torch.from_numpy(labels).byte() - 1),
     )
-    out, out_labels = TrainTransform(spec)(*pair)
+    out, out_labels = train_view(*pair, spec)
     assert torch.equal(out_labels[:8, :10], pair[1])
     assert (out_labels[8:] == IGNORE).all()
     assert (out_labels[:, 10:] == IGNORE).all()
@@ -243,11 +244,11 @@ def test_distortion_leaves_labels_alone():
     image, labels = labelled((16, 16), 3)
     image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte())
     labels = tv_tensors.Mask(torch.from_numpy(labels).byte() - 1)
-    transform = TrainTransform(PLAIN.model_copy(update={"photometric": True}))
+    spec = PLAIN.model_copy(update={"photometric": True})
     outs = []
     for number in range(100):
         with seeded(number):
-            out, out_labels = transform(image, labels)
+            out, out_labels = train_view(image, labels, spec)
         assert torch.equal(out_labels, labels)
         outs.append(out)
     changed = sum(not torch.allclose(out, image / 255, atol=1e-4) for out in outs)
@@ -263,7 +264,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
     assert equal(first, helped.epoch(4))
     assert equal(first[1:], alone.epoch(4, start=1))
     assert not equal(first, train_batches(train, RICH, 2, seed=4).epoch(4))
-    shares = [list(train_batches(train, RICH, 2, seed=3, rank=rank, world=2).epoch(4)) for rank in (0, 1)]
+    shares = [list(train_batches(train, RICH, 2, seed=3, world=World(rank, 2)).epoch(4)) for rank in (0, 1)]
     for (images, _), *parts in zip(first, *shares, strict=True):
         assert torch.equal(images, torch.cat([part for part, _ in parts]))
 
@@ -284,7 +285,7 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(root, world):
     spec = PLAIN.model_copy(update={"evaluation": "slide"})
     seen, sizes = [], []
     for rank in range(world):
-        batches = EvalBatches(EvalImages(val, spec), 2, rank=rank, world=world)
+        batches = EvalBatches(EvalImages(val, spec), 2, world=World(rank, world))
         numbers = []
         for images, maps in batches:
             assert images.shape[2:] == maps.shape[1:]

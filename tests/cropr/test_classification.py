@@ -12,6 +12,7 @@ from cropr.data import scenes
 from cropr.data.imagenet import EvalImages, load_splits
 from cropr.data.layouts import write
 from cropr.data.loading import EvalBatches
+from cropr.distributed import World
 from cropr.pruning.model import Output
 from cropr.pruning.tokens import Tokens
 from cropr.tasks.base import EvaluationSettings, build_model
@@ -116,7 +117,7 @@ def test_mixing_asks_for_pairs_in_every_process(tmp_path):
     run = Classification(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), tmp_path)
     assert len(run.batches(seed=0)) == 8
     with pytest.raises(ValueError, match=r"mix pairs, but a process has 3 images of a batch; .* multiple of 4"):
-        run.batches(seed=0, rank=1, world=2)
+        run.batches(seed=0, world=World(1, 2))
 
 
 def test_truth_of_scenes(tmp_path):

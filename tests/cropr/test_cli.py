@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 
 from cropr.__main__ import VERBS, build_parser, main
-from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
+from cropr.bench.specs import BenchSpec, PlanSpec
 from cropr.cli.spec_flags import add_fields, given, make_spec
 from cropr.records import provenance, read_record
 from cropr.specs import ScenesSpec, Spec
@@ -132,8 +132,6 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["bench", "--spec", "missing.json"], "--spec missing.json: no such file"),
         (["plan"], "name a model with --model"),
         (["plan", "--model", "m", "--reducer", "none"], "reducer"),
-        (["microbench", "profile", "--spec", '{"measure": "sweep"}'], "is of a measurement of kind sweep"),
-        (["microbench", "sweep", "--set", "variants.cropr.reducers=x"], "variants.cropr.reducers: unknown key"),
         (["bench", "--model", "m", "--threads", "0"], "--threads 0: must be 1 or more"),
         (["export", "--out", "x"], "name a model with --model"),
         (["export", "--run", "nowhere", "--out", "x"], "nowhere: no such directory"),
@@ -286,19 +284,3 @@ def test_plan_prints_every_target_and_why_one_is_not_reached(stand_in, capsys: p
         assert text in shown
     assert main(["plan", "--spec", "a/record.json", "--verify", "--device", "cpu"]) == 0
     assert main(["plan", "--spec", "a/record.json", "--targets", "2"]) == 2
-
-
-@pytest.mark.parametrize("kind", MEASURES)
-def test_microbench_prints_cells_and_reasons(kind: str, stand_in, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = [
-        {"variant": "cropr", "tokens": [17, 7], "metrics": {"speedup": 1.5}},
-        {"variant": "other", "unsupported": "no such kernel"},
-    ]
-    seen = stand_in("cropr.bench.microbench", kind="microbench", cells=cells)
-    assert main(["microbench", kind, "--set", "image_size=32", "--out", "a", "--device", "cpu"]) == 0
-    assert seen["spec"].image_size == 32  # type: ignore[attr-defined]
-    shown = capsys.readouterr().out
-    for text in ("17 to 7", "1.5", "not measured: no such kernel"):
-        assert text in shown
-    assert main(["microbench", kind, "--spec", "a/record.json", "--set", "image_size=64", "--device", "cpu"]) == 0
-    assert seen["spec"].image_size == 64  # type: ignore[attr-defined]

@@ -14,8 +14,18 @@ from torchvision import tv_tensors
 
 from cropr.data.annotations import read_annotations
 from cropr.data.check import check
-from cropr.data.coco import EvalImages, TrainImages, collate, fingerprint, load_coco, read_image, read_masks
-from cropr.data.jitter import fit, jitter, view_window
+from cropr.data.coco import (
+    EvalImages,
+    TrainImages,
+    collate,
+    fingerprint,
+    fit,
+    jitter,
+    load_coco,
+    read_image,
+    read_masks,
+    view_window,
+)
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches
 from cropr.tasks.detection import DetDataSpec
 

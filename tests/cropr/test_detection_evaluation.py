@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from cropr.__main__ import main
 from cropr.data.coco import EvalImages, collate, load_coco, read_masks
 from cropr.data.loading import EvalBatches
+from cropr.distributed import World
 from cropr.records import read_record
 from cropr.tasks.base import EvaluationSettings
 from cropr.tasks.detection import FIGURES, DetDataSpec
 from cropr.tasks.detection.cascade import Detections
-from cropr.tasks.detection.evaluation import evaluate, predict, score, score_file, to_results
-from cropr.tasks.detection.masks import encode_masks
+from cropr.tasks.detection.evaluation import encode_masks, evaluate, predict, score, score_file, to_results
 
 OF_THIS_SIZE = {f for f in FIGURES if f not in ("ap_medium", "ap_large", "ar_medium", "ar_large")}
 """Figures that the tiny set's objects, small ones all, give."""
@@ -217,7 +217,12 @@ def test_the_file_of_an_evaluation_scores_the_same(root, annotations, tmp_path):
 def test_results_of_all_processes_are_joined_by_image(root):
     _, val = load_coco(root, 3)
     alone = predict(Oracle(val), batches(val), (3, 7, 90))
-    backwards = EvaluationSettings(gather=lambda items: items[::-1])
+
+    class Backwards(World):
+        def gather(self, items):
+            return items[::-1]
+
+    backwards = EvaluationSettings(world=Backwards())
     joined = predict(Oracle(val), batches(val), (3, 7, 90), backwards)
     assert [r["image_id"] for r in joined[0]] == [r["image_id"] for r in alone[0]]
     assert joined[1] == alone[1] == [100, 107, 114, 121, 128]

@@ -16,10 +16,8 @@ from torchvision.ops import box_iou
 
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import BoxStage, RegionPooler, Regions, match, scale_gradient
-from cropr.tasks.detection.model import build_detector, losses
-from cropr.tasks.detection.neck import SimpleFeaturePyramid
-from cropr.tasks.detection.proposals import Anchors
+from cropr.tasks.detection.cascade import Anchors, BoxStage, RegionPooler, Regions, match, scale_gradient
+from cropr.tasks.detection.model import SimpleFeaturePyramid, build_detector, losses
 from cropr.training.checkpoint import load_initial, save_weights
 
 DENSE = {"reducer": "none"}

@@ -12,10 +12,10 @@ import tiny_detector
 import torch
 from safetensors.torch import load_file
 
+from cropr.distributed import World
 from cropr.tasks import TrainSpec
 from cropr.tasks.detection import run
 from cropr.tasks.detection.run import Detection
-from cropr.training.distributed import World
 from cropr.training.loop import TrainingInterrupted, train
 
 SPEC = TrainSpec(

@@ -14,7 +14,7 @@ from cropr.pruning import fusion as fusions
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
-from cropr.tasks.segmentation.model import PrunedSegmenter
+from cropr.tasks.segmentation.run import PrunedSegmenter
 
 BACK = [name for name in fusions.FUSIONS if name != "none"]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}

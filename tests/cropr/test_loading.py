@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cropr.data.loading import EvalBatches, Samples, TrainBatches, some
+from cropr.distributed import World
 
 
 class Boxes(Samples):
@@ -49,7 +50,7 @@ def test_targets_may_be_lists_and_images_of_any_size(workers):
 def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
     seen = []
     for rank in range(world):
-        batches = EvalBatches(Kinds(seed=None), 2, collate=lists, rank=rank, world=world)
+        batches = EvalBatches(Kinds(seed=None), 2, collate=lists, world=World(rank, world))
         order = []
         for images, targets in batches:
             assert 1 <= len(images) <= 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from cropr.tasks.detection.nms import nms, soft_nms
+from cropr.tasks.detection.cascade import nms, soft_nms
 
 
 def crowded(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

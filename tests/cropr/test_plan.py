@@ -6,7 +6,7 @@ import pytest
 from instant import MODEL, instant  # noqa: F401
 
 from cropr.__main__ import main
-from cropr.bench import plan
+from cropr.bench import plan, timing
 from cropr.bench.models import build_on_meta
 from cropr.bench.specs import PlanSpec
 from cropr.pruning.flops import Cost
@@ -28,20 +28,20 @@ def cost():
 
 @pytest.fixture
 def device(monkeypatch, cost):
-    """Replaces measuring by a function of the ratio of multiply-adds; returns the sweeps that were asked for."""
+    """Replaces measuring by a function of the ratio of multiply-adds; returns the schedules that were asked for."""
     asked = []
 
     def make(speedup):
-        def sweep_cells(sweep, device, tell):
-            asked.append(sweep)
-            cells = [{"metrics": {"speedup": 1.0}}]  # the unpruned model
-            for prune in sweep.variants.values():
-                found = speedup(plan.mac_ratio(spec(), cost, Schedule.from_config(prune.schedule)))
+        def measure(spec, pending, device, tell):
+            asked.append(list(pending.values()))
+            cells = {}
+            for search, schedule in pending.items():
+                found = speedup(plan.mac_ratio(spec, cost, schedule))
                 metrics = {"speedup": found, "speedup_low": 0.99 * found, "speedup_high": 1.01 * found}
-                cells.append({"metrics": metrics, "seconds": [1.0] * 3})
+                cells[search] = {"metrics": metrics, "seconds": [1.0] * 3}
             return cells
 
-        monkeypatch.setattr(plan, "sweep_cells", sweep_cells)
+        monkeypatch.setattr(plan, "_measure", measure)
         return asked
 
     return make
@@ -67,7 +67,7 @@ def test_schedules_are_corrected_until_the_device_reaches_the_target(device, sha
         assert cell["metrics"]["speedup"] == pytest.approx(cell["target"], rel=plan.TOLERANCE)
         assert 1 <= cell["rounds"] <= plan.ATTEMPTS
     assert len(asked) == max(cell["rounds"] for cell in record["cells"])
-    assert len(asked[0].variants) == 3  # all targets take turns with one unpruned model
+    assert len(asked[0]) == 3  # all targets take turns with one unpruned model
 
 
 def test_a_device_that_gains_nothing_is_named_with_its_measurements(device):
@@ -86,7 +86,8 @@ def test_a_target_beyond_all_schedules_has_no_schedule():
 
 
 def test_a_device_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(plan, "sweep_cells", lambda *_: [{"unsupported": "no memory"}] * 2)
+    outcome = timing.Outcome(unsupported="no memory")
+    monkeypatch.setattr(plan, "time_interleaved", lambda *_: (1, [outcome] * 2))
     (cell,) = plan.measure(spec(verify=True, targets=[1.5]))["cells"]
     assert (cell["reached"], cell["reason"], cell["metrics"]) == (False, "no memory", {})
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from cropr.__main__ import main
 from cropr.cli.spec_flags import make_spec
+from cropr.distributed import World
 from cropr.records import read_record
 from cropr.tasks.classification import run as classification
 from cropr.training import loop as runs
-from cropr.training.distributed import World
 from cropr.training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -211,8 +211,8 @@ RUNS = {
 
 def _train_as(rank, port, images, out):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from cropr.distributed import start
     from cropr.training import checkpoint, loop
-    from cropr.training.distributed import start
 
     fit = loop.fit
 

@@ -241,7 +241,7 @@ def test_nothing_is_painted_over_digits():
         ({"distractors": (3, 2)}, r"distractors \(3, 2\) is not an increasing pair of counts"),
         ({"objects": (1, 5), "scale": (3, 3)}, r"which has room for 4"),
         ({"image_size": 16, "scale": (2, 3)}, r"lower scale to at most 2 "),
-        ({"scale": (3, 2)}, "increasing pair"),
+        ({"scale": (3, 2)}, "positive and increasing"),
     ],
 )
 def test_impossible_scenes_are_refused(changes, message):

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from cropr.data.layouts import write
+from cropr.distributed import World
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import EvaluationSettings
 from cropr.tasks.classification.run import evaluate
@@ -83,15 +84,17 @@ def test_sums_of_processes_are_those_of_one():
     whole = evaluate(model, batches(12), objects=OBJECTS).series["scoring"]
     parts: list[torch.Tensor] = []
 
-    def first(sums):
-        parts.append(sums)
-        return sums
+    class First(World):
+        def sum(self, values):
+            parts.append(values)
+            return values
 
-    def second(sums):
-        return sums + parts.pop(0)
+    class Second(World):
+        def sum(self, values):
+            return values + parts.pop(0)
 
-    evaluate(model, batches(4), EvaluationSettings(total=first), OBJECTS[:4])
-    joined = evaluate(model, batches(8, 4), EvaluationSettings(total=second), OBJECTS[4:]).series["scoring"]
+    evaluate(model, batches(4), EvaluationSettings(world=First()), OBJECTS[:4])
+    joined = evaluate(model, batches(8, 4), EvaluationSettings(world=Second()), OBJECTS[4:]).series["scoring"]
     assert not parts
     for row, other in zip(whole, joined, strict=True):
         assert row == pytest.approx(other)

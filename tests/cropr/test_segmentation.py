@@ -14,17 +14,17 @@ from torch import nn
 import cropr
 from cropr.data.ade20k import IGNORE
 from cropr.data.layouts import write
+from cropr.distributed import World
 from cropr.pruning import flops
 from cropr.pruning.model import Output
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec
 from cropr.tasks import TrainSpec, open_task
-from cropr.tasks.base import EvaluationSettings
+from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.segmentation import SegDataSpec
-from cropr.tasks.segmentation.model import PrunedSegmenter, build, losses, spread
+from cropr.tasks.segmentation.run import PrunedSegmenter, losses, spread
 from cropr.training.checkpoint import load_weights
-from cropr.training.distributed import World
 from cropr.training.loop import train
 
 SCENES = ScenesSpec(image_size=32, train=24, val=6, scale=(1.5, 1.5), objects=(1, 2))
@@ -34,7 +34,7 @@ EVA_L = ModelSpec(name="eva02_large_patch14_224.mim_m38m", args={"patch_size": 1
 
 def paper_model(prune):
     with torch.device("meta"):
-        return build(EVA_L, prune, num_classes=150, image_size=512)
+        return build_model(EVA_L, prune, 150, 512, kind=PrunedSegmenter)
 
 
 def parameters(model):
@@ -80,7 +80,7 @@ def test_deployed_queries_cost_one_vector_a_module():
 
 def test_the_last_block_of_a_segmenter_never_drops_its_path():
     spec = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3}, drop_path=0.2)
-    host = build(spec, PruneSpec(), 5, 32).backbone.host
+    host = build_model(spec, PruneSpec(), 5, 32, kind=PrunedSegmenter).backbone.host
     assert isinstance(host.blocks[-1].drop_path1, nn.Identity)
     assert host.blocks[-2].drop_path1.drop_prob > 0
 
@@ -237,7 +237,7 @@ def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
         name="eva02_tiny_patch14_224.mim_in22k",
         args={**small, "patch_size": 8, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}},
     )
-    host = build(spec, PruneSpec(), 5, 64, pretrained=True).backbone.host
+    host = build_model(spec, PruneSpec(), 5, 64, True, PrunedSegmenter).backbone.host
     assert host.pos_embed.shape == (1, 65, 32)
     assert host.patch_embed.proj.weight.shape == (32, 3, 8, 8)
     for name in ("blocks.1.mlp.fc2.weight", "fc_norm.weight", "cls_token"):

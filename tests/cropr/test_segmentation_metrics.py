@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from cropr.data.ade20k import IGNORE
 from cropr.tasks.segmentation import SegDataSpec
-from cropr.tasks.segmentation.inference import predict, predict_sliding
-from cropr.tasks.segmentation.metrics import count_pixels, scores
+from cropr.tasks.segmentation.run import count_pixels, predict, predict_sliding, scores
 
 
 def slow_scores(prediction: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[float, float, float, list]:

@@ -267,7 +267,7 @@ def test_true_objects_lie_on_their_pixels(roots):
     """Objects are bright in the colour of their class, and what is drawn covers these pixels and no others."""
     answers = answers_of(detector(), roots / "detection")
     with torch.inference_mode():
-        one = answers.show(choose(answers.labels, 1)[0], CPU)
+        one = answers.show(choose(answers.labels(), 1)[0], CPU)
     covered = (one.truth != one.image).any(dim=0)
     bright = one.image.amax(dim=0) > 150
     assert (covered & bright).sum() > 0.8 * bright.sum()
@@ -276,7 +276,7 @@ def test_true_objects_lie_on_their_pixels(roots):
 
 def test_an_image_without_objects_has_no_class_and_is_shown_all_the_same(roots):
     answers = answers_of(detector(), roots / "detection")
-    assert answers.labels[4] == -1
+    assert answers.labels()[4] == -1
     with torch.inference_mode():
         one = answers.show(4, CPU)
     assert torch.equal(one.truth, one.image)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from synthetic import run_cells
 
-from cropr.bench.profiling import CATEGORIES
 from cropr.records import write_record
+from workflow.paper.microbench.profiling import CATEGORIES
 
 pytestmark = pytest.mark.workflow
 NOISE = (1.0, 1.1, 0.97)

@@ -78,7 +78,8 @@ def copy_repository(path: Path) -> Project:
 
 def with_stubs(project: Project) -> Project:
     """Replace what the jobs call; the grid, the rules and the sources that are digested stay."""
-    shutil.copy2(STUBS / "cropr_main.py", project / "cropr/__main__.py")
+    for main in ("cropr/__main__.py", "workflow/paper/microbench/__main__.py"):
+        shutil.copy2(STUBS / "cropr_main.py", project / main)
     shutil.copy2(STUBS / "run_notebook.py", project / "workflow/paper/run_notebook.py")
     shutil.copy2(STUBS / "page.py", project / "workflow/paper/page.py")
     return project

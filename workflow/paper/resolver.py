@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cropr.bench.specs import MEASURES, BenchSpec, PlanSpec
+from cropr.bench.specs import BenchSpec, PlanSpec
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule
 from cropr.specs import PruneSpec, RecipeSpec, Spec, check
 from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import Row, RowConfig, Scale, TaskAtScale, merge
+from workflow.paper.microbench import MEASURES
 
 UNPRUNED = RowConfig(row="none", label="")
 

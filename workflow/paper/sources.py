@@ -20,7 +20,6 @@ NEUTRAL = frozenset(
     {
         "cropr",
         "cropr.bench.specs",
-        "cropr.cli.measuring",
         "cropr.cli.spec_flags",
         "cropr.pruning.methods",
         "cropr.records",
@@ -31,6 +30,7 @@ NEUTRAL = frozenset(
         "cropr.tasks.segmentation",
         "workflow",
         "workflow.paper",
+        "workflow.paper.microbench",
         *(f"workflow.paper.{name}" for name in _GRID_SIDE),
     }
 )

@@ -30,8 +30,10 @@ def digest(value):
 def run_code(verb, spec):
     """Digest of the code behind a job that trains a model or shows its pruning maps."""
     task = TASKS[spec.task]
-    found = task.show if verb == "show" else task.run
-    return code_digest(f"cropr.cli.{verb}", found, REDUCERS[spec.prune.reducer].path)
+    shown = task.show if verb == "show" else None
+    return code_digest(
+        f"cropr.cli.{verb}", task.run, shown, REDUCERS[spec.prune.reducer].path
+    )
 
 
 def bench_code(spec):
@@ -41,14 +43,17 @@ def bench_code(spec):
 
 
 def microbench_verb(spec):
-    """Command of a microbenchmark or a plan, up to its specification."""
-    return f"microbench {spec.measure}" if hasattr(spec, "measure") else "plan"
+    """Module and verb of a microbenchmark or a plan."""
+    if hasattr(spec, "measure"):
+        return f"workflow.paper.microbench {spec.measure}"
+    return "cropr plan"
 
 
 def microbench_code(spec):
     """Digest of the code behind a microbenchmark or a plan."""
-    verb, cells = microbench_verb(spec).split()[0], getattr(spec, "cells", None)
-    return code_digest(f"cropr.cli.{verb}", cells, REDUCERS["cropr"].path)
+    cells = getattr(spec, "cells", None)
+    verb = "workflow.paper.microbench.__main__" if cells else "cropr.cli.plan"
+    return code_digest(verb, cells, REDUCERS["cropr"].path)
 
 
 def images(wildcards):

@@ -117,12 +117,12 @@ rule bench:
     params:
         spec=lambda wildcards: text(GRID.benches[wildcards.bench]),
         code=lambda wildcards: bench_code(GRID.benches[wildcards.bench]),
-        verb="bench",
+        verb="cropr bench",
         row=lambda wildcards, output: GRID.names[wildcards.bench],
     message:
         "Measuring throughput of {params.row} (log: {log})"
     shell:
-        "python -m cropr {params.verb} --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
+        "python -m {params.verb} --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
 
 
 use rule bench as microbench with:

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
-from cropr.data.loading import EvalBatches, Share, TrainBatches
+from cropr.data.imagenet import EvalImages, Split, TrainImages, load_splits, mixup
+from cropr.data.loading import EvalBatches, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
+from cropr.distributed import ALONE, World
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.tasks import TrainSpec
 from cropr.tasks.base import (
+    DEFAULT,
     BatchTask,
     Evaluation,
     EvaluationSettings,
@@ -28,13 +29,11 @@ from cropr.tasks.base import (
     TaskRun,
     autocast,
     build_model,
+    in_order,
     names_fingerprint,
 )
 from cropr.tasks.classification import DataSpec
-from cropr.tasks.per_image import in_order
 from cropr.tasks.scoring import Scoring
-
-_ALONE = EvaluationSettings()
 
 
 class Objective(BatchTask):
@@ -56,11 +55,12 @@ class Objective(BatchTask):
 class Classification(Objective, TaskRun):
     """Images in class folders, soft targets, mixing."""
 
-    def __init__(self, spec: TrainSpec, root: Path) -> None:
-        assert isinstance(spec.data, DataSpec)
+    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
         TaskRun.__init__(self, spec, root)
-        Objective.__init__(self, spec.data, spec.prune.aux_weight)
-        self.splits = load_splits(root, spec.data.num_classes)
+        Objective.__init__(self, self.data, spec.prune.aux_weight)
+
+    def load(self, root: Path) -> tuple[Split, Split]:
+        return load_splits(root, self.data.num_classes)
 
     def folder_fingerprint(self) -> str:
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
@@ -68,38 +68,35 @@ class Classification(Objective, TaskRun):
     def build(self, pretrained: bool = False) -> PrunedViT:
         return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
 
-    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
+    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         """Raises ValueError for mixup or cutmix, which mix pairs, with an odd number of images per process."""
         size = self.spec.recipe.batch_size
-        batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, **share)
-        if self.mix is not None and size // batches.world % 2:
+        batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, world=world, workers=workers)
+        if self.mix is not None and size // world.size % 2:
             raise ValueError(
-                f"mixup and cutmix mix pairs, but a process has {size // batches.world} images of a batch; "
-                f"make batch_size ({size}) a multiple of {2 * batches.world}"
+                f"mixup and cutmix mix pairs, but a process has {size // world.size} images of a batch; "
+                f"make batch_size ({size}) a multiple of {2 * world.size}"
             )
         return batches
 
-    def evaluate(
-        self, model: PrunedViT | DeployedViT, settings: EvaluationSettings, **share: Unpack[Share]
-    ) -> Evaluation:
-        split = self.splits[1]
-        batches = EvalBatches(EvalImages(split, self.data), settings.batch_size, **share)
+    def evaluate(self, model: PrunedViT | DeployedViT, settings: EvaluationSettings = DEFAULT) -> Evaluation:
+        split, world = self.splits[1], settings.world
+        images = EvalImages(split, self.data)
+        batches = EvalBatches(images, settings.batch_size, world=world, workers=settings.workers)
         host = (model.model if isinstance(model, DeployedViT) else model).backbone.host
         objects = object_map([split.paths[index] for index in batches.indices], self.data, host.patch_embed.grid_size)
         result = evaluate(model, batches, settings, objects)
         names = np.array([Path(split.paths[index]).relative_to(split.root).as_posix() for index in batches.indices])
-        arrays = in_order(settings.gather, batches.indices, {"image": names, **result.images})
+        arrays = in_order(world.gather, batches.indices, {"image": names, **result.images})
         return replace(result, images=arrays)
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
-    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1), plus other losses that
-    the reducers have.
+    """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1), plus other losses of
+    the reducers, in training mode.
 
-    Args:
-        output: of a model in training mode.
-        target: [B, classes], probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
-            [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
+    ``target`` [B, classes] are probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
+    [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
     """
     main = F.cross_entropy(output.logits.float(), target)
     if not output.aux:
@@ -121,7 +118,7 @@ def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    settings: EvaluationSettings = _ALONE,
+    settings: EvaluationSettings = DEFAULT,
     objects: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
@@ -141,57 +138,51 @@ def evaluate(
     Raises:
         ValueError: there are no images.
     """
-    device, training = settings.device, model.training
+    device, training = settings.world.device, model.training
     model.eval()
     torch.manual_seed(settings.seed)
     forward = model.detailed if isinstance(model, DeployedViT) else model
-    sums, shares = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device)
     seen, blocks, scoring = 0, [0], Scoring(model)
-    correct: list[Tensor] = []
-    alive: list[Tensor] = []
-    after: list[Tensor] = []
+    results, shares, after = list[Tensor](), list[Tensor](), list[Tensor]()
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        scoring.on_object = None if objects is None else objects[seen : seen + len(labels)]
+        scoring.on_object = None if objects is None else objects[seen : seen + len(labels)].to(device)
         scoring.labels = labels
         with autocast(device, settings.precision), scoring:
             output: Output = forward(images)
-        ranked, counts = _counts(output.logits.float(), labels)
-        sums += counts
-        correct.append(ranked[:, 0])
-        if output.tokens.index is None:  # slots, which have no place
-            objects = None
-        else:
+        results.append(_results(output.logits.float(), labels))
+        placed = output.tokens.index is not None  # slots have no place
+        if placed:
             after.append(output.pruned_after(output.grid[0] * output.grid[1]).to(torch.int8))
-        if objects is not None:
-            on_object = objects[seen : seen + len(labels)].to(device)
-            masks = _masks(output, on_object)
-            shares = shares + _shares(masks, on_object)
-            alive.append(_alive(masks, on_object))
+        if placed and scoring.on_object is not None:
+            shares.append(_shares(output, scoring.on_object))
             blocks = [0, *output.kept]
         seen += len(labels)
     model.train(training)
-    top1, top5, loss, count = settings.total(sums).tolist()
+    own = torch.cat([torch.zeros(3, 0, dtype=torch.float64, device=device), *results], dim=1)
+    count, *sums = settings.world.sum(torch.stack((own.new_tensor(seen), *own.sum(dim=1)))).tolist()
     if not count:
         raise ValueError("no image to evaluate: the validation set is empty")
-    arrays = {"correct": correct, "object_kept": alive, "pruned_after": after}
-    found = {name: torch.cat(x).cpu().numpy() for name, x in arrays.items() if x}
-    metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "val_images": int(count)}
-    if objects is None:
-        return Evaluation(metrics, {"relevance": [], **scoring.series(settings.total)}, found)
-    relevance = [
-        {"block": block, "kept_on_object": 100 * kept / number, "object_kept": 100 * share / max(with_object, 1)}
-        for block, (kept, share, with_object, number) in zip(blocks, settings.total(shares).tolist(), strict=True)
-    ]
-    return Evaluation(metrics, {"relevance": relevance, **scoring.series(settings.total)}, found)
+    top1, top5, loss = (value / count for value in sums)
+    metrics = {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "val_images": int(count)}
+    found, relevance = {"correct": own[0].bool().cpu().numpy()}, list[dict[str, float]]()
+    if after:
+        found["pruned_after"] = torch.cat(after).cpu().numpy()
+    if shares:
+        each = torch.cat(shares, dim=1)  # [2, images, blocks]
+        found["object_kept"] = each[1].float().cpu().numpy()
+        totals = settings.world.sum(torch.stack((each.nansum(dim=1), (~each.isnan()).sum(dim=1).double())))
+        means = 100 * totals[0] / totals[1].clamp(min=1)
+        rows = zip(blocks, *means.tolist(), strict=True)
+        relevance = [{"block": block, "kept_on_object": kept, "object_kept": share} for block, kept, share in rows]
+    return Evaluation(metrics, {"relevance": relevance, **scoring.series(settings.world.sum)}, found)
 
 
-def _counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 5] bool: which guess is right, best first; [4]: images right at first, right within five, losses, images."""
+def _results(logits: Tensor, labels: Tensor) -> Tensor:
+    """[3, B] float64 of each image: whether the first guess is right, or one of the first five, and the loss."""
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    sums = torch.stack((ranked[:, 0].sum(), ranked.sum(), loss.double(), loss.new_tensor(len(labels)))).double()
-    return ranked, sums
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return torch.stack((ranked[:, 0].double(), ranked.any(dim=1).double(), loss.double()))
 
 
 def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
@@ -206,27 +197,10 @@ def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> T
     return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
 
 
-def _masks(output: Output, on_object: Tensor) -> list[Tensor]:
-    """[B, N] bool, for the input and after every pruning block: patches with a token of their own."""
-    everything = torch.ones_like(on_object)
-    return [everything, *(torch.zeros_like(on_object).scatter(1, index, True) for index in output.kept.values())]
-
-
-def _shares(masks: list[Tensor], on_object: Tensor) -> Tensor:
-    """[blocks, 4]: sums over images, for the input and after every pruning block, see ``evaluate``.
-
-    The columns: share of the kept patches on the object, share of the object's patches kept (0 for an image without
-    one), images with an object, images. ``on_object``: [B, N] bool.
-    """
-    size, rows = on_object.sum(dim=1), []
-    for mask in masks:
-        hit = (mask & on_object).sum(dim=1).double()
-        shares = (hit / mask.sum(dim=1)).sum(), (hit / size.clamp(min=1)).sum()
-        rows.append(torch.stack([*shares, (size > 0).sum(), (size >= 0).sum()]))
-    return torch.stack(rows)
-
-
-def _alive(masks: list[Tensor], on_object: Tensor) -> Tensor:
-    """[B, blocks]: share of each image's object patches that are kept, NaN without an object; see ``_shares``."""
-    kept = [(mask & on_object).sum(dim=1) for mask in masks]
-    return torch.stack(kept, dim=1) / on_object.sum(dim=1, keepdim=True)
+def _shares(output: Output, on_object: Tensor) -> Tensor:
+    """[2, B, blocks]: of each image, at the input and after every pruning block, the share of the kept patches that lie
+    on the object, and that of the object's patches that are kept, NaN without an object. ``on_object``: [B, N] bool."""
+    kept = [torch.zeros_like(on_object).scatter(1, index, True) for index in output.kept.values()]
+    alive = torch.stack([torch.ones_like(on_object), *kept], dim=2)  # a patch counts once, where padding repeats it
+    hit = (alive & on_object.unsqueeze(2)).sum(dim=1).double()
+    return torch.stack((hit / alive.sum(dim=1), hit / hit[:, :1]))

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
-from cropr.data.imagenet import eval_transform, load_splits
+from cropr.data.imagenet import eval_transform
 from cropr.data.loading import decode
 from cropr.pruning.model import Output
 from cropr.show import Answers, Shown, to_pixels
-from cropr.tasks import TrainSpec
-from cropr.tasks.base import build_model
-from cropr.tasks.classification import DataSpec
 
 
 class ClassAnswers(Answers):
-    """A class an image, as text. ``root``: images in the layout of the task; None where only single files are shown.
-    Raises ValueError or FileNotFoundError for images that are missing or differ from those of the spec."""
+    """A class an image, as text."""
 
-    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
-        assert isinstance(spec.data, DataSpec)
-        self.data = spec.data
-        self.split = load_splits(root, self.data.num_classes)[1] if root else None
-        self.labels = self.split.labels if self.split else ()
-        self.transform = eval_transform(self.data)
-        self.model = build_model(spec.model, spec.prune, self.data.num_classes, self.data.image_size).eval()
+    def labels(self) -> Sequence[int]:
+        return self.split.labels
 
     def show(self, item: int | str, device: torch.device) -> Shown:
         split, number = self.split, item if isinstance(item, int) else None
-        image = self.transform(decode(str(item) if split is None or number is None else split.paths[number]))
+        image = eval_transform(self.data)(decode(str(item) if split is None or number is None else split.paths[number]))
         output: Output = self.model(image[None].to(device))
         found = int(output.logits.argmax())
         return Shown(

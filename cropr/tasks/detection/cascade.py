@@ -1,4 +1,5 @@
-"""Cascade Mask R-CNN (Cai and Vasconcelos, 2018): stages with rising IoU thresholds, each on the boxes of the previous.
+"""Proposals, and Cascade Mask R-CNN (Cai and Vasconcelos, 2018): stages with rising IoU thresholds, each on the boxes
+of the previous.
 
 With one stage it is Mask R-CNN with class-agnostic boxes, which needs less memory and time.
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import maskrcnn_loss
-from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import LevelMapper
 
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.nms import nms, soft_nms
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target
@@ -218,3 +221,121 @@ def match(boxes: Tensor, target: Target, threshold: float) -> Regions:
     overlap, matched = box_iou(objects, boxes).max(dim=0)
     labels = torch.where(overlap >= threshold, target["labels"][matched], 0)
     return Regions(boxes, labels, matched, objects[matched])
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """Remaining detections by falling score: rows of the boxes [M], labels [M] from 1 to K, suppressed scores [M]."""
+
+    index: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit: int) -> Picks:
+    """Plain suppression: of two boxes of a class with an IoU above ``threshold``, the higher score stays; scores up to
+    ``min_score`` are dropped before. Arguments as of ``soft_nms``."""
+    index, column = (scores > min_score).nonzero(as_tuple=True)
+    values = scores[index, column]
+    kept = batched_nms(boxes[index].float(), values.float(), column, threshold)[:limit]
+    return Picks(index[kept], column[kept] + 1, values[kept])
+
+
+@torch.no_grad()
+def soft_nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit: int) -> Picks:
+    """Linear soft suppression (Bodla et al., 2017) of boxes [R, 4] with scores [R, K], not negative: a picked box
+    multiplies scores of boxes by 1 - IoU, where the IoU is above ``threshold``. Scores up to ``min_score`` are dropped;
+    the ``limit`` highest remain.
+
+    All classes have the same boxes, so that one matrix of overlaps is enough; it is in float32, since float16 is off by
+    half a pixel above 1024. Each of ``limit`` steps picks one box of every class. Within a class scores are picked in
+    falling order, so that the ``limit`` best of the image are among the first ``limit`` of each class.
+    """
+    index = (scores > min_score).any(dim=1).nonzero()[:, 0]
+    overlap = box_iou(boxes[index].float(), boxes[index].float())
+    factors = torch.where(overlap > threshold, 1 - overlap, 1.0)
+    left = scores[index].float().t().contiguous()  # [K, R]
+    steps, columns = min(limit, len(index)), torch.arange(left.shape[0], device=left.device)
+    rows, picked = index.new_empty(steps, len(left)), left.new_empty(steps, len(left))
+    for step in range(steps):
+        picked[step], rows[step] = left.max(dim=1)
+        left *= factors[rows[step]]
+        left[columns, rows[step]] = 0.0
+    order = picked.flatten().argsort(descending=True, stable=True)[:limit]
+    values = picked.flatten()[order]
+    order, values = order[values > min_score], values[values > min_score]
+    return Picks(index[rows.flatten()[order]], columns.repeat(steps)[order] + 1, values.to(scores.dtype))
+
+
+RATIOS = (0.5, 1.0, 2.0)
+"""Height over width of the anchors of each place."""
+
+
+class Anchors(nn.Module):
+    """Boxes of one size and three shapes around each place of every level, in float32. One a level: ``sizes``, the
+    square root of the area in pixels, and ``strides``, pixels between neighbours."""
+
+    def __init__(self, sizes: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        self.levels = tuple(zip(sizes, strides, strict=True))
+
+    def forward(self, canvas: ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
+        """[anchors, 4] an image, level after level; all images of a batch have the same."""
+        root = torch.tensor(RATIOS, device=maps[0].device).sqrt()
+        anchors = []
+        for (size, stride), values in zip(self.levels, maps, strict=True):
+            half = torch.stack((torch.full_like(root, size) / root, size * root), dim=1) / 2
+            places = (stride * torch.arange(edge, device=root.device) for edge in values.shape[-2:])
+            y, x = torch.meshgrid(*places, indexing="ij")
+            centre = torch.stack((x, y, x, y), dim=-1).view(-1, 1, 4)
+            anchors.append((centre + torch.cat((-half, half), dim=1)).view(-1, 4))
+        return [torch.cat(anchors)] * len(canvas.image_sizes)
+
+
+class _Head(RPNHead):
+    """Two 3 x 3 convolutions shared by all levels; logits and deltas in float32.
+
+    torchvision initialises all layers with a standard deviation of 0.01, which suits 256 channels; with 16, two
+    convolutions divide their input by 100. Here the convolutions start by their width, as those of the other heads do.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, len(RATIOS), conv_depth=2)
+        for layer in self.conv.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: list[Tensor]) -> Any:
+        return tuple([level.float() for level in levels] for levels in super().forward(x))
+
+
+class ProposalNetwork(RegionProposalNetwork):
+    """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``. Unlike torchvision's own, its
+    anchors are not rounded to pixels and take their strides from the pyramid; its losses, EVA-02's, are L1 and BCE over
+    a fixed number of samples; boxes are computed in float32 under any autocast."""
+
+    def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
+        before, after = ({"training": spec.proposals_train[i], "testing": spec.proposals_test[i]} for i in (0, 1))
+        anchors, head = Anchors(spec.anchor_sizes, strides), _Head(spec.channels)
+        # IoU of objects and of background, samples and the share of objects, proposals, IoU of suppression.
+        super().__init__(anchors, head, 0.7, 0.3, spec.rpn_samples, 0.5, before, after, 0.7)
+
+    def propose(
+        self, canvas: ImageList, levels: Sequence[Tensor], targets: Sequence[Target] | None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals [R, 4] an image, without gradient, and in training the losses."""
+        boxes, losses = self(canvas, dict(enumerate(levels)), targets)
+        return [box.detach() for box in boxes], losses
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """BCE of the sampled anchors and L1 of the positive ones, both over the number that sampling aims at."""
+        positive, negative = (torch.cat(part).bool() for part in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        expected = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        truth = torch.cat(labels)[sampled]
+        objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], truth, reduction="sum")
+        box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
+        return objectness_loss / expected, box_loss / expected

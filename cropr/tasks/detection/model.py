@@ -17,13 +17,16 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import Conv2dNormActivation
 
 from cropr.pruning.backbones import Backbone, windowed
 from cropr.pruning.fusion import Fusion
@@ -32,11 +35,9 @@ from cropr.pruning.reducers import Reducer
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec
-from cropr.tasks.base import Losses
+from cropr.tasks.base import Losses, keep_last_block
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import CascadeHeads, Detections
-from cropr.tasks.detection.neck import SimpleFeaturePyramid
-from cropr.tasks.detection.proposals import ProposalNetwork
+from cropr.tasks.detection.cascade import CascadeHeads, Detections, ProposalNetwork
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target
@@ -154,12 +155,8 @@ def build_detector(
     pretrained: bool = False,
 ) -> Detector:
     """The detector of a specification. ``image_size``, a side or height and width in pixels, is what images are padded
-    to; it is rounded up to whole windows.
-
-    Raises:
-        TypeError: a host that cannot have windows, by name.
-        ValueError: a schedule that leaves no whole windows, a pruned model without fusion, levels that do not fit.
-    """
+    to; it is rounded up to whole windows. Raises TypeError: a host that cannot have windows, by name; ValueError: a
+    schedule that leaves no whole windows, a pruned model without fusion, levels that do not fit."""
     patch = model.args.get("patch_size")
     if patch is None:
         with torch.device("meta"):
@@ -203,8 +200,7 @@ def build_encoder(
     schedule = Schedule.from_config(spec.schedule)
     encoder = prune(backbone, schedule, spec.reducer, spec.fusion, spec.options, num_outputs, Encoder)
     if encoder.reducers:
-        for name in [name for name, _ in host.blocks[-1].named_children() if name.startswith("drop_path")]:
-            setattr(host.blocks[-1], name, nn.Identity())
+        keep_last_block(host)
     return encoder
 
 
@@ -230,3 +226,39 @@ def losses(output: DetectionOutput, targets: Sequence[Target], num_classes: int,
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Each level is resampled from the same map, of C = ``dim`` channels and ``stride`` pixels between neighbours; no
+    top-down path (ViTDet, Li et al., 2022). ``scales`` of the levels against the input map are finest first, each half
+    of the one before, among 4, 2, 1, 0.5; raises ValueError for others."""
+
+    def __init__(self, dim: int, channels: int, stride: int, scales: Sequence[float] = (4, 2, 1, 0.5)) -> None:
+        super().__init__()
+        if not scales or set(scales) - {4, 2, 1, 0.5} or any(a != 2 * b for a, b in pairwise(scales)):
+            raise ValueError(f"scales={tuple(scales)}: choose neighbours of 4, 2, 1, 0.5, finest first")
+        self.branches = nn.ModuleList(_branch(dim, channels, scale) for scale in scales)
+        strides = [int(stride / scale) for scale in scales]
+        self.strides = (*strides, 2 * strides[-1])
+        """Pixels between neighbours of every level, the last one included that only proposals are read from."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[B, C, H, W] to a map [B, D, h, w] a level, finest first; one more is the coarsest, subsampled."""
+        levels = [branch(x) for branch in self.branches]
+        return [*levels, levels[-1][:, :, ::2, ::2]]
+
+
+def _branch(dim: int, channels: int, scale: float) -> nn.Sequential:
+    """Resampling, then a 1 x 1 and a 3 x 3 convolution, each with a LayerNorm over channels."""
+    resample: list[nn.Module] = [nn.MaxPool2d(2)] if scale < 1 else []
+    if scale > 1:
+        resample = [nn.ConvTranspose2d(dim, dim // 2, 2, 2)]
+    if scale == 4:
+        resample += [LayerNorm2d(dim // 2), nn.GELU(), nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2)]
+    width = dim // int(max(scale, 1))
+    convolve = {"norm_layer": LayerNorm2d, "activation_layer": None}
+    return nn.Sequential(
+        nn.Sequential(*resample),
+        Conv2dNormActivation(width, channels, 1, **convolve),
+        Conv2dNormActivation(channels, channels, 3, **convolve),
+    )

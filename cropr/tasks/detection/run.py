@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from cropr.data.coco import EvalImages, Target, TrainImages, collate, fingerprint, load_coco
-from cropr.data.loading import EvalBatches, Share, TrainBatches
-from cropr.tasks import TrainSpec
-from cropr.tasks.base import Evaluation, EvaluationSettings, Losses, TaskRun
+from cropr.data.coco import CocoSplit, EvalImages, Target, TrainImages, collate, fingerprint, load_coco
+from cropr.data.loading import EvalBatches, TrainBatches
+from cropr.distributed import ALONE, World
+from cropr.tasks.base import DEFAULT, Evaluation, EvaluationSettings, Losses, TaskRun
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.checkpoint import load_eva02, read_checkpoint
 from cropr.tasks.detection.evaluation import evaluate
@@ -22,18 +22,15 @@ from cropr.tasks.detection.model import DetectionOutput, Detector, build_detecto
 class Detection(TaskRun):
     """Images with boxes and masks, as COCO has them."""
 
-    def __init__(self, spec: TrainSpec, root: Path) -> None:
-        super().__init__(spec, root)
-        assert isinstance(spec.detector, DetModelSpec)
-        self.detector = spec.detector
-        self.splits = load_coco(root, self.data.num_classes)
+    def load(self, root: Path) -> tuple[CocoSplit, CocoSplit]:
+        return load_coco(root, self.data.num_classes)
 
     def folder_fingerprint(self) -> str:
         return fingerprint(self.splits)
 
     def build(self, pretrained: bool = False) -> Detector:
-        model, prune, data = self.spec.model, self.spec.prune, self.data
-        return build_detector(model, prune, self.detector, data.num_classes, data.image_size, pretrained)
+        model, prune, shape = self.spec.model, self.spec.prune, (self.data.num_classes, self.data.image_size)
+        return build_detector(model, prune, cast(DetModelSpec, self.spec.detector), *shape, pretrained)
 
     def load_published(self, model: Detector, path: Path) -> bool:
         """The published EVA-02 detectors, as their authors saved them (``.pth``)."""
@@ -42,14 +39,14 @@ class Detection(TaskRun):
         load_eva02(model, read_checkpoint(path))
         return True
 
-    def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
+    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         images = TrainImages(self.splits[0], self.data, seed)
-        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate=collate, **share)
+        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate, world, workers)
 
-    def evaluate(self, model: Detector, settings: EvaluationSettings, **share: Unpack[Share]) -> Evaluation:
+    def evaluate(self, model: Detector, settings: EvaluationSettings = DEFAULT) -> Evaluation:
         """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
         images = EvalImages(self.splits[1], self.data)
-        batches = EvalBatches(images, settings.batch_size, collate=collate, **share)
+        batches = EvalBatches(images, settings.batch_size, collate, settings.world, settings.workers)
         return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,33 +13,22 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from cropr.data.coco import load_coco, normalise, read_image, read_masks
-from cropr.data.jitter import fit
+from cropr.data.coco import fit, normalise, read_image, read_masks
 from cropr.data.loading import decode
 from cropr.show import Answers, Shown, class_colour, rarest, to_pixels
-from cropr.tasks import TrainSpec
-from cropr.tasks.detection import DetDataSpec, DetModelSpec
-from cropr.tasks.detection.masks import encode_masks
-from cropr.tasks.detection.model import DetectionOutput, build_detector
+from cropr.tasks.detection.evaluation import encode_masks
+from cropr.tasks.detection.model import DetectionOutput
 
 MIN_SCORE = 0.3
 """Objects of lower confidence are not drawn."""
 
 
 class ObjectAnswers(Answers):
-    """Objects with boxes and masks. An image is fitted into the square of the spec and padded to the model's canvas.
-    Arguments and errors are those of ``cropr.tasks.classification.show.ClassAnswers``."""
+    """Objects with boxes and masks. An image is fitted into the square of the spec and padded to the model's canvas."""
 
-    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
-        assert isinstance(spec.data, DetDataSpec)
-        assert isinstance(spec.detector, DetModelSpec)
-        data = self.data = spec.data
-        self.split = split = load_coco(root, data.num_classes)[1] if root else None
-        images = range(len(split)) if split else ()
-        self.labels = rarest([{instance.label for instance in split.instances(index)} for index in images if split])
-        detector = build_detector(spec.model, spec.prune, spec.detector, data.num_classes, data.image_size)
-        self.canvas = detector.canvas
-        self.model = detector.eval()
+    def labels(self) -> list[int]:
+        split = self.split
+        return rarest([{instance.label for instance in split.instances(index)} for index in range(len(split))])
 
     def show(self, item: int | str, device: torch.device) -> Shown:
         split = self.split if isinstance(item, int) else None
@@ -52,8 +40,9 @@ class ObjectAnswers(Answers):
         found = output.detections[0]
         sure = found.scores >= MIN_SCORE
         boxes = found.boxes[sure].float().cpu()
-        codes = encode_masks(found.masks[sure], boxes, self.canvas)
-        masks = torch.from_numpy(np.array([coco_mask.decode(code) for code in codes], bool).reshape(-1, *self.canvas))
+        canvas = self.model.canvas
+        codes = encode_masks(found.masks[sure], boxes, canvas)
+        masks = torch.from_numpy(np.array([coco_mask.decode(code) for code in codes], bool).reshape(-1, *canvas))
         pixels = to_pixels(image, self.data.mean, self.data.std)
         truth = None
         if split:
@@ -67,7 +56,7 @@ class ObjectAnswers(Answers):
 
     def _padded(self, values: Tensor) -> Tensor:
         """[..., H, W]: zeros at the right and the bottom."""
-        return F.pad(values, (0, self.canvas[1] - values.shape[-1], 0, self.canvas[0] - values.shape[-2]))
+        return F.pad(values, (0, self.model.canvas[1] - values.shape[-1], 0, self.model.canvas[0] - values.shape[-2]))
 
 
 def _drawn(pixels: Tensor, boxes: Tensor, masks: Tensor, labels: Sequence[int]) -> Tensor:

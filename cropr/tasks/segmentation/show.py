@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,13 +9,10 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.utils import draw_segmentation_masks
 
-from cropr.data.ade20k import IGNORE, EvalTransform, decode_map, load_splits, read_pair
-from cropr.data.loading import decode
+from cropr.data.ade20k import IGNORE, decode_map, eval_view, read_pair
+from cropr.data.loading import decode, pad
 from cropr.pruning.model import Output
 from cropr.show import Answers, Shown, class_colour, rarest, to_pixels
-from cropr.tasks import TrainSpec
-from cropr.tasks.segmentation import SegDataSpec
-from cropr.tasks.segmentation.model import build
 
 SAMPLE = 500
 """Annotations that are read to choose images by, evenly spaced: more would take too long for photos."""
@@ -25,15 +20,7 @@ SAMPLE = 500
 
 class MapAnswers(Answers):
     """A class a pixel. An image is shrunk into one window even where the run's windows slide: a pruning map belongs to
-    one forward pass. Arguments and errors are those of ``cropr.tasks.classification.show.ClassAnswers``."""
-
-    def __init__(self, spec: TrainSpec, root: Path | None) -> None:
-        assert isinstance(spec.data, SegDataSpec)
-        self.data = spec.data
-        self.split = load_splits(root)[1] if root else None
-        self.labels = self._rarest()
-        self.transform = EvalTransform(self.data.model_copy(update={"evaluation": "single"}))
-        self.model = build(spec.model, spec.prune, self.data.num_classes, self.data.image_size).eval()
+    one forward pass."""
 
     def show(self, item: int | str, device: torch.device) -> Shown:
         if self.split and isinstance(item, int):
@@ -41,9 +28,10 @@ class MapAnswers(Answers):
         else:
             picture, labels = decode(str(item)), None
         known = np.zeros((picture.height, picture.width), np.uint8) if labels is None else labels
-        image, mask = self.transform(tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(known)))
+        whole = self.data.model_copy(update={"evaluation": "single"})
+        image, mask = eval_view(tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(known)), whole)
         height, width = image.shape[-2:]
-        padded = F.pad(image, (0, self.data.image_size - width, 0, self.data.image_size - height))
+        padded = pad(image, self.data.image_size)
         output: Output = self.model(padded[None].to(device))
         pixels = to_pixels(padded, self.data.mean, self.data.std)
         found = output.logits[0, :, :height, :width].argmax(dim=0).cpu()
@@ -51,11 +39,10 @@ class MapAnswers(Answers):
         truth = None if labels is None else _drawn(pixels, true)
         return Shown(image=pixels, output=output, truth=truth, prediction=_drawn(pixels, found))
 
-    def _rarest(self) -> list[int]:
+    def labels(self) -> list[int]:
         """The rarest class of each image; -1 for images that are not in the sample."""
-        present: list[list[int]] = [[] for _ in range(len(self.split) if self.split else 0)]
+        present: list[list[int]] = [[] for _ in range(len(self.split))]
         for index in range(0, len(present), -(-len(present) // SAMPLE) or 1):
-            assert self.split is not None
             found = np.unique(decode_map(self.split.annotations[index], self.data.num_classes)).tolist()
             present[index] = [label for label in found if label != IGNORE]
         return rarest(present)
@@ -63,8 +50,7 @@ class MapAnswers(Answers):
 
 def _drawn(pixels: Tensor, labels: Tensor) -> Tensor:
     """Labels [h, w] over the image in the window [3, S, S]; what has no label stays plain."""
-    missing = (0, pixels.shape[-1] - labels.shape[1], 0, pixels.shape[-2] - labels.shape[0])
-    labels = F.pad(labels.byte(), missing, value=IGNORE)
+    labels = pad(labels[None].byte(), pixels.shape[-1], IGNORE)[0]
     present = [label for label in labels.unique().tolist() if label != IGNORE]
     if not present:
         return pixels

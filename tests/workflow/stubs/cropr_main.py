@@ -1,4 +1,4 @@
-"""Stands in for ``python -m cropr``: every verb writes at once what the rule expects."""
+"""Stands in for ``python -m cropr`` and for microbenchmarks: every verb writes at once what the rule expects."""
 
 import argparse
 import json
@@ -12,7 +12,8 @@ for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run",
 args = parser.parse_args()
 
 verb, out = args.verb[0], Path(args.out)
-assert verb in ("data", "train", "bench", "show", "microbench", "plan"), verb
+microbenchmarks = ("sweep", "blocks", "profile", "scoring", "training")
+assert verb in ("data", "train", "bench", "show", "plan", *microbenchmarks), verb
 if verb == "show":
     assert Path(args.run, "weights.safetensors").exists()
     out.write_text("maps")

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from cropr.bench.device import Unsupported, largest_batch, noise, working_memory
 from cropr.bench.models import NUM_CLASSES, build_on_meta, megabytes, random_weights, weights_mb
-from cropr.bench.specs import UNPRUNED, TrainingSpec
+from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Tell, against, clock, interleave, speed
+from cropr.distributed import World
 from cropr.pruning import flops
 from cropr.pruning.model import PrunedViT
 from cropr.specs import PruneSpec, RecipeSpec
 from cropr.tasks.base import autocast
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import Objective
-from cropr.training.distributed import World
 from cropr.training.optim import Stepper, create_optimizer
+from workflow.paper.microbench import TrainingSpec
 
 
 class _Trainee:
@@ -62,7 +63,7 @@ class _Trainee:
 
 def training_cells(spec: TrainingSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
     """Measure optimizer steps of the unpruned model and of every variant, in turn in every round; arguments and errors
-    as of ``cropr.bench.microbench.measure``.
+    as of ``microbench.measure.measure``.
 
     Returns:
         One a variant: ``tokens``, ``seconds`` (round by round) and ``metrics``: ``images_per_s`` of training,

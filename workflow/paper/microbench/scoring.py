@@ -15,13 +15,14 @@ from torch import Tensor
 
 from cropr.bench.device import Unsupported, noise, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_variants, token_trace
-from cropr.bench.specs import UNPRUNED, ScoringSpec
+from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Case, Tell, against, ratio, speed, time_interleaved
 from cropr.pruning import flops
 from cropr.pruning.reducers import Context, ScoreReducer
 from cropr.pruning.reducers.select import FoldedCropr
 from cropr.pruning.scorer import Scorer
 from cropr.pruning.tokens import Tokens
+from workflow.paper.microbench import ScoringSpec
 
 ONE, ALL = "one_vector", "all_queries"
 """The two pruned models."""
@@ -40,7 +41,7 @@ class AllQueries(ScoreReducer):
 
 
 def scoring_cells(spec: ScoringSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Time the unpruned model and both pruned ones; arguments and errors as of ``cropr.bench.microbench.measure``.
+    """Time the unpruned model and both pruned ones; arguments and errors as of ``microbench.measure.measure``.
 
     Returns:
         One a model: ``tokens``, ``seconds`` (round by round), ``attention_calls`` and ``metrics``: ``speedup`` over the

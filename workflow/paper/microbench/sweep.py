@@ -10,13 +10,14 @@ from typing import Any
 
 from cropr.bench.device import Unsupported, check, weights_dtype
 from cropr.bench.models import build_variants, matmul_peak, model_metrics, token_trace
-from cropr.bench.specs import UNPRUNED, SweepSpec
+from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Case, Tell, against, ratio, time_interleaved
 from cropr.pruning import flops
+from workflow.paper.microbench import SweepSpec
 
 
 def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
-    """Measure all cells of a sweep; arguments and errors as of ``cropr.bench.microbench.measure``.
+    """Measure all cells of a sweep; arguments and errors as of ``microbench.measure.measure``.
 
     Returns:
         One a place: ``tokens``, and either ``unsupported`` with the reason, or ``metrics`` (as of ``bench``,

@@ -62,26 +62,22 @@ class World:
             distributed.barrier()
 
 
+ALONE = World()
+
+
 @contextmanager
 def start(device: str | None = None, threads: int | None = None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, if it did, and set torch up: repeatable, and fast on the CPU.
 
-    Args:
-        device: ``cpu`` or ``cuda``; the first GPU of this process if there is one, unless given.
-        threads: threads of one operation; ``OMP_NUM_THREADS`` or torch's choice unless given.
-
-    Raises:
-        ValueError: a device that is not there.
+    ``device`` is ``cpu`` or ``cuda``, by default the first GPU of this process if there is one; ``threads`` of one
+    operation are by default ``OMP_NUM_THREADS`` or torch's choice. Raises ValueError: a device that is not there.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"--threads {threads}: must be 1 or more")
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {kind}: choose cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU; leave the option out to train on the CPU")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     place, size = torch.device("cpu"), int(os.environ.get("WORLD_SIZE", 1))
     if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -101,6 +97,14 @@ def start(device: str | None = None, threads: int | None = None) -> Iterator[Wor
         memory.fill_uninitialized_memory = before[1]
         if size > 1:
             distributed.destroy_process_group()
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many threads for one operation; None changes nothing. Raises ValueError: below 1."""
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads {threads}: must be 1 or more")
+        torch.set_num_threads(threads)
 
 
 def reuse_freed_memory() -> bool:

@@ -17,11 +17,11 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from cropr.bench.device import noise, quiet_profile, run_forced, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_variants, token_trace
-from cropr.bench.specs import ProfileSpec
 from cropr.bench.timing import Tell
 from cropr.pruning import flops
 from cropr.pruning.model import DeployedViT
 from cropr.pruning.scorer import FoldedScorer
+from workflow.paper.microbench import ProfileSpec
 
 CATEGORIES = (
     "embed", "attention", "mlp", "norm", "residual", "scoring", "selection", "gather", "fusion", "head", "other",
@@ -37,7 +37,7 @@ _COPIES = ("aten::index_select", "aten::gather", "aten::take_along_dim")
 
 def profile_cells(spec: ProfileSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
     """A cell a variant: ``tokens``, ``seconds`` (category -> seconds per forward pass) and ``metrics`` (``total_s``,
-    ``pruning_share``, ``gmacs``); arguments and errors as of ``cropr.bench.microbench.measure``."""
+    ``pruning_share``, ``gmacs``); arguments and errors as of ``microbench.measure.measure``."""
     dtype, cuda = weights_dtype(spec.precision), device.startswith("cuda")
     tell("build")
     models = build_variants(spec.model, spec.variants, spec.image_size, device, dtype)

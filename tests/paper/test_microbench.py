@@ -6,16 +6,16 @@ import pytest
 import torch
 from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
 
-from cropr.__main__ import main
-from cropr.bench import models, profiling, scoring, sweep, time_blocks, timing, training_step
+from cropr.bench import models, timing
 from cropr.bench.device import noise
-from cropr.bench.microbench import measure
-from cropr.bench.specs import MEASURES
 from cropr.pruning.reducers import Context
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
-from cropr.records import read_record
+from cropr.records import provenance, read_record
 from cropr.specs import ModelSpec, PruneSpec
+from workflow.paper.microbench import MEASURES, profiling, scoring, sweep, time_blocks, training_step
+from workflow.paper.microbench.__main__ import main
+from workflow.paper.microbench.measure import measure
 
 EVA = ModelSpec(name="eva02_tiny_patch14_224", args={"depth": 4, "embed_dim": 48, "num_heads": 3})
 
@@ -249,9 +249,44 @@ def test_training_in_half_precision_is_refused_without_a_gpu(monkeypatch):
 
 @pytest.mark.model
 def test_command_writes_a_record_that_it_reads_again(tmp_path):
-    verb = ["microbench", "sweep", "--device", "cpu"]
+    verb = ["sweep", "--device", "cpu"]
     text = spec("sweep", attentions=["flash", "efficient"]).model_dump_json()
     first, again = tmp_path / "a", tmp_path / "b"
-    assert main([*verb, "--spec", text, "--out", str(first)]) == 0
-    assert main([*verb, "--spec", str(first / "record.json"), "--set", "batch_sizes=[1]", "--out", str(again)]) == 0
+    main([*verb, "--spec", text, "--out", str(first)])
+    main([*verb, "--spec", str(first / "record.json"), "--set", "batch_sizes=[1]", "--out", str(again)])
     assert read_record(again)["spec"] == read_record(first)["spec"] | {"batch_sizes": [1]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "--spec", '{"measure": "sweep"}'], "is of a measurement of kind sweep"),
+        (["sweep", "--set", "variants.cropr.reducers=x"], "variants.cropr.reducers: unknown key"),
+    ],
+)
+def test_command_refuses_in_one_message(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", MEASURES)
+def test_command_prints_cells_and_reasons(kind, monkeypatch, tmp_path, capsys):
+    cells = [
+        {"variant": "cropr", "tokens": [17, 7], "metrics": {"speedup": 1.5}},
+        {"variant": "other", "unsupported": "no such kernel"},
+    ]
+    seen = []
+
+    def instead(spec, device, tick):
+        seen.append(spec)
+        return {"spec": spec.model_dump(mode="json"), "provenance": provenance(0.0), "cells": cells}
+
+    monkeypatch.setattr("workflow.paper.microbench.measure.measure", instead)
+    out = tmp_path / "a"
+    main([kind, "--set", "image_size=32", "--out", str(out), "--device", "cpu"])
+    shown = capsys.readouterr().out
+    for text in ("17 to 7", "1.5", "not measured: no such kernel"):
+        assert text in shown
+    main([kind, "--spec", str(out / "record.json"), "--set", "image_size=64", "--device", "cpu"])
+    assert [spec.image_size for spec in seen] == [32, 64]

@@ -11,11 +11,12 @@ import tiny_coco
 import torch
 
 from cropr.data.ade20k import IGNORE
-from cropr.tasks.base import EvaluationSettings
+from cropr.distributed import World
+from cropr.tasks.base import EvaluationSettings, in_order, write_arrays
 from cropr.tasks.classification.run import Classification
 from cropr.tasks.detection.evaluation import score
-from cropr.tasks.per_image import in_order, resampled, write_arrays
-from cropr.tasks.segmentation.metrics import count_pixels, scores
+from cropr.tasks.segmentation.run import count_pixels, scores
+from workflow.paper.stats import resampled
 
 IMAGES = 12
 
@@ -125,12 +126,16 @@ def test_processes_together_give_the_file_of_one(tmp_path, world):
     alone = run.evaluate(model, EvaluationSettings(batch_size=3)).images
     shares: list = []
 
-    def keep(items: list) -> list:
-        shares.extend(items)
-        return items
+    class Kept(World):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values
+
+        def gather(self, items: list) -> list:
+            shares.extend(items)
+            return items
 
     for rank in range(world):
-        run.evaluate(model, EvaluationSettings(batch_size=3, gather=keep), rank=rank, world=world)
+        run.evaluate(model, EvaluationSettings(batch_size=3, world=Kept(rank, world)))
     together = in_order(lambda _: shares, [], {})
     write_arrays(tmp_path / "one.npz", alone)
     write_arrays(tmp_path / "many.npz", together)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cropr.bench.device import noise, weights_dtype, with_attention_kernel
 from cropr.bench.models import build_on_meta, random_weights
-from cropr.bench.specs import BlocksSpec
 from cropr.bench.timing import Tell, iqr, time_passes
 from cropr.pruning.backbones import Backbone
 from cropr.pruning.flops import Cost
 from cropr.pruning.tokens import Tokens
 from cropr.specs import PruneSpec
+from workflow.paper.microbench import BlocksSpec
 
 DEPTH = 4
 """Blocks that run after each other."""
@@ -30,7 +30,7 @@ DEPTH = 4
 
 def block_cells(spec: BlocksSpec, device: str, tell: Tell) -> list[dict[str, Any]]:
     """A cell a count: ``seconds`` of one block (round by round; all counts take turns) and ``metrics`` (``block_s``,
-    ``block_s_iqr``, ``block_gmacs`` of an image); arguments and errors as of ``cropr.bench.microbench.measure``.
+    ``block_s_iqr``, ``block_gmacs`` of an image); arguments and errors as of ``microbench.measure.measure``.
 
     Raises:
         ValueError: no token besides the prefix.
