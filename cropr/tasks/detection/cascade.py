@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm2d
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import maskrcnn_loss
@@ -26,6 +26,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.nms import nms, soft_nms
+from cropr.tasks.detection.proposals import Sampler
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target
@@ -69,7 +70,7 @@ class CascadeHeads(nn.Module):
         self.pool = RegionPooler(strides, spec.canonical_size, spec.canonical_stride)
         self.stages = nn.ModuleList(BoxStage(spec, num_classes, number) for number in range(1, len(spec.stages) + 1))
         self.mask_head = _mask_head(spec, num_classes)
-        self.sampler = BalancedPositiveNegativeSampler(spec.rois, POSITIVE)
+        self.sampler = Sampler(spec.rois, POSITIVE)
 
     def losses(
         self,
@@ -86,7 +87,8 @@ class CascadeHeads(nn.Module):
         boxes, matched = [region.boxes for region in positive], [region.matched for region in positive]
         masks, labels = [target["masks"] for target in targets], [target["labels"] - 1 for target in targets]
         logits = self.mask_head(self.pool(levels, boxes, MASK_SIZE)).float()
-        losses = {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched)}
+        share = len(logits) / mean_over_processes(len(logits), logits.device)
+        losses = {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched) * share}
         for number, stage in enumerate(self.stages, start=1):
             boxes = [region.boxes for region in regions]
             # All stages together send as much gradient into the pyramid as one alone would.
@@ -103,8 +105,7 @@ class CascadeHeads(nn.Module):
     def _sample(self, proposals: Tensor, target: Target) -> Regions:
         """A random choice of ``spec.rois`` among the proposals and the true boxes themselves."""
         regions = match(torch.cat((proposals, target["boxes"].to(proposals))), target, self.spec.stages[0])
-        positive, negative = self.sampler([regions.labels])
-        chosen = (positive[0] | negative[0]).bool()
+        chosen = self.sampler(regions.labels, target)
         return Regions(*(values[chosen] for values in regions))
 
     def detect(
@@ -183,7 +184,7 @@ class BoxStage(nn.Module):
 
     def loss(self, logits: Tensor, deltas: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the regions, and L1 of the deltas of those on an object over the number of all."""
-        count, positive = max(len(regions.labels), 1), regions.labels > 0
+        count, positive = mean_over_processes(len(logits), logits.device), regions.labels > 0
         wanted = self.coder.encode_single(regions.truth[positive], regions.boxes[positive])
         classes = F.cross_entropy(logits, regions.labels, reduction="sum")
         return classes / count, F.l1_loss(deltas[positive], wanted, reduction="sum") / count
@@ -200,6 +201,16 @@ def _mask_head(spec: DetModelSpec, num_classes: int) -> nn.Sequential:
         nn.init.zeros_(layer.bias)
     convolutions = MaskRCNNHeads(spec.channels, [spec.channels] * spec.mask_convs, 1, norm_layer=LayerNorm2d)
     return nn.Sequential(convolutions, upsample, nn.ReLU(), logits)
+
+
+def mean_over_processes(count: int, device: torch.device) -> float:
+    """Mean of a number over the processes that train, above 0. A loss over it, averaged over the processes, is the loss
+    of one process with all their images."""
+    if not distributed.is_initialized():
+        return max(count, 1)
+    total = torch.tensor(float(count), device=device)
+    distributed.all_reduce(total)
+    return max(total.item(), 1) / distributed.get_world_size()
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """torchvision's region proposal network with the anchors and losses of EVA-02's detector.
 
-Three things differ from torchvision's own: anchors are not rounded to pixels and take their strides from the pyramid
-instead of guessing them from sizes; losses are L1 and BCE over a fixed number of samples; boxes are computed in float32
-under any autocast.
+Four things differ from torchvision's own: anchors are not rounded to pixels and take their strides from the pyramid
+instead of guessing them from sizes; losses are L1 and BCE over a fixed number of samples, which are drawn by the
+image's own seed; boxes are computed in float32 under any autocast.
 """
 
 from __future__ import annotations
@@ -63,6 +63,26 @@ class _Head(RPNHead):
         return tuple([level.float() for level in levels] for levels in super().forward(x))
 
 
+class Sampler:
+    """Chooses up to ``count`` boxes of an image, at most the share ``positive`` of them on objects, by the image's own
+    seed: neither the rest of the batch nor the process that has the image changes the choice."""
+
+    def __init__(self, count: int, positive: float) -> None:
+        self.count, self.most = count, int(count * positive)
+
+    def __call__(self, labels: Tensor, target: Target) -> Tensor:
+        """Which boxes [R], by their labels [R]: objects from 1, background 0, below 0 never chosen."""
+        seed, device = target.get("seed"), labels.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        order = torch.rand(labels.shape, generator=generator, device=device)
+        positive, negative = ((labels >= 1).nonzero()[:, 0], (labels == 0).nonzero()[:, 0])
+        positive = positive[order[positive].argsort()[: self.most]]
+        negative = negative[order[negative].argsort()[: self.count - len(positive)]]
+        chosen = torch.zeros_like(labels, dtype=torch.bool)
+        chosen[torch.cat((positive, negative))] = True
+        return chosen
+
+
 class ProposalNetwork(RegionProposalNetwork):
     """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``."""
 
@@ -71,11 +91,13 @@ class ProposalNetwork(RegionProposalNetwork):
         anchors, head = Anchors(spec.anchor_sizes, strides), _Head(spec.channels)
         # IoU of objects and of background, samples and the share of objects, proposals, IoU of suppression.
         super().__init__(anchors, head, 0.7, 0.3, spec.rpn_samples, 0.5, before, after, 0.7)
+        self.sampler, self.targets = Sampler(spec.rpn_samples, 0.5), list[Any]()
 
     def propose(
         self, canvas: ImageList, levels: Sequence[Tensor], targets: Sequence[Target] | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals [R, 4] an image, without gradient, and in training the losses."""
+        self.targets = list(targets or ())  # torchvision does not pass them on to the loss
         boxes, losses = self(canvas, dict(enumerate(levels)), targets)
         return [box.detach() for box in boxes], losses
 
@@ -83,9 +105,8 @@ class ProposalNetwork(RegionProposalNetwork):
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """BCE of the sampled anchors and L1 of the positive ones, both over the number that sampling aims at."""
-        positive, negative = (torch.cat(part).bool() for part in self.fg_bg_sampler(labels))
-        sampled = positive | negative
-        expected = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        sampled = torch.cat([self.sampler(*pair) for pair in zip(labels, self.targets, strict=True)])
+        positive, expected = sampled & (torch.cat(labels) >= 1), self.sampler.count * len(labels)
         truth = torch.cat(labels)[sampled]
         objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], truth, reduction="sum")
         box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
