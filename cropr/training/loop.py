@@ -52,6 +52,8 @@ CHECKPOINTS = "checkpoint"
 LOG = "log.jsonl"
 OVERFLOWS = 30
 """fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
+SAME_SECONDS = 3
+"""Signals within this time after the first ask for nothing new."""
 LOG_SECONDS = 30
 """Between two log lines where there is no terminal."""
 
@@ -370,7 +372,8 @@ class Progress(Bar):
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; a second one ends at once."""
+    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; another, later one ends at once.
+    Signals of the first seconds are the same request: a batch system and ``torchrun`` both send theirs."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -388,5 +391,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
-        self.__exit__()
+        if self.requested is None:
+            self.requested, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > SAME_SECONDS:
+            self.__exit__()
+            os.kill(os.getpid(), number)
