@@ -15,6 +15,7 @@ from project import ROOT, Project
 
 from cropr.tasks import TASKS
 from workflow.paper.configuration import JobsBlock
+from workflow.paper.cost import estimate
 from workflow.paper.launch import launcher, resources, shares
 
 SLURM = ROOT / "profiles/slurm/config.yaml"
@@ -83,3 +84,10 @@ def test_logs_of_attempts_are_kept_and_own_failures_are_not_repeated(tmp_path: P
         process.send_signal(signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
     assert attempt(2, log, "print('continued')").wait() == 0
+
+
+def test_the_cost_of_the_paper_is_that_of_its_published_runs() -> None:
+    rows = {row["artefact"]: row for row in estimate("paper")}
+    assert rows["memory"]["runs"] == 0
+    assert 33.6 * 9 + 49.5 < rows["imagenet_methods"]["hours"] < 49.5 * 10
+    assert rows["coco"]["hours"] > 100
