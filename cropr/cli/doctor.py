@@ -3,6 +3,7 @@
 examples:
   python -m cropr doctor
   python -m cropr doctor --json > doctor.json
+  python -m cropr doctor --data /data/imagenet --workers 8   # and the images/s of the loader alone
 
 Nothing is changed, and nothing is sent. Of your paths, only the data roots in config/config.yaml and the results folder
 are shown. Without torch it prints the rest and says so.
@@ -32,12 +33,17 @@ Report = dict[str, dict[str, Any]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default="config/config.yaml", help="file that names the data roots")
     parser.add_argument("--results", type=Path, default="results", help="folder that the workflow writes to")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="also measure how fast training images are decoded")
+    parser.add_argument("--layout", choices=LAYOUTS, default="imagenet", help="of --data (default imagenet)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> None:
     """Collect and print; always succeeds, what is wrong stands under ``problems``."""
     report = collect(args.config, args.results)
+    if args.data:
+        report["loader"] = measure_loader(args.data, args.layout, args.workers)
     problems = list(find_problems(report))
     if args.json:
         sys.stdout.write(json.dumps({**report, "problems": problems}, indent=2) + "\n")
@@ -79,6 +85,35 @@ def find_problems(report: Report) -> Iterator[str]:
         yield f"{folders['results']} cannot be written to; the workflow needs it"
     if folders["disk_free_gb"] < 2:
         yield f"{folders['disk_free_gb']} GB of disk are free; the laptop scale needs about 2"
+
+
+def measure_loader(root: Path, layout: str, workers: int, seconds: float = 5) -> dict[str, Any]:
+    """Training images a second that the loader alone makes, with the augmentations of the paper's recipe.
+
+    Raises:
+        ValueError, FileNotFoundError: images that do not fit the layout.
+    """
+    from cropr.tasks import TASKS, TrainSpec, open_task
+
+    task = next(task for task in TASKS.values() if task.layout == layout)
+    data: dict[str, Any] = {}
+    if layout == "imagenet" and (root / "train").is_dir():
+        classes = sum(folder.is_dir() for folder in (root / "train").iterdir())
+        data = {"num_classes": classes, "augment": {"auto_augment": "rand-m9-mstd0.5-inc1"}}
+    spec = TrainSpec(task=task.name, model={"name": "vit_large_patch16_224"}, data=data, recipe={"batch_size": 8})
+    batches, images, epoch = open_task(spec, root).batches(0, workers=workers), 0, 0
+    started = None
+    while started is None or time.perf_counter() - started < seconds:
+        for pixels, _ in batches.epoch(epoch):
+            if started is None:  # the workers are running now
+                started = time.perf_counter()
+                continue
+            images += len(pixels)
+            if time.perf_counter() - started > seconds:
+                break
+        epoch += 1
+    rate = images / (time.perf_counter() - started)
+    return {"folder": str(root), "workers": workers, "images_per_s": round(rate, 1)}
 
 
 def _torch() -> dict[str, Any]:

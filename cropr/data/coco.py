@@ -11,8 +11,9 @@ dictionaries, one an image of n instances, with torchvision's keys and conventio
     masks [n, S, S] uint8: 1 on the object
     image_id: int, of the annotation file
     size, original_size: (height, width) of the image within the padding, and of its file
+    seed: int, of what the detector draws for this image
 
-Evaluation has the last three alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
+Evaluation has the id and the sizes alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
 
 Instances whose box has no area within the image, or whose polygons all have fewer than three points, are skipped and
 counted; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images without an instance, as
@@ -50,6 +51,7 @@ class Target(TypedDict, total=False):
     image_id: int
     size: tuple[int, int]
     original_size: tuple[int, int]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +183,9 @@ class TrainImages(EvalImages):
         boxes = torch.tensor([instance.box for instance in instances], dtype=torch.float32).reshape(-1, 4)
         view = jitter(read_image(self.split, index), boxes, read_masks(self.split, index), self.spec)
         labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)[view.kept]
-        image, sizes = self._with_sizes(view.image, index)
-        return image, {"boxes": view.boxes, "labels": labels, "masks": pad(view.masks, self.spec.image_size), **sizes}
+        image, target = self._with_sizes(view.image, index)
+        seed, masks = int(torch.randint(2**62, ())), pad(view.masks, self.spec.image_size)
+        return image, {"boxes": view.boxes, "labels": labels, "masks": masks, "seed": seed, **target}
 
 
 def normalise(image: Tensor, spec: DetDataSpec) -> Tensor:

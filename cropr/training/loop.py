@@ -52,8 +52,9 @@ LOG = "log.jsonl"
 PER_IMAGE = "per_image.npz"
 OVERFLOWS = 30
 """fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
-LOG_SECONDS = 30
-"""Between two log lines where there is no terminal."""
+SAME_SECONDS, LOG_SECONDS = 3, 30
+"""After a signal, in which another asks for nothing new; between two log lines where there is no terminal."""
+HELD_BACK = 0.25  # share of the time that waiting for images may take before the log says so
 
 _LOG = logging.getLogger(__name__)
 
@@ -327,6 +328,7 @@ class Progress(Bar):
 
     def __init__(self, total: int, done: int, steps_per_epoch: int, show: bool = True) -> None:
         self._total, self._steps, self._show, self._said = total, steps_per_epoch, show, time.monotonic()
+        self._times = np.zeros(2)  # ms of loading and of computing since the last line
         console = Console(stderr=True)
         text, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
         columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), numbers
@@ -334,18 +336,22 @@ class Progress(Bar):
         self._task = self.add_task("training", total=total, completed=done, numbers="")
 
     def step(self, line: dict[str, Any]) -> None:
-        step = line["step"] + 1
+        step, now = line["step"] + 1, time.monotonic()
         loss = "nan" if line["loss"] is None else f"{line['loss']:.3f}"
         numbers = f"loss {loss}, {line['images_per_s']:.3g} images/s"
         self.update(self._task, completed=step, numbers=numbers)
-        due = step % self._steps == 0 or time.monotonic() - self._said > LOG_SECONDS
+        self._times += np.array((line["data_ms"], line["step_ms"]))
+        due = step % self._steps == 0 or now - self._said > LOG_SECONDS
         if self.disable and self._show and due:
-            self._said = time.monotonic()
-            _LOG.info("step %d of %d, epoch %d: %s", step, self._total, line["epoch"] + 1, numbers)
+            self._said, waited = now, float(self._times[0] / self._times.sum())
+            held = f"; {waited:.0%} of the time waiting for images: raise --workers" if waited > HELD_BACK else ""
+            _LOG.info("step %d of %d, epoch %d: %s%s", step, self._total, line["epoch"] + 1, numbers, held)
+            self._times[:] = 0
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; a second one ends at once."""
+    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; one that comes seconds later ends
+    at once, earlier ones are the same: a batch system and ``torchrun`` both send theirs."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -363,5 +369,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
-        self.__exit__()
+        if self.requested is None:
+            self.requested, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > SAME_SECONDS:
+            self.__exit__()
+            os.kill(os.getpid(), number)

@@ -135,7 +135,7 @@ def test_batches_hold_images_of_different_sizes(splits):
     images, targets = next(batches.epoch(0))
     assert images.shape == (4, 3, 64, 64)
     assert len({target["original_size"] for target in targets}) > 1
-    assert all({"boxes", "labels", "masks", "image_id", "size", "original_size"} == set(t) for t in targets)
+    assert all({"boxes", "labels", "masks", "image_id", "size", "original_size", "seed"} == set(t) for t in targets)
 
 
 def test_evaluation_fits_the_longer_side(splits):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from torch.utils import collect_env
 
 from cropr.__main__ import main
-from cropr.cli.doctor import collect, find_problems
+from cropr.cli.doctor import collect, find_problems, measure_loader
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,8 @@ def test_tells_nothing_else_of_the_environment(
     assert "hush-hush" not in shown
     assert "secret-folder" not in shown
     assert json.loads(shown)["software"]["conda_environment_active"] is True
+
+
+def test_the_loader_alone_is_measured(tmp_path: Path) -> None:
+    found = measure_loader(tiny.write_folder(tmp_path), "imagenet", workers=0, seconds=0.05)
+    assert found["images_per_s"] > 0

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_coco
 import torch
 from safetensors.torch import load_file
+from test_detection_run import SPEC as DETECTION
 
 from cropr.__main__ import main
 from cropr.cli.spec_flags import make_spec
@@ -202,10 +204,16 @@ def test_scenes_must_be_those_of_the_spec(tmp_path):
 # Two processes ------------------------------------------------------------------------------------------------------
 
 
-RUNS = {
-    "accumulated": {"recipe__accumulate": 3},
+TWO = {
+    "accumulated": tiny.spec(recipe__accumulate=3),
     # The first steps prune nothing, so that the fusion's weights have no gradient.
-    "idle": {"recipe__curriculum": True, "prune__reducer": "variance", "prune__fusion": "cross"},
+    "idle": tiny.spec(recipe__curriculum=True, prune__reducer="variance", prune__fusion="cross"),
+    "detection": DETECTION.model_copy(
+        update={
+            "model": DETECTION.model.model_copy(update={"drop_path": 0.0}),
+            "recipe": DETECTION.recipe.model_copy(update={"epochs": 4, "base_lr": 0.005}),
+        }
+    ),
 }
 
 
@@ -223,32 +231,31 @@ def _train_as(rank, port, images, out):
 
     loop.fit = fit_and_save
     with start("cpu", threads=1) as world:
-        for name, changes in RUNS.items():
-            loop.train(tiny.spec(**changes), 0, images, out / name, world=world)
+        for name, spec in TWO.items():
+            loop.train(spec, 0, images, out / name, world=world)
 
 
 @pytest.mark.model
 def test_two_processes_train_as_one(images, tmp_path):
     """Same batches in halves: equal weights on both, and those of one process but for rounding."""
+    tiny_coco.write_coco(images, train=30, val=5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_train_as, (port, images, tmp_path / "two"), nprocs=2)
-    for run, changes in RUNS.items():
+    for run, spec in TWO.items():
         first, second = tmp_path / "one" / run, tmp_path / "two" / run
         assert_equal_weights(second / "rank0", second / "rank1")
-        train(tiny.spec(**changes), 0, images, first, world=World())
+        train(spec, 0, images, first, world=World())
         one, two = (load_file(path / "weights.safetensors") for path in (first, second))
         for name in one:
             torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=name)
         alone, together = (read_record(path)["metrics"] for path in (first, second))
-        assert together["val_images"] == 12
-        assert together["images"] == alone["images"]
-        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-4)
-        assert steps(second) == list(range(12))
+        same = [name for name in alone if name not in ("step_ms", "train_images_per_s")]
+        assert [together[name] for name in same] == [pytest.approx(alone[name], abs=1e-3) for name in same]
+        assert steps(second) == steps(first)
         own, joined = (np.load(path / read_record(path)["per_image"]) for path in (first, second))
         assert own["image"].tolist() == joined["image"].tolist()
-        assert joined["correct"].sum() == pytest.approx(together["top1"] / 100 * 12)
 
 
 # The command line ---------------------------------------------------------------------------------------------------

@@ -80,8 +80,9 @@ def test_the_first_table_is_made_first_and_measurements_last(finished: Project) 
     assert kinds == sorted(kinds, reverse=True), "nothing is timed before the last run has ended"
 
 
-def test_a_second_run_does_nothing_and_a_touched_notebook_neither(finished: Project) -> None:
+def test_a_second_run_does_nothing_nor_after_a_touch_or_a_comment(finished: Project) -> None:
     os.utime(finished / "notebooks/ablations.ipynb")
+    finished.edit("cropr/pruning/reducers/select.py", "from __future__", "# A comment.\nfrom __future__")
     assert finished.planned(*CI) == {}
 
 

@@ -68,7 +68,11 @@ class JobsBlock(Block):
     """Resources of one training run."""
 
     threads: int = Field(1, ge=1)
+    """CPU threads a node."""
     gpus: int = Field(0, ge=0)
+    """GPUs a node, one process each, which share the batch of the recipe; 0: the CPU."""
+    nodes: int = Field(1, ge=1)
+    """More than one under SLURM only, and with GPUs."""
 
 
 class TaskConfig(Block):

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 _GRID_SIDE = ("configuration", "grid", "sources")
-_NO_NOTEBOOK = ("__init__", "compare", "page", "snapshot", *_GRID_SIDE)
+_NO_NOTEBOOK = ("__init__", "compare", "cost", "launch", "page", "snapshot", "verify", *_GRID_SIDE)
 NEUTRAL = frozenset(
     {
         "cropr",

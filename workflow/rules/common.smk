@@ -4,15 +4,24 @@ import hashlib
 from cropr.pruning.methods import REDUCERS
 from cropr.tasks import TASKS
 from workflow.paper.configuration import read_yaml
+from workflow.paper.launch import launcher, resources, shares
 from workflow.paper.sources import NOTEBOOK_MODULES, code_digest, shipped
 
 CLAIMS = read_yaml(Path("config/claims.yaml"))["claims"]
+JOBS = GRID.config.jobs
+# Start of the commands that take long: the log of each attempt is kept, and failures of their own are not repeated.
+RUN = "python -m workflow.paper.launch {resources.attempt} {log}"
 # Weights in the repository that were made by the very run that would make them here.
 SHIPPED = {
     run: file
     for run, file in GRID.shipped.items()
     if SETTINGS.pretrain == "shipped" and shipped(file, run)
 }
+
+
+def attempt(wildcards, attempt):
+    """How often a job has been started, from 1."""
+    return attempt
 
 
 def text(value):

@@ -9,6 +9,10 @@ wildcard_constraints:
     shipped="|".join(SHIPPED) or "none",
 
 
+# Weights that cost days are not overwritten by accident.
+kept = protected if GRID.scale == "paper" else str
+
+
 # Shipped weights are not trained again; --config pretrain=make does not use them.
 ruleorder: shipped > pretrain
 
@@ -52,7 +56,7 @@ rule pretrain:
     input:
         unpack(train_inputs),
     output:
-        weights=f"{OUT}/pretrain/{{run}}/weights.safetensors",
+        weights=kept(f"{OUT}/pretrain/{{run}}/weights.safetensors"),
         # As an output, it is deleted before the job runs again: a run that finds its record does nothing.
         record=f"{OUT}/pretrain/{{run}}/record.json",
     log:
@@ -62,8 +66,11 @@ rule pretrain:
         "../../envs/train.yaml"
     threads: CORES
     resources:
-        gpu=GRID.config.jobs.gpus,
+        **resources(JOBS),
+        attempt=attempt,
     params:
+        launch=lambda wildcards, output: launcher(JOBS),
+        shares=lambda wildcards, output, threads: shares(JOBS, threads),
         spec=lambda wildcards: text(GRID.pretrains[wildcards.run]),
         code=lambda wildcards: run_code("train", GRID.pretrains[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
@@ -71,8 +78,9 @@ rule pretrain:
     message:
         "Making the pretrained weights {wildcards.run} (log: {log})"
     shell:
-        "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed 0"
-        " --out $(dirname {output.record}) {params.init} --threads {threads} > {log} 2>&1"
+        RUN
+        + " {params.launch} -m cropr train --spec {params.spec:q} --data {params.data:q}"
+        " --seed 0 --out $(dirname {output.record}) {params.init} {params.shares}"
 
 
 rule train:
@@ -80,16 +88,19 @@ rule train:
         unpack(train_inputs),
     output:
         record=f"{OUT}/runs/{{run}}/seed{{seed}}/record.json",
-        weights=f"{OUT}/runs/{{run}}/seed{{seed}}/weights.safetensors",
+        weights=kept(f"{OUT}/runs/{{run}}/seed{{seed}}/weights.safetensors"),
     log:
         f"{LOGS}/train/{{run}}-seed{{seed}}.log",
     priority: lambda wildcards: GRID.priority(wildcards.run)
     conda:
         "../../envs/train.yaml"
-    threads: GRID.config.jobs.threads
+    threads: JOBS.threads
     resources:
-        gpu=GRID.config.jobs.gpus,
+        **resources(JOBS),
+        attempt=attempt,
     params:
+        launch=lambda wildcards, output: launcher(JOBS),
+        shares=lambda wildcards, output, threads: shares(JOBS, threads),
         spec=lambda wildcards: text(GRID.runs[wildcards.run]),
         code=lambda wildcards: run_code("train", GRID.runs[wildcards.run]),
         data=lambda wildcards, output: GRID.source(wildcards.run).folder,
@@ -98,8 +109,9 @@ rule train:
     message:
         "Training {params.row}, seed {wildcards.seed} (log: {log})"
     shell:
-        "python -m cropr train --spec {params.spec:q} --data {params.data:q} --seed {wildcards.seed}"
-        " --out $(dirname {output.record}) {params.init} --threads {threads} > {log} 2>&1"
+        RUN
+        + " {params.launch} -m cropr train --spec {params.spec:q} --data {params.data:q}"
+        " --seed {wildcards.seed} --out $(dirname {output.record}) {params.init} {params.shares}"
 
 
 # It takes all cores, so that nothing runs beside a measurement. Without a priority it runs after all training, so that
@@ -113,7 +125,8 @@ rule bench:
         "../../envs/train.yaml"
     threads: CORES
     resources:
-        gpu=GRID.config.jobs.gpus,
+        attempt=attempt,
+        gpu=min(JOBS.gpus, 1),
     params:
         spec=lambda wildcards: text(GRID.benches[wildcards.bench]),
         code=lambda wildcards: bench_code(GRID.benches[wildcards.bench]),
@@ -122,14 +135,22 @@ rule bench:
     message:
         "Measuring throughput of {params.row} (log: {log})"
     shell:
-        "python -m {params.verb} --spec {params.spec:q} --out $(dirname {output}) > {log} 2>&1"
+        RUN
+        + " python -m {params.verb} --spec {params.spec:q} --out $(dirname {output})"
 
 
-use rule bench as microbench with:
+# Not `use rule bench`: Snakemake applies a profile's resources and threads to no rule that is made that way.
+rule microbench:
     output:
         f"{OUT}/microbench/{{bench}}/record.json",
     log:
         f"{LOGS}/microbench/{{bench}}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: CORES
+    resources:
+        attempt=attempt,
+        gpu=min(JOBS.gpus, 1),
     params:
         spec=lambda wildcards: text(GRID.microbenches[wildcards.bench]),
         code=lambda wildcards: microbench_code(GRID.microbenches[wildcards.bench]),
@@ -137,6 +158,9 @@ use rule bench as microbench with:
         row=lambda wildcards, output: GRID.names[wildcards.bench],
     message:
         "Measuring {params.row} (log: {log})"
+    shell:
+        RUN
+        + " python -m {params.verb} --spec {params.spec:q} --out $(dirname {output})"
 
 
 rule maps:

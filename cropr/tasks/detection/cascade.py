@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm2d
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -72,7 +72,7 @@ class CascadeHeads(nn.Module):
         self.pool = RegionPooler(strides, spec.canonical_size, spec.canonical_stride)
         self.stages = nn.ModuleList(BoxStage(spec, num_classes, number) for number in range(1, len(spec.stages) + 1))
         self.mask_head = _mask_head(spec, num_classes)
-        self.sampler = BalancedPositiveNegativeSampler(spec.rois, POSITIVE)
+        self.sampler = Sampler(spec.rois, POSITIVE)
 
     def losses(
         self,
@@ -89,7 +89,8 @@ class CascadeHeads(nn.Module):
         boxes, matched = [region.boxes for region in positive], [region.matched for region in positive]
         masks, labels = [target["masks"] for target in targets], [target["labels"] - 1 for target in targets]
         logits = self.mask_head(self.pool(levels, boxes, MASK_SIZE)).float()
-        losses = {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched)}
+        share = len(logits) / mean_over_processes(len(logits), logits.device)
+        losses = {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched) * share}
         for number, stage in enumerate(self.stages, start=1):
             boxes = [region.boxes for region in regions]
             # All stages together send as much gradient into the pyramid as one alone would.
@@ -106,8 +107,7 @@ class CascadeHeads(nn.Module):
     def _sample(self, proposals: Tensor, target: Target) -> Regions:
         """A random choice of ``spec.rois`` among the proposals and the true boxes themselves."""
         regions = match(torch.cat((proposals, target["boxes"].to(proposals))), target, self.spec.stages[0])
-        positive, negative = self.sampler([regions.labels])
-        chosen = (positive[0] | negative[0]).bool()
+        chosen = self.sampler(regions.labels, target)
         return Regions(*(values[chosen] for values in regions))
 
     def detect(
@@ -186,7 +186,7 @@ class BoxStage(nn.Module):
 
     def loss(self, logits: Tensor, deltas: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the regions, and L1 of the deltas of those on an object over the number of all."""
-        count, positive = max(len(regions.labels), 1), regions.labels > 0
+        count, positive = mean_over_processes(len(logits), logits.device), regions.labels > 0
         wanted = self.coder.encode_single(regions.truth[positive], regions.boxes[positive])
         classes = F.cross_entropy(logits, regions.labels, reduction="sum")
         return classes / count, F.l1_loss(deltas[positive], wanted, reduction="sum") / count
@@ -203,6 +203,16 @@ def _mask_head(spec: DetModelSpec, num_classes: int) -> nn.Sequential:
         nn.init.zeros_(layer.bias)
     convolutions = MaskRCNNHeads(spec.channels, [spec.channels] * spec.mask_convs, 1, norm_layer=LayerNorm2d)
     return nn.Sequential(convolutions, upsample, nn.ReLU(), logits)
+
+
+def mean_over_processes(count: int, device: torch.device) -> float:
+    """Mean of a number over the processes that train, above 0. A loss over it, averaged over the processes, is the loss
+    of one process with all their images."""
+    if not distributed.is_initialized():
+        return max(count, 1)
+    total = torch.tensor(float(count), device=device)
+    distributed.all_reduce(total)
+    return max(total.item(), 1) / distributed.get_world_size()
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -310,21 +320,43 @@ class _Head(RPNHead):
         return tuple([level.float() for level in levels] for levels in super().forward(x))
 
 
+class Sampler:
+    """Chooses up to ``count`` boxes of an image, at most the share ``positive`` of them on objects, by the image's own
+    seed: neither the rest of the batch nor the process that has the image changes the choice."""
+
+    def __init__(self, count: int, positive: float) -> None:
+        self.count, self.most = count, int(count * positive)
+
+    def __call__(self, labels: Tensor, target: Target) -> Tensor:
+        """Which boxes [R], by their labels [R]: objects from 1, background 0, below 0 never chosen."""
+        seed, device = target.get("seed"), labels.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        order = torch.rand(labels.shape, generator=generator, device=device)
+        positive, negative = ((labels >= 1).nonzero()[:, 0], (labels == 0).nonzero()[:, 0])
+        positive = positive[order[positive].argsort()[: self.most]]
+        negative = negative[order[negative].argsort()[: self.count - len(positive)]]
+        chosen = torch.zeros_like(labels, dtype=torch.bool)
+        chosen[torch.cat((positive, negative))] = True
+        return chosen
+
+
 class ProposalNetwork(RegionProposalNetwork):
     """Maps to proposals; in training also ``loss_objectness`` and ``loss_rpn_box_reg``. Unlike torchvision's own, its
     anchors are not rounded to pixels and take their strides from the pyramid; its losses, EVA-02's, are L1 and BCE over
-    a fixed number of samples; boxes are computed in float32 under any autocast."""
+    a fixed number of samples, drawn by the image's own seed; boxes are computed in float32 under any autocast."""
 
     def __init__(self, spec: DetModelSpec, strides: Sequence[int]) -> None:
         before, after = ({"training": spec.proposals_train[i], "testing": spec.proposals_test[i]} for i in (0, 1))
         anchors, head = Anchors(spec.anchor_sizes, strides), _Head(spec.channels)
         # IoU of objects and of background, samples and the share of objects, proposals, IoU of suppression.
         super().__init__(anchors, head, 0.7, 0.3, spec.rpn_samples, 0.5, before, after, 0.7)
+        self.sampler, self.targets = Sampler(spec.rpn_samples, 0.5), list[Any]()
 
     def propose(
         self, canvas: ImageList, levels: Sequence[Tensor], targets: Sequence[Target] | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals [R, 4] an image, without gradient, and in training the losses."""
+        self.targets = list(targets or ())  # torchvision does not pass them on to the loss
         boxes, losses = self(canvas, dict(enumerate(levels)), targets)
         return [box.detach() for box in boxes], losses
 
@@ -332,9 +364,8 @@ class ProposalNetwork(RegionProposalNetwork):
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """BCE of the sampled anchors and L1 of the positive ones, both over the number that sampling aims at."""
-        positive, negative = (torch.cat(part).bool() for part in self.fg_bg_sampler(labels))
-        sampled = positive | negative
-        expected = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        sampled = torch.cat([self.sampler(*pair) for pair in zip(labels, self.targets, strict=True)])
+        positive, expected = sampled & (torch.cat(labels) >= 1), self.sampler.count * len(labels)
         truth = torch.cat(labels)[sampled]
         objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], truth, reduction="sum")
         box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
