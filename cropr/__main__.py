@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 VERBS = {
-    "data": "write the embedded data set, or check a folder of images",
+    "data": "write the embedded data set or a public one, or check a folder of images",
     "train": "train or fine-tune a model, pruned or not, and evaluate it",
     "evaluate": "evaluate trained weights",
     "bench": "measure throughput of a pruned model against the unpruned one",

@@ -98,6 +98,16 @@ class ScenesSpec(Spec):
     """Of the generator."""
 
 
+PUBLIC = {"fashion": {"imagenet": 10, "ade20k": 11}, "pets": {"imagenet": 37, "ade20k": 38, "coco": 37}}
+"""Public sets that ``cropr.data.public`` writes: number of classes by layout."""
+
+
+class PublicSpec(Spec):
+    """A public set."""
+
+    name: Literal["fashion", "pets"]
+
+
 class ImagesSpec(Spec):
     """What the data specs of all tasks share."""
 

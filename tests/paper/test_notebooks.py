@@ -21,6 +21,7 @@ METRIC = {
     "ablations": ("top1", "top-1 (%)"),
     "relevance": ("top1", "top-1 (%)"),
     "scoring": ("top1", "top-1 (%)"),
+    "fashion": ("top1", "top-1 (%)"),
     "ade20k": ("miou", "mIoU (%)"),
     "reactivation": ("miou", "mIoU (%)"),
     "coco": ("box_ap", "box AP (%)"),

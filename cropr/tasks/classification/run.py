@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
 from cropr.data.loading import EvalBatches, Share, TrainBatches
@@ -188,13 +190,19 @@ def _counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
     """[images, h w] bool: which patches lie on the labelled object; None where the truth is not known.
 
-    It is known for sets of scenes that are evaluated as they were drawn, neither resized nor cropped.
+    It is known for sets of scenes and public sets. Masks are resized and cropped as the images are.
     """
-    size = (data.image_size, data.image_size)
-    if not paths or data.crop_pct != 1 or (first := object_mask(paths[0])) is None or first.shape != size:
+    if not paths or object_mask(paths[0]) is None:
         return None
-    masks = [object_mask(path) for path in paths]
-    return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
+    shorter, size = int(data.image_size / data.crop_pct), [data.image_size] * 2
+
+    def patches(path: str) -> Tensor:
+        mask = torch.tensor(object_mask(path))[None]
+        if list(mask.shape[1:]) != size:
+            mask = center_crop(resize(mask, [shorter], InterpolationMode.NEAREST), size)
+        return torch.from_numpy(object_patches(mask[0].numpy(), grid))
+
+    return torch.stack([patches(path) for path in paths])
 
 
 def _shares(output: Output, on_object: Tensor) -> Tensor:
