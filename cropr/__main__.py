@@ -11,6 +11,7 @@ VERBS = {
     "data": "write the embedded data set or a public one, or check a folder of images",
     "train": "train or fine-tune a model, pruned or not, and evaluate it",
     "evaluate": "evaluate trained weights",
+    "predict": "predict images or folders: a CSV, and pictures of what was pruned",
     "bench": "measure throughput of a pruned model against the unpruned one",
     "microbench": "measure precisions, attention kernels, token counts, where time goes, training",
     "plan": "find the schedule that reaches a speed-up",

@@ -103,9 +103,9 @@ PUBLIC = {"fashion": {"imagenet": 10, "ade20k": 11}, "pets": {"imagenet": 37, "a
 
 
 class PublicSpec(Spec):
-    """A public set."""
+    """A public set, key of ``PUBLIC``."""
 
-    name: Literal["fashion", "pets"]
+    name: str
 
 
 class ImagesSpec(Spec):
@@ -146,6 +146,8 @@ class RecipeSpec(Spec):
     clip_grad: float | None = None
     grad_checkpointing: bool = False
     """Compute each block again in the backward pass, not keep its activations: less memory, a third more time."""
+    freeze_encoder: bool = False
+    """Train only what pruning adds, and the heads: the encoder keeps the weights that it starts with."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights over steps, which is then evaluated and kept; None for none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"

@@ -66,7 +66,7 @@ def _public(args: argparse.Namespace, tick: Callable[..., None]) -> str:
         tick(args.what, completed=done, total=total)
 
     counts = write(args.what, args.out, args.source, show)
-    return f"{counts['train']} training and {counts['val']} validation images in {args.out}"
+    return f"{counts['train_images']} training and {counts['val_images']} validation images in {args.out}"
 
 
 def _check(args: argparse.Namespace, tick: Callable[..., None]) -> str:

@@ -6,20 +6,19 @@ that was killed and resumed ends with the weights of an undisturbed one, bit for
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import numpy as np
@@ -32,12 +31,13 @@ from torch import nn
 
 import cropr.training.optim as optim
 from cropr.data.loading import Share, TrainBatches, some
-from cropr.records import RECORD, make_record, read_record, write_record
+from cropr.records import RECORD, make_record, read_record, replacing, write_record
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import BatchTask, EvaluationSettings, differences
 from cropr.tasks.per_image import FILE, write_arrays
 from cropr.training.checkpoint import (
+    BEST,
     WEIGHTS,
     initial_model,
     latest_checkpoint,
@@ -46,14 +46,14 @@ from cropr.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from cropr.training.distributed import World
+from cropr.training.distributed import StopRequest, World
 
 CHECKPOINTS = "checkpoint"
-LOG = "log.jsonl"
-OVERFLOWS = 30
-"""fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
+LOG, TABLE, EVENTS = "log.jsonl", "log.csv", "tensorboard"
 LOG_SECONDS = 30
 """Between two log lines where there is no terminal."""
+OVERFLOWS = 30
+"""fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Settings:
     """Time between checkpoints within an epoch; there is one at the end of each epoch in any case."""
     evaluate_every: int = 0
     """Epochs; 0 for never."""
+    tensorboard: bool = False
+    """Whether event files are written, too."""
 
 
 def train(
@@ -88,14 +90,14 @@ def train(
     world: World,
     init: Path | None = None,
     workers: int = 0,
-    checkpoint_minutes: float = 10,
-    evaluate_every: int = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Run ``spec`` and return its record; at once if ``out`` has it already, from its checkpoint if it was cut off.
 
-    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
-    ``data_root`` has the images in the layout of the task; ``workers`` processes decode them for each that trains. If
-    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run.
+    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz``, ``log.jsonl`` and ``log.csv`` in
+    ``out``; and ``best.safetensors``, whose first metric was the highest, if it evaluates while it trains. ``settings``
+    are those of ``Settings``. ``data_root`` has the images in the layout of the task; ``workers`` processes decode them
+    for each that trains. If ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run.
 
     Raises:
         ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
@@ -116,11 +118,10 @@ def train(
         total=world.sum,
         gather=world.gather,
     )
-
     evaluate = partial(task.evaluate, model, evaluation, **share)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
-    settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, **share)
-    history = fit(model, task, batches, recipe, seed, settings, world, lambda: evaluate().metrics)
+    how, batches = Settings(out, identity, **settings), task.batches(seed, **share)
+    history = fit(model, task, batches, recipe, seed, how, world, lambda: evaluate().metrics)
     result = evaluate()
     found = {
         "seed": seed,
@@ -128,6 +129,7 @@ def train(
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
         "per_image": FILE,
+        **({"classes": list(task.classes)} if task.classes else {}),
     }
     where = {"device": str(world.device), "precision": recipe.precision, "data_fingerprint": task.fingerprint}
     record = make_record("train", spec, started, found, **where, processes=world.size, workers=workers)
@@ -199,26 +201,12 @@ def fit(
                 raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
             epoch, begun = divmod(run.step, steps)
             if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
-                with averaged(model, run.average):
-                    run.history.append({"epoch": epoch, **evaluate()})
+                with optim.averaged(model, run.average):
+                    run.evaluated(epoch, evaluate())
             run.save()
     if run.average:
         model.load_state_dict(run.average.module.state_dict())
     return run.history
-
-
-@contextmanager
-def averaged(model: nn.Module, average: ModelEmaV3 | None) -> Iterator[None]:
-    """Within, ``model`` has the averaged weights, if there is an average; afterwards its own, bit for bit."""
-    if average is None:
-        yield
-        return
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(average.module.state_dict())
-    try:
-        yield
-    finally:
-        model.load_state_dict(own)
 
 
 @dataclass
@@ -239,6 +227,8 @@ class _Run:
             raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
         if recipe.grad_checkpointing:
             model.backbone.host.set_grad_checkpointing()  # type: ignore[union-attr, operator]
+        if recipe.freeze_encoder:
+            optim.freeze_encoder(model)
         self.root = settings.out / CHECKPOINTS
         self.average = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
         self.optimizer = optim.create_optimizer(model, recipe)
@@ -250,6 +240,11 @@ class _Run:
         if (checkpoint := latest_checkpoint(self.root)) is not None:
             self._resume(checkpoint)
         self.log = open_log(settings.out / LOG if world.leads else Path(os.devnull), self.step)
+        self.events: Any = None
+        if settings.tensorboard and world.leads:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(settings.out / EVENTS), purge_step=self.step)
         self._saved = time.monotonic()
 
     def train_epoch(self, stop: StopRequest, progress: Progress) -> None:
@@ -269,6 +264,7 @@ class _Run:
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             line = _line(self.step, epoch, lr, result, seconds)
             self.log.write(json.dumps(line) + "\n")
+            self._show("train", line)
             progress.step(line)
             self._require_finite(result, epoch, lr)
             self.step += 1
@@ -284,10 +280,26 @@ class _Run:
         self._saved = time.monotonic()
         if self.world.leads:
             os.fsync(self.log.fileno())  # a checkpoint is never ahead of its log
+            write_table(self.settings.out / LOG)
+            if self.events:
+                self.events.flush()
             scaler = self.stepper.scaler.state_dict()
             state = {"identity": self.identity, "history": self.history, "scaler": scaler}
             average = self.average.module if self.average else None
             save_checkpoint(self.root, self.step, self.model, self.optimizer, state, average)
+
+    def evaluated(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Keep metrics, and the model's present weights if the first metric is the highest so far."""
+        name, value = next(iter(metrics.items()))
+        if self.world.leads:
+            self._show("val", metrics)
+            if value is not None and all(value > (earlier[name] or 0) for earlier in self.history):
+                save_weights(self.settings.out / BEST, self.model)
+        self.history.append({"epoch": epoch, **metrics})
+
+    def _show(self, what: str, values: dict[str, Any]) -> None:
+        for name, value in values.items() if self.events else ():
+            self.events.add_scalar(f"{what}/{name}", math.nan if value is None else value, self.step)
 
     @property
     def last_checkpoint(self) -> str:
@@ -351,7 +363,8 @@ class Progress(Bar):
     """A bar on a terminal, else a log line every 30 s and at the end of each epoch; nothing without ``show``."""
 
     def __init__(self, total: int, done: int, steps_per_epoch: int, show: bool = True) -> None:
-        self._total, self._steps, self._show, self._said = total, steps_per_epoch, show, time.monotonic()
+        self._total, self._done, self._steps, self._show = total, done, steps_per_epoch, show
+        self._began = self._said = time.monotonic()
         console = Console(stderr=True)
         text, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
         columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), numbers
@@ -366,27 +379,14 @@ class Progress(Bar):
         due = step % self._steps == 0 or time.monotonic() - self._said > LOG_SECONDS
         if self.disable and self._show and due:
             self._said = time.monotonic()
-            _LOG.info("step %d of %d, epoch %d: %s", step, self._total, line["epoch"] + 1, numbers)
+            left = timedelta(seconds=round((self._said - self._began) / (step - self._done) * (self._total - step)))
+            _LOG.info("step %d of %d, epoch %d: %s, %s left", step, self._total, line["epoch"] + 1, numbers, left)
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.requested: int | None = None
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.requested).name if self.requested else "another process"
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
-        self.__exit__()
+def write_table(log: Path) -> None:
+    """The log of a run as CSV, beside it."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    with replacing(log.with_name(TABLE)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(lines[0]) if lines else [])
+        table.writeheader()
+        table.writerows(lines)

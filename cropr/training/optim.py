@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cropr.pruning.fusion import Fusion
@@ -77,6 +78,13 @@ def parameter_groups(model: nn.Module, recipe: RecipeSpec) -> list[dict[str, Any
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def freeze_encoder(model: nn.Module) -> None:
+    """Train no weight of the host but its classifier. What pruning adds, and a task's own heads, are trained."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(HOST) and not name.startswith(f"{HOST}head"):
+            parameter.requires_grad_(False)
 
 
 def create_optimizer(model: nn.Module, recipe: RecipeSpec) -> torch.optim.AdamW:
@@ -205,6 +213,20 @@ class Stepper:
                 self.scaler.scale(losses.total * share).backward()
             sums += share * torch.stack((losses.main.detach(), aux.mean() if aux.numel() else aux.new_zeros(())))
         return sums
+
+
+@contextmanager
+def averaged(model: nn.Module, average: ModelEmaV3 | None) -> Iterator[None]:
+    """Within, ``model`` has the averaged weights, if there is an average; afterwards its own, bit for bit."""
+    if average is None:
+        yield
+        return
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(average.module.state_dict())
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
 
 
 def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:

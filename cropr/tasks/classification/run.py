@@ -63,6 +63,7 @@ class Classification(Objective, TaskRun):
         TaskRun.__init__(self, spec, root)
         Objective.__init__(self, spec.data, spec.prune.aux_weight)
         self.splits = load_splits(root, spec.data.num_classes)
+        self.classes = self.splits[0].classes
 
     def folder_fingerprint(self) -> str:
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))

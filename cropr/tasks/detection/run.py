@@ -27,6 +27,7 @@ class Detection(TaskRun):
         assert isinstance(spec.detector, DetModelSpec)
         self.detector = spec.detector
         self.splits = load_coco(root, self.data.num_classes)
+        self.classes = [name for _, name in self.splits[0].annotations.categories]
 
     def folder_fingerprint(self) -> str:
         return fingerprint(self.splits)
