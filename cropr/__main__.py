@@ -8,9 +8,10 @@ import sys
 from importlib import import_module
 
 VERBS = {
-    "data": "write the embedded data set, or check a folder of images",
+    "data": "write the embedded data set or a public one, or check a folder of images",
     "train": "train or fine-tune a model, pruned or not, and evaluate it",
     "evaluate": "evaluate trained weights",
+    "predict": "predict images or folders: a CSV, and pictures of what was pruned",
     "bench": "measure throughput of a pruned model against the unpruned one",
     "plan": "find the schedule that reaches a speed-up",
     "export": "write a deployed model as torch.export and ONNX, and check the file",

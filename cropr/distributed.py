@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -63,6 +66,8 @@ class World:
 
 
 ALONE = World()
+SAME_SECONDS = 3
+"""After a signal, in which another asks for nothing new."""
 
 
 @contextmanager
@@ -121,3 +126,30 @@ def reuse_freed_memory() -> bool:
         return all(libc.mallopt(name, value) == 1 for name, value in settings.items())
     except (OSError, AttributeError):
         return False
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; one that comes seconds later ends
+    at once, earlier ones are the same: a batch system and ``torchrun`` both send theirs."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.requested).name if self.requested else "another process"
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > SAME_SECONDS:
+            self.__exit__()
+            os.kill(os.getpid(), number)

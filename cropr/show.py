@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ _CLASSES: tuple[Colour, ...] = (
     (255, 250, 200), (128, 0, 0), (170, 255, 195), (128, 128, 0), (255, 216, 177), (0, 0, 117),
 )  # fmt: skip
 """Distinct colours of classes, grey for the first (background, wall); they repeat after the last."""
-_SIDE, _TEXT, _GAP = 192, 16, 8
+_SIDE, _TEXT, _GAP = 320, 18, 8
 """Pixels of a picture's panels, of its lines of text, and between panels."""
 
 
@@ -132,6 +133,8 @@ class Shown:
     prediction: Tensor | None = None
     truth_text: str = ""
     prediction_text: str = ""
+    found: tuple[dict[str, Any], ...] = ()
+    """Rows of a table of predictions, most certain first; ``class`` is a label, counted from 0."""
 
 
 class Answers:
@@ -144,6 +147,8 @@ class Answers:
         self.split: Any = run.splits[1] if run.splits else None
         self.model = run.build().eval()
         """In training form; weights are loaded from outside."""
+        self.names: Sequence[str] = ()
+        """Names of the classes, for pictures without data; numbers stand for them if there are none."""
 
     def labels(self) -> Sequence[int]:
         """Class of each validation image, for ``choose``; -1 for images without a class."""
@@ -162,7 +167,8 @@ def panels(arrays: Mapping[str, Any]) -> Image.Image:
     predicted = [text and f"predicted: {text}" for text in arrays["prediction_text"]]
     texts = {"images": arrays["truth_text"], "map": predicted}
     names = [name for name in titles if name in arrays]
-    lines = _TEXT if any(arrays["prediction_text"]) else 0
+    texts = {name: [fill(text or "", _SIDE // 8) for text in all_] for name, all_ in texts.items()}
+    lines = _TEXT * max((text.count("\n") + 1 for all_ in texts.values() for text in all_ if text), default=0)
     width, height = _SIDE + _GAP, _SIDE + _GAP + lines
     top = _TEXT + _GAP
     page = Image.new("RGB", (_GAP + width * len(names), top + height * len(arrays["images"]) + 3 * _TEXT), "white")

@@ -169,3 +169,21 @@ def test_lock_pins_everything_within_the_ranges_of_pyproject() -> None:
             pin = pins.get(canonicalize_name(requirement.name))
             assert pin, f"{requirement.name} is not in requirements.lock"
             assert requirement.specifier.contains(pin), f"{requirement} but requirements.lock has {pin}"
+
+
+def test_the_package_is_the_library_alone_and_typed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert setuptools["packages"]["find"]["include"] == ["cropr", "cropr.*"]
+    assert setuptools["package-data"] == {"cropr": ["py.typed"]}
+    assert (ROOT / "cropr/py.typed").is_file()
+    assert (
+        sum(file.stat().st_size for file in (ROOT / "cropr").rglob("*.py")) < 1_000_000
+    )  # compressed: a wheel of 400 kB
+
+
+def test_every_page_of_the_site_exists_and_the_api_page_names_modules() -> None:
+    pages = [page for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for page in entry.values()]
+    assert [page for page in pages if not (ROOT / "docs" / page).is_file()] == []
+    assert set(pages) == {path.name for path in (ROOT / "docs").glob("*.md")}
+    modules = re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert [name for name in modules if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()] == []

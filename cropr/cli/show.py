@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> None:
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         panels(arrays).save(args.picture)
-    say(f"{len(shown)} images: {args.out}")
+    for one in shown:
+        if one.prediction_text:
+            say(f"predicted: {one.prediction_text}" + f", true: {one.truth_text}" * bool(one.truth_text))
+    say(f"{len(shown)} images: {args.out}" + f", {args.picture}" * bool(args.picture))
 
 
 def to_arrays(shown: list["Shown"], task: str, depth: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -24,7 +25,7 @@ from cropr.specs import Spec, check
 from cropr.tasks import TASKS, TrainSpec
 
 Kind = TypeVar("Kind", bound=Spec)
-PRUNING = ("model", "reducer", "rate", "schedule", "fusion")
+PRUNING = ("model", "patch_size", "depth", "reducer", "rate", "schedule", "fusion")
 """Names of the flags that ``add_pruning_flags`` adds."""
 LAYOUTS = tuple(task.layout for task in TASKS.values())
 _LOG = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
     """The model and how it is pruned, for every verb that builds one; returns their group, for more of them."""
     group = parser.add_argument_group("model and pruning")
     group.add_argument("--model", metavar="NAME", help="timm model, such as vit_large_patch16_224")
+    for name, text in (("patch_size", "pixels a side of a patch"), ("depth", "blocks")):
+        group.add_argument(flag(name), type=int, metavar="N", help=f"{text} (default: the model's own)")
     group.add_argument("--reducer", choices=list(REDUCERS), help="how tokens are chosen (default cropr)")
     if schedule:
         group.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
@@ -102,6 +105,8 @@ def add_run_flags(parser: argparse.ArgumentParser, required: bool = False) -> No
     """A finished training run, its seed, and the images that its model runs on."""
     text = "directory of a finished training run"
     parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", required=required, help=text)
+    text = "its weights that were best while it trained (train --evaluate-every), not the last"
+    parser.add_argument("--best", action="store_true", help=text)
     parser.add_argument("--data", type=Path, metavar="DIR", help="the images, in the layout of the task")
     parser.add_argument("--seed", type=int, metavar="N", help="of random reducers (default: the run's)")
 
@@ -145,7 +150,18 @@ def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --sp
             raise ValueError("--reducer none prunes nothing; leave --rate and --schedule out")
         constant = {"constant": {"rate": (8 if args.rate is None else args.rate) * pruned}}
         prune["schedule"] = parse(args.schedule, "--schedule") if args.schedule else constant
-    return {"model": {"name": args.model}, "prune": prune}
+    built = given(args, ("patch_size", "depth"))
+    return {"model": {"name": args.model, **({"args": built} if built else {})}, "prune": prune}
+
+
+def keys(kind: type[BaseModel], before: str = "") -> Iterator[str]:
+    """Dotted keys of a specification, as ``--set`` takes them."""
+    for name, field in kind.model_fields.items():
+        inner = type(field.default) if isinstance(field.default, BaseModel) else field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{before}{name}.")
+        else:
+            yield before + name
 
 
 # Specifications -----------------------------------------------------------------------------------------------------
@@ -189,7 +205,7 @@ def make_spec(
 
 def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     """Specification, weights and seed (if given, that of the flags) of the run that ``--run`` names."""
-    from cropr.training.checkpoint import WEIGHTS
+    from cropr.training.checkpoint import BEST, WEIGHTS
 
     folder: Path = args.run_dir
     if not folder.is_dir():
@@ -197,7 +213,11 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     record = read_record(folder)
     if record["kind"] != "train":
         raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
-    return make_spec(record["spec"]), folder / WEIGHTS, given(args, ["seed"]).get("seed", record["seed"])
+    return (
+        make_spec(record["spec"]),
+        folder / (BEST if args.best else WEIGHTS),
+        given(args, ["seed"]).get("seed", record["seed"]),
+    )
 
 
 def parse(text: str, where: str) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Train or fine-tune a model, pruned or not, and evaluate it.
 
 Without --spec, the images lie in class folders: DATA/train/<class>/* and DATA/val/<class>/*. With --spec, they lie in
-the layout of its task. The run ends with record.json, weights.safetensors and log.jsonl (a line a step) in its
-directory. An interrupted run continues from its last checkpoint when the same command is given again; a finished one
-is not repeated.
+the layout of its task. The run ends with record.json, weights.safetensors and log.csv (a line a step) in its
+directory; --evaluate-every also keeps the best weights. An interrupted run continues from its last checkpoint when the
+same command is given again; a finished one is not repeated.
 
 examples:
   python -m cropr train --data photos --model vit_small_patch16_224 --pretrained --reducer cropr --rate 8 --fusion llf
   python -m cropr train --data photos --model vit_small_patch16_224 --reducer none   # the unpruned baseline
   python -m cropr train --data photos --model vit_base_patch16_224 --pretrained --batch-size 256 --accumulate 4 \\
       --set recipe.layer_decay=0.65 --set data.augment.mixup=0.8
+  python -m cropr train --data photos --model vit_small_patch16_224 --pretrained --freeze-encoder --evaluate-every 1
+  python -m cropr train --data small --model vit_tiny_patch16_224 --img-size 28 --patch-size 4 --auto-augment none
   python -m cropr train --data imagenet --spec spec.yaml --seed 1 --out runs/mine   # everything from a file
   torchrun --nproc-per-node 8 -m cropr train --data imagenet --spec spec.yaml   # 8 GPUs
 """
@@ -17,16 +19,19 @@ examples:
 import argparse
 import hashlib
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import cropr.cli.spec_flags as flags
 from cropr.specs import ModelSpec, RecipeSpec
-from cropr.tasks import TrainSpec
+from cropr.tasks import TASKS, TrainSpec
 
 _LOG = logging.getLogger(__name__)
-_RECIPE = ("epochs", "batch_size", "accumulate", "precision")
-_PARTS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "pretrained")
+_RECIPE = ("epochs", "batch_size", "accumulate", "precision", "freeze_encoder")
+_WATCH = ("checkpoint_minutes", "evaluate_every", "tensorboard")
+_RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+_PARTS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "auto_augment", "pretrained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from these safetensors, or a run's directory")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key of the spec")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"set a key: {_keys()}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
     flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
@@ -42,18 +47,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"}
     flags.add_fields(recipe, RecipeSpec, _RECIPE, own)
     recipe.add_argument("--lr", type=float, metavar="LR", help="peak learning rate (default 1e-3 per 256 images)")
-    recipe.add_argument("--image-size", type=int, metavar="PX", help="default: the model's own")
+    recipe.add_argument("--image-size", "--img-size", type=int, metavar="PX", help="default: the model's own")
+    text = f"timm's policy of random changes of training images, or none (default {_RANDAUGMENT}: RandAugment)"
+    recipe.add_argument("--auto-augment", metavar="POLICY", help=text)
     recipe.add_argument("--pretrained", action="store_true", help="start from timm's weights of this model")
     machine = parser.add_argument_group("machine (none of these changes the result on a CPU)")
     flags.add_machine_flags(machine, workers=True)
     text = "minutes between checkpoints (default 10); one more after each epoch"
     machine.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help=text)
     machine.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="epochs; default: at the end only")
+    machine.add_argument("--tensorboard", action="store_true", help="also write event files (needs tensorboard)")
+
+
+def _keys() -> str:
+    """Keys of ``--set``; those of images and detectors of other tasks stand in their specs."""
+    kept = [key for key in flags.keys(TrainSpec) if key.partition(".")[0] not in ("data", "detector")]
+    return ", ".join([*kept, *flags.keys(TASKS["classification"].data, "data.")])
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
     spec: Any = None
+    if args.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.spec:
         flags.require_alone(args, "spec", _PARTS, ", or change single keys with --set")
         spec = flags.make_spec(args.spec, args.set)
@@ -67,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             logging.disable(logging.INFO)
         spec = spec or _spec_for_folder(args, on_gpu=world.device.type == "cuda")
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
-        how = {name: getattr(args, name) for name in ("init", "workers", "checkpoint_minutes", "evaluate_every")}
+        how = {name: getattr(args, name) for name in ("init", "workers", *_WATCH)}
         try:
             record = train(spec, args.seed, args.data, out, world=world, **how)
         except TrainingInterrupted as stop:
@@ -91,14 +107,15 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     name = require_known(args.model)
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
+    policy = args.auto_augment or _RANDAUGMENT
     batch = args.batch_size if args.batch_size is not None else min(64, len(split))
-    values["model"] |= {"drop_path": 0.1, **flags.given(args, ["drop_path"])}
+    values["model"] |= {"drop_path": 0.0 if args.freeze_encoder else 0.1, **flags.given(args, ["drop_path"])}
     values |= {
         "data": {
             **_input_of(name),
             **flags.given(args, ["image_size"]),
             "num_classes": len(split.classes),
-            "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "smoothing": 0.1},
+            "augment": {"auto_augment": None if policy == "none" else policy, "smoothing": 0.1},
         },
         "recipe": {
             "epochs": 20,

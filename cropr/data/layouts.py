@@ -13,10 +13,9 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,34 +75,44 @@ def _coco(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     Masks are uncompressed run-length codes, which pycocotools reads as it reads polygons. There are no crowd regions.
     The entry is the image and its annotations, which have no ids yet.
     """
-    height, width, _ = scene.image.shape
     name = f"{index:012d}.png"
+    _save(scene.image, root / f"{split}2017" / name)
+    regions = [(CATEGORIES[instance.label], instance.region, instance.box) for instance in scene.instances]
+    return coco_entry(index, name, scene.image.shape[:2], regions)
+
+
+def coco_entry(
+    number: int,
+    name: str,
+    size: tuple[int, ...],
+    regions: Sequence[tuple[int, NDArray[np.bool_], tuple[int, int, int, int]]],
+) -> Entry:
+    """An image of a COCO file by its number, file name, height and width, and its annotations, which have no ids yet;
+    ``regions``: category, mask [H, W] and box (left, top, right, bottom) of each instance."""
     annotations = [
         {
-            "image_id": index,
-            "category_id": CATEGORIES[instance.label],
+            "image_id": number,
+            "category_id": category,
             "bbox": [left, top, right - left, bottom - top],
-            "area": int(instance.region.sum()),
-            "segmentation": {"size": [height, width], "counts": run_lengths(instance.region)},
+            "area": int(region.sum()),
+            "segmentation": {"size": list(size), "counts": run_lengths(region)},
             "iscrowd": 0,
         }
-        for instance in scene.instances
-        for left, top, right, bottom in [instance.box]
+        for category, region, (left, top, right, bottom) in regions
     ]
-    image = {"id": index, "file_name": name, "height": height, "width": width}
-    _save(scene.image, root / f"{split}2017" / name)
+    image = {"id": number, "file_name": name, "height": size[0], "width": size[1]}
     return {"image": image, "annotations": annotations}
 
 
-def _coco_index(root: Path, split: Split, entries: list[Entry]) -> None:
-    """Write the file of instances. Ids begin at 1: pycocotools takes a match with 0 for none."""
+def coco_index(root: Path, split: str, entries: list[Entry], categories: Mapping[int, str], description: str) -> None:
+    """Write the file of instances; ``categories``: name by id. Ids begin at 1: pycocotools takes a match with 0 for
+    none."""
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
-    names = [{"id": number, "name": f"digit_{k}", "supercategory": "digit"} for k, number in enumerate(CATEGORIES)]
     content = {
-        "info": {"description": "Generated scenes of handwritten digits"},
+        "info": {"description": description},
         "images": [entry["image"] for entry in entries],
         "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
-        "categories": names,
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
     }
     path = root / "annotations" / f"instances_{split}2017.json"
     path.parent.mkdir(exist_ok=True)
@@ -116,8 +125,8 @@ LAYOUTS = {"imagenet": _imagenet, "ade20k": _ade20k, "coco": _coco}
 
 def run_lengths(region: NDArray[np.bool_]) -> list[int]:
     """COCO's uncompressed code of a mask [H, W]: lengths of runs down the columns, of 0 and 1 in turn from 0 on."""
-    runs = [(value, len(list(run))) for value, run in groupby(region.ravel(order="F").tolist())]
-    return [0] * bool(runs[0][0]) + [length for _, length in runs]
+    flat = region.ravel(order="F")
+    return np.diff([0, *np.flatnonzero(np.diff(flat, prepend=False)), flat.size]).tolist()
 
 
 def write(
@@ -140,7 +149,7 @@ def write(
     started, root = time.time(), Path(root)
     if layout == "imagenet" and spec.objects[0] < 1:
         raise ValueError(f"scenes: objects {spec.objects}: an image without a digit has no class; begin at 1")
-    _clear(root)
+    clear(root)
     places = [(split, index) for split in SPLITS for index in range(getattr(spec, split))]
     entries = dict[Split, list[Entry]](train=[], val=[])
     written = _run(partial(_write_one, spec, layout, root), places, workers if len(places) >= PARALLEL_FROM else 1)
@@ -149,7 +158,8 @@ def write(
         progress(1)
     if layout == "coco":
         for split in SPLITS:
-            _coco_index(root, split, entries[split])
+            digits = {number: f"digit_{k}" for k, number in enumerate(CATEGORIES)}
+            coco_index(root, split, entries[split], digits, "Generated scenes of handwritten digits")
     classes = CLASSES + (layout == "ade20k")  # and the background
     size = sum(file.stat().st_size for name in TOPS for file in (root / name).rglob("*") if file.is_file())
     metrics = {"train_images": spec.train, "val_images": spec.val, "classes": classes, "megabytes": size / 1e6}
@@ -159,12 +169,14 @@ def write(
     (root / INCOMPLETE).unlink()
 
 
-def _clear(root: Path) -> None:
-    """Make room: remove an earlier set of scenes, refuse anything else, mark what follows as unfinished."""
+def clear(root: Path) -> None:
+    """Make room: remove a set written earlier, refuse anything else, mark what follows as unfinished."""
     record, mark = root / RECORD, root / INCOMPLETE
     ours = mark.exists() or (record.exists() and read_record(record).get("kind") == "data")
     if root.exists() and any(root.iterdir()) and not ours:
-        raise ValueError(f"{root} is not empty and holds no set of scenes; choose another directory or empty it")
+        raise ValueError(
+            f"{root} is not empty and holds no set written by this command; choose another directory or empty it"
+        )
     root.mkdir(parents=True, exist_ok=True)
     mark.write_text("This data set is being written, or its writing was interrupted. Write it again.\n")
     record.unlink(missing_ok=True)

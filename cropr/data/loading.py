@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
 from cropr.data.scenes import INCOMPLETE
@@ -34,6 +35,16 @@ Collate = Callable[[list[Any]], Any]
 
 class ImageError(ValueError):
     """An image, or the annotation that belongs to it, cannot be used; the message begins with its path."""
+
+
+def find_images(path: Path) -> list[Path]:
+    """A file, or the images below a folder in the order of their names. FileNotFoundError: neither, or no image."""
+    if path.is_file():
+        return [path]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
+    if not found:
+        raise FileNotFoundError(f"{path}: no such file, and no folder with images ({', '.join(IMG_EXTENSIONS)})")
+    return found
 
 
 def decode(path: str | Path) -> Image.Image:

@@ -257,7 +257,7 @@ def object_mask(image_path: str | Path) -> Array | None:
     masks are not: evaluate at the size of the set.
     """
     root = Path(image_path).parents[2]
-    truth = root / "truth" / Path(image_path).relative_to(root)
+    truth = root / "truth" / Path(image_path).relative_to(root).with_suffix(".png")
     if not truth.exists():
         return None
     with Image.open(truth) as mask:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cropr.distributed import ALONE, World
+from cropr.pruning.backbones.base import adapt
 from cropr.pruning.model import Model, PrunedViT, prune
 from cropr.pruning.schedule import Schedule
 from cropr.records import RECORD, read_record, replacing
@@ -98,6 +100,11 @@ class TaskRun(BatchTask):
     """A task with its data, for one specification; ``root`` holds the images in the layout of the task, None where none
     is needed. Raises ValueError or FileNotFoundError for images that are missing or differ from those of the spec."""
 
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes in the order of the labels, if the images have any."""
+        return ()
+
     def __init__(self, spec: TrainSpec, root: Path | None) -> None:
         self.spec, self.root, self.data = spec, cast(Path, root), cast(Any, spec.data)
         self.splits: Any = None if root is None else self.load(root)
@@ -153,13 +160,13 @@ def build_model(
     The last block has no drop path where tokens are pruned (paper, section 4.1; the authors' code); in dense models,
     it never has (the authors' code).
     """
-    host: Any = timm.create_model(
-        model.name,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        drop_path_rate=model.drop_path,
-        **{"img_size": image_size, **model.args},
-    )
+    arguments = {"num_classes": num_classes, "drop_path_rate": model.drop_path, "img_size": image_size, **model.args}
+    try:
+        host: Any = timm.create_model(require_known(model.name), pretrained, **arguments)
+    except TypeError:
+        with torch.device("meta"):
+            adapt(timm.create_model(model.name))  # says that its kind cannot be pruned, where that is why
+        raise
     schedule = Schedule.from_config(spec.schedule)
     pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
     if pruned.reducers or pruned.dense:
@@ -177,7 +184,8 @@ def keep_last_block(host: Any) -> None:
 def require_known(name: str) -> str:
     """The name of a model, if timm has it. Raises ValueError: it does not; with models of similar names."""
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0].split('_patch')[0]}*")[:8]
+        known, wanted = timm.list_models(["vit_*", "deit*", "eva*"]), name.partition(".")[0]
+        close = [one for one in known if wanted in one][:5] or get_close_matches(wanted, known, 5, 0.4)
         raise ValueError(f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}")
     return name
 

@@ -32,6 +32,9 @@ from cropr.training.optim import HOST
 WEIGHTS = "weights.safetensors"
 """A finished run's weights, training form, in the run's directory."""
 
+BEST = "best.safetensors"
+"""The weights whose first metric was the highest, where a run was evaluated while it trained."""
+
 AVERAGE = "average.safetensors"
 FINAL_NORMS = ("norm", "fc_norm")
 """timm's two places for the last norm: with average pooling ``fc_norm``, else ``norm``. A host whose pooling differs

@@ -6,19 +6,19 @@ that was killed and resumed ends with the weights of an undisturbed one, bit for
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import numpy as np
@@ -31,12 +31,13 @@ from torch import nn
 
 import cropr.training.optim as optim
 from cropr.data.loading import TrainBatches, some
-from cropr.distributed import World
-from cropr.records import RECORD, make_record, read_record, write_record
+from cropr.distributed import StopRequest, World
+from cropr.records import RECORD, make_record, read_record, replacing, write_record
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
 from cropr.training.checkpoint import (
+    BEST,
     WEIGHTS,
     initial_model,
     latest_checkpoint,
@@ -48,12 +49,12 @@ from cropr.training.checkpoint import (
 )
 
 CHECKPOINTS = "checkpoint"
-LOG = "log.jsonl"
+LOG, TABLE, EVENTS = "log.jsonl", "log.csv", "tensorboard"
 PER_IMAGE = "per_image.npz"
 OVERFLOWS = 30
 """fp16: steps in a row without finite gradients before the run counts as diverged; each halves the loss scale."""
-SAME_SECONDS, LOG_SECONDS = 3, 30
-"""After a signal, in which another asks for nothing new; between two log lines where there is no terminal."""
+LOG_SECONDS = 30
+"""Between two log lines where there is no terminal."""
 HELD_BACK = 0.25  # share of the time that waiting for images may take before the log says so
 
 _LOG = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Settings:
     """Time between checkpoints within an epoch; there is one at the end of each epoch in any case."""
     evaluate_every: int = 0
     """Epochs; 0 for never."""
+    tensorboard: bool = False
+    """Whether event files are written, too."""
 
 
 def train(
@@ -89,16 +92,18 @@ def train(
     world: World,
     init: Path | None = None,
     workers: int = 0,
-    checkpoint_minutes: float = 10,
-    evaluate_every: int = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Run ``spec`` and return its record; at once if ``out`` has it already, from its checkpoint if it was cut off.
 
-    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
-    ``data_root`` has the images in the layout of the task; ``workers`` processes decode them for each that trains. If
-    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run. Raises ValueError,
-    FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name; TrainingDiverged, TrainingInterrupted:
-    see ``fit``.
+    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz``, ``log.jsonl`` and ``log.csv`` in
+    ``out``; and ``best.safetensors``, whose first metric was the highest, if it evaluates while it trains. ``settings``
+    are those of ``Settings``. ``data_root`` has the images in the layout of the task; ``workers`` processes decode them
+    for each that trains. If ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run.
+
+    Raises:
+        ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
+        TrainingDiverged, TrainingInterrupted: see ``fit``.
     """
     if (record := finished(out, spec, seed)) is not None:
         return record
@@ -111,8 +116,8 @@ def train(
     evaluation = EvaluationSettings(world=world, workers=workers, **how)
     evaluate = partial(task.evaluate, settings=evaluation)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
-    settings, batches = Settings(out, identity, checkpoint_minutes, evaluate_every), task.batches(seed, world, workers)
-    history = fit(model, task, batches, recipe, seed, settings, world, lambda own: evaluate(own).metrics)
+    how_run, batches = Settings(out, identity, **settings), task.batches(seed, world, workers)
+    history = fit(model, task, batches, recipe, seed, how_run, world, lambda own: evaluate(own).metrics)
     result = evaluate(model)
     found = {
         "seed": seed,
@@ -120,6 +125,7 @@ def train(
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
         "per_image": PER_IMAGE,
+        **({"classes": list(task.classes)} if task.classes else {}),
     }
     where = {"device": str(world.device), "precision": recipe.precision, "data_fingerprint": task.fingerprint}
     record = make_record("train", spec, started, found, **where, processes=world.size, workers=workers)
@@ -190,7 +196,8 @@ def fit(
                 raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
             epoch, begun = divmod(run.step, steps)
             if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
-                run.history.append({"epoch": epoch, **evaluate(run.average.module if run.average else model)})
+                own = run.average.module if run.average else model
+                run.evaluated(epoch, own, evaluate(own))
             run.save()
     if run.average:
         model.load_state_dict(run.average.module.state_dict())
@@ -215,6 +222,8 @@ class _Run:
             raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
         if recipe.grad_checkpointing:
             model.backbone.host.set_grad_checkpointing()  # type: ignore[union-attr, operator]
+        if recipe.freeze_encoder:
+            optim.freeze_encoder(model)
         self.root = settings.out / CHECKPOINTS
         self.average = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
         self.optimizer = optim.create_optimizer(model, recipe)
@@ -226,6 +235,11 @@ class _Run:
         if (checkpoint := latest_checkpoint(self.root)) is not None:
             self._resume(checkpoint)
         self.log = open_log(settings.out / LOG if world.leads else Path(os.devnull), self.step)
+        self.events: Any = None
+        if settings.tensorboard and world.leads:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(settings.out / EVENTS), purge_step=self.step)
         self._saved = time.monotonic()
 
     def train_epoch(self, stop: StopRequest, progress: Progress) -> None:
@@ -245,6 +259,7 @@ class _Run:
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             line = _line(self.step, epoch, lr, result, seconds)
             self.log.write(json.dumps(line) + "\n")
+            self._show("train", line)
             progress.step(line)
             self._require_finite(result, epoch, lr)
             self.step += 1
@@ -260,10 +275,26 @@ class _Run:
         self._saved = time.monotonic()
         if self.world.leads:
             os.fsync(self.log.fileno())  # a checkpoint is never ahead of its log
+            write_table(self.settings.out / LOG)
+            if self.events:
+                self.events.flush()
             scaler = self.stepper.scaler.state_dict()
             state = {"identity": self.identity, "history": self.history, "scaler": scaler}
             average = self.average.module if self.average else None
             save_checkpoint(self.root, self.step, self.model, self.optimizer, state, average)
+
+    def evaluated(self, epoch: int, model: nn.Module, metrics: dict[str, float]) -> None:
+        """Keep metrics, and the weights of the model if its first metric is the highest so far."""
+        name, value = next(iter(metrics.items()))
+        if self.world.leads:
+            self._show("val", metrics)
+            if value is not None and all(value > (earlier[name] or 0) for earlier in self.history):
+                save_weights(self.settings.out / BEST, model)
+        self.history.append({"epoch": epoch, **metrics})
+
+    def _show(self, what: str, values: dict[str, Any]) -> None:
+        for name, value in values.items() if self.events else ():
+            self.events.add_scalar(f"{what}/{name}", math.nan if value is None else value, self.step)
 
     @property
     def last_checkpoint(self) -> str:
@@ -327,7 +358,8 @@ class Progress(Bar):
     """A bar on a terminal, else a log line every 30 s and at the end of each epoch; nothing without ``show``."""
 
     def __init__(self, total: int, done: int, steps_per_epoch: int, show: bool = True) -> None:
-        self._total, self._steps, self._show, self._said = total, steps_per_epoch, show, time.monotonic()
+        self._total, self._done, self._steps, self._show = total, done, steps_per_epoch, show
+        self._began = self._said = time.monotonic()
         self._times = np.zeros(2)  # ms of loading and of computing since the last line
         console = Console(stderr=True)
         text, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
@@ -344,33 +376,18 @@ class Progress(Bar):
         due = step % self._steps == 0 or now - self._said > LOG_SECONDS
         if self.disable and self._show and due:
             self._said, waited = now, float(self._times[0] / self._times.sum())
+            left = timedelta(seconds=round((now - self._began) / (step - self._done) * (self._total - step)))
             held = f"; {waited:.0%} of the time waiting for images: raise --workers" if waited > HELD_BACK else ""
-            _LOG.info("step %d of %d, epoch %d: %s%s", step, self._total, line["epoch"] + 1, numbers, held)
+            _LOG.info(
+                "step %d of %d, epoch %d: %s, %s left%s", step, self._total, line["epoch"] + 1, numbers, left, held
+            )
             self._times[:] = 0
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop reads between two steps; one that comes seconds later ends
-    at once, earlier ones are the same: a batch system and ``torchrun`` both send theirs."""
-
-    def __init__(self) -> None:
-        self.requested: int | None = None
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.requested).name if self.requested else "another process"
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > SAME_SECONDS:
-            self.__exit__()
-            os.kill(os.getpid(), number)
+def write_table(log: Path) -> None:
+    """The log of a run as CSV, beside it."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    with replacing(log.with_name(TABLE)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(lines[0]) if lines else [])
+        table.writeheader()
+        table.writerows(lines)

@@ -76,6 +76,13 @@ def parameter_groups(model: nn.Module, recipe: RecipeSpec) -> list[dict[str, Any
     return list(groups.values())
 
 
+def freeze_encoder(model: nn.Module) -> None:
+    """Train no weight of the host but its classifier. What pruning adds, and a task's own heads, are trained."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(HOST) and not name.startswith(f"{HOST}head"):
+            parameter.requires_grad_(False)
+
+
 def create_optimizer(model: nn.Module, recipe: RecipeSpec) -> torch.optim.AdamW:
     """AdamW with torch's betas and epsilon, as the authors left them; all tensors of a group in one kernel."""
     return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.peak_lr, fused=True)

@@ -129,8 +129,9 @@ def test_truth_of_scenes(tmp_path):
     assert objects.any(dim=1).all()
     for path, row in zip(val.paths, objects, strict=True):
         assert row.tolist() == scenes.object_patches(scenes.object_mask(path), (4, 4)).tolist()
-    for change in ({"crop_pct": 0.9}, {"image_size": 24}):
-        assert object_map(val.paths, spec.model_copy(update=change), (4, 4)) is None
+    half = object_map(val.paths, spec.model_copy(update={"image_size": 16, "crop_pct": 0.5}), (2, 2))
+    middle = [scenes.object_patches(scenes.object_mask(path)[8:24, 8:24], (2, 2)).tolist() for path in val.paths]
+    assert half.tolist() == middle, "masks are cropped as images are"
     _, photos = load_splits(tiny.write_folder(tmp_path / "photos"))
     assert object_map(photos.paths, tiny.spec().data, (4, 4)) is None
 

@@ -221,6 +221,13 @@ def test_flags_give_the_values_of_their_fields(words: list[str], values: dict[st
     assert isinstance(found.get("epochs", 3), float) == (words == ["--epochs", "0.5"])
 
 
+def test_help_of_training_lists_what_set_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert {"recipe.query_lr", "data.augment.mixup", "prune.aux_weight", "model.args", "init"} <= set(words)
+
+
 def test_help_of_a_flag_is_the_docstring_of_its_field() -> None:
     shown = " ".join(parser_of(defaults={"epochs": "as needed"}).format_help().split())
     assert "--count N of what it counts, 100 % of them (default 4)" in shown

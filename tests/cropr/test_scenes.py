@@ -156,10 +156,10 @@ def test_foreign_folders_are_not_touched(tmp_path):
     precious = tmp_path / "train" / "cat.jpg"
     precious.parent.mkdir()
     precious.write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"is not empty and holds no set of scenes"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no set written by"):
         write(SMALL, tmp_path)
     (tmp_path / "record.json").write_text('{"kind": "train"}')
-    with pytest.raises(ValueError, match=r"is not empty and holds no set of scenes"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no set written by"):
         write(SMALL, tmp_path)
     assert files(tmp_path) == {"train/cat.jpg": b"mine"}
     assert (tmp_path / "record.json").exists()

@@ -1,5 +1,7 @@
 """Pruning maps: what is drawn, the choice of images, the file of the verb for each task, and what is refused."""
 
+import csv
+
 import numpy as np
 import pytest
 import timm
@@ -221,6 +223,29 @@ def test_pictures_of_the_users_own_need_no_data(tmp_path, task):
     assert "truth" not in file
     assert not file["truth_text"].astype(bool).any()
     assert (tmp_path / "maps.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("task", SPECS)
+def test_predictions_are_a_table_and_pictures(tmp_path, task, monkeypatch, capsys):
+    monkeypatch.setattr(detection, "MIN_SCORE", 0.0)
+    write_run(tmp_path / "run", SPECS[task]())
+    (tmp_path / "photos/deep").mkdir(parents=True)
+    for name, size in (("deep/a.png", (50, 40)), ("b.jpg", (30, 90))):
+        Image.new("RGB", size, "red").save(tmp_path / "photos" / name)
+    arguments = [str(tmp_path / "photos"), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "found.csv")]
+    assert main(["predict", *arguments, "--pictures", str(tmp_path / "drawn")]) == 0
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["00001_b.png", "00002_a.png"]
+    with (tmp_path / "found.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"][-5:] for row in rows if row["rank"] == "1"] == ["b.jpg", "a.png"]
+    column = "share" if task == "segmentation" else "score"
+    values = [float(row[column]) for row in rows if row["file"].endswith("b.jpg")]
+    assert values == sorted(values, reverse=True)
+    assert task == "detection" or sum(values) == pytest.approx(1, abs=1e-3 + (task == "classification"))
+    if task == "detection":
+        assert all(0 <= float(row["left"]) < float(row["right"]) <= 51 for row in rows if row["file"].endswith("a.png"))
+    assert "found.csv" in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "drawn/none"), *arguments[1:]]) == 2
 
 
 def test_refusals(tmp_path, roots, caplog):

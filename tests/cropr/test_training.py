@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
+from types import SimpleNamespace
 
 import golden_losses
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from tiny import Signalled, log_lines
 from tiny import model as new_model
 
@@ -204,6 +207,44 @@ def test_it_evaluates_every_so_many_epochs(images, tmp_path):
     assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
 
 
+def test_event_files_and_the_best_weights(images, tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.seen, self.flush = {}, lambda: None
+            writers.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.seen.setdefault(name, []).append((step, value))
+
+    writers, scores = [], iter([50.0, 70.0, 60.0])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    spec = tiny.spec(recipe__epochs=3, recipe__batch_size=24)
+    model, kept = new_model(spec), []
+
+    def evaluate():
+        kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"top1": next(scores)}
+
+    settings = Settings(out=tmp_path, evaluate_every=1, tensorboard=True)
+    fit(model, Objective(spec.data), tiny.batches(images, spec), spec.recipe, 0, settings, WORLD, evaluate)
+    (writer,) = writers
+    lines = log_lines(tmp_path)
+    assert writer.seen["train/loss"] == [(line["step"], line["loss"]) for line in lines]
+    assert [value for _, value in writer.seen["val/top1"]] == [50.0, 70.0, 60.0]
+    best = load_file(tmp_path / "best.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in kept[1].items())
+
+
+def test_a_frozen_encoder_keeps_its_weights(images, tmp_path):
+    spec = tiny.spec(recipe__freeze_encoder=True)
+    before, after = new_model(spec).state_dict(), train(spec, images, tmp_path)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {name for name in changed if name.startswith("backbone.")} == {
+        "backbone.host.head.weight", "backbone.host.head.bias"
+    }  # fmt: skip
+    assert any(name.startswith("reducers.") for name in changed)
+
+
 @pytest.mark.parametrize(("what", "at"), [*((what, 8) for what in SPOILS), ("the loss is nan", 0)])
 def test_what_is_not_finite_stops_the_run(images, tmp_path, what, at):
     spec = tiny.spec()
@@ -262,7 +303,9 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(images, tmp_path):
 
     settings = Settings(out=tmp_path / "averaged", evaluate_every=1)
     objective = Objective(spec.data)
-    fit(averaged, objective, batches, spec.recipe, 0, settings, WORLD, lambda own: seen.append(copy(own)) or {})
+    fit(
+        averaged, objective, batches, spec.recipe, 0, settings, WORLD, lambda own: seen.append(copy(own)) or {"top1": 1}
+    )
     for found, wanted in zip((*seen, averaged.state_dict()), (*expected, expected[-1]), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     losses = [[line["loss"] for line in log_lines(tmp_path / name)] for name in ("plain", "averaged")]

@@ -105,7 +105,9 @@ def test_artefact(config: Path) -> None:
 
 
 def test_files(config: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"huge\.yaml: no such file; there are: ci, laptop, paper, workstation"):
+    with pytest.raises(
+        FileNotFoundError, match=r"huge\.yaml: no such file; there are: ci, fashion, laptop, paper, workstation"
+    ):
         load_grid(CONFIG, "huge")
     (config / "scales/ci.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(ValueError, match=r"ci\.yaml: not YAML"):

@@ -18,7 +18,7 @@ from workflow.paper.sources import shipped
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
-SCALES = ["ci", "laptop", "workstation", "paper"]
+SCALES = ["ci", "laptop", "fashion", "workstation", "paper"]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,32 @@ def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path) 
 
 
 def test_class_folders_of_the_user_are_counted(grids: dict[str, Grid]) -> None:
-    assert {spec.data.num_classes for spec in grids["workstation"].runs.values()} == {2}
+    runs = grids["workstation"].runs.values()
+    assert {spec.data.num_classes for spec in runs if spec.task == "classification"} == {2}
+
+
+def test_public_images_are_downloaded_unless_the_user_names_a_folder(folder: Path) -> None:
+    none = dict.fromkeys(("imagenet", "ade20k", "coco", "folder"))
+    grid = load_grid(CONFIG, "workstation", roots=none)
+    assert grid.public == {"pets": ["imagenet", "ade20k", "coco"]}
+    assert {spec.task: spec.data.num_classes for spec in grid.runs.values()} == {
+        "classification": 37, "segmentation": 38, "detection": 37,
+    }  # fmt: skip
+    assert {"relevance", "ade20k", "coco"} <= set(grid.artefacts)
+    assert grid.source(str(grid.artefacts["coco"]["cropr"].run)).folder == "results/workstation/data/coco"
+    own = load_grid(CONFIG, "workstation", roots=none | {"folder": folder})
+    assert (own.public, own.lacking) == ({}, ("segmentation", "detection"))
+    assert "relevance" not in own.artefacts
+    fashion = load_grid(CONFIG, "fashion", roots=none)
+    assert (list(fashion.artefacts), fashion.public) == (["fashion"], {"fashion": ["imagenet", "ade20k"]})
+    assert {row.schedule for row in fashion.artefacts["fashion"].rows} == {"none", "R=6"}
+    for wrong in ("cats", "fashion"):
+        with pytest.raises(ValueError, match=rf"detection.data.public = '{wrong}': choose one of pets"):
+            load_grid(
+                CONFIG, "workstation", roots=none, overrides={"tasks": {"detection": {"data": {"public": wrong}}}}
+            )
+    with pytest.raises(ValueError, match=r"artefacts: no artefact 'fashions'; choose among .*fashion"):
+        load_grid(CONFIG, "fashion", overrides={"artefacts": ["fashions"]})
 
 
 def test_manifest_says_all_that_a_notebook_needs() -> None:

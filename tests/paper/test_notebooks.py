@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from synthetic import BASE, run_cells, write_results
 
+from workflow.paper import compare
 from workflow.paper.records import REPOSITORY, load_published
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -21,6 +22,7 @@ METRIC = {
     "ablations": ("top1", "top-1 (%)"),
     "relevance": ("top1", "top-1 (%)"),
     "scoring": ("top1", "top-1 (%)"),
+    "fashion": ("top1", "top-1 (%)"),
     "ade20k": ("miou", "mIoU (%)"),
     "reactivation": ("miou", "mIoU (%)"),
     "coco": ("box_ap", "box AP (%)"),
@@ -120,3 +122,17 @@ def test_a_missing_record_stops_the_notebook_with_the_command(tmp_path):
     assert done.returncode == 1
     assert "runs/cropr/seed0/record.json: no such file; make it with: snakemake" in done.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_two_results_folders_stand_beside_each_other(tmp_path, capsys, monkeypatch):
+    for name, top in (("mine", 70.0), ("yours", 80.0)):
+        write_results(tmp_path / name, "imagenet_methods", none=[top, top + 1, top + 2])
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "mine"), str(tmp_path / "yours")])
+    compare.main()
+    shown = capsys.readouterr().out
+    assert "71.00" in shown
+    assert "81.00" in shown
+    assert "speed-up, B" in shown
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "mine"), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        compare.main()

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import ROOT, Project
 
 pytestmark = pytest.mark.workflow
 
-REDUCER = '''"""Keeps the patches with the largest values."""
-
-from __future__ import annotations
-
-from cropr.pruning.reducers.select import Random
-
-METHODS = {"loudest": {"class": "Loudest", "label": "Loudest"}}
-
-
-class Loudest(Random):
-    """Random, under another name."""
-'''
-ROW = "  - {row: loudest, label: Loudest, reducer: loudest, schedule: r8, fusion: llf}\n"
-ARTEFACT = """order: 99
-section: Classification
-title: Toy
-question: Is this a table?
-rows:
-  - {row: none, label: No pruning, use: imagenet_methods/none}
-"""
+PAGE = (ROOT / "docs/how_to.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+"""Files that the how-tos add, by their path."""
+COMMANDS = [
+    line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) for line in block.splitlines()
+]
+NOTEBOOK = json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+ROW = "  - {row: largest, label: Largest, reducer: largest, schedule: r8, fusion: llf}\n"
 BACKBONE = '''"""A host of one's own."""
 
 from __future__ import annotations
@@ -78,27 +67,38 @@ def add(project: Project, changes: dict[str, str]) -> int:
 
 
 def test_a_reducer_is_its_module_and_a_row(project: Project) -> None:
-    changes = {"cropr/pruning/reducers/toy.py": REDUCER, "config/experiments/imagenet_methods.yaml": ROW}
-    assert add(project, changes) == 2
+    (reducer,) = (name for name in FILES if "reducers" in name)
+    assert add(project, {reducer: FILES[reducer], "config/experiments/imagenet_methods.yaml": ROW}) == 2
     code = (
         "import timm, torch, cropr; from workflow.paper.grid import load_grid\n"
-        "row = load_grid('config', 'ci').artefacts['imagenet_methods']['loudest']\n"
+        "row = load_grid('config', 'ci').artefacts['imagenet_methods']['largest']\n"
         "print(row.reducer, len(row.records))\n"
         "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, num_classes=2)\n"
-        "model = cropr.prune(vit, schedule=cropr.Schedule.constant(rate=4), reducer='loudest')\n"
+        "model = cropr.prune(vit, schedule=cropr.Schedule.constant(rate=4), reducer='largest')\n"
         "print(*model.eval()(torch.zeros(1, 3, 64, 64)).logits.shape)"
     )
-    assert python(project, code).split() == ["loudest", "1", "1", "2"]
+    assert python(project, code).split() == ["largest", "1", "1", "2"]
     help_text = python(
         project, "import sys; sys.argv = ['cropr', 'bench', '--help']; from cropr.__main__ import main; main()"
     )
-    assert "loudest" in help_text
+    assert "largest" in help_text
 
 
-def test_a_table_is_its_yaml_and_its_notebook(project: Project) -> None:
-    notebook = json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
-    assert add(project, {"config/experiments/toy.yaml": ARTEFACT, "notebooks/toy.ipynb": notebook}) == 2
-    assert "Running notebook toy" in project.run("--dry-run", "--config", "scale=ci", "--", "toy")
+def test_the_workflow_commands_of_the_how_tos_run(stubbed: Project) -> None:
+    """With stub jobs; the files that the page shows are there, and a table is its YAML and its notebook."""
+    (table,) = (name for name in FILES if "experiments" in name)
+    assert add(stubbed, {table: FILES[table], f"notebooks/{Path(table).stem}.ipynb": NOTEBOOK}) == 2
+    add(stubbed, {name: text for name, text in FILES.items() if "/" not in name})
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (stubbed / "photos" / folder).mkdir(parents=True)
+    run = [command for command in COMMANDS if command.startswith(("snakemake", "cp"))]
+    assert len(run) >= 7
+    for command in run:
+        if "-- compare" in command or command.endswith("-n"):  # stubs write no images to compare
+            command = command.replace(" --", " -n --", 1)
+        shell = command.replace("snakemake", f"{sys.executable} -m snakemake", 1).replace("--cores all", "--cores 2")
+        done = subprocess.run(shell, shell=True, cwd=stubbed.path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
 
 
 def test_a_backbone_is_one_adapter(project: Project) -> None:

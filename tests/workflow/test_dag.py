@@ -178,3 +178,19 @@ def test_use_conda_with_a_stand_in_runs_which_does_not_prove_that_the_specs_solv
     created = [call for call in (conda.parent / "calls.log").read_text().splitlines() if call.startswith("env create")]
     assert len(created) == len(list((stubbed / "envs").glob("*.yaml")))
     assert "Activating conda environment" in result.stdout
+
+
+@pytest.mark.parametrize(("scale", "name", "trained"), [("fashion", "fashion", 20), ("workstation", "pets", 36)])
+def test_a_public_set_is_downloaded_once_and_a_folder_replaces_it(
+    stubbed: Project, tmp_path: Path, scale: str, name: str, trained: int
+) -> None:
+    config = ("--config", f"scale={scale}", "source=/data/archives")
+    assert "cropr data " + name + f" --out results/{scale}/data --source /data/archives" in stubbed.run(
+        "--dry-run", "--printshellcmds", *config
+    )
+    planned = stubbed.planned(*config)
+    assert (planned[f"download_{name}"], planned["train"]) == (1, trained)
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+    if scale == "workstation":
+        assert "download_pets" not in stubbed.planned(*config, f"folder={tmp_path / 'own'}")

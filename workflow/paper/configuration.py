@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
 from cropr.pruning.schedule import Schedule, attended
-from cropr.specs import ImagesSpec, ModelSpec, RecipeSpec, check
+from cropr.specs import PUBLIC, ImagesSpec, ModelSpec, RecipeSpec, check
 from cropr.tasks import TASKS
 
 Pool = Literal["avg", "cls"]
@@ -82,8 +82,9 @@ class TaskConfig(Block):
     schedules: dict[str, dict[str, Any]]
     image_sizes: dict[str, int] = Field(default_factory=dict)
     data: dict[str, Any]
-    """Keys of ``Task.data``, and perhaps ``root``: the key of config.yaml that names the user's folder. Without
-    ``root``, ``scenes`` are generated. If ``num_classes`` is null, class folders are counted."""
+    """Keys of ``Task.data``, and perhaps ``root``: the key of config.yaml that names the user's folder; ``public``: the
+    public set that is downloaded if no folder is given (key of ``PUBLIC``). Without both, ``scenes`` are generated. If
+    ``num_classes`` is null, it is that of the public set, or class folders are counted."""
     recipe: RecipeSpec
     pretrain: PretrainBlock | None = None
     """None: timm's weights of the model's name."""
@@ -99,6 +100,8 @@ class ScaleConfig(Block):
     seeds: int | list[int] = 1
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     """Artefacts of other tasks do not exist at this scale."""
+    artefacts: list[str] | None = Field(None, min_length=1)
+    """The artefacts of this scale; None: all of its tasks."""
     jobs: JobsBlock = JobsBlock()
     microbench: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of those microbenchmarks."""
@@ -149,6 +152,8 @@ class ArtefactConfig(Block):
     task: str = "classification"
     baseline: str | None = None
     """Row that the others are compared with."""
+    scales: list[str] | None = None
+    """Scales that have it; None: all."""
     needs: list[Need] = ["train"]
     """What it reads. ``truth``: only at scales whose data say which patches matter. ``microbench`` is used alone."""
     rows: list[RowConfig] = Field(min_length=1)
@@ -182,6 +187,8 @@ class Settings(Block):
     ade20k: Path | None = None
     coco: Path | None = None
     folder: Path | None = None
+    source: Path | None = None
+    """Archives of the public set that a scale names; None: they are downloaded."""
     pretrain: Literal["shipped", "make"] = "shipped"
     row: str | None = None
     """Row that the target ``compare`` trains and compares with its baseline."""
@@ -284,11 +291,16 @@ def read_scale(folder: Path, name: str, overrides: Mapping[str, Any] | None = No
     return Scale(name, check(ScaleConfig, merge(read_yaml(file), overrides or {}), source), source)
 
 
-def read_artefacts(folder: Path, scale: ScaleConfig) -> dict[str, ArtefactConfig]:
-    """The artefacts of the tasks that a scale has, in their order."""
-    configs = {file.stem: _read_artefact(file, scale) for file in (folder / "experiments").glob("*.yaml")}
-    ordered = sorted(configs.items(), key=lambda item: (item[1].order, item[0]))
-    return {name: config for name, config in ordered if config.is_microbench or config.task in scale.tasks}
+def read_artefacts(folder: Path, scale: Scale) -> dict[str, ArtefactConfig]:
+    """The artefacts of a scale, in their order. ValueError: the scale lists one that does not exist."""
+    configs = {file.stem: _read_artefact(file, scale.config) for file in (folder / "experiments").glob("*.yaml")}
+    listed = configs if scale.config.artefacts is None else scale.config.artefacts
+    if unknown := sorted(set(listed) - set(configs)):
+        choices = ", ".join(sorted(configs))
+        raise ValueError(f"{scale.source}: artefacts: no artefact {unknown[0]!r}; choose among {choices}")
+    ordered = sorted(((name, configs[name]) for name in listed), key=lambda item: (item[1].order, item[0]))
+    here = {name: config for name, config in ordered if config.scales is None or scale.name in config.scales}
+    return {name: config for name, config in here.items() if config.is_microbench or config.task in scale.config.tasks}
 
 
 def _read_artefact(file: Path, scale: ScaleConfig) -> ArtefactConfig:
@@ -320,6 +332,7 @@ class TaskAtScale:
         if task not in scale.config.tasks:
             raise ValueError(f"{scale.source}: tasks has no {task}; it has {', '.join(scale.config.tasks)}")
         self.task, self.config, self.source = TASKS[task], scale.config.tasks[task], f"{scale.source}: tasks.{task}"
+        self.public = None if root else self.config.data.get("public")
         self.data = self._data(root)
         self.detector = self._detector()
 
@@ -374,8 +387,10 @@ class TaskAtScale:
         return schedule
 
     def _data(self, root: Path | None) -> ImagesSpec:
-        values = {key: value for key, value in self.config.data.items() if key != "root"}
-        if values.get("num_classes", 0) is None:
+        values = {key: value for key, value in self.config.data.items() if key not in ("root", "public")}
+        if values.get("num_classes", 0) is None and self.public:
+            values["num_classes"] = PUBLIC[self.public][self.task.layout]
+        elif values.get("num_classes", 0) is None:
             if root is None or self.task.name != "classification":
                 raise ValueError(f"{self.source}.data.num_classes is missing; only your own class folders are counted")
             classes = values["num_classes"] = sum(entry.is_dir() for entry in (root / "train").iterdir())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cropr.bench.specs import BenchSpec
-from cropr.specs import ScenesSpec, Spec
+from cropr.specs import PUBLIC, ScenesSpec, Spec
 from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import (
     ArtefactConfig,
@@ -55,7 +55,9 @@ class Source:
     """The user's folder, or one under ``results``."""
     layout: str
     scenes: ScenesSpec | None
-    """The images to generate; None: they are the user's."""
+    """The images to generate, if any."""
+    public: str | None
+    """The public set to download, if any; without either, they are the user's."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ class Grid:
     def generated(self) -> dict[str, ScenesSpec]:
         """Layout -> the images to generate in it."""
         return {source.layout: source.scenes for source in self.sources.values() if source.scenes}
+
+    @property
+    def public(self) -> dict[str, list[str]]:
+        """Public set -> the layouts that it is written in."""
+        sets = sorted({source.public for source in self.sources.values() if source.public})
+        return {name: list(PUBLIC[name]) for name in sets}
 
     def spec(self, run: str) -> TrainSpec:
         """A run, or one that makes weights, by id."""
@@ -182,7 +190,7 @@ def load_grid(
     folder, given = Path(config), roots or {}
     own, paper = read_scale(folder, scale, overrides), read_scale(folder, "paper")
     chosen_seeds = parse_seeds(own.config.seeds if seeds is None else seeds)
-    artefacts = read_artefacts(folder, own.config)
+    artefacts = read_artefacts(folder, own)
     needed = tuple(dict.fromkeys(artefact.task for artefact in artefacts.values() if not artefact.is_microbench))
     lacking = tuple(task for task in needed if _folder_missing(own.config, task, given))
     if lacking == needed:  # nothing would remain: the first of them says what is missing
@@ -214,9 +222,11 @@ def load_grid(
 
 
 def _folder_missing(scale: ScaleConfig, task: str, roots: Mapping[str, Path | None]) -> bool:
-    """Whether a folder of the user's is needed and not given; a key that does not exist is refused later."""
-    key = scale.tasks[task].data.get("root")
-    return key is not None and roots.get(key, Path()) is None
+    """Whether a folder of the user's is needed and not given; a key that does not exist is refused later. A public set
+    replaces folders where none is given."""
+    data = scale.tasks[task].data
+    downloaded = "public" in data and not any(roots.values())
+    return data.get("root") is not None and roots.get(data["root"], Path()) is None and not downloaded
 
 
 def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], resolver: Resolver) -> tuple[Row, ...]:
@@ -226,7 +236,7 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
         here = [row for row in artefact.rows if row.scales is None or resolver.scale.name in row.scales]
         return tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in here)
     task = resolver.tasks.get(artefact.task)
-    if task is None or ("truth" in artefact.needs and task.data.scenes is None):
+    if task is None or ("truth" in artefact.needs and not (task.data.scenes or task.public)):
         return ()
     rows = []
     for row in artefact.rows:
@@ -278,4 +288,5 @@ def _verify_names(scale: Scale, artefacts: Mapping[str, Artefact], resolver: Res
 
 def _source(task: str, resolver: Resolver) -> Source:
     layout, root, own = TASKS[task].layout, resolver.roots[task], resolver.tasks[task]
-    return Source(str(root or f"{resolver.results}/data/{layout}"), layout, None if root else own.data.scenes)
+    folder, scenes = str(root or f"{resolver.results}/data/{layout}"), None if root else own.data.scenes
+    return Source(folder, layout, scenes, own.public)

@@ -9,7 +9,7 @@ from typing import Any
 from cropr.bench.specs import BenchSpec, PlanSpec
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule
-from cropr.specs import PruneSpec, RecipeSpec, Spec, check
+from cropr.specs import PUBLIC, PruneSpec, RecipeSpec, Spec, check
 from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import Row, RowConfig, Scale, TaskAtScale, merge
 from workflow.paper.microbench import MEASURES
@@ -193,13 +193,18 @@ def find_root(task: str, scale: Scale, roots: Mapping[str, Path | None]) -> Path
         FileNotFoundError: a subfolder is missing.
     """
     data, folders, source = scale.config.tasks[task].data, TASKS[task].folders, f"{scale.source}: tasks.{task}.data"
+    if (public := data.get("public")) is not None and TASKS[task].layout not in PUBLIC.get(public, ()):
+        choices = ", ".join(name for name, layouts in PUBLIC.items() if TASKS[task].layout in layouts)
+        raise ValueError(f"{source}.public = {public!r}: choose one of {choices}")
     if (key := data.get("root")) is None:
-        if data.get("scenes") is None:
-            raise ValueError(f"{source}: give scenes (generated) or root (one of {', '.join(roots)})")
+        if data.get("scenes") is None and public is None:
+            raise ValueError(f"{source}: give scenes (generated), public (downloaded) or root ({', '.join(roots)})")
         return None
     if key not in roots:
         raise ValueError(f"{source}.root = {key!r}: choose one of {', '.join(roots)}")
     root, needed = roots[key], f"a folder with {', '.join(folders)}"
+    if root is None and public is not None:
+        return None
     if root is None:
         raise ValueError(f"config/config.yaml: {key} = null, but this scale reads {needed}: --config {key}=/path/to/it")
     for name in folders:

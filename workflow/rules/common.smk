@@ -66,9 +66,13 @@ def microbench_code(spec):
 
 
 def images(wildcards):
-    """The generated images of a run; a folder of the user's is not watched."""
+    """The generated or downloaded images of a run; a folder of the user's is not watched."""
     source = GRID.source(wildcards.run)
-    return {"data": f"{source.folder}/record.json"} if source.scenes else {}
+    return (
+        {"data": f"{source.folder}/record.json"}
+        if source.scenes or source.public
+        else {}
+    )
 
 
 def train_inputs(wildcards):

@@ -28,12 +28,38 @@ rule data:
     threads: 1
     params:
         spec=lambda wildcards: text(GRID.generated[wildcards.layout]),
-        code=code_digest("cropr.cli.data"),
+        code=code_digest("cropr.cli.data:_scenes"),
     message:
         "Generating images, layout {wildcards.layout} (log: {log})"
     shell:
         "python -m cropr data scenes --layout {wildcards.layout} --out $(dirname {output}) --spec {params.spec:q}"
         " --workers {threads} > {log} 2>&1"
+
+
+for name, layouts in GRID.public.items():
+
+    rule:
+        name:
+            f"download_{name}"
+        output:
+            expand(f"{OUT}/data/{{layout}}/record.json", layout=layouts),
+        log:
+            f"{LOGS}/data/{name}.log",
+        priority: SHORT
+        conda:
+            "../../envs/train.yaml"
+        params:
+            name=name,
+            code=code_digest("cropr.cli.data:_public"),
+            source=lambda wildcards, output: (
+                f"--source {SETTINGS.source}" if SETTINGS.source else ""
+            ),
+        message:
+            "Downloading the images of {params.name}, or reading their archives (log: {log})"
+        shell:
+            "python -m cropr data {params.name} --out "
+            + OUT
+            + "/data {params.source} > {log} 2>&1"
 
 
 rule shipped:

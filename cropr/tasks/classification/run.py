@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from cropr.data.imagenet import EvalImages, Split, TrainImages, load_splits, mixup
 from cropr.data.loading import EvalBatches, TrainBatches
@@ -61,6 +63,10 @@ class Classification(Objective, TaskRun):
 
     def load(self, root: Path) -> tuple[Split, Split]:
         return load_splits(root, self.data.num_classes)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return list(self.splits[0].classes)
 
     def folder_fingerprint(self) -> str:
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
@@ -188,13 +194,19 @@ def _results(logits: Tensor, labels: Tensor) -> Tensor:
 def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
     """[images, h w] bool: which patches lie on the labelled object; None where the truth is not known.
 
-    It is known for sets of scenes that are evaluated as they were drawn, neither resized nor cropped.
+    It is known for sets of scenes and public sets. Masks are resized and cropped as the images are.
     """
-    size = (data.image_size, data.image_size)
-    if not paths or data.crop_pct != 1 or (first := object_mask(paths[0])) is None or first.shape != size:
+    if not paths or object_mask(paths[0]) is None:
         return None
-    masks = [object_mask(path) for path in paths]
-    return torch.stack([torch.from_numpy(object_patches(mask, grid)) for mask in masks if mask is not None])
+    shorter, size = int(data.image_size / data.crop_pct), [data.image_size] * 2
+
+    def patches(path: str) -> Tensor:
+        mask = torch.tensor(object_mask(path))[None]
+        if list(mask.shape[1:]) != size:
+            mask = center_crop(resize(mask, [shorter], InterpolationMode.NEAREST), size)
+        return torch.from_numpy(object_patches(mask[0].numpy(), grid))
+
+    return torch.stack([patches(path) for path in paths])
 
 
 def _shares(output: Output, on_object: Tensor) -> Tensor:

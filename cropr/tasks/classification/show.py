@@ -22,10 +22,15 @@ class ClassAnswers(Answers):
         split, number = self.split, item if isinstance(item, int) else None
         image = eval_transform(self.data)(decode(str(item) if split is None or number is None else split.paths[number]))
         output: Output = self.model(image[None].to(device))
-        found = int(output.logits.argmax())
+        scores, best = output.logits[0].float().softmax(dim=-1).sort(descending=True)
+        rows = tuple(
+            {"class": label, "score": p} for p, label in zip(scores.tolist()[:5], best.tolist()[:5], strict=True)
+        )
+        names = split.classes if split else self.names
         return Shown(
             image=to_pixels(image, self.data.mean, self.data.std),
             output=output,
             truth_text="" if split is None or number is None else split.classes[split.labels[number]],
-            prediction_text=split.classes[found] if split else f"class {found}",
+            prediction_text=names[rows[0]["class"]] if names else f"class {rows[0]['class']}",
+            found=rows,
         )

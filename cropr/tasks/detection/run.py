@@ -25,6 +25,10 @@ class Detection(TaskRun):
     def load(self, root: Path) -> tuple[CocoSplit, CocoSplit]:
         return load_coco(root, self.data.num_classes)
 
+    @property
+    def classes(self) -> Sequence[str]:
+        return [name for _, name in self.splits[0].annotations.categories]
+
     def folder_fingerprint(self) -> str:
         return fingerprint(self.splits)
 

@@ -51,8 +51,14 @@ class ObjectAnswers(Answers):
             seen = true.flatten(1).any(dim=1)  # an object can vanish when an image shrinks
             classes = [instance.label for instance in split.instances(int(item))]
             truth = _drawn(pixels, masks_to_boxes(true[seen]), true[seen], torch.tensor(classes)[seen].tolist())
-        prediction = _drawn(pixels, boxes, masks, found.labels[sure].tolist())
-        return Shown(image=pixels, output=output.encoded, truth=truth, prediction=prediction)
+        classes = found.labels[sure].tolist()
+        prediction = _drawn(pixels, boxes, masks, classes)
+        corners = (boxes * (file.shape[-1] / size[1])).tolist()  # in pixels of the file
+        rows = tuple(
+            {"class": label - 1, "score": score, **dict(zip(("left", "top", "right", "bottom"), box, strict=True))}
+            for label, score, box in zip(classes, found.scores[sure].tolist(), corners, strict=True)
+        )
+        return Shown(image=pixels, output=output.encoded, truth=truth, prediction=prediction, found=rows)
 
     def _padded(self, values: Tensor) -> Tensor:
         """[..., H, W]: zeros at the right and the bottom."""

@@ -37,7 +37,9 @@ class MapAnswers(Answers):
         found = output.logits[0, :, :height, :width].argmax(dim=0).cpu()
         true = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
         truth = None if labels is None else _drawn(pixels, true)
-        return Shown(image=pixels, output=output, truth=truth, prediction=_drawn(pixels, found))
+        shares = sorted(enumerate(found.flatten().bincount().tolist()), key=lambda item: -item[1])
+        rows = tuple({"class": label, "share": count / found.numel()} for label, count in shares if count)
+        return Shown(image=pixels, output=output, truth=truth, prediction=_drawn(pixels, found), found=rows)
 
     def labels(self) -> list[int]:
         """The rarest class of each image; -1 for images that are not in the sample."""
