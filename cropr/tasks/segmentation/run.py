@@ -39,7 +39,7 @@ class Segmentation(TaskRun):
         return TrainBatches(TrainImages(self.splits[0], self.data, seed), self.spec.recipe.batch_size, seed, **share)
 
     def loss(self, output: Output, targets: Tensor) -> Losses:
-        return losses(output, targets, self.spec.prune.aux_weight)
+        return losses(output, targets, self.spec.prune.aux_weight, self.spec.recipe.aux_ignore)
 
     @torch.no_grad()
     def evaluate(
