@@ -165,6 +165,9 @@ class RecipeSpec(Spec):
     """The pruning rate rises linearly from 0 over the first half of the run (the authors' segmentation)."""
     query_lr: float = Field(1.0, gt=0)
     """Learning-rate scale of Cropr's queries. They start at unit length, where their attention is almost uniform."""
+    aux_ignore: int | None = Field(None, ge=0)
+    """Segmentation: a class, from 0, whose patches the auxiliary losses leave out, for a background that has most of
+    the patches: auxiliary heads learn to answer it everywhere. None, as in the paper, for no class."""
     weight_decay: float = Field(0.05, ge=0)
     clip_grad: float | None = None
     grad_checkpointing: bool = False

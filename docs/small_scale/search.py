@@ -3,8 +3,9 @@
     python docs/small_scale/search.py classification imagenet_methods/none imagenet_methods/random_r8_llf
     python docs/small_scale/search.py segmentation ade20k/cropr --set recipe.query_lr=1 --seed 1
 
-Runs start from the shipped weights. Each prints one line: what was changed, metrics, and for classification the share
-of the object's patches that are alive at the input and after each module, in percent. Records lie in results/search/.
+Runs start from the shipped weights. Each prints one line: what was changed, metrics, and in percent the share of the
+object's patches that are alive at the input and after each module (classification), or that each module keeps
+(segmentation), and the AUC of its scores for "on the object". Records lie in results/search/.
 A run that is there is not repeated. docs/small_scale.md holds the figures that decided for the laptop scale.
 """
 
@@ -66,6 +67,10 @@ def main() -> None:
         measured = record["metrics"]
         metrics = {key: round(measured[key], 1) for key in TASKS[args.task].metrics if key in measured}
         alive = [round(block["object_kept"], 1) for block in record["series"].get("relevance", [])]
+        scoring = record["series"].get("scoring", [])
+        if args.task == "segmentation" and scoring:
+            alive = [round(block.get("recall_sum", float("nan"))) for block in scoring]
+            alive.append([round(block.get("auc_sum", float("nan")), 2) for block in scoring])
         print(name, *args.set, f"seed {args.seed}", metrics, "alive", alive, flush=True)  # noqa: T201
 
 

@@ -191,6 +191,9 @@ def test_losses_by_hand():
     assert result.main.item() == pytest.approx(40 / 15)
     assert result.aux.tolist() == pytest.approx([10, 0.693147], rel=1e-5)
     assert result.total.item() == pytest.approx(40 / 15 + 0.5 * 10.693147)
+    for left_out, expected in ((0, 20), (1, 0)):  # patches of that class have no part
+        aux_loss = losses(made(sure, [aux]), target, aux_ignore=left_out).aux
+        assert aux_loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_ignored_pixels_and_patches_have_no_gradient():

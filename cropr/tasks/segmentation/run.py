@@ -61,7 +61,7 @@ class Segmentation(TaskRun):
         return TrainBatches(images, self.spec.recipe.batch_size, seed, world=world, workers=workers)
 
     def loss(self, output: Output, targets: Tensor) -> Losses:
-        return losses(output, targets, self.spec.prune.aux_weight)
+        return losses(output, targets, self.spec.prune.aux_weight, self.spec.recipe.aux_ignore)
 
     @torch.no_grad()
     def evaluate(self, model: PrunedSegmenter | DeployedViT, settings: EvaluationSettings = DEFAULT) -> Evaluation:
@@ -234,8 +234,9 @@ def spread(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
     return take(tokens.x, source + tokens.prefix).transpose(1, 2).unflatten(2, grid)
 
 
-def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
+def losses(output: Output, target: Tensor, aux_weight: float = 1.0, aux_ignore: int | None = None) -> Losses:
     """Main loss plus the weighted sum of the auxiliary losses: cross-entropy over all labelled pixels or patches.
+    Patches of class ``aux_ignore`` have no part in the auxiliary losses.
 
     A batch without a label gives zeros. Means are over the labelled pixels of the batch, as in the authors' code;
     micro-batches of an accumulated step weigh by images, not by labels.
@@ -250,6 +251,8 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     _require_queries(output.aux[0].shape[1], output.grid)
     logits = torch.stack(output.aux).float()  # [M, B, Q, classes]
     labels = patch_labels(target, output.grid).flatten(1).expand(logits.shape[:3])
+    if aux_ignore is not None:
+        labels = labels.masked_fill(labels == aux_ignore, IGNORE)
     each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORE, reduction="none")
     aux = each.view(len(logits), -1).sum(dim=1) / _labelled(labels[0])
     return Losses(main + aux_weight * aux.sum() + output.extra_loss, main, aux)
