@@ -192,7 +192,7 @@ class ToFu(ToMe):
     def join(self, tokens: Tokens, centre: Tensor, assignment: Tensor) -> Tokens:
         joined = super().join(tokens, centre, assignment)
         if self.merges:
-            norms = tokens.patches.detach().norm(dim=2)
+            norms = tokens.patches.float().norm(dim=2)
             largest = norms.new_zeros(centre.shape).scatter_reduce(1, assignment, norms, "amax")
             x = F.normalize(joined.patches, dim=2) * largest.unsqueeze(2)
         else:
