@@ -1,87 +1,21 @@
-"""Mergers, slots and adaptive methods: each against a slow reference of its rule, planted inputs, and properties.
+"""Mergers, slots and adaptive methods: each against a slow reference of its rule, and on planted inputs.
 
-References take one image, with plain loops. The properties of pruners are in ``test_reducers.py``, those of whole
-models in ``test_model.py``.
+References take one image, with plain loops. Properties are in ``test_reducers.py``; ``test_model.py`` has whole models.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from cases import DIM, HEADS, KEEP, PATCHES, case, each_rule, make, part, read, run
 from torch.nn import functional as F
 
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.reducers import Context, create
 from cropr.pruning.tokens import Tokens
-
-DIM, PATCHES, HEADS, KEEP = 8, 20, 2, 13
-RULES = [
-    *(("evit", {"rule": rule}) for rule in ("reference", "corrected")),
-    *((name, {"depth": depth}) for name in ("tome", "pitome", "tofu") for depth in (0.25, 0.75)),
-    *(("k_medoids", {"rule": rule}) for rule in ("reference", "corrected")),
-    *(("k_medoids", {"weights": weights}) for weights in ("cls", "equal")),
-    *(("dpc_knn", {"rule": rule}) for rule in ("reference", "corrected")),
-    *(("dpc_knn", {"rule": rule, "weights": "equal"}) for rule in ("reference", "corrected")),
-    ("sit", {}),
-    ("sinkhorn", {}),
-    ("sinkhorn", {"epsilon": 0.25, "iterations": 5}),
-    *(("patch_merger", {"rule": rule}) for rule in ("reference", "corrected")),
-    *(("ats", {"rule": rule}) for rule in ("reference", "corrected")),
-    ("dynamic_vit", {}),
-]
-NAMES = list(dict.fromkeys(name for name, _ in RULES))
-AVERAGING = [rule for rule in RULES if rule[0] in ("tome", "pitome", "k_medoids", "dpc_knn", "sit")]
-each_rule = pytest.mark.parametrize(("name", "options"), RULES, ids=lambda value: str(value))
-
-
-def _case(batch: int = 3, prefix: int = 1, patches: int = PATCHES, dim: int = DIM) -> tuple[Tokens, Context]:
-    """Random tokens, and all that a reducer may read, as one block would give it."""
-    tokens = Tokens.full(torch.randn(batch, prefix + patches, dim), prefix)
-    rows = torch.randn(batch, HEADS, 1 + patches, 1 + patches).softmax(dim=3)
-    return tokens, Context(
-        cls_attention=rows[:, :, 0, 1:],
-        mean_key=torch.randn(batch, prefix + patches, 4),
-        value_norms=torch.rand(batch, HEADS, patches) + 0.5,
-        column_sums=rows.sum(dim=(1, 2))[:, 1:],
-        pixels=torch.rand(batch, patches),
-    )
-
-
-def _part(tokens: Tokens, context: Context, b: int) -> tuple[Tokens, Context]:
-    """One image of a batch, and what was read for it."""
-    parts = [
-        {
-            f.name: value[b : b + 1] if isinstance(value := getattr(one, f.name), torch.Tensor) else value
-            for f in fields(one)
-        }
-        for one in (tokens, context)
-    ]
-    return Tokens(**parts[0]), Context(**parts[1])
-
-
-def _read(reducer, context: Context) -> Context:
-    """What the reducer says that it reads, and no more."""
-    return Context(**{name: getattr(context, name) for name in reducer.reads})
-
-
-def _make(name: str, keep: int = KEEP, dim: int = DIM, **options):
-    """A reducer in evaluation, every weight at a value that matters."""
-    torch.manual_seed(1)
-    reducer = create(name, dim, 4, keep=keep, **options).eval()
-    for parameter in reducer.parameters():
-        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    return reducer
-
-
-def _run(name: str, tokens: Tokens, context: Context, keep: int = KEEP, **options) -> Tokens:
-    reducer = _make(name, keep, tokens.x.shape[-1], **options)
-    return reducer(tokens, keep, _read(reducer, context), want_pruned=False).kept
-
-
-# -- references ------------------------------------------------------------------------------------------------------
 
 
 def slow_evit(reducer, tokens, context, keep):
@@ -226,24 +160,21 @@ def test_every_method_beyond_the_pruners_has_a_reference():
 @each_rule
 @torch.no_grad()
 def test_a_method_equals_its_slow_reference(name, options, prefix, keep):
-    tokens, context = _case(prefix=prefix)
+    tokens, context = case(prefix=prefix)
     if "size" in REDUCERS[name].load().sets:
         tokens = replace(tokens, size=torch.randint(1, 5, (3, PATCHES)).float())
-    reducer = _make(name, keep, **options)
-    found = reducer(tokens, keep, _read(reducer, context), want_pruned=False).kept
+    reducer = make(name, keep, **options)
+    found = reducer(tokens, keep, read(reducer, context), want_pruned=False).kept
     assert torch.equal(found.x[:, :prefix], tokens.x[:, :prefix])
     for b in range(3):
-        expected = torch.stack(SLOW[name](reducer, *_part(tokens, context, b), keep))
+        expected = torch.stack(SLOW[name](reducer, *part(tokens, context, b), keep))
         ours = found.patches[b] if found.valid is None else found.patches[b][found.valid[b]]
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-# -- planted inputs --------------------------------------------------------------------------------------------------
-
-
 def _blobs(points: int = 10, groups: int = 3) -> tuple[Tokens, Context]:
     """Three groups of ten points around 10 e_i, spread 0.1: patch j belongs to group j // 10."""
-    tokens, context = _case(patches=points * groups)
+    tokens, context = case(patches=points * groups)
     group = torch.arange(points * groups) // points
     x = 10 * F.one_hot(group, DIM) + 0.1 * torch.randn(3, points * groups, DIM)
     return tokens.replace(torch.cat((tokens.x[:, :1], x), dim=1)), context
@@ -256,7 +187,7 @@ def test_blobs_become_pure_clusters(name, options):
     tokens, context = _blobs()
     if name == "k_medoids":
         context.column_sums[:, 4::10] += 100
-    kept = _run(name, tokens, context, 3, **options)
+    kept = run(name, tokens, context, 3, **options)
     for row in kept.source:
         groups = row.view(3, 10)
         assert (groups == groups[:, :1]).all()
@@ -270,16 +201,16 @@ def test_medoids_of_the_textbook_are_central_and_those_of_the_reference_light():
     tokens = Tokens.full(x[None], 0)
     found = {}
     for rule in ("corrected", "reference"):
-        found[rule] = _make("k_medoids", 3, 1, rule=rule).clusters(tokens.x, weight, 3)[0][0].sort().values.tolist()
+        found[rule] = make("k_medoids", 3, 1, rule=rule).clusters(tokens.x, weight, 3)[0][0].sort().values.tolist()
     assert found["corrected"] == [2, 7, 12]
     assert set(found["reference"]) <= {0, 4, 5, 9, 10, 14}
 
 
 def test_the_objective_of_k_medoids_does_not_grow():
-    tokens, context = _case(patches=40)
+    tokens, context = case(patches=40)
     weight, values = context.column_sums, []
     for iterations in range(6):
-        medoids, _ = _make("k_medoids", rule="corrected", iterations=iterations).clusters(tokens.patches, weight, 5)
+        medoids, _ = make("k_medoids", rule="corrected", iterations=iterations).clusters(tokens.patches, weight, 5)
         distance = torch.cdist(tokens.patches, tokens.keep(medoids).patches)
         values.append((weight * distance.amin(dim=2)).sum(dim=1))
     assert (torch.stack(values).diff(dim=0) <= 1e-5).all()
@@ -292,7 +223,7 @@ def test_density_peaks_of_large_tokens_do_not_underflow_in_the_corrected_rule():
     order = torch.stack([torch.randperm(60) for _ in range(2)])
     overlap = {}
     for rule in ("reference", "corrected"):
-        reducer = _make("dpc_knn", dim=256, rule=rule)
+        reducer = make("dpc_knn", dim=256, rule=rule)
         plain, _ = reducer.clusters(tokens.x, 30)
         moved, _ = reducer.clusters(tokens.keep(order).x, 30)
         pairs = zip(plain.tolist(), order.gather(1, moved).tolist(), strict=True)
@@ -303,8 +234,8 @@ def test_density_peaks_of_large_tokens_do_not_underflow_in_the_corrected_rule():
 
 def test_weights_of_density_peaks_may_differ_by_many_orders():
     """A cluster whose weights are all tiny beside those of another one still is an average."""
-    tokens, context = _blobs()
-    reducer = _make("dpc_knn", 3, rule="corrected")
+    tokens, _ = _blobs()
+    reducer = make("dpc_knn", 3, rule="corrected")
     reducer.weight.weight.data.zero_()[0, 0] = 20  # exp(200) in the first blob, 1 in the others
     merged = reducer(tokens, 3, Context(), want_pruned=False).kept.patches
     assert (merged.amax(dim=2) > 9).all()
@@ -313,25 +244,25 @@ def test_weights_of_density_peaks_may_differ_by_many_orders():
 
 def test_sampling_by_a_one_hot_score_keeps_that_patch():
     """The nearest rule also takes a neighbour, as the reference does."""
-    tokens, context = _case()
+    tokens, context = case()
     one = F.one_hot(torch.tensor([6] * 3), PATCHES).float()[:, None].expand(-1, HEADS, -1)
     for rule, expected in (("corrected", {6}), ("reference", {0, 6})):
-        kept = _run("ats", tokens, replace(context, cls_attention=one), 5, rule=rule)
+        kept = run("ats", tokens, replace(context, cls_attention=one), 5, rule=rule)
         assert kept.valid.sum(dim=1).tolist() == [len(expected)] * 3
         assert set(kept.index[0].tolist()) == expected
 
 
 def test_sampling_uniform_scores_spreads_evenly_and_never_repeats_padding():
-    tokens, context = _case()
+    tokens, context = case()
     even = replace(
         context, cls_attention=torch.full((3, HEADS, PATCHES), 0.05), value_norms=torch.ones(3, HEADS, PATCHES)
     )
-    assert set(_run("ats", tokens, even, 9, rule="corrected").index[0].diff().tolist()) == {2}
+    assert set(run("ats", tokens, even, 9, rule="corrected").index[0].diff().tolist()) == {2}
     for rule in ("reference", "corrected"):
-        first = _run("ats", tokens, context, 15, rule=rule)
+        first = run("ats", tokens, context, 15, rule=rule)
         assert (first.valid.sum(dim=1) < 15).any()
         shorter = replace(context, cls_attention=context.cls_attention[:, :, :15], value_norms=torch.ones(3, HEADS, 15))
-        second = _run("ats", first, shorter, 14, rule=rule)
+        second = run("ats", first, shorter, 14, rule=rule)
         for b in range(3):
             kept = second.index[b][second.valid[b]].tolist()
             assert len(kept) == len(set(kept))
@@ -341,10 +272,10 @@ def test_sampling_uniform_scores_spreads_evenly_and_never_repeats_padding():
 def test_equal_neighbours_merge_into_themselves():
     """A source and a target with the same key and value, R = 1."""
     for name in ("tome", "tofu"):
-        tokens, context = _case()
+        tokens, context = case()
         context.mean_key[:, 1 + 4] = context.mean_key[:, 1 + 9]
         tokens.x[:, 1 + 4] = tokens.x[:, 1 + 9]
-        kept = _run(name, tokens, context, PATCHES - 1)
+        kept = run(name, tokens, context, PATCHES - 1)
         (position,) = {*kept.source[0, [4, 9]].tolist()}
         torch.testing.assert_close(kept.patches[:, position], tokens.x[:, 1 + 9])
         assert kept.size[0, position] == 2
@@ -352,26 +283,26 @@ def test_equal_neighbours_merge_into_themselves():
 
 
 def test_evit_fuses_equal_tokens_to_their_share_of_attention():
-    tokens, context = _case()
+    tokens, context = case()
     same = tokens.replace(torch.ones_like(tokens.x))
     rest = context.cls_attention.mean(dim=1).sort(dim=1).values[:, : PATCHES - KEEP + 1].sum(dim=1)
-    torch.testing.assert_close(_run("evit", same, context).patches[:, -1], rest[:, None].expand(-1, DIM))
-    torch.testing.assert_close(_run("evit", same, context, rule="corrected").patches[:, -1], torch.ones(3, DIM))
+    torch.testing.assert_close(run("evit", same, context).patches[:, -1], rest[:, None].expand(-1, DIM))
+    torch.testing.assert_close(run("evit", same, context, rule="corrected").patches[:, -1], torch.ones(3, DIM))
 
 
 @torch.no_grad()
 def test_the_transport_plan_has_columns_of_one_and_rows_of_n_over_k():
     x = F.normalize(torch.randn(2, 196, 64), dim=2)
     for epsilon in (1.0, 0.25):
-        plan = _make("sinkhorn", 146, 64, epsilon=epsilon).plan(x)
+        plan = make("sinkhorn", 146, 64, epsilon=epsilon).plan(x)
         assert (plan.sum(dim=1) - 1).abs().max() < 1e-5
         assert float(plan.sum(dim=2).mean()) == pytest.approx(196 / 146, abs=1e-4)
-    assert (_make("sinkhorn", 5, 64, epsilon=1e4).plan(x) - 1 / 5).abs().max() < 1e-4
-    hard = _make("sinkhorn", 2, 64, epsilon=1e-3, iterations=50).plan(x).amax(dim=1)
+    assert (make("sinkhorn", 5, 64, epsilon=1e4).plan(x) - 1 / 5).abs().max() < 1e-4
+    hard = make("sinkhorn", 2, 64, epsilon=1e-3, iterations=50).plan(x).amax(dim=1)
     assert (hard > 0.95).float().mean() > 0.9
-    tokens, context = _case()
+    tokens, context = case()
     torch.testing.assert_close(
-        _run("sinkhorn", tokens.replace(tokens.x * 7), context).patches, _run("sinkhorn", tokens, context).patches
+        run("sinkhorn", tokens.replace(tokens.x * 7), context).patches, run("sinkhorn", tokens, context).patches
     )
 
 
@@ -385,159 +316,8 @@ def test_patch_merger_is_almost_one_hot_without_a_scale_and_even_with_one():
         largest[rule] = float(weight.amax(dim=2).mean())
     assert largest["reference"] > 0.85
     assert largest["corrected"] < 0.1
-    tokens, context = _case()
-    reducer = _make("patch_merger")
+    tokens, _ = case()
+    reducer = make("patch_merger")
     reducer.queries.data[:] = reducer.queries.data[:1].clone()
     slots = reducer(tokens, KEEP, Context(), want_pruned=False).kept.patches
     assert torch.equal(slots, slots[:, :1].expand_as(slots))
-
-
-# -- properties ------------------------------------------------------------------------------------------------------
-
-
-@each_rule
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-@torch.no_grad()
-def test_counts_prefix_and_where_each_patch_went(name, options, prefix):
-    """K tokens; a prefix that is the same to the bit; every patch in one token, or in none where patches are pruned."""
-    tokens, context = _case(prefix=prefix)
-    kept = _run(name, tokens, context, **options)
-    assert kept.num_patches == KEEP
-    assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
-    assert (kept.index is None) == (REDUCERS[name].family == "slots")
-    if REDUCERS[name].family != "merger":
-        assert kept.source is None
-        return
-    holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])  # fails for -1: none is lost
-    assert holds.sum(dim=1).tolist() == [PATCHES] * 3
-    assert (holds > 0).all()
-    assert torch.equal(kept.source.gather(1, kept.index), torch.arange(KEEP).expand(3, -1)), "a centre is a member"
-    if kept.size is not None:
-        assert torch.equal(kept.size, holds.float())
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if REDUCERS[name].family in ("pruner", "merger")])
-def test_with_as_many_tokens_as_there_are_nothing_changes(name):
-    """To the bit, or for clusters, to the order. EViT would fuse one token: a model does not call it then."""
-    tokens, context = _case()
-    if name == "evit":
-        return
-    kept = _run(name, tokens, context, PATCHES, **({"weights": "equal"} if name == "dpc_knn" else {}))
-    assert torch.equal(kept.index.sort(dim=1).values, tokens.index)
-    torch.testing.assert_close(kept.raster().x, tokens.x, rtol=2e-6 if name == "dpc_knn" else 0, atol=0)
-
-
-@each_rule
-@torch.no_grad()
-def test_an_image_does_not_depend_on_the_batch(name, options):
-    """Images of very different scale: a maximum over the batch would show."""
-    tokens, context = _case()
-    tokens = tokens.replace(tokens.x * torch.tensor([0.1, 1.0, 10.0])[:, None, None])
-    reducer = _make(name, **options)
-    together = reducer(tokens, KEEP, _read(reducer, context), want_pruned=False).kept
-    for b in range(3):
-        one, read = _part(tokens, context, b)
-        alone = reducer(one, KEEP, _read(reducer, read), want_pruned=False).kept
-        torch.testing.assert_close(alone.x[0], together.x[b], rtol=1e-5, atol=1e-6)
-        assert together.index is None or torch.equal(alone.index[0], together.index[b])
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tome", "tofu", "ats")])
-@torch.no_grad()
-def test_the_order_of_the_patches_does_not_matter(name):
-    """As a set. ToMe and ToFu split by place, ATS sums in order of place: these differ."""
-    tokens, context = _case()
-    order = torch.randperm(PATCHES)
-    moved = replace(
-        context,
-        cls_attention=context.cls_attention[:, :, order],
-        mean_key=torch.cat((context.mean_key[:, :1], context.mean_key[:, 1:][:, order]), dim=1),
-        column_sums=context.column_sums[:, order],
-    )
-    plain = _run(name, tokens, context).patches
-    permuted = _run(name, tokens.keep(order.expand(3, -1)), moved).patches
-    if REDUCERS[name].family != "slots":
-        plain, permuted = (x.gather(1, x[:, :, :1].argsort(dim=1).expand_as(x)) for x in (plain, permuted))
-    torch.testing.assert_close(plain, permuted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"), [*AVERAGING, ("evit", {"rule": "corrected"}), ("patch_merger", {})], ids=str
-)
-@torch.no_grad()
-def test_an_average_lies_between_its_members_and_equal_tokens_stay(name, options):
-    tokens, context = _case()
-    low, high = tokens.patches.amin(dim=1, keepdim=True), tokens.patches.amax(dim=1, keepdim=True)
-    same = tokens.replace(torch.randn(3, 1, DIM).expand_as(tokens.x).contiguous())
-    fixed = same.patches[:, :1]
-    if name == "patch_merger":
-        values = _make(name).norm(tokens.patches)
-        low, high, fixed = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True), _make(name).norm(fixed)
-    x = _run(name, tokens, context, **options).patches
-    assert ((x >= low - 1e-5) & (x <= high + 1e-5)).all()
-    x = _run(name, same, context, **options).patches
-    torch.testing.assert_close(x, fixed.expand_as(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["tome", "pitome", "tofu"])
-@torch.no_grad()
-def test_mass_is_conserved_over_many_merges(name):
-    tokens, context = _case(patches=40)
-    total = tokens.patches.sum(dim=1)
-    for keep in (33, 26, 19, 12, 3):
-        context = replace(context, mean_key=torch.randn(3, tokens.x.shape[1], 4))
-        tokens = _run(name, tokens, context, keep)
-        assert tokens.size.sum(dim=1).tolist() == [40] * 3
-        if name != "tofu":
-            torch.testing.assert_close(
-                (tokens.size[..., None] * tokens.patches).sum(dim=1), total, rtol=1e-4, atol=1e-4
-            )
-    holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
-    assert torch.equal(holds.float(), tokens.size)
-
-
-@torch.no_grad()
-def test_equal_weights_conserve_the_sum_of_a_cluster():
-    tokens, context = _case()
-    for rule in ("reference", "corrected"):
-        kept = _run("dpc_knn", tokens, context, weights="equal", rule=rule)
-        holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])
-        torch.testing.assert_close(
-            (holds[..., None] * kept.patches).sum(dim=1), tokens.patches.sum(dim=1), rtol=1e-4, atol=1e-4
-        )
-
-
-@each_rule
-def test_a_gradient_reaches_what_is_in_the_output_and_nothing_else(name, options):
-    tokens, context = _case(batch=1)
-    x = tokens.x.clone().requires_grad_()
-    reducer = _make(name, **options)
-    kept = reducer(tokens.replace(x), KEEP, _read(reducer, context), want_pruned=False).kept
-    (kept.patches if kept.valid is None else kept.patches[kept.valid]).square().sum().backward()
-    touched = set((x.grad[0, 1:].abs().sum(dim=1) > 0).nonzero()[:, 0].tolist())
-    chooses = name in ("k_medoids", "ats", "dynamic_vit") or (name == "tofu" and not reducer.merges)
-    assert touched == (set(kept.index[0].tolist()) if chooses else set(range(PATCHES)))
-    if REDUCERS[name].trained and not chooses and options.get("weights") != "equal":
-        assert all(weight.grad is not None and weight.grad.any() for weight in reducer.parameters())
-
-
-def test_dynamic_vit_draws_by_its_probabilities_and_learns_from_both_losses():
-    tokens, _ = _case(batch=2000)
-    reducer = _make("dynamic_vit").train()
-    found = reducer(tokens, KEEP, Context(), want_pruned=False)
-    gate, stay = found.kept.gate, reducer.logits(tokens.patches, None).exp()[:, :, 0]
-    assert found.kept.num_patches == PATCHES
-    assert set(gate.detach().unique().tolist()) <= {0.0, 1.0}
-    assert abs(float(gate.mean() - stay.mean())) < 4 * 0.5 / gate.numel() ** 0.5
-    expected = 2 * (gate.mean(dim=1) - KEEP / PATCHES).square().mean()
-    torch.testing.assert_close(found.losses["ratio"], expected)
-    for loss in (found.losses["ratio"], (gate * tokens.patches.sum(dim=2)).sum()):
-        reducer.zero_grad()
-        loss.backward(retain_graph=True)
-        assert all(weight.grad.any() for weight in reducer.parameters())
-    again = reducer(found.kept, 5, Context(), want_pruned=False).kept
-    assert (again.gate <= gate).all(), "what was dropped stays dropped"
-    x = torch.where(gate[..., None] > 0, tokens.patches, torch.randn_like(tokens.patches))
-    for ours, theirs in ((x, tokens.patches),):
-        alive = gate > 0
-        torch.testing.assert_close(reducer.logits(ours, gate)[alive], reducer.logits(theirs, gate)[alive])
