@@ -14,7 +14,6 @@ import cropr
 from cropr.pruning.backbones import adapt
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule
-from cropr.pruning.tokens import Tokens
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 HOSTS = {
@@ -109,7 +108,6 @@ def test_what_is_read_is_what_the_block_computes(name):
     attention.attn_drop.register_forward_hook(lambda *found: seen.update(attention=found[2]))
     attention.k_norm.register_forward_hook(lambda *found: seen.update(key=found[2]))
     backbone.run(2, tokens, position)
-    seen = dict(seen)  # reading norms keys again
     _, _, value = backbone._project(2, backbone._normed(2, tokens), tokens, position)
     prefix, close = backbone.prefix, {"rtol": 1e-4, "atol": 1e-5}
     weights, key = seen["attention"], seen["key"]

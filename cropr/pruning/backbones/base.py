@@ -162,12 +162,12 @@ class Backbone(nn.Module):
 
     def reading_macs(self, field: str, tokens: int) -> int:
         """Multiply-adds of one image for a field of ``Context``; ``tokens`` with prefix."""
-        dim, heads = self.dim, self.host.blocks[0].attn.num_heads
+        dim = self.dim
         cost = {
             "pixels": 0,
-            "cls_attention": 2 * dim * dim + tokens * dim * heads,
-            "mean_key": tokens * dim * dim // heads,
-            "value_norms": tokens * dim * dim,
+            "cls_attention": (1 + tokens) * dim * dim + tokens * dim,
+            "mean_key": tokens * dim * dim,
+            "value_norms": (tokens - self.prefix) * dim * dim,
             "column_sums": 3 * tokens * dim * dim + tokens**2 * dim,
         }
         return cost[field]
