@@ -186,4 +186,4 @@ def distances(x: Tensor) -> Tensor:
         x = x - x.mean(dim=1, keepdim=True)  # large common parts would cancel digits
         square = x.square().sum(dim=2)
         found = square.unsqueeze(1) + square.unsqueeze(2) - 2 * (x @ x.transpose(1, 2))
-        return found.clamp(min=0).sqrt().diagonal_scatter(torch.zeros_like(square), dim1=1, dim2=2)
+        return found.clamp(min=0).sqrt().masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), 0)
