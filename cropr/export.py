@@ -129,7 +129,7 @@ class Exportable(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of the outputs: ``logits``, then ``kept_<block>`` of every block that leaves fewer tokens with a place."""
+        """Names of the outputs: ``logits``, then ``kept_<block>`` of every block that leaves fewer; no slots."""
         inner = self.model.model
         if any(reducer.slots for reducer in inner.reducers.values()):
             return ["logits"]

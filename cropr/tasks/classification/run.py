@@ -205,14 +205,20 @@ def _shares(output: Output, on_object: Tensor) -> Tensor:
     one), images with an object, images. ``on_object``: [B, N] bool.
     """
     size, rows = on_object.sum(dim=1), []
-    for kept in (on_object, *(on_object.gather(1, index) for index in output.kept.values())):
-        hit = kept.sum(dim=1).double()
-        shares = (hit / kept.shape[1]).sum(), (hit / size.clamp(min=1)).sum()
+    for kept in _masks(output, on_object):
+        hit = (kept & on_object).sum(dim=1).double()
+        shares = (hit / kept.sum(dim=1)).sum(), (hit / size.clamp(min=1)).sum()
         rows.append(torch.stack([*shares, (size > 0).sum(), (size >= 0).sum()]))
     return torch.stack(rows)
 
 
 def _alive(output: Output, on_object: Tensor) -> Tensor:
     """[B, blocks]: share of each image's object patches that are kept, NaN without an object; see ``_shares``."""
-    kept = [on_object, *(on_object.gather(1, index) for index in output.kept.values())]
-    return torch.stack([patches.sum(dim=1) for patches in kept], dim=1) / on_object.sum(dim=1, keepdim=True)
+    found = [(kept & on_object).sum(dim=1) for kept in _masks(output, on_object)]
+    return torch.stack(found, dim=1) / on_object.sum(dim=1, keepdim=True)
+
+
+def _masks(output: Output, on_object: Tensor) -> list[Tensor]:
+    """[B, N] bool for the input and after every pruning block: the patches kept. Padding, which repeats one, is none."""
+    none = torch.zeros_like(on_object)
+    return [~none, *(none.scatter(1, index, True) for index in output.kept.values())]
