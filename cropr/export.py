@@ -1,9 +1,9 @@
 """A deployed model as a file for other programs: ``torch.export`` and ONNX; the file is checked and timed.
 
 The graph has a dynamic batch and a fixed image size. Its outputs are the logits and, per block that prunes, the raster
-indices of the patches alive after it: ``logits``, ``kept_1``, ``kept_2``, ... All shapes but the batch are static: a
-block prunes R tokens of every image, finds them with one Top-K whose k is R, and scatters without a reduction.
-TensorRT limits both; it is not run here.
+indices of the patches alive after it: ``logits``, ``kept_1``, ``kept_2``, ... All shapes but the batch are static. A
+pruner finds the R tokens of every image that go with one Top-K whose k is R, and scatters without a reduction, unlike
+some methods that merge (docs/reducers.md). TensorRT limits both; it is not run here.
 
 B batch, K kept, R pruned.
 """
@@ -121,8 +121,10 @@ class Exportable(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of the outputs: ``logits``, then ``kept_<block>`` of every block that prunes."""
+        """Names of the outputs: ``logits``, then ``kept_<block>`` of every block that leaves fewer; no slots."""
         inner = self.model.model
+        if any(reducer.slots for reducer in inner.reducers.values()):
+            return ["logits"]
         alive = (inner.backbone.num_patches, *inner.counts(inner.backbone.num_patches))
         return ["logits", *(f"kept_{b}" for b in map(int, inner.reducers) if alive[b] < alive[b - 1])]
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cropr.pruning.backbones import Backbone, adapt
 from cropr.pruning.model import DeployedViT
+from cropr.pruning.reducers.base import Reducer
 from cropr.pruning.schedule import attended
 
 _ATTENTION, _VECTOR = "aten.bmm", "aten.mv"
@@ -63,9 +64,10 @@ def counts(module: nn.Module, *inputs: Any) -> dict[str, dict[str, int]]:
 
 
 class Cost:
-    """Multiply-adds of a model pruned by Cropr as a function of its token counts; from one count of the unpruned host.
+    """Multiply-adds of a pruned model as a function of its token counts; from one count of the unpruned host.
 
-    Linear layers cost the same for every token; attention's products grow with the tokens that each attends to.
+    Linear layers cost the same for every token; attention's products grow with the tokens that each attends to. The
+    reducer, and what is computed for it to read, are added by their own formulas.
 
     ``model`` is a timm model, or an adapter around one; raises TypeError for a model without adapter.
     """
@@ -75,6 +77,7 @@ class Cost:
         found = counts(backbone.host, _image(backbone.host))
         name = type(backbone.host).__name__
         self._blocks = [found[f"{name}.blocks.{index}"] for index in range(backbone.depth)]
+        self._mlp = [sum(found.get(f"{name}.blocks.{i}.mlp", {}).values()) for i in range(backbone.depth)]
         self._fixed = sum(found["Global"].values()) - sum(sum(block.values()) for block in self._blocks)
         self._full = backbone.num_patches + backbone.prefix
 
@@ -85,17 +88,31 @@ class Cost:
         linear = (sum(found.values()) - products) * tokens // self._full
         return linear + products * tokens * self.backbone.keys(number, tokens) // self._full**2
 
-    def total(self, alive: Sequence[int], fused: bool) -> int:
-        """The whole model with one folded scorer after every block that prunes.
+    def total(self, alive: Sequence[int], fused: bool, reducer: Reducer | None = None) -> int:
+        """The whole model, deployed, with a reducer after every block that prunes, or within it.
 
         Args:
             alive: patch tokens after each block, as ``Schedule.resolve`` gives them.
             fused: pruned tokens come back before the last block.
+            reducer: one of its reducers; None for Cropr's.
         """
-        entering = attended(tuple(alive), self.backbone.num_patches, fused, self.backbone.prefix)
-        blocks = sum(self.block(number, count) for number, count in enumerate(entering, start=1))
-        scored = sum(n for n, left in zip(entering, alive, strict=True) if left + self.backbone.prefix < n)
-        return self._fixed + blocks + scored * self.backbone.dim
+        backbone = self.backbone
+        entering = attended(tuple(alive), backbone.num_patches, fused, backbone.prefix)
+        total = self._fixed
+        for number, (count, left) in enumerate(zip(entering, alive, strict=True), start=1):
+            total += self.block(number, count)
+            if left + backbone.prefix < count:
+                total += count * backbone.dim if reducer is None else self._reduction(reducer, number, count, left)
+        return total
+
+    def _reduction(self, reducer: Reducer, number: int, tokens: int, keep: int) -> int:
+        """What a reducer adds to its block, on so many tokens, and what it saves if the MLP runs after it."""
+        backbone = self.backbone
+        patches, head = tokens - backbone.prefix, backbone.dim // backbone.host.blocks[0].attn.num_heads
+        added = reducer.macs(tokens, patches, keep, backbone.dim, head)
+        added += sum(backbone.reading_macs(field, tokens) for field in reducer.reads)
+        saved = (patches - keep) * self._mlp[number - 1] // self._full if reducer.place == "after_attention" else 0
+        return added - saved
 
 
 def _image(host: Any) -> Tensor:

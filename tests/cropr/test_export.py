@@ -7,11 +7,13 @@ from importlib.util import find_spec
 import pytest
 import timm
 import torch
+from cases import PRUNERS
 from torch import nn
 
 import cropr
 from cropr.__main__ import main
 from cropr.export import TOLERANCE, Exportable, compare, inspect, open_session, to_onnx, to_program
+from cropr.pruning.methods import REDUCERS
 from cropr.pruning.model import DeployedViT
 from cropr.pruning.schedule import Schedule
 from cropr.records import read_record
@@ -104,6 +106,22 @@ def test_onnx_file_does_what_the_model_does(tmp_path, host, reducer, fusion):
         same, difference = compare(exportable, session, images(batch))
         assert same == batch
         assert difference <= TOLERANCE
+
+
+@pytest.mark.model
+@with_onnx
+@pytest.mark.parametrize("reducer", [n for n in REDUCERS if n not in ("none", *PRUNERS)])
+def test_methods_that_merge_mix_or_adapt_export_as_well(tmp_path, reducer):
+    """Slots have no place, and so no output of kept patches."""
+    exportable = Exportable(deployed("vit", reducer, "none"))
+    program, path = to_program(exportable, 32), tmp_path / "model.onnx"
+    to_onnx(program, path, exportable.names)
+    assert len(exportable.names) == (1 if REDUCERS[reducer].family == "slots" else 4)
+    assert "NonZero" not in inspect(path).operators
+    session = open_session(path, threads=1)
+    for batch in (1, 3):
+        torch.testing.assert_close(program.module()(images(batch))[0], exportable(images(batch))[0])
+        assert compare(exportable, session, images(batch)).holds
 
 
 @pytest.mark.model

@@ -12,6 +12,7 @@ from cropr.bench.heads import Heads
 from cropr.bench.models import build_on_meta
 from cropr.pruning import flops
 from cropr.pruning.backbones.windows import windowed
+from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule, attended
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
@@ -51,6 +52,7 @@ HOSTS = {
     "average": ("vit_medium_patch16_gap_256", {"img_size": 64}),
     "registers, LayerScale": ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
     "distilled, two heads": ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
+    "q/k norm": ("vit_tiny_patch16_224", {"img_size": 64, "qk_norm": True}),
     "parallel": ("vit_tiny_patch16_224", {"img_size": 64, "block_fn": ParallelScalingBlock}),
     "eva, packed SwiGLU": ("eva02_tiny_patch14_224", {"img_size": 56}),
     "eva, SwiGLU with norm": ("eva02_base_patch14_224", {"img_size": 56}),
@@ -66,6 +68,25 @@ def test_cost_of_token_counts_equals_the_count_of_the_whole_model(host):
         pruned = cropr.prune(model, Schedule.constant(3), fusion=fusion).deploy()
         assert cost.total(pruned.model.counts(patches), fusion == "llf") == flops.macs(pruned).total
     assert cost.total((patches,) * 3, False) == cost.total((patches,) * 3, True) == flops.macs(model).total
+
+
+OTHERS = ("registers, LayerScale", "q/k norm", "eva, packed SwiGLU")
+METHODS = [name for name in REDUCERS if name != "none"]
+
+
+@pytest.mark.parametrize(("host", "name", "options"), [
+    *(("cls", name, {}) for name in METHODS), ("cls", "k_medoids", {"rule": "corrected"}),
+    *((host, name, {}) for host in OTHERS for name in ("ats", "k_medoids", "tome")),
+], ids=str)  # fmt: skip
+def test_cost_of_a_method_equals_the_count_of_the_whole_model(host, name, options):
+    """The weighted pooling is left out. Wherever the method can act; on other hosts, what is read costs otherwise."""
+    kind, (model_name, arguments) = REDUCERS[name].load(), HOSTS[host]
+    model = timm.create_model(model_name, num_classes=10, **SMALL, **arguments)
+    for place in kind.places:
+        where = {"place": place} if len(kind.places) > 1 else {}
+        pruned = cropr.prune(model, Schedule.stages({1: 5, 2: 7}), name, reducer_options=options | where).deploy()
+        cost = flops.Cost(model).total(pruned.model.counts(16), False, pruned.model.reducers["1"])
+        assert cost == pytest.approx(flops.macs(pruned).total, rel=0.001)
 
 
 def test_windows_make_attention_cheaper():

@@ -1,110 +1,215 @@
-"""Properties that every pruner has, and the rule of each."""
+"""Properties of all reducers, by family; then what pruners have alone, and the rule of each pruner."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
+from cases import DIM, KEEP, PATCHES, PRUNERS, RULES, case, make, part, read, run
 
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.model import patch_variance
-from cropr.pruning.reducers import Context, Reducer, create
+from cropr.pruning.reducers import Context, Reducer
 from cropr.pruning.reducers.base import select
 from cropr.pruning.tokens import Tokens
 from cropr.specs import PruneSpec
 
-DIM, PATCHES = 8, 20
-PRUNERS = [name for name, method in REDUCERS.items() if name != "none" and method.family == "pruner"]
-DETERMINISTIC = [name for name in PRUNERS if name != "random"]
+ALL = [*((name, {}) for name in PRUNERS), *RULES]
+NAMES = list(dict.fromkeys(name for name, _ in ALL if name != "random"))
+AVERAGING = [
+    *(rule for rule in RULES if rule[0] in ("tome", "pitome", "k_medoids", "dpc_knn", "sit")),
+    ("evit", {"rule": "corrected"}),
+    ("patch_merger", {}),
+]
+each = pytest.mark.parametrize(("name", "options"), ALL, ids=str)
 
 
-def _case(batch: int = 3, prefix: int = 1) -> tuple[Tokens, Context]:
-    tokens = Tokens.full(torch.randn(batch, prefix + PATCHES, DIM), prefix)
-    return tokens, Context(torch.rand(batch, 2, PATCHES), pixels=torch.rand(batch, PATCHES))
+@each
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@torch.no_grad()
+def test_counts_prefix_and_where_each_patch_went(name, options, prefix):
+    """K tokens; a prefix that is the same to the bit; every patch in one token, or in none where patches are pruned."""
+    tokens, context = case(prefix=prefix)
+    kept = run(name, tokens, context, **options)
+    assert kept.num_patches == KEEP
+    assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
+    assert (kept.index is None) == (REDUCERS[name].family == "slots")
+    if REDUCERS[name].family != "merger":
+        assert kept.source is None
+        return
+    holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])  # fails for -1: none is lost
+    assert holds.sum(dim=1).tolist() == [PATCHES] * 3
+    assert (holds > 0).all()
+    assert torch.equal(kept.source.gather(1, kept.index), torch.arange(KEEP).expand(3, -1)), "a centre is a member"
+    if kept.size is not None:
+        assert torch.equal(kept.size, holds.float())
 
 
-def _reducer(name: str, training: bool = False) -> torch.nn.Module:
-    return create(name, DIM, 4).train(training)
+@pytest.mark.parametrize("name", [n for n in NAMES if REDUCERS[n].family in ("pruner", "merger") and n != "evit"])
+def test_with_as_many_tokens_as_there_are_nothing_changes(name):
+    """To the bit, or for clusters, to the order. EViT would fuse one token: a model does not call it then."""
+    tokens, context = case()
+    kept = run(name, tokens, context, PATCHES, **({"weights": "equal"} if name == "dpc_knn" else {}))
+    assert torch.equal(kept.index.sort(dim=1).values, tokens.index)
+    torch.testing.assert_close(kept.raster().x, tokens.x, rtol=2e-6 if name == "dpc_knn" else 0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "options"), [rule for rule in ALL if rule[0] != "random"], ids=str)
+@torch.no_grad()
+def test_an_image_does_not_depend_on_the_batch(name, options):
+    """Images of very different scale: a maximum over the batch would show."""
+    tokens, context = case()
+    tokens = tokens.replace(tokens.x * torch.tensor([0.1, 1.0, 10.0])[:, None, None])
+    reducer = make(name, **options)
+    together = reducer(tokens, KEEP, read(reducer, context), want_pruned=False).kept
+    for b in range(3):
+        one, seen = part(tokens, context, b)
+        alone = reducer(one, KEEP, read(reducer, seen), want_pruned=False).kept
+        torch.testing.assert_close(alone.x[0], together.x[b], rtol=1e-5, atol=1e-6)
+        assert together.index is None or torch.equal(alone.index[0], together.index[b])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tome", "tofu", "ats")])
+@torch.no_grad()
+def test_the_order_of_the_patches_does_not_matter(name):
+    """As a set. ToMe and ToFu split by place, ATS sums in order of place: these differ."""
+    tokens, context = case()
+    order = torch.randperm(PATCHES)
+    moved = replace(
+        context,
+        cls_attention=context.cls_attention[:, :, order],
+        mean_key=torch.cat((context.mean_key[:, :1], context.mean_key[:, 1:][:, order]), dim=1),
+        column_sums=context.column_sums[:, order],
+    )
+    plain = run(name, tokens, context).patches
+    permuted = run(name, tokens.keep(order.expand(3, -1)), moved).patches
+    if REDUCERS[name].family != "slots":
+        plain, permuted = (x.gather(1, x[:, :, :1].argsort(dim=1).expand_as(x)) for x in (plain, permuted))
+    torch.testing.assert_close(plain, permuted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), AVERAGING, ids=str)
+@torch.no_grad()
+def test_an_average_lies_between_its_members_and_equal_tokens_stay(name, options):
+    tokens, context = case()
+    low, high = tokens.patches.amin(dim=1, keepdim=True), tokens.patches.amax(dim=1, keepdim=True)
+    same = tokens.replace(torch.randn(3, 1, DIM).expand_as(tokens.x).contiguous())
+    fixed = same.patches[:, :1]
+    if name == "patch_merger":
+        values = make(name).norm(tokens.patches)
+        low, high, fixed = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True), make(name).norm(fixed)
+    x = run(name, tokens, context, **options).patches
+    assert ((x >= low - 1e-5) & (x <= high + 1e-5)).all()
+    x = run(name, same, context, **options).patches
+    torch.testing.assert_close(x, fixed.expand_as(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tome", "pitome", "tofu"])
+@torch.no_grad()
+def test_mass_is_conserved_over_many_merges(name):
+    tokens, context = case(patches=40)
+    total = tokens.patches.sum(dim=1)
+    for keep in (33, 26, 19, 12, 3):
+        context = replace(context, mean_key=torch.randn(3, tokens.x.shape[1], 4))
+        tokens = run(name, tokens, context, keep)
+        assert tokens.size.sum(dim=1).tolist() == [40] * 3
+        mass = (tokens.size[..., None] * tokens.patches).sum(dim=1)
+        assert name == "tofu" or torch.allclose(mass, total, rtol=1e-5, atol=1e-4)
+    holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
+    assert torch.equal(holds.float(), tokens.size)
+
+
+@torch.no_grad()
+def test_equal_weights_conserve_the_sum_of_a_cluster():
+    tokens, context = case()
+    for rule in ("reference", "corrected"):
+        kept = run("dpc_knn", tokens, context, weights="equal", rule=rule)
+        holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])
+        mass = (holds[..., None] * kept.patches).sum(dim=1)
+        torch.testing.assert_close(mass, tokens.patches.sum(dim=1), rtol=1e-5, atol=2e-5)
+
+
+@each
+@torch.no_grad()
+def test_the_deployed_form_gives_the_same_tokens_to_the_bit(name, options):
+    tokens, context = case()
+    reducer = make(name, **options)
+    found = []
+    for form in (reducer, reducer.deploy()):
+        torch.manual_seed(0)
+        found.append(form(tokens, KEEP, read(reducer, context), want_pruned=False).kept.x)
+    assert torch.equal(*found)
+    assert not any(part in name for name, _ in reducer.deploy().named_parameters() for part in reducer.training_only)
+
+
+@each
+def test_a_gradient_reaches_what_is_in_the_output_and_nothing_else(name, options):
+    tokens, context = case(batch=1)
+    x = tokens.x.clone().requires_grad_()
+    reducer = make(name, **options)
+    kept = reducer(tokens.replace(x), KEEP, read(reducer, context), want_pruned=False).kept
+    (kept.patches if kept.valid is None else kept.patches[kept.valid]).square().sum().backward()
+    touched = set((x.grad[0, 1:].abs().sum(dim=1) > 0).nonzero()[:, 0].tolist())
+    chooses = name in ("k_medoids", "ats", "dynamic_vit", *PRUNERS) or (name == "tofu" and not reducer.merges)
+    assert touched == (set(kept.index[0].tolist()) if chooses else set(range(PATCHES)))
+    if REDUCERS[name].trained and not chooses and options.get("weights") != "equal":
+        assert all(weight.grad is not None and weight.grad.any() for weight in reducer.parameters())
+
+
+def test_dynamic_vit_draws_by_its_probabilities_and_learns_from_both_losses():
+    tokens, _ = case(batch=2000)
+    reducer = make("dynamic_vit").train()
+    found = reducer(tokens, KEEP, Context(), want_pruned=False)
+    gate, stay = found.kept.gate, reducer.logits(tokens.patches, None).exp()[:, :, 0]
+    assert found.kept.num_patches == PATCHES
+    assert set(gate.detach().unique().tolist()) <= {0.0, 1.0}
+    assert abs(float(gate.detach().mean() - stay.detach().mean())) < 4 * 0.5 / gate.numel() ** 0.5
+    expected = 2 * (gate.mean(dim=1) - KEEP / PATCHES).square().mean()
+    torch.testing.assert_close(found.losses["ratio"], expected)
+    for loss in (found.losses["ratio"], (gate * tokens.patches.sum(dim=2)).sum()):
+        reducer.zero_grad()
+        loss.backward(retain_graph=True)
+        assert all(weight.grad.any() for weight in reducer.parameters())
+    again = reducer(found.kept, 5, Context(), want_pruned=False).kept
+    assert (again.gate <= gate).all(), "what was dropped stays dropped"
+    alive = gate > 0
+    x = torch.where(alive[..., None], tokens.patches, torch.randn_like(tokens.patches))
+    torch.testing.assert_close(reducer.logits(x, gate)[alive], reducer.logits(tokens.patches, gate)[alive])
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("name", PRUNERS)
 def test_kept_and_pruned_partition_the_tokens(name, prefix, training):
-    tokens, context = _case(prefix=prefix)
-    reduction = _reducer(name, training)(tokens, 7, context, want_pruned=True)
+    tokens, context = case(prefix=prefix)
+    reducer = make(name).train(training)
+    reduction = reducer(tokens, 7, context, want_pruned=True)
     kept, pruned = reduction.kept, reduction.pruned
-    assert kept.num_patches == 7
-    assert _reducer(name, training)(tokens, 7, context, want_pruned=False).pruned is None
-    assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
+    assert reducer(tokens, 7, context, want_pruned=False).pruned is None
     assert torch.equal(torch.cat((kept.index, pruned.index), 1).sort(1).values, tokens.index)
     assert torch.equal(kept.append([pruned]).raster().x, tokens.x)
     assert (kept.index.diff(dim=1) > 0).all(), "survivors stay in raster order"
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_an_image_is_pruned_the_same_in_any_batch(name):
-    tokens, context = _case()
-    reducer = _reducer(name)
-    together = reducer(tokens, 7, context, want_pruned=False).kept.index
-    for b in range(3):
-        one = Tokens(tokens.x[b : b + 1], tokens.index[b : b + 1], 1)
-        alone = Context(context.cls_attention[b : b + 1], pixels=context.pixels[b : b + 1])
-        assert torch.equal(reducer(one, 7, alone, want_pruned=False).kept.index, together[b : b + 1])
-
-
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_permuting_the_patches_permutes_the_kept_set(name):
-    tokens, context = _case()
-    reducer = _reducer(name)
-    order = torch.stack([torch.randperm(PATCHES) for _ in range(3)])
-    moved = Context(context.cls_attention.gather(2, order[:, None].expand(-1, 2, -1)), pixels=context.pixels)
-    plain = reducer(tokens, 7, context, want_pruned=False).kept
-    permuted = reducer(tokens.keep(order), 7, moved, want_pruned=False).kept
-    assert torch.equal(plain.index.sort(1).values, permuted.index.sort(1).values)
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_the_deployed_form_keeps_the_same_tokens_to_the_bit(name):
-    tokens, context = _case()
-    reducer = _reducer(name)
-    torch.manual_seed(0)
-    trained = reducer(tokens, 7, context, want_pruned=True)
-    torch.manual_seed(0)
-    deployed = reducer.deploy()(tokens, 7, context, want_pruned=True)
-    assert torch.equal(trained.kept.index, deployed.kept.index)
-    assert torch.equal(trained.kept.x, deployed.kept.x)
-    assert torch.equal(trained.pruned.x, deployed.pruned.x)
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_pruned_tokens_get_no_gradient(name):
-    tokens, context = _case(batch=1)
-    x = tokens.x.clone().requires_grad_()
-    reduction = _reducer(name, training=True)(tokens.replace(x), 7, context, want_pruned=True)
-    reduction.kept.x.sum().backward()
-    touched = x.grad[0, 1:].abs().sum(-1) > 0
-    assert torch.equal(touched.nonzero()[:, 0], reduction.kept.index[0])
-
-
 def test_training_and_evaluation_of_cropr_select_the_same_tokens():
-    tokens, context = _case()
-    reducer = create("cropr", DIM, 4, num_queries=5, num_heads=2, qkv_proj=True, norm=True)
+    tokens, context = case()
+    reducer = make("cropr", num_queries=5, num_heads=2, qkv_proj=True, norm=True)
     trained = reducer.train()(tokens, 7, context, want_pruned=False).kept.index
     assert torch.equal(trained, reducer.eval()(tokens, 7, context, want_pruned=False).kept.index)
 
 
 def test_selection_keeps_the_highest_scores():
-    tokens, _ = _case()
+    tokens, _ = case()
     score = torch.stack([torch.randperm(PATCHES) for _ in range(3)]).float()
     kept = select(tokens, score, 7, want_pruned=False).kept.index
     assert (score.gather(1, kept) >= PATCHES - 7).all()
 
 
 def test_non_salient_keeps_the_complement_of_cropr():
-    tokens, context = _case()
-    cropr, inverted = _reducer("cropr"), _reducer("non_salient")
+    tokens, context = case()
+    cropr, inverted = make("cropr"), make("non_salient")
     inverted.load_state_dict(cropr.state_dict())
     best = cropr(tokens, PATCHES // 2, context, want_pruned=False).kept.index
     worst = inverted(tokens, PATCHES // 2, context, want_pruned=False).kept.index
@@ -115,15 +220,15 @@ def test_random_keeps_every_place_equally_often():
     draws, keep = 4000, 7
     tokens = Tokens.full(torch.zeros(draws, 1 + PATCHES, 1), 1)
     torch.manual_seed(0)
-    kept = _reducer("random")(tokens, keep, Context(), want_pruned=False).kept.index
+    kept = make("random")(tokens, keep, Context(), want_pruned=False).kept.index
     frequency = torch.bincount(kept.flatten(), minlength=PATCHES) / draws
     share = keep / PATCHES
     assert (frequency - share).abs().max() < 4 * (share * (1 - share) / draws) ** 0.5
 
 
 def test_random_follows_the_seed():
-    tokens, context = _case()
-    reducer = _reducer("random")
+    tokens, context = case()
+    reducer = make("random")
     kept = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -133,8 +238,8 @@ def test_random_follows_the_seed():
 
 
 def test_sampling_explores_in_training_and_not_in_evaluation():
-    tokens, context = _case()
-    reducer = create("cropr", DIM, 4, selector="sample")
+    tokens, context = case()
+    reducer = make("cropr", selector="sample")
 
     def kept() -> torch.Tensor:
         return reducer(tokens, 7, context, want_pruned=False).kept.index

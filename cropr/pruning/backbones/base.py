@@ -92,7 +92,10 @@ class Backbone(nn.Module):
                 found = module.attn(normed, **self._arguments(block, tokens, position))
             else:
                 heads = gated_attention(*self._project(block, normed, tokens, position), tokens.gate, self.prefix)
-                found = module.attn.proj_drop(module.attn.proj(module.attn.norm(heads.transpose(1, 2).flatten(2))))
+                found = module.attn.norm(heads.transpose(1, 2).flatten(2))
+                if module.attn.gate is not None:
+                    found = found * module.attn.gate(normed).sigmoid()
+                found = module.attn.proj_drop(module.attn.proj(found))
             return x + module.drop_path1(self._scale(module, 1, found))
 
         return tokens.replace(self._call(half, tokens.x))
@@ -159,12 +162,12 @@ class Backbone(nn.Module):
 
     def reading_macs(self, field: str, tokens: int) -> int:
         """Multiply-adds of one image for a field of ``Context``; ``tokens`` with prefix."""
-        dim, heads = self.dim, self.host.blocks[0].attn.num_heads
+        dim = self.dim
         cost = {
             "pixels": 0,
-            "cls_attention": 2 * dim * dim + tokens * dim * heads,
-            "mean_key": tokens * dim * dim // heads,
-            "value_norms": tokens * dim * dim,
+            "cls_attention": (1 + tokens) * dim * dim + tokens * dim,
+            "mean_key": tokens * dim * dim,
+            "value_norms": (tokens - self.prefix) * dim * dim,
             "column_sums": 3 * tokens * dim * dim + tokens**2 * dim,
         }
         return cost[field]
@@ -179,8 +182,9 @@ class Backbone(nn.Module):
         if "cls_attention" in reducer.reads and self.host.cls_token is None:
             raise self._refuse(f"no class token, for {name}, which reads its attention,")
         for module in self.host.blocks:
-            if reducer.reads - {"pixels"} and type(getattr(module, "attn", None)) is not self.attention_type:
-                raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which reads attention,")
+            reads = reducer.reads - {"pixels"} or "gate" in reducer.sets
+            if reads and type(found := getattr(module, "attn", module)) is not self.attention_type:
+                raise self._refuse(f"attention of type {type(found).__name__}, for {name}, which reads it,")
             halves = reducer.place == "after_attention" or "gate" in reducer.sets
             if halves and type(module) not in self.halved_types:
                 raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which acts within them,")

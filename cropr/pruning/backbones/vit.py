@@ -68,6 +68,15 @@ class ViTBackbone(Backbone):
         value = self._part(self.host.blocks[block - 1].attn, 2, self._normed(block, tokens)[:, self.prefix :])
         return value.float().norm(dim=3).transpose(1, 2)
 
+    def reading_macs(self, field: str, tokens: int) -> int:
+        attention = self.host.blocks[0].attn
+        dim, heads = self.dim, attention.num_heads
+        if not isinstance(attention.k_norm, nn.Identity):
+            return super().reading_macs(field, tokens)
+        # The keys themselves are not computed.
+        cost = {"cls_attention": 2 * dim * dim + tokens * dim * heads, "mean_key": tokens * dim * dim // heads}
+        return cost[field] if field in cost else super().reading_macs(field, tokens)
+
     def _part(self, attention: Any, part: int, x: Tensor) -> Tensor:
         """Queries (0), keys (1) or values (2) of x [..., C], [..., H, d]."""
         bias = None if attention.qkv.bias is None else attention.qkv.bias.chunk(3)[part]

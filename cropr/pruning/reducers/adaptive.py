@@ -68,8 +68,7 @@ class ATS(Reducer):
         reached = (score / (score.sum(dim=1, keepdim=True) + 1e-6)).cumsum(dim=1)
         points = (2 * torch.arange(1, keep + 1, device=score.device) - 1) / (2 * (keep + 1))
         if self.corrected:
-            picks = torch.searchsorted(reached, points.expand(score.shape[0], -1).contiguous())
-            picks = picks.clamp(max=score.shape[1] - 1)
+            picks = (reached.unsqueeze(1) < points[:, None]).sum(dim=2).clamp(max=score.shape[1] - 1)
         else:
             if valid is not None:
                 reached = reached.masked_fill(~valid, torch.inf)

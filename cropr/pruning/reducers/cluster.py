@@ -42,7 +42,8 @@ Rule = Literal["reference", "corrected"]
 class KMedoids(Reducer):
     """Clusters the patches around K of them, which stay unchanged (Marin et al., 2023, weighted K-Medoids).
 
-    The first medoids are the K patches of largest weight; assignment and update alternate.
+    The first medoids are the K patches of largest weight, or with equal weights those at even steps of the sequence;
+    assignment and update alternate.
 
     Args:
         rule: how a medoid is updated. ``corrected``: the member with the least weighted distance to the members of its
@@ -70,11 +71,15 @@ class KMedoids(Reducer):
         self.corrected, self.iterations, self.reads = is_corrected(rule), iterations, frozenset(fields[weights])
 
     @torch.no_grad()
-    def clusters(self, x: Tensor, weight: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Medoids [B, K] and clusters [B, N] of x [B, N, C] with weights [B, N]."""
+    def clusters(self, x: Tensor, weight: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
+        """Medoids [B, K] and clusters [B, N] of x [B, N, C] with weights [B, N], or None for equal ones."""
         distance = distances(x)
         place = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        medoids = weight.topk(keep, dim=1).indices
+        if weight is None:
+            medoids = ((2 * place[:, :keep] + 1) * x.shape[1]).div(2 * keep, rounding_mode="floor")
+            weight = torch.ones_like(distance[:, 0])
+        else:
+            medoids = weight.topk(keep, dim=1).indices
         assignment = take(distance, medoids).argmin(dim=1)
         for _ in range(self.iterations):
             if self.corrected:
@@ -91,12 +96,9 @@ class KMedoids(Reducer):
         return medoids, assignment
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
-        weight = context.column_sums
-        if context.cls_attention is not None:
-            weight = context.cls_attention.mean(dim=1)
-        if weight is None:
-            weight = tokens.x.new_ones(tokens.patches.shape[:2], dtype=torch.float32)
-        return Reduction(represent(tokens, *self.clusters(tokens.patches, weight.detach(), keep)))
+        row = context.cls_attention
+        weight = context.column_sums if row is None else row.mean(dim=1)
+        return Reduction(represent(tokens, *self.clusters(tokens.patches, weight, keep)))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
         return patches**2 * dim + self.iterations * (patches**2 if self.corrected else 0)
@@ -164,9 +166,13 @@ class DpcKnn(Reducer):
             weight = x.new_ones(*x.shape[:2], 1)
             if self.weight is not None:
                 logit = self.weight(x)
-                # A factor for each image changes no average and keeps exp in range.
-                weight = (logit - logit.detach().amax(dim=1, keepdim=True)).exp() if self.corrected else logit.exp()
-            merged = pool(x * weight, assignment, keep) / (pool(weight, assignment, keep) + 1e-6)
+                if self.corrected:  # a factor for each cluster changes no average and keeps exp in range
+                    least = logit.new_full((x.shape[0], keep), -torch.inf)
+                    top = least.scatter_reduce(1, assignment, logit.detach().squeeze(2), "amax")
+                    logit = logit - top.gather(1, assignment).unsqueeze(2)
+                weight = logit.exp()
+            total = pool(weight, assignment, keep)
+            merged = pool(x * weight, assignment, keep) / (total if self.corrected else total + 1e-6)
         return Reduction(tokens.merge(merged.to(patches.dtype), tokens.index.gather(1, centres), assignment))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
@@ -180,4 +186,4 @@ def distances(x: Tensor) -> Tensor:
         x = x - x.mean(dim=1, keepdim=True)  # large common parts would cancel digits
         square = x.square().sum(dim=2)
         found = square.unsqueeze(1) + square.unsqueeze(2) - 2 * (x @ x.transpose(1, 2))
-        return found.clamp(min=0).sqrt().diagonal_scatter(torch.zeros_like(square), dim1=1, dim2=2)
+        return found.clamp(min=0).sqrt().masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), 0)

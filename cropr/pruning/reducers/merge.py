@@ -164,7 +164,7 @@ class PiToMe(ToMe):
         similarity = metric @ metric.transpose(1, 2)
         energy = torch.where(similarity >= self.margin, similarity, torch.expm1(similarity - self.margin)).mean(dim=2)
         others, similar = split(-energy, max(metric.shape[1] - 2 * gone, 0))
-        order = similar.gather(1, energy.gather(1, similar).argsort(dim=1, descending=True, stable=True))
+        order = similar.gather(1, energy.gather(1, similar).topk(similar.shape[1], dim=1).indices)
         return order[:, ::2], order[:, 1::2], others
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
@@ -192,7 +192,7 @@ class ToFu(ToMe):
     def join(self, tokens: Tokens, centre: Tensor, assignment: Tensor) -> Tokens:
         joined = super().join(tokens, centre, assignment)
         if self.merges:
-            norms = tokens.patches.detach().norm(dim=2)
+            norms = tokens.patches.float().norm(dim=2)
             largest = norms.new_zeros(centre.shape).scatter_reduce(1, assignment, norms, "amax")
             x = F.normalize(joined.patches, dim=2) * largest.unsqueeze(2)
         else:
