@@ -44,10 +44,10 @@ class Macs:
 def macs(model: nn.Module) -> Macs:
     """Count one image of the size that the model was built for.
 
-    ``model`` is a timm host or a ``DeployedViT``, on any device; parameters without memory will do.
+    ``model`` is a host that has an adapter or a ``DeployedViT``, on any device; parameters without memory will do.
     """
-    host: Any = model.model.backbone.host if isinstance(model, DeployedViT) else model
-    found = counts(model, _image(host))["Global"]
+    backbone = model.model.backbone if isinstance(model, DeployedViT) else adapt(model)
+    found = counts(model, _image(backbone))["Global"]
     total = sum(found.values())
     return Macs(total, total - found.get(_ATTENTION, 0) - found.get(_VECTOR, 0))
 
@@ -67,14 +67,14 @@ class Cost:
 
     Linear layers cost the same for every token; attention's products grow with the tokens that each attends to.
 
-    ``model`` is a timm model, or an adapter around one; raises TypeError for a model without adapter.
+    ``model`` is a host, or an adapter around one; raises TypeError for a model without adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.backbone = backbone = model if isinstance(model, Backbone) else adapt(model)
-        found = counts(backbone.host, _image(backbone.host))
-        name = type(backbone.host).__name__
-        self._blocks = [found[f"{name}.blocks.{index}"] for index in range(backbone.depth)]
+        found = counts(backbone.host, _image(backbone))
+        names = {module: name for name, module in backbone.host.named_modules()}
+        self._blocks = [found[f"{type(backbone.host).__name__}.{names[block]}"] for block in backbone.blocks]
         self._fixed = sum(found["Global"].values()) - sum(sum(block.values()) for block in self._blocks)
         self._full = backbone.num_patches + backbone.prefix
 
@@ -98,9 +98,9 @@ class Cost:
         return self._fixed + blocks + scored * self.backbone.dim
 
 
-def _image(host: Any) -> Tensor:
-    weight = next(host.parameters())
-    return torch.empty(1, 3, *host.patch_embed.img_size, dtype=weight.dtype, device="meta")
+def _image(backbone: Backbone) -> Tensor:
+    weight = next(backbone.parameters())
+    return torch.empty(1, 3, *backbone.image_size, dtype=weight.dtype, device="meta")
 
 
 def _blank(tensor: Tensor) -> Tensor:

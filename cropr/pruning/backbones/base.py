@@ -7,7 +7,7 @@ An adapter's file declares the classes that it adapts as a literal, so that only
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,30 +15,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from cropr.pruning.fusion import Fusion
 from cropr.pruning.methods import declared
 from cropr.pruning.tokens import Tokens
 
 
 class Backbone(nn.Module):
-    """Adapter to a timm model: runs the host's own blocks through its documented surface, copies none of its code.
+    """Adapter to a model of a host library: runs the host's own blocks, copies none of its code.
+
+    A subclass gives the properties below, ``embed``, ``norm`` and ``head``. For methods that read attention it gives
+    ``_part`` (and ``_turn`` for rotary positions), for those that act within a block ``_attended`` and ``_transformed``;
+    ``_can_read`` and ``_can_halve`` say for which blocks. What it cannot do is refused by name.
 
     Args:
-        host: the timm model; kept as it is, its parameters keep their names below ``host``.
+        host: the model; kept as it is, its parameters keep their names below ``host``.
 
     Raises:
         TypeError: a feature of the host that pruning would silently break, by name.
     """
 
-    host_type: ClassVar[type[nn.Module]]
-    """Class of the host; a subclass must not have a ``forward_features`` of its own, which we would skip."""
     block_types: ClassVar[tuple[type[nn.Module], ...]]
     """Classes of blocks that can be run one by one."""
-    halved_types: ClassVar[tuple[type[nn.Module], ...]]
-    """Those of them that ``attend`` and ``mlp`` can run by halves: a norm before each."""
-    attention_type: ClassVar[type[nn.Module]]
-    """Class of a block's ``attn`` whose projections can be read."""
+    gates: ClassVar[bool] = False
+    """Takes reducers that set ``Tokens.gate``, whose attention is not the host's own."""
     host: Any
 
     def __init__(self, host: nn.Module) -> None:
@@ -47,28 +47,70 @@ class Backbone(nn.Module):
         self._verify()
 
     @property
+    def blocks(self) -> Sequence[Any]:
+        """The host's blocks, in order."""
+        raise NotImplementedError
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.host.blocks)
+        return len(self.blocks)
 
     @property
     def dim(self) -> int:
         """C, channels of the tokens."""
-        return self.host.embed_dim
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int:
+        """H, heads of the attention."""
+        raise NotImplementedError
 
     @property
     def prefix(self) -> int:
         """P, prefix tokens: CLS, distillation, registers."""
-        return self.host.num_prefix_tokens
+        raise NotImplementedError
+
+    @property
+    def has_cls(self) -> bool:
+        """The first prefix token is a class token."""
+        return self.prefix > 0
+
+    @property
+    def pools_by_attention(self) -> bool:
+        """The head pools by attention, which knows no weights of tokens."""
+        return False
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the host's classifier; 0 if it has none."""
+        raise NotImplementedError
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Rows and columns of the images that the host was built for, in pixels."""
+        raise NotImplementedError
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Rows and columns of a patch, in pixels."""
+        raise NotImplementedError
 
     @property
     def num_patches(self) -> int:
         """Patch tokens of an image of the size that the host was built for."""
-        return self.host.patch_embed.num_patches
+        rows, columns = self.grid_size
+        return rows * columns
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of the size that the host was built for."""
+        (height, width), (rows, columns) = self.image_size, self.patch_size
+        return height // rows, width // columns
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the patch grid of images [B, 3, H, W]."""
-        rows, columns = self.host.patch_embed.patch_size
+        rows, columns = self.patch_size
         return images.shape[-2] // rows, images.shape[-1] // columns
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
@@ -79,44 +121,47 @@ class Backbone(nn.Module):
         """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
         if tokens.gate is not None:
             return self.mlp(block, self.attend(block, tokens, position))
-        module = self.host.blocks[block - 1]
-        return tokens.replace(self._call(module, tokens.x, **self._arguments(block, tokens, position, mask)))
+        return tokens.replace(
+            self._call(self.blocks[block - 1], tokens.x, **self._arguments(block, tokens, position, mask))
+        )
 
     def attend(self, block: int, tokens: Tokens, position: Any) -> Tokens:
         """The first half of a block: attention, added to its input. Needs ``verify_halves``."""
 
         def half(x: Tensor) -> Tensor:
-            module = self.host.blocks[block - 1]
-            normed = module.norm1(x)
-            if tokens.gate is None:
-                found = module.attn(normed, **self._arguments(block, tokens, position))
-            else:
-                heads = gated_attention(*self._project(block, normed, tokens, position), tokens.gate, self.prefix)
-                found = module.attn.proj_drop(module.attn.proj(module.attn.norm(heads.transpose(1, 2).flatten(2))))
-            return x + module.drop_path1(self._scale(module, 1, found))
+            return self._attended(self.blocks[block - 1], x, block, tokens, position)
 
         return tokens.replace(self._call(half, tokens.x))
 
     def mlp(self, block: int, tokens: Tokens) -> Tokens:
         """The second half: MLP, added to its input. Both halves equal the block to the bit."""
-
-        def half(x: Tensor) -> Tensor:
-            module = self.host.blocks[block - 1]
-            return x + module.drop_path2(self._scale(module, 2, module.mlp(module.norm2(x))))
-
-        return tokens.replace(self._call(half, tokens.x))
+        return tokens.replace(self._call(partial(self._transformed, self.blocks[block - 1]), tokens.x))
 
     def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments of a block, and of its attention: the mask of a fusion or the bias of the tokens."""
         return {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
 
-    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
-        """LayerScale of the first or second half of a block."""
+    def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """x [B, L, C] and its attention in a block, ``module``; the other arguments are as of ``attend``."""
         raise NotImplementedError
+
+    def _transformed(self, module: Any, x: Tensor) -> Tensor:
+        """x [B, L, C] and its MLP in a block."""
+        raise NotImplementedError
+
+    def _part(self, block: int, part: int, x: Tensor) -> Tensor:
+        """Scaled queries (0), keys (1) or values (2) [B, H, L, d] of a block's normed input [B, L, C], before rotary
+        positions."""
+        raise NotImplementedError
+
+    def _turn(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
+        """Queries or keys [B, H, L, d] with the rotary positions of their patches, if the host has any."""
+        return x
 
     def _project(self, block: int, normed: Tensor, tokens: Tokens, position: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries, keys and values [B, H, L, d] as they enter a block's attention, from its normed input."""
-        raise NotImplementedError
+        query, key = (self._turn(block, self._part(block, part, normed), tokens, position) for part in (0, 1))
+        return query, key, self._part(block, 2, normed)
 
     def keys(self, block: int, tokens: int) -> int:
         """How many tokens each of the ``tokens`` (prefix included) attends to in this block."""
@@ -138,15 +183,17 @@ class Backbone(nn.Module):
         ``tokens`` are the block's input, here and below. Only this row is computed; the block itself stays on fused
         attention.
         """
-        raise NotImplementedError
+        x = self._normed(block, tokens)
+        key = self._turn(block, self._part(block, 1, x), tokens, position)
+        return cls_row((self._part(block, 0, x[:, :1]) @ key.transpose(2, 3)).squeeze(2), tokens)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Keys before rotary positions, averaged over heads: [B, L, d]."""
-        raise NotImplementedError
+        return self._part(block, 1, self._normed(block, tokens)).mean(dim=1)
 
     def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Euclidean norm of each patch's value, [B, H, N] float32."""
-        raise NotImplementedError
+        return self._part(block, 2, self._normed(block, tokens)[:, self.prefix :]).float().norm(dim=3)
 
     def column_sums(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Attention that each patch receives, summed over heads and queries: [B, N] float32. Computes all of it."""
@@ -159,7 +206,7 @@ class Backbone(nn.Module):
 
     def reading_macs(self, field: str, tokens: int) -> int:
         """Multiply-adds of one image for a field of ``Context``; ``tokens`` with prefix."""
-        dim, heads = self.dim, self.host.blocks[0].attn.num_heads
+        dim, heads = self.dim, self.heads
         cost = {
             "pixels": 0,
             "cls_attention": 2 * dim * dim + tokens * dim * heads,
@@ -176,39 +223,61 @@ class Backbone(nn.Module):
             TypeError: what is missing or not supported, by name.
         """
         name = type(reducer).__name__
-        if "cls_attention" in reducer.reads and self.host.cls_token is None:
+        if "cls_attention" in reducer.reads and not self.has_cls:
             raise self._refuse(f"no class token, for {name}, which reads its attention,")
-        for module in self.host.blocks:
-            if reducer.reads - {"pixels"} and type(getattr(module, "attn", None)) is not self.attention_type:
+        for module in self.blocks:
+            if reducer.reads - {"pixels"} and not self._can_read(module):
                 raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which reads attention,")
             halves = reducer.place == "after_attention" or "gate" in reducer.sets
-            if halves and type(module) not in self.halved_types:
+            if halves and not (self._can_halve(module) and ("gate" not in reducer.sets or self.gates)):
                 raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which acts within them,")
-        if reducer.sets and getattr(self.host, "attn_pool", None) is not None:
+            if reducer.sets and not self._can_mask(module):
+                raise self._refuse(f"blocks of type {type(module).__name__}, which take no mask, for {name},")
+        if reducer.sets and self.pools_by_attention:
             raise self._refuse(f"attention pooling, for {name}, whose tokens differ in weight,")
 
+    def _can_read(self, module: Any) -> bool:
+        """Whether ``_part`` knows this block."""
+        return False
+
+    def _can_halve(self, module: Any) -> bool:
+        """Whether ``_attended`` and ``_transformed`` know this block: a norm before each half."""
+        return False
+
+    def _can_mask(self, module: Any) -> bool:
+        """Whether the block's attention takes a bias or mask."""
+        return True
+
+    def verify_fusion(self, fusion: Any) -> None:
+        """Refuse a fusion (``cropr.pruning.fusion.Fusion``) whose mask the last block does not take.
+
+        Raises:
+            TypeError: the block's type.
+        """
+        last = self.blocks[-1]
+        if type(fusion).mask is not Fusion.mask and not self._can_mask(last):
+            raise self._refuse(f"blocks of type {type(last).__name__}, which take no mask, for {type(fusion).__name__},")
+
     def norm(self, tokens: Tokens) -> Tokens:
-        """The host's norm after the last block."""
-        return tokens.replace(self.host.norm(tokens.x))
+        """The host's norm after the last block, if all tokens pass it."""
+        raise NotImplementedError
 
     def head(self, tokens: Tokens) -> Tensor:
-        """The host's own pooling and classifier: [B, classes]. A mean weighs tokens by size, validity and gate."""
-        weight, host = tokens.weight, self.host
-        if weight is None or host.global_pool == "token":
-            return host.forward_head(tokens.x)
-        if host.global_pool != "avg":
-            raise self._refuse(f"pooling {host.global_pool!r}, for tokens that differ in weight,")
-        lead = self.prefix if getattr(host, "pool_include_prefix", False) else 0
+        """The host's own pooling and classifier: [B, classes]; of hosts without classes, the pooled [B, channels]. A
+        mean weighs tokens by size, validity and gate."""
+        raise NotImplementedError
+
+    def _mean(self, tokens: Tokens, lead: int = 0) -> Tensor:
+        """Mean of the patch tokens and of the last ``lead`` prefix tokens, weighted where tokens differ: [B, C]."""
+        weight, x = tokens.weight, tokens.x[:, self.prefix - lead :]
+        if weight is None:
+            return x.mean(dim=1)
         weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(1)
-        mean = (weight.to(tokens.x.dtype) @ tokens.x[:, self.prefix - lead :]).squeeze(1) / weight.sum(dim=2).to(
-            tokens.x.dtype
-        )
-        return host.head(host.head_drop(host.fc_norm(mean)))
+        return (weight.to(x.dtype) @ x).squeeze(1) / weight.sum(dim=2).to(x.dtype)
 
     def predict(self, tokens: Tokens) -> Tokens:
         """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""
-        host = self.host
-        return tokens.replace(host.head(host.head_drop(host.fc_norm(tokens.x))))
+        raise NotImplementedError
 
     def verify_predict(self) -> None:
         """Refuse hosts without a classifier that suits single tokens.
@@ -216,34 +285,21 @@ class Backbone(nn.Module):
         Raises:
             TypeError: what stands against it, by name.
         """
-        if getattr(self.host, "attn_pool", None) is not None:
-            raise self._refuse("attention pooling, for a prediction per patch,")
-        if getattr(self.host, "head_dist", None) is not None:
-            raise self._refuse("a second head for distillation, for a prediction per patch,")
-        if not isinstance(self.host.head, nn.Linear):
-            raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
+        raise self._refuse("this head, for a prediction per patch,")
 
     def _normed(self, block: int, tokens: Tokens) -> Tensor:
         """Input of a block's attention: after its first norm, if that comes before."""
-        module = self.host.blocks[block - 1]
-        return module.norm1(tokens.x) if type(module) in self.halved_types else tokens.x
+        raise NotImplementedError
 
     def _call(self, function: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
         """A block or a half of one, under the host's own activation checkpointing switch."""
-        if self.host.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, x, use_reentrant=False, **arguments)
         return function(x, **arguments)
 
     def _verify(self) -> None:
-        if type(self.host).forward_features is not self.host_type.forward_features:  # type: ignore[attr-defined]
-            raise self._refuse("a forward_features of its own")
-        for module in self.host.blocks:
+        for module in self.blocks:
             if type(module) not in self.block_types:
                 names = [kind.__name__ for kind in self.block_types]
                 raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
-        drop = getattr(self.host, "patch_drop", None)
-        if drop is not None and not isinstance(drop, nn.Identity):
-            raise self._refuse("patch dropout (patch_drop_rate > 0)")
 
     def _refuse(self, what: str) -> TypeError:
         return TypeError(
