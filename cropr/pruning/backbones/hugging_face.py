@@ -166,7 +166,7 @@ class HuggingFaceBackbone(Backbone):
         return True
 
     def _can_halve(self, module: Any) -> bool:
-        return hasattr(module, "mlp") and self._can_mask(module)
+        return hasattr(module, "mlp")
 
     def _can_mask(self, module: Any) -> bool:
         return _accepts(type(module), "attention_mask")
