@@ -57,10 +57,11 @@ def counts(module: nn.Module, *inputs: Any) -> dict[str, dict[str, int]]:
     """Multiply-adds of a call by part of the module (``Global`` is all of it) and operator. Of ``inputs``, tensors or
     lists of them, and of the module's parameters and buffers, only shapes and dtypes count."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
-    # Hosts that cache what they compute once, such as DINOv3's coordinates, do not while they are compiled: they must
-    # not keep tensors without values.
+    # Hosts that cache tensors, such as DINOv3's coordinates, do not while they are compiled: these have no values. The
+    # inference kernel of ``nn.MultiheadAttention`` would hide its products.
     compiling = patch.object(torch.compiler, "is_compiling", lambda: True)
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), compiling, counter, torch.no_grad():
+    plain = patch.object(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), compiling, plain, counter, torch.no_grad():
         named = chain(module.named_parameters(), module.named_buffers())
         functional_call(module, {name: _blank(tensor) for name, tensor in named}, tree_map(_blank, inputs))
     return {part: {str(op): n // 2 for op, n in found.items()} for part, found in counter.get_flop_counts().items()}

@@ -225,14 +225,15 @@ class Backbone(nn.Module):
         name = type(reducer).__name__
         if "cls_attention" in reducer.reads and not self.has_cls:
             raise self._refuse(f"no class token, for {name}, which reads its attention,")
+        gate = "gate" in reducer.sets
         for module in self.blocks:
-            if reducer.reads - {"pixels"} and not self._can_read(module):
-                raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which reads attention,")
-            halves = reducer.place == "after_attention" or "gate" in reducer.sets
-            if halves and not (self._can_halve(module) and ("gate" not in reducer.sets or self.gates)):
-                raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which acts within them,")
+            kind = f"blocks of type {type(module).__name__}, for {name}, which"
+            if (reducer.reads - {"pixels"} or gate) and not self._can_read(module):
+                raise self._refuse(f"{kind} reads attention,")
+            if (reducer.place == "after_attention" or gate) and not (self._can_halve(module) and gate <= self.gates):
+                raise self._refuse(f"{kind} acts within them,")
             if reducer.sets and not self._can_mask(module):
-                raise self._refuse(f"blocks of type {type(module).__name__}, which take no mask, for {name},")
+                raise self._refuse(f"{kind} needs a mask that they do not take,")
         if reducer.sets and self.pools_by_attention:
             raise self._refuse(f"attention pooling, for {name}, whose tokens differ in weight,")
 
@@ -256,7 +257,9 @@ class Backbone(nn.Module):
         """
         last = self.blocks[-1]
         if type(fusion).mask is not Fusion.mask and not self._can_mask(last):
-            raise self._refuse(f"blocks of type {type(last).__name__}, which take no mask, for {type(fusion).__name__},")
+            raise self._refuse(
+                f"blocks of type {type(last).__name__}, which take no mask, for {type(fusion).__name__},"
+            )
 
     def norm(self, tokens: Tokens) -> Tokens:
         """The host's norm after the last block, if all tokens pass it."""

@@ -1,0 +1,58 @@
+"""timm ``NaFlexVit`` on images [B, 3, H, W]; its batches of patches with padding are not taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.eva import EvaBlock
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+
+from cropr.pruning.backbones.eva import EvaBackbone
+from cropr.pruning.backbones.timm_host import TimmBackbone
+from cropr.pruning.backbones.vit import ViTBackbone
+from cropr.pruning.tokens import Tokens
+
+
+class NaFlexBackbone(TimmBackbone):
+    """What differs from timm's other models: the embedding, and where the sizes stand. Made by ``naflex``."""
+
+    host_type = NaFlexVit
+
+    @property
+    def has_cls(self) -> bool:
+        return self.host.embeds.cls_token is not None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        (rows, columns), (height, width) = self.host.embeds.pos_embed_grid_size, self.patch_size
+        return rows * height, columns * width
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.host.embeds.patch_size
+
+    def embed(self, images: Tensor) -> tuple[Tokens, Any]:
+        found = self.host._forward_embeds(images, None, None, None)
+        return Tokens.full(found["patches"], self.prefix), found["rope_embeds"]
+
+    def _verify(self) -> None:
+        super()._verify()
+        if self.host.embeds.pos_embed_grid_size is None:
+            raise self._refuse("no grid of position embeddings, which says the image size,")
+
+
+class NaFlexPlain(NaFlexBackbone, ViTBackbone):
+    """With the blocks of ``VisionTransformer``."""
+
+
+class NaFlexEva(NaFlexBackbone, EvaBackbone):
+    """With the blocks of ``Eva``."""
+
+
+def naflex(host: nn.Module) -> NaFlexBackbone:
+    """The adapter by the type of the blocks. Raises TypeError as ``Backbone`` does."""
+    return (NaFlexEva if isinstance(host.blocks[0], EvaBlock) else NaFlexPlain)(host)  # type: ignore[index]
+
+
+ADAPTERS = {"timm.models.naflexvit.NaFlexVit": "naflex"}
