@@ -182,8 +182,6 @@ class PrunedViT(nn.Module):
 
     def _verify(self, reducers: list[Reducer]) -> None:
         """Refuse what this model, its fusion or its host cannot do with the reducers: ValueError or TypeError."""
-        if self.fusion is not None:
-            self.backbone.verify_fusion(self.fusion)
         for reducer in reducers[:1]:
             name = type(reducer).__name__
             if self.fusion is not None and not reducer.leaves_pruned:
@@ -196,7 +194,7 @@ class PrunedViT(nn.Module):
                     f"{name} mixes all patches into slots without a place, and this model makes a prediction per "
                     "patch; use a method that prunes or merges"
                 )
-            self.backbone.verify_reducer(reducer)
+            self.backbone.verify_reducer(reducer, self.fusion)
 
     def _counts_now(self, num_patches: int) -> tuple[int, ...]:
         """As ``counts``, or in training, the part of the schedule that is in force. The number of slots is fixed."""

@@ -6,6 +6,7 @@ An adapter's file declares the classes that it adapts as a literal, so that only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.methods import declared
@@ -24,9 +26,9 @@ from cropr.pruning.tokens import Tokens
 class Backbone(nn.Module):
     """Adapter to a model of a host library: runs the host's own blocks, copies none of its code.
 
-    A subclass gives the properties below, ``embed``, ``norm`` and ``head``. For methods that read attention it gives
-    ``_part`` (and ``_turn`` for rotary positions), for those that act within a block ``_attended`` and ``_transformed``;
-    ``_can_read`` and ``_can_halve`` say for which blocks. What it cannot do is refused by name.
+    A subclass sets the attributes below and gives ``embed``, ``norm`` and ``head``. For methods that read attention it
+    gives ``_part`` (and ``_turn`` for rotary positions), for those that act within a block ``_attended`` and
+    ``_transformed``; what it does not give is refused by name.
 
     Args:
         host: the model; kept as it is, its parameters keep their names below ``host``.
@@ -35,10 +37,31 @@ class Backbone(nn.Module):
         TypeError: a feature of the host that pruning would silently break, by name.
     """
 
+    path: str
+    """Name of the blocks in the host."""
     block_types: ClassVar[tuple[type[nn.Module], ...]]
     """Classes of blocks that can be run one by one."""
+    host_type: ClassVar[type[nn.Module]]
+    """Class of the host; a subclass must not have an ``entry`` of its own, which we would skip."""
+    entry: ClassVar[str] = "forward"
+    masks: bool = True
+    """The attention of the blocks takes a mask; ``gates``: and with our own attention, gates of DynamicViT."""
     gates: ClassVar[bool] = False
-    """Takes reducers that set ``Tokens.gate``, whose attention is not the host's own."""
+    dim: int
+    """C, channels of the tokens; ``heads``: H; ``prefix``: P."""
+    heads: int
+    prefix: int
+    has_cls: bool = True
+    """The first prefix token is a class token."""
+    num_classes: int = 0
+    """Outputs of the host's classifier; 0 if it has none."""
+    pools_by_attention: bool = False
+    """The head pools by attention, which knows no weights of tokens."""
+    rotary: bool = False
+    """Tokens need a place for their rotary positions."""
+    image_size: tuple[int, int]
+    """Rows and columns of the images that the host was built for, in pixels; ``patch_size``: of a patch."""
+    patch_size: tuple[int, int]
     host: Any
 
     def __init__(self, host: nn.Module) -> None:
@@ -49,7 +72,7 @@ class Backbone(nn.Module):
     @property
     def blocks(self) -> Sequence[Any]:
         """The host's blocks, in order."""
-        raise NotImplementedError
+        return self.host.get_submodule(self.path)
 
     @property
     def depth(self) -> int:
@@ -57,56 +80,14 @@ class Backbone(nn.Module):
         return len(self.blocks)
 
     @property
-    def dim(self) -> int:
-        """C, channels of the tokens."""
-        raise NotImplementedError
-
-    @property
-    def heads(self) -> int:
-        """H, heads of the attention."""
-        raise NotImplementedError
-
-    @property
-    def prefix(self) -> int:
-        """P, prefix tokens: CLS, distillation, registers."""
-        raise NotImplementedError
-
-    @property
-    def has_cls(self) -> bool:
-        """The first prefix token is a class token."""
-        return self.prefix > 0
-
-    @property
-    def pools_by_attention(self) -> bool:
-        """The head pools by attention, which knows no weights of tokens."""
-        return False
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs of the host's classifier; 0 if it has none."""
-        raise NotImplementedError
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Rows and columns of the images that the host was built for, in pixels."""
-        raise NotImplementedError
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """Rows and columns of a patch, in pixels."""
-        raise NotImplementedError
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of the size that the host was built for."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
     def num_patches(self) -> int:
-        """Patch tokens of an image of the size that the host was built for."""
-        rows, columns = self.grid_size
-        return rows * columns
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of the patch grid of an image of the size that the host was built for."""
-        (height, width), (rows, columns) = self.image_size, self.patch_size
-        return height // rows, width // columns
+        """Patch tokens of such an image."""
+        return math.prod(self.grid_size)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the patch grid of images [B, 3, H, W]."""
@@ -121,9 +102,8 @@ class Backbone(nn.Module):
         """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
         if tokens.gate is not None:
             return self.mlp(block, self.attend(block, tokens, position))
-        return tokens.replace(
-            self._call(self.blocks[block - 1], tokens.x, **self._arguments(block, tokens, position, mask))
-        )
+        found = self._call(self.blocks[block - 1], tokens.x, **self._arguments(block, tokens, position, mask))
+        return tokens.replace(found[0] if isinstance(found, tuple) else found)
 
     def attend(self, block: int, tokens: Tokens, position: Any) -> Tokens:
         """The first half of a block: attention, added to its input. Needs ``verify_halves``."""
@@ -139,7 +119,7 @@ class Backbone(nn.Module):
 
     def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments of a block, and of its attention: the mask of a fusion or the bias of the tokens."""
-        return {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
+        return {} if not self.masks else {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
 
     def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
         """x [B, L, C] and its attention in a block, ``module``; the other arguments are as of ``attend``."""
@@ -216,50 +196,36 @@ class Backbone(nn.Module):
         }
         return cost[field]
 
-    def verify_reducer(self, reducer: Any) -> None:
-        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) that needs what this host cannot do.
+    def verify_reducer(self, reducer: Any, fusion: Fusion | None = None) -> None:
+        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) or a fusion that needs what this host cannot do.
 
         Raises:
             TypeError: what is missing or not supported, by name.
         """
-        name = type(reducer).__name__
+        name, gate = type(reducer).__name__, "gate" in reducer.sets
         if "cls_attention" in reducer.reads and not self.has_cls:
             raise self._refuse(f"no class token, for {name}, which reads its attention,")
-        gate = "gate" in reducer.sets
+        masked = fusion is not None and type(fusion).mask is not Fusion.mask
         for module in self.blocks:
-            kind = f"blocks of type {type(module).__name__}, for {name}, which"
+            kind = f"blocks of type {type(module).__name__}, for {name}"
             if (reducer.reads - {"pixels"} or gate) and not self._can_read(module):
-                raise self._refuse(f"{kind} reads attention,")
+                raise self._refuse(f"{kind}, which reads attention,")
             if (reducer.place == "after_attention" or gate) and not (self._can_halve(module) and gate <= self.gates):
-                raise self._refuse(f"{kind} acts within them,")
-            if reducer.sets and not self._can_mask(module):
-                raise self._refuse(f"{kind} needs a mask that they do not take,")
+                raise self._refuse(f"{kind}, which acts within them,")
+            if (reducer.sets or masked) and not self.masks:
+                raise self._refuse(f"{kind} with a mask, which they do not take,")
+        if reducer.slots and self.rotary:
+            raise self._refuse(f"rotary positions, for {name}, whose tokens have no place,")
         if reducer.sets and self.pools_by_attention:
             raise self._refuse(f"attention pooling, for {name}, whose tokens differ in weight,")
 
     def _can_read(self, module: Any) -> bool:
         """Whether ``_part`` knows this block."""
-        return False
+        return type(self)._part is not Backbone._part
 
     def _can_halve(self, module: Any) -> bool:
         """Whether ``_attended`` and ``_transformed`` know this block: a norm before each half."""
-        return False
-
-    def _can_mask(self, module: Any) -> bool:
-        """Whether the block's attention takes a bias or mask."""
-        return True
-
-    def verify_fusion(self, fusion: Any) -> None:
-        """Refuse a fusion (``cropr.pruning.fusion.Fusion``) whose mask the last block does not take.
-
-        Raises:
-            TypeError: the block's type.
-        """
-        last = self.blocks[-1]
-        if type(fusion).mask is not Fusion.mask and not self._can_mask(last):
-            raise self._refuse(
-                f"blocks of type {type(last).__name__}, which take no mask, for {type(fusion).__name__},"
-            )
+        return type(self)._attended is not Backbone._attended
 
     def norm(self, tokens: Tokens) -> Tokens:
         """The host's norm after the last block, if all tokens pass it."""
@@ -296,9 +262,17 @@ class Backbone(nn.Module):
 
     def _call(self, function: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
         """A block or a half of one, under the host's own activation checkpointing switch."""
+        if self._checkpoints() and self.training and torch.is_grad_enabled():
+            return checkpoint(function, x, use_reentrant=False, **arguments)
         return function(x, **arguments)
 
+    def _checkpoints(self) -> bool:
+        """Whether that switch is on; False where the blocks see to it themselves."""
+        return False
+
     def _verify(self) -> None:
+        if getattr(type(self.host), self.entry) is not getattr(self.host_type, self.entry):
+            raise self._refuse(f"a {self.entry} of its own")
         for module in self.blocks:
             if type(module) not in self.block_types:
                 names = [kind.__name__ for kind in self.block_types]
@@ -317,11 +291,13 @@ def adapt(host: nn.Module) -> Backbone:
         TypeError: no adapter for this model or its blocks, with the supported ones.
     """
     for kind in type(host).__mro__:
-        if found := _adapters().get(f"{kind.__module__}.{kind.__qualname__}"):
-            module, adapter = found
+        names = (f"{kind.__module__}.{kind.__qualname__}", kind.__module__)
+        for module, adapter in (_adapters()[name] for name in names if name in _adapters()):
             backbone: Backbone = getattr(import_module(module), adapter)(host)
             return backbone
-    supported = [f"{name.partition('.')[0]} {name.rpartition('.')[2]}" for name in _adapters()]
+    supported = [
+        f"{name.partition('.')[0]} {name.rpartition('.')[2].removeprefix('modeling_')}" for name in _adapters()
+    ]
     raise TypeError(f"no adapter for {type(host).__name__}; supported: {supported}")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import apply_keep_indices_nlc, apply_rot_embed_cat
 from timm.models import eva as timm_eva
 from torch import Tensor
-from torch.nn import functional as F
 
 from cropr.pruning.backbones.timm_host import TimmBackbone
 from cropr.pruning.tokens import Tokens
@@ -17,7 +16,7 @@ from cropr.pruning.tokens import Tokens
 class EvaBackbone(TimmBackbone):
     """Blocks that take a rotary table; ``position`` is the host's table for the full grid, or None."""
 
-    host_type = timm_eva.Eva
+    host_type: ClassVar[Any] = timm_eva.Eva
     block_types = (timm_eva.EvaBlock, timm_eva.EvaBlockPostNorm)
     halved_types = (timm_eva.EvaBlock,)
     attention_type = timm_eva.EvaAttention
@@ -33,23 +32,6 @@ class EvaBackbone(TimmBackbone):
     def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
         gamma = getattr(module, f"gamma_{half}")
         return x if gamma is None else gamma * x
-
-    def _part(self, block: int, part: int, x: Tensor) -> Tensor:
-        attention = self.host.blocks[block - 1].attn
-        if attention.qkv is None:
-            found = (attention.q_proj, attention.k_proj, attention.v_proj)[part](x)
-        else:
-            bias = (attention.q_bias, attention.k_bias, attention.v_bias)[part]
-            found = F.linear(x, attention.qkv.weight.chunk(3)[part], bias)
-        found = found.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        if part == 2:
-            return found
-        return attention.q_norm(found) * attention.scale if part == 0 else attention.k_norm(found)
-
-    def verify_reducer(self, reducer: Any) -> None:
-        super().verify_reducer(reducer)
-        if reducer.slots and getattr(self.host, "rope", None) is not None:
-            raise self._refuse(f"rotary positions, for {type(reducer).__name__}, whose tokens have no place,")
 
     def _turn(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
         rope, half = self._rope(block, tokens, position), self.host.blocks[block - 1].attn.rotate_half

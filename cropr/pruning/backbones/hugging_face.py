@@ -2,27 +2,26 @@
 SigLIP; bare models, classifiers, and CLIP with projection; any attention implementation. Versions 4.57 and 5.
 
 ``Output.logits`` of a bare model is its ``pooler_output``, and ``Output.tokens.x`` is ``last_hidden_state`` of the
-tokens alive. ``as_host`` gives a model of the host's own class, for pipelines and for models that contain it.
+tokens alive. ``cropr.as_host`` gives a model of the host's own class, for pipelines and for models that contain it.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
+import re
 import sys
-from collections.abc import Sequence
-from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from cropr.pruning.backbones.base import Backbone, _compute_dtype
 from cropr.pruning.tokens import Tokens
 
+_HOST = re.compile(
+    r".*((?<!CLIP|glip|Text)Model|VisionTransformer|ForImageClassification\w*)|CLIPVisionModelWithProjection"
+)
 _FAMILIES = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "CLIPEncoder", "SiglipEncoder")
 
 
@@ -30,51 +29,29 @@ class HuggingFaceBackbone(Backbone):
     """``body`` is the bare model within the host, which has the embeddings; the host itself if it has no head."""
 
     def __init__(self, host: nn.Module) -> None:
-        modules = {name: module for name, module in host.named_modules() if hasattr(module, "embeddings")}
-        self._body = min(modules, key=len)
-        lists = (name for name, module in modules[self._body].named_modules() if isinstance(module, nn.ModuleList))
-        self._blocks = next(lists)
+        self._body = min((name for name, part in host.named_modules() if hasattr(part, "embeddings")), key=len)
+        body: Any = host.get_submodule(self._body)
+        lists = (name for name, part in body.named_modules() if isinstance(part, nn.ModuleList))
+        self.path = f"{self._body}.{next(lists)}".lstrip(".")
         super().__init__(host)
+        self._takes = frozenset(inspect.signature(type(self.blocks[0]).forward).parameters)
+        self.masks = "attention_mask" in self._takes
+        config, embeddings = body.config, body.embeddings
+        self.dim, self.heads = config.hidden_size, config.num_attention_heads
+        self.image_size, self.patch_size = _pair(config.image_size), _pair(config.patch_size)
+        registers = getattr(embeddings, "register_tokens", None)
+        self.prefix = 0 if registers is None else registers.shape[1]
+        self.prefix += sum(hasattr(embeddings, name) for name in ("cls_token", "class_embedding", "distillation_token"))
+        self.has_cls = self.prefix > 0
+        classifies = hasattr(host, "classifier") or hasattr(host, "cls_classifier")
+        self.num_classes = self.host.num_labels if classifies else 0
+        self.rotary = hasattr(body, "rope_embeddings")
+        self.pools_by_attention = hasattr(body, "head") and not classifies
 
     @property
     def body(self) -> Any:
         """The bare model."""
         return self.host.get_submodule(self._body)
-
-    @property
-    def blocks(self) -> Sequence[Any]:
-        return self.body.get_submodule(self._blocks)
-
-    @property
-    def dim(self) -> int:
-        return self.body.config.hidden_size
-
-    @property
-    def heads(self) -> int:
-        return self.body.config.num_attention_heads
-
-    @property
-    def prefix(self) -> int:
-        embeddings = self.body.embeddings
-        single = [name for name in ("cls_token", "class_embedding", "distillation_token") if hasattr(embeddings, name)]
-        registers = getattr(embeddings, "register_tokens", None)
-        return len(single) + (0 if registers is None else registers.shape[1])
-
-    @property
-    def pools_by_attention(self) -> bool:
-        return hasattr(self.body, "head") and not hasattr(self.host, "classifier")
-
-    @property
-    def num_classes(self) -> int:
-        return getattr(self.host, "num_labels", 0) if _has_classifier(self.host) else 0
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return _pair(self.body.config.image_size)
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        return _pair(self.body.config.patch_size)
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
         """Also the sines and cosines of DINOv3's rotary positions, [N, d] each."""
@@ -82,7 +59,7 @@ class HuggingFaceBackbone(Backbone):
         images = images.to(body.dtype) if hasattr(body, "dtype") else images
         x = body.embeddings(images)
         x = body.pre_layrnorm(x) if hasattr(body, "pre_layrnorm") else x
-        return Tokens.full(x, self.prefix), body.rope_embeddings(images) if hasattr(body, "rope_embeddings") else None
+        return Tokens.full(x, self.prefix), body.rope_embeddings(images) if self.rotary else None
 
     def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
         dtype = _compute_dtype(tokens.x)
@@ -90,15 +67,10 @@ class HuggingFaceBackbone(Backbone):
             bias = tokens.bias(dtype)
         else:
             bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)[None, None]
-        layer = type(self.blocks[block - 1])
-        found: dict[str, Any] = {"attention_mask": bias} if _accepts(layer, "attention_mask") else {}
-        if _accepts(layer, "causal_attention_mask"):  # CLIP of version 4
+        found: dict[str, Any] = {"attention_mask": bias} if self.masks else {}
+        if "causal_attention_mask" in self._takes:  # CLIP of version 4
             found["causal_attention_mask"] = None
         return found if position is None else {**found, "position_embeddings": self._rows(tokens, position)}
-
-    def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
-        found = self.blocks[block - 1](tokens.x, **self._arguments(block, tokens, position, mask))
-        return tokens.replace(found[0] if isinstance(found, tuple) else found)
 
     def norm(self, tokens: Tokens) -> Tokens:
         """CLIP normalises the pooled token alone."""
@@ -157,63 +129,17 @@ class HuggingFaceBackbone(Backbone):
         cosine, sine = (F.embedding(tokens.index, table).unsqueeze(1) for table in position)
         return cosine, sine
 
-    def verify_reducer(self, reducer: Any) -> None:
-        super().verify_reducer(reducer)
-        if reducer.slots and hasattr(self.body, "rope_embeddings"):
-            raise self._refuse(f"rotary positions, for {type(reducer).__name__}, whose tokens have no place,")
-
-    def _can_read(self, module: Any) -> bool:
-        return True
-
     def _can_halve(self, module: Any) -> bool:
         return hasattr(module, "mlp")
 
-    def _can_mask(self, module: Any) -> bool:
-        return _accepts(type(module), "attention_mask")
-
     def _verify(self) -> None:
+        if not _HOST.fullmatch(type(self.host).__name__):
+            raise self._refuse("this head or text tower (supported: vision models, bare or with a classifier)")
         for module in self.blocks:
             if type(module).__name__ not in [f"{name}Layer" for name in _FAMILIES]:
                 raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {_FAMILIES}")
         if self.body.config._attn_implementation not in ("eager", "sdpa"):
             raise self._refuse(f"attention {self.body.config._attn_implementation!r} (supported: 'eager', 'sdpa')")
-
-
-def as_host(model: Any) -> Any:
-    """A model of the host's own class around a pruned one: for pipelines, and for models that contain the host.
-
-    It takes ``pixel_values`` and gives the output of the host's class; ``last_hidden_state`` holds the tokens alive, in
-    raster order, and of ``hidden_states`` there is the last alone (``hidden_states[-1]``).
-
-    Args:
-        model: a ``PrunedViT`` or ``DeployedViT`` around a Hugging Face host. Weights are shared, not copied.
-
-    Raises:
-        TypeError: a model around another host.
-    """
-    backbone = getattr(model, "model", model).backbone
-    if not isinstance(backbone, HuggingFaceBackbone):
-        raise TypeError(f"as_host takes Hugging Face hosts, not {type(backbone.host).__name__}")
-    body = copy.copy(backbone.body)
-    body._modules, body._parameters, body._buffers = {"pruned": model}, {}, {}
-    body.forward = MethodType(_forward, body)
-    if backbone.body is backbone.host:
-        return body
-    host = copy.copy(backbone.host)
-    host._modules = {**host._modules, backbone._body: body}
-    return host
-
-
-def _forward(
-    self: Any, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool = False, **_: Any
-) -> Any:
-    """Forward of the bare model that ``as_host`` makes."""
-    model = getattr(self.pruned, "model", self.pruned)
-    tokens = model(pixel_values).tokens
-    tokens = tokens if model.fusion is None else tokens.raster()
-    states = (tokens.x,) if output_hidden_states else None
-    found = BaseModelOutputWithPooling(tokens.x, model.backbone._pooled(tokens), hidden_states=states)
-    return found.to_tuple() if return_dict is False else found
 
 
 _NORMS = (("layernorm_before", "norm1", "layer_norm1"), ("layernorm_after", "norm2", "layer_norm2"))
@@ -231,37 +157,16 @@ def _scaled(module: Any, half: int, x: Tensor) -> Tensor:
     return getattr(module, "drop_path", getattr(module, "dropout", _IDENTITY))(scaled)
 
 
-def _has_classifier(host: Any) -> bool:
-    return hasattr(host, "classifier") or hasattr(host, "cls_classifier")
-
-
-@cache
-def _accepts(layer: type[nn.Module], name: str) -> bool:
-    """Whether a layer's forward has an argument of this name."""
-    return name in inspect.signature(layer.forward).parameters
-
-
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 ADAPTERS = {
-    "transformers.models.vit.modeling_vit.ViTModel": "HuggingFaceBackbone",
-    "transformers.models.vit.modeling_vit.ViTForImageClassification": "HuggingFaceBackbone",
-    "transformers.models.deit.modeling_deit.DeiTModel": "HuggingFaceBackbone",
-    "transformers.models.deit.modeling_deit.DeiTForImageClassification": "HuggingFaceBackbone",
-    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": "HuggingFaceBackbone",
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "HuggingFaceBackbone",
-    "transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification": "HuggingFaceBackbone",
-    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel": (
-        "HuggingFaceBackbone"
-    ),
-    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers."
-    "Dinov2WithRegistersForImageClassification": "HuggingFaceBackbone",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": "HuggingFaceBackbone",
-    "transformers.models.clip.modeling_clip.CLIPVisionModel": "HuggingFaceBackbone",
-    "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": "HuggingFaceBackbone",
-    "transformers.models.clip.modeling_clip.CLIPForImageClassification": "HuggingFaceBackbone",
-    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "HuggingFaceBackbone",
-    "transformers.models.siglip.modeling_siglip.SiglipForImageClassification": "HuggingFaceBackbone",
+    "transformers.models.vit.modeling_vit": "HuggingFaceBackbone",
+    "transformers.models.deit.modeling_deit": "HuggingFaceBackbone",
+    "transformers.models.dinov2.modeling_dinov2": "HuggingFaceBackbone",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "HuggingFaceBackbone",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "HuggingFaceBackbone",
+    "transformers.models.clip.modeling_clip": "HuggingFaceBackbone",
+    "transformers.models.siglip.modeling_siglip": "HuggingFaceBackbone",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexVit
@@ -17,37 +17,29 @@ from cropr.pruning.tokens import Tokens
 class NaFlexBackbone(TimmBackbone):
     """What differs from timm's other models: the embedding, and where the sizes stand. Made by ``naflex``."""
 
-    host_type = NaFlexVit
-
-    @property
-    def has_cls(self) -> bool:
-        return self.host.embeds.cls_token is not None
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        (rows, columns), (height, width) = self.host.embeds.pos_embed_grid_size, self.patch_size
-        return rows * height, columns * width
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        return self.host.embeds.patch_size
+    def _read_sizes(self) -> None:
+        embeds = self.host.embeds
+        if embeds.pos_embed_grid_size is None:
+            raise self._refuse("no grid of position embeddings, which says the image size,")
+        (rows, columns), self.patch_size = embeds.pos_embed_grid_size, embeds.patch_size
+        self.image_size = rows * self.patch_size[0], columns * self.patch_size[1]
+        self.has_cls = embeds.cls_token is not None
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
         found = self.host._forward_embeds(images, None, None, None)
         return Tokens.full(found["patches"], self.prefix), found["rope_embeds"]
 
-    def _verify(self) -> None:
-        super()._verify()
-        if self.host.embeds.pos_embed_grid_size is None:
-            raise self._refuse("no grid of position embeddings, which says the image size,")
-
 
 class NaFlexPlain(NaFlexBackbone, ViTBackbone):
     """With the blocks of ``VisionTransformer``."""
 
+    host_type: ClassVar[Any] = NaFlexVit
+
 
 class NaFlexEva(NaFlexBackbone, EvaBackbone):
     """With the blocks of ``Eva``."""
+
+    host_type: ClassVar[Any] = NaFlexVit
 
 
 def naflex(host: nn.Module) -> NaFlexBackbone:

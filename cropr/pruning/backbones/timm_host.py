@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
 from cropr.pruning.backbones.base import Backbone, gated_attention
 from cropr.pruning.tokens import Tokens
@@ -16,49 +14,26 @@ from cropr.pruning.tokens import Tokens
 class TimmBackbone(Backbone):
     """Adapter to a timm model, through its documented surface."""
 
-    host_type: ClassVar[type[nn.Module]]
-    """Class of the host; a subclass must not have a ``forward_features`` of its own, which we would skip."""
+    entry = "forward_features"
     halved_types: ClassVar[tuple[type[nn.Module], ...]]
     """Classes of blocks with a norm before each half."""
     attention_type: ClassVar[type[nn.Module]]
     """Class of a block's ``attn`` whose projections can be read."""
     gates: ClassVar[bool] = True
+    path = "blocks"
 
-    @property
-    def blocks(self) -> Sequence[Any]:
-        return self.host.blocks
+    def __init__(self, host: Any) -> None:
+        super().__init__(host)
+        self.dim, self.prefix, self.num_classes = host.embed_dim, host.num_prefix_tokens, host.num_classes or 0
+        self.heads = getattr(getattr(host.blocks[0], "attn", None), "num_heads", 0)
+        self.rotary = getattr(host, "rope", None) is not None
+        self.pools_by_attention = getattr(host, "attn_pool", None) is not None
+        self._read_sizes()
 
-    @property
-    def dim(self) -> int:
-        return self.host.embed_dim
-
-    @property
-    def heads(self) -> int:
-        return self.host.blocks[0].attn.num_heads
-
-    @property
-    def prefix(self) -> int:
-        return self.host.num_prefix_tokens
-
-    @property
-    def has_cls(self) -> bool:
-        return self.host.cls_token is not None
-
-    @property
-    def pools_by_attention(self) -> bool:
-        return getattr(self.host, "attn_pool", None) is not None
-
-    @property
-    def num_classes(self) -> int:
-        return self.host.num_classes or 0
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.host.patch_embed.img_size
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        return self.host.patch_embed.patch_size
+    def _read_sizes(self) -> None:
+        host = self.host
+        self.image_size, self.patch_size = host.patch_embed.img_size, host.patch_embed.patch_size
+        self.has_cls = host.cls_token is not None
 
     def norm(self, tokens: Tokens) -> Tokens:
         return tokens.replace(self.host.norm(tokens.x))
@@ -104,20 +79,29 @@ class TimmBackbone(Backbone):
         module = self.host.blocks[block - 1]
         return module.norm1(tokens.x) if type(module) in self.halved_types else tokens.x
 
+    def _part(self, block: int, part: int, x: Tensor) -> Tensor:
+        attention, letter = self.host.blocks[block - 1].attn, "qkv"[part]
+        if attention.qkv is None:
+            found = getattr(attention, f"{letter}_proj")(x)
+        else:
+            fused = attention.qkv.bias
+            bias = getattr(attention, f"{letter}_bias", None) if fused is None else fused.chunk(3)[part]
+            found = F.linear(x, attention.qkv.weight.chunk(3)[part], bias)
+        found = found.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        if part == 2:
+            return found
+        return attention.q_norm(found) * attention.scale if part == 0 else attention.k_norm(found)
+
     def _can_read(self, module: Any) -> bool:
         return type(getattr(module, "attn", None)) is self.attention_type
 
     def _can_halve(self, module: Any) -> bool:
         return type(module) in self.halved_types
 
-    def _call(self, function: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
-        if self.host.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, x, use_reentrant=False, **arguments)
-        return function(x, **arguments)
+    def _checkpoints(self) -> bool:
+        return self.host.grad_checkpointing
 
     def _verify(self) -> None:
-        if type(self.host).forward_features is not self.host_type.forward_features:  # type: ignore[attr-defined]
-            raise self._refuse("a forward_features of its own")
         super()._verify()
         drop = getattr(self.host, "patch_drop", None)
         if drop is not None and not isinstance(drop, nn.Identity):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
@@ -18,7 +18,7 @@ from cropr.pruning.tokens import Tokens
 class ViTBackbone(TimmBackbone):
     """Plain blocks without positions of their own: a token's place matters in the embedding only."""
 
-    host_type = timm_vit.VisionTransformer
+    host_type: ClassVar[Any] = timm_vit.VisionTransformer
     block_types = (
         timm_vit.Block,
         timm_vit.ResPostBlock,
@@ -36,15 +36,6 @@ class ViTBackbone(TimmBackbone):
     def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
         scaled: Tensor = getattr(module, f"ls{half}")(x)
         return scaled
-
-    def _part(self, block: int, part: int, x: Tensor) -> Tensor:
-        attention = self.host.blocks[block - 1].attn
-        bias = None if attention.qkv.bias is None else attention.qkv.bias.chunk(3)[part]
-        found = F.linear(x, attention.qkv.weight.chunk(3)[part], bias).unflatten(-1, (attention.num_heads, -1))
-        found = found.transpose(1, 2)
-        if part == 2:
-            return found
-        return attention.q_norm(found) * attention.scale if part == 0 else attention.k_norm(found)
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         attention = self.host.blocks[block - 1].attn
