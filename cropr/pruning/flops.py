@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,10 @@ class Macs:
 def macs(model: nn.Module) -> Macs:
     """Count one image of the size that the model was built for.
 
-    ``model`` is a timm host or a ``DeployedViT``, on any device; parameters without memory will do.
+    ``model`` is a host that has an adapter or a ``DeployedViT``, on any device; parameters without memory will do.
     """
-    host: Any = model.model.backbone.host if isinstance(model, DeployedViT) else model
-    found = counts(model, _image(host))["Global"]
+    backbone = model.model.backbone if isinstance(model, DeployedViT) else adapt(model)
+    found = counts(model, _image(backbone))["Global"]
     total = sum(found.values())
     return Macs(total, total - found.get(_ATTENTION, 0) - found.get(_VECTOR, 0))
 
@@ -57,7 +58,11 @@ def counts(module: nn.Module, *inputs: Any) -> dict[str, dict[str, int]]:
     """Multiply-adds of a call by part of the module (``Global`` is all of it) and operator. Of ``inputs``, tensors or
     lists of them, and of the module's parameters and buffers, only shapes and dtypes count."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
+    # Hosts that cache tensors, such as DINOv3's coordinates, do not while they are compiled: these have no values. The
+    # inference kernel of ``nn.MultiheadAttention`` would hide its products.
+    compiling = patch.object(torch.compiler, "is_compiling", lambda: True)
+    plain = patch.object(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), compiling, plain, counter, torch.no_grad():
         named = chain(module.named_parameters(), module.named_buffers())
         functional_call(module, {name: _blank(tensor) for name, tensor in named}, tree_map(_blank, inputs))
     return {part: {str(op): n // 2 for op, n in found.items()} for part, found in counter.get_flop_counts().items()}
@@ -69,15 +74,16 @@ class Cost:
     Linear layers cost the same for every token; attention's products grow with the tokens that each attends to. The
     reducer, and what is computed for it to read, are added by their own formulas.
 
-    ``model`` is a timm model, or an adapter around one; raises TypeError for a model without adapter.
+    ``model`` is a host, or an adapter around one; raises TypeError for a model without adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.backbone = backbone = model if isinstance(model, Backbone) else adapt(model)
-        found = counts(backbone.host, _image(backbone.host))
-        name = type(backbone.host).__name__
-        self._blocks = [found[f"{name}.blocks.{index}"] for index in range(backbone.depth)]
-        self._mlp = [sum(found.get(f"{name}.blocks.{i}.mlp", {}).values()) for i in range(backbone.depth)]
+        found = counts(backbone.host, _image(backbone))
+        names = {module: name for name, module in backbone.host.named_modules()}
+        self._blocks = [found[f"{type(backbone.host).__name__}.{names[block]}"] for block in backbone.blocks]
+        mlps = [found.get(f"{type(backbone.host).__name__}.{names[block]}.mlp", {}) for block in backbone.blocks]
+        self._mlp = [sum(mlp.values()) for mlp in mlps]
         self._fixed = sum(found["Global"].values()) - sum(sum(block.values()) for block in self._blocks)
         self._full = backbone.num_patches + backbone.prefix
 
@@ -108,16 +114,16 @@ class Cost:
     def _reduction(self, reducer: Reducer, number: int, tokens: int, keep: int) -> int:
         """What a reducer adds to its block, on so many tokens, and what it saves if the MLP runs after it."""
         backbone = self.backbone
-        patches, head = tokens - backbone.prefix, backbone.dim // backbone.host.blocks[0].attn.num_heads
+        patches, head = tokens - backbone.prefix, backbone.dim // backbone.heads
         added = reducer.macs(tokens, patches, keep, backbone.dim, head)
         added += sum(backbone.reading_macs(field, tokens) for field in reducer.reads)
         saved = (patches - keep) * self._mlp[number - 1] // self._full if reducer.place == "after_attention" else 0
         return added - saved
 
 
-def _image(host: Any) -> Tensor:
-    weight = next(host.parameters())
-    return torch.empty(1, 3, *host.patch_embed.img_size, dtype=weight.dtype, device="meta")
+def _image(backbone: Backbone) -> Tensor:
+    weight = next(backbone.parameters())
+    return torch.empty(1, 3, *backbone.image_size, dtype=weight.dtype, device="meta")
 
 
 def _blank(tensor: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class PrunedViT(nn.Module):
                     f"{name} mixes all patches into slots without a place, and this model makes a prediction per "
                     "patch; use a method that prunes or merges"
                 )
-            self.backbone.verify_reducer(reducer)
+            self.backbone.verify_reducer(reducer, self.fusion)
 
     def _counts_now(self, num_patches: int) -> tuple[int, ...]:
         """As ``counts``, or in training, the part of the schedule that is in force. The number of slots is fixed."""
@@ -258,11 +258,11 @@ def prune(
     num_outputs: int | None = None,
     kind: type[Model] = PrunedViT,  # type: ignore[assignment]
 ) -> Model:
-    """Add token pruning to a timm model.
+    """Add token pruning to a Vision Transformer of a host library.
 
     Args:
-        host: a timm ``VisionTransformer`` or ``Eva``, or an adapter around one, as ``cropr.pruning.backbones.windowed``
-            makes; it is used as it is, not copied.
+        host: a model that has an adapter (docs/hosts.md), or an adapter around one, as
+            ``cropr.pruning.backbones.windowed`` makes; it is used as it is, not copied.
         schedule: how many patch tokens are pruned after each block.
         reducer, fusion: names of ``cropr.pruning.methods.REDUCERS`` and ``FUSIONS``.
         reducer_options: keyword arguments of the reducer, over those of ``kind``.
@@ -276,14 +276,14 @@ def prune(
     backbone = host if isinstance(host, Backbone) else adapt(host)
     choose(FUSIONS, "fusion", fusion)
     sites = schedule.sites(backbone.depth, before_last_block(fusion))
-    outputs: int = num_outputs or getattr(backbone.host, "num_classes", 0) or 0
+    outputs: int = num_outputs or backbone.num_classes
     bring_back = create_fusion(fusion, backbone.dim, outputs, sites)
     if reducer == "none":
         if sites:
             raise ValueError(f"reducer 'none' with a schedule that prunes ({schedule}); use rate 0 or name a reducer")
         return kind(backbone, schedule, {}, bring_back)
     if not outputs:
-        raise ValueError("the host has no classes (num_classes=0): name num_outputs for the auxiliary heads")
+        raise ValueError("the host has no classes: name num_outputs for the auxiliary heads")
     options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
     fused, patches = before_last_block(fusion), backbone.num_patches
     counts = schedule.resolve(patches, backbone.depth, fused, backbone.prefix)

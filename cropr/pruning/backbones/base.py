@@ -6,8 +6,9 @@ An adapter's file declares the classes that it adapts as a literal, so that only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,28 +18,50 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cropr.pruning.fusion import Fusion
 from cropr.pruning.methods import declared
 from cropr.pruning.tokens import Tokens
 
 
 class Backbone(nn.Module):
-    """Adapter to a timm model: runs the host's own blocks through its documented surface, copies none of its code.
+    """Adapter to a model of a host library: runs the host's own blocks, copies none of its code.
+
+    A subclass sets the attributes below and gives ``embed``, ``norm`` and ``head``. For methods that read attention it
+    gives ``_part`` (and ``_turn`` for rotary positions), for those that act within a block ``_attended`` and
+    ``_transformed``; what it does not give is refused by name.
 
     Args:
-        host: the timm model; kept as it is, its parameters keep their names below ``host``.
+        host: the model; kept as it is, its parameters keep their names below ``host``.
 
     Raises:
         TypeError: a feature of the host that pruning would silently break, by name.
     """
 
-    host_type: ClassVar[type[nn.Module]]
-    """Class of the host; a subclass must not have a ``forward_features`` of its own, which we would skip."""
+    path: str
+    """Name of the blocks in the host."""
     block_types: ClassVar[tuple[type[nn.Module], ...]]
     """Classes of blocks that can be run one by one."""
-    halved_types: ClassVar[tuple[type[nn.Module], ...]]
-    """Those of them that ``attend`` and ``mlp`` can run by halves: a norm before each."""
-    attention_type: ClassVar[type[nn.Module]]
-    """Class of a block's ``attn`` whose projections can be read."""
+    host_type: ClassVar[type[nn.Module]]
+    """Class of the host; a subclass must not have an ``entry`` of its own, which we would skip."""
+    entry: ClassVar[str] = "forward"
+    masks: bool = True
+    """The attention of the blocks takes a mask; ``gates``: and with our own attention, gates of DynamicViT."""
+    gates: ClassVar[bool] = False
+    dim: int
+    """C, channels of the tokens; ``heads``: H; ``prefix``: P."""
+    heads: int
+    prefix: int
+    has_cls: bool = True
+    """The first prefix token is a class token."""
+    num_classes: int = 0
+    """Outputs of the host's classifier; 0 if it has none."""
+    pools_by_attention: bool = False
+    """The head pools by attention, which knows no weights of tokens."""
+    rotary: bool = False
+    """Tokens need a place for their rotary positions."""
+    image_size: tuple[int, int]
+    """Rows and columns of the images that the host was built for, in pixels; ``patch_size``: of a patch."""
+    patch_size: tuple[int, int]
     host: Any
 
     def __init__(self, host: nn.Module) -> None:
@@ -47,28 +70,28 @@ class Backbone(nn.Module):
         self._verify()
 
     @property
+    def blocks(self) -> Sequence[Any]:
+        """The host's blocks, in order."""
+        return self.host.get_submodule(self.path)
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.host.blocks)
+        return len(self.blocks)
 
     @property
-    def dim(self) -> int:
-        """C, channels of the tokens."""
-        return self.host.embed_dim
-
-    @property
-    def prefix(self) -> int:
-        """P, prefix tokens: CLS, distillation, registers."""
-        return self.host.num_prefix_tokens
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of the size that the host was built for."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
     def num_patches(self) -> int:
-        """Patch tokens of an image of the size that the host was built for."""
-        return self.host.patch_embed.num_patches
+        """Patch tokens of such an image."""
+        return math.prod(self.grid_size)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the patch grid of images [B, 3, H, W]."""
-        rows, columns = self.host.patch_embed.patch_size
+        rows, columns = self.patch_size
         return images.shape[-2] // rows, images.shape[-1] // columns
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
@@ -79,47 +102,46 @@ class Backbone(nn.Module):
         """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
         if tokens.gate is not None:
             return self.mlp(block, self.attend(block, tokens, position))
-        module = self.host.blocks[block - 1]
-        return tokens.replace(self._call(module, tokens.x, **self._arguments(block, tokens, position, mask)))
+        found = self._call(self.blocks[block - 1], tokens.x, **self._arguments(block, tokens, position, mask))
+        return tokens.replace(found[0] if isinstance(found, tuple) else found)
 
     def attend(self, block: int, tokens: Tokens, position: Any) -> Tokens:
         """The first half of a block: attention, added to its input. Needs ``verify_halves``."""
 
         def half(x: Tensor) -> Tensor:
-            module = self.host.blocks[block - 1]
-            normed = module.norm1(x)
-            if tokens.gate is None:
-                found = module.attn(normed, **self._arguments(block, tokens, position))
-            else:
-                heads = gated_attention(*self._project(block, normed, tokens, position), tokens.gate, self.prefix)
-                found = module.attn.norm(heads.transpose(1, 2).flatten(2))
-                if module.attn.gate is not None:
-                    found = found * module.attn.gate(normed).sigmoid()
-                found = module.attn.proj_drop(module.attn.proj(found))
-            return x + module.drop_path1(self._scale(module, 1, found))
+            return self._attended(self.blocks[block - 1], x, block, tokens, position)
 
         return tokens.replace(self._call(half, tokens.x))
 
     def mlp(self, block: int, tokens: Tokens) -> Tokens:
         """The second half: MLP, added to its input. Both halves equal the block to the bit."""
-
-        def half(x: Tensor) -> Tensor:
-            module = self.host.blocks[block - 1]
-            return x + module.drop_path2(self._scale(module, 2, module.mlp(module.norm2(x))))
-
-        return tokens.replace(self._call(half, tokens.x))
+        return tokens.replace(self._call(partial(self._transformed, self.blocks[block - 1]), tokens.x))
 
     def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments of a block, and of its attention: the mask of a fusion or the bias of the tokens."""
-        return {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
+        return {} if not self.masks else {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
 
-    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
-        """LayerScale of the first or second half of a block."""
+    def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
+        """x [B, L, C] and its attention in a block, ``module``; the other arguments are as of ``attend``."""
         raise NotImplementedError
+
+    def _transformed(self, module: Any, x: Tensor) -> Tensor:
+        """x [B, L, C] and its MLP in a block."""
+        raise NotImplementedError
+
+    def _part(self, block: int, part: int, x: Tensor) -> Tensor:
+        """Scaled queries (0), keys (1) or values (2) [B, H, L, d] of a block's normed input [B, L, C], before rotary
+        positions."""
+        raise NotImplementedError
+
+    def _turn(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
+        """Queries or keys [B, H, L, d] with the rotary positions of their patches, if the host has any."""
+        return x
 
     def _project(self, block: int, normed: Tensor, tokens: Tokens, position: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries, keys and values [B, H, L, d] as they enter a block's attention, from its normed input."""
-        raise NotImplementedError
+        query, key = (self._turn(block, self._part(block, part, normed), tokens, position) for part in (0, 1))
+        return query, key, self._part(block, 2, normed)
 
     def keys(self, block: int, tokens: int) -> int:
         """How many tokens each of the ``tokens`` (prefix included) attends to in this block."""
@@ -141,15 +163,17 @@ class Backbone(nn.Module):
         ``tokens`` are the block's input, here and below. Only this row is computed; the block itself stays on fused
         attention.
         """
-        raise NotImplementedError
+        x = self._normed(block, tokens)
+        key = self._turn(block, self._part(block, 1, x), tokens, position)
+        return cls_row((self._part(block, 0, x[:, :1]) @ key.transpose(2, 3)).squeeze(2), tokens)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Keys before rotary positions, averaged over heads: [B, L, d]."""
-        raise NotImplementedError
+        return self._part(block, 1, self._normed(block, tokens)).mean(dim=1)
 
     def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Euclidean norm of each patch's value, [B, H, N] float32."""
-        raise NotImplementedError
+        return self._part(block, 2, self._normed(block, tokens)[:, self.prefix :]).float().norm(dim=3)
 
     def column_sums(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Attention that each patch receives, summed over heads and queries: [B, N] float32. Computes all of it."""
@@ -172,47 +196,57 @@ class Backbone(nn.Module):
         }
         return cost[field]
 
-    def verify_reducer(self, reducer: Any) -> None:
-        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) that needs what this host cannot do.
+    def verify_reducer(self, reducer: Any, fusion: Fusion | None = None) -> None:
+        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) or a fusion that needs what this host cannot do.
 
         Raises:
             TypeError: what is missing or not supported, by name.
         """
-        name = type(reducer).__name__
-        if "cls_attention" in reducer.reads and self.host.cls_token is None:
+        name, gate = type(reducer).__name__, "gate" in reducer.sets
+        if "cls_attention" in reducer.reads and not self.has_cls:
             raise self._refuse(f"no class token, for {name}, which reads its attention,")
-        for module in self.host.blocks:
-            reads = reducer.reads - {"pixels"} or "gate" in reducer.sets
-            if reads and type(found := getattr(module, "attn", module)) is not self.attention_type:
-                raise self._refuse(f"attention of type {type(found).__name__}, for {name}, which reads it,")
-            halves = reducer.place == "after_attention" or "gate" in reducer.sets
-            if halves and type(module) not in self.halved_types:
-                raise self._refuse(f"blocks of type {type(module).__name__}, for {name}, which acts within them,")
-        if reducer.sets and getattr(self.host, "attn_pool", None) is not None:
+        masked = fusion is not None and type(fusion).mask is not Fusion.mask
+        for module in self.blocks:
+            kind = f"blocks of type {type(module).__name__}, for {name}"
+            if (reducer.reads - {"pixels"} or gate) and not self._can_read(module):
+                raise self._refuse(f"{kind}, which reads attention,")
+            if (reducer.place == "after_attention" or gate) and not (self._can_halve(module) and gate <= self.gates):
+                raise self._refuse(f"{kind}, which acts within them,")
+            if (reducer.sets or masked) and not self.masks:
+                raise self._refuse(f"{kind} with a mask, which they do not take,")
+        if reducer.slots and self.rotary:
+            raise self._refuse(f"rotary positions, for {name}, whose tokens have no place,")
+        if reducer.sets and self.pools_by_attention:
             raise self._refuse(f"attention pooling, for {name}, whose tokens differ in weight,")
 
+    def _can_read(self, module: Any) -> bool:
+        """Whether ``_part`` knows this block."""
+        return type(self)._part is not Backbone._part
+
+    def _can_halve(self, module: Any) -> bool:
+        """Whether ``_attended`` and ``_transformed`` know this block: a norm before each half."""
+        return type(self)._attended is not Backbone._attended
+
     def norm(self, tokens: Tokens) -> Tokens:
-        """The host's norm after the last block."""
-        return tokens.replace(self.host.norm(tokens.x))
+        """The host's norm after the last block, if all tokens pass it."""
+        raise NotImplementedError
 
     def head(self, tokens: Tokens) -> Tensor:
-        """The host's own pooling and classifier: [B, classes]. A mean weighs tokens by size, validity and gate."""
-        weight, host = tokens.weight, self.host
-        if weight is None or host.global_pool == "token":
-            return host.forward_head(tokens.x)
-        if host.global_pool != "avg":
-            raise self._refuse(f"pooling {host.global_pool!r}, for tokens that differ in weight,")
-        lead = self.prefix if getattr(host, "pool_include_prefix", False) else 0
+        """The host's own pooling and classifier: [B, classes]; of hosts without classes, the pooled [B, channels]. A
+        mean weighs tokens by size, validity and gate."""
+        raise NotImplementedError
+
+    def _mean(self, tokens: Tokens, lead: int = 0) -> Tensor:
+        """Mean of the patch tokens and of the last ``lead`` prefix tokens, weighted where tokens differ: [B, C]."""
+        weight, x = tokens.weight, tokens.x[:, self.prefix - lead :]
+        if weight is None:
+            return x.mean(dim=1)
         weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(1)
-        mean = (weight.to(tokens.x.dtype) @ tokens.x[:, self.prefix - lead :]).squeeze(1) / weight.sum(dim=2).to(
-            tokens.x.dtype
-        )
-        return host.head(host.head_drop(host.fc_norm(mean)))
+        return (weight.to(x.dtype) @ x).squeeze(1) / weight.sum(dim=2).to(x.dtype)
 
     def predict(self, tokens: Tokens) -> Tokens:
         """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""
-        host = self.host
-        return tokens.replace(host.head(host.head_drop(host.fc_norm(tokens.x))))
+        raise NotImplementedError
 
     def verify_predict(self) -> None:
         """Refuse hosts without a classifier that suits single tokens.
@@ -220,34 +254,29 @@ class Backbone(nn.Module):
         Raises:
             TypeError: what stands against it, by name.
         """
-        if getattr(self.host, "attn_pool", None) is not None:
-            raise self._refuse("attention pooling, for a prediction per patch,")
-        if getattr(self.host, "head_dist", None) is not None:
-            raise self._refuse("a second head for distillation, for a prediction per patch,")
-        if not isinstance(self.host.head, nn.Linear):
-            raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
+        raise self._refuse("this head, for a prediction per patch,")
 
     def _normed(self, block: int, tokens: Tokens) -> Tensor:
         """Input of a block's attention: after its first norm, if that comes before."""
-        module = self.host.blocks[block - 1]
-        return module.norm1(tokens.x) if type(module) in self.halved_types else tokens.x
+        raise NotImplementedError
 
     def _call(self, function: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
         """A block or a half of one, under the host's own activation checkpointing switch."""
-        if self.host.grad_checkpointing and self.training and torch.is_grad_enabled():
+        if self._checkpoints() and self.training and torch.is_grad_enabled():
             return checkpoint(function, x, use_reentrant=False, **arguments)
         return function(x, **arguments)
 
+    def _checkpoints(self) -> bool:
+        """Whether that switch is on; False where the blocks see to it themselves."""
+        return False
+
     def _verify(self) -> None:
-        if type(self.host).forward_features is not self.host_type.forward_features:  # type: ignore[attr-defined]
-            raise self._refuse("a forward_features of its own")
-        for module in self.host.blocks:
+        if getattr(type(self.host), self.entry) is not getattr(self.host_type, self.entry):
+            raise self._refuse(f"a {self.entry} of its own")
+        for module in self.blocks:
             if type(module) not in self.block_types:
                 names = [kind.__name__ for kind in self.block_types]
                 raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
-        drop = getattr(self.host, "patch_drop", None)
-        if drop is not None and not isinstance(drop, nn.Identity):
-            raise self._refuse("patch dropout (patch_drop_rate > 0)")
 
     def _refuse(self, what: str) -> TypeError:
         return TypeError(
@@ -262,11 +291,13 @@ def adapt(host: nn.Module) -> Backbone:
         TypeError: no adapter for this model or its blocks, with the supported ones.
     """
     for kind in type(host).__mro__:
-        if found := _adapters().get(f"{kind.__module__}.{kind.__qualname__}"):
-            module, adapter = found
+        names = (f"{kind.__module__}.{kind.__qualname__}", kind.__module__)
+        for module, adapter in (_adapters()[name] for name in names if name in _adapters()):
             backbone: Backbone = getattr(import_module(module), adapter)(host)
             return backbone
-    supported = [f"{name.partition('.')[0]} {name.rpartition('.')[2]}" for name in _adapters()]
+    supported = [
+        f"{name.partition('.')[0]} {name.rpartition('.')[2].removeprefix('modeling_')}" for name in _adapters()
+    ]
     raise TypeError(f"no adapter for {type(host).__name__}; supported: {supported}")
 
 

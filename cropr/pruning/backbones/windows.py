@@ -23,13 +23,14 @@ import torch
 from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
 from torch import Tensor, nn
 
-from cropr.pruning.backbones.base import Backbone
 from cropr.pruning.backbones.eva import EvaBackbone
+from cropr.pruning.backbones.timm_host import TimmBackbone
 from cropr.pruning.backbones.vit import ViTBackbone
+from cropr.pruning.fusion import Fusion
 from cropr.pruning.tokens import Tokens
 
 
-class WindowedBackbone(Backbone):
+class WindowedBackbone(TimmBackbone):
     """Windows around an adapter. Made by ``windowed``; arguments and errors are the same."""
 
     def __init__(self, host: nn.Module, window: int, global_blocks: Iterable[int]) -> None:
@@ -78,11 +79,11 @@ class WindowedBackbone(Backbone):
         chunks = Tokens(tokens.x.reshape(-1, size, tokens.x.shape[-1]), tokens.index.reshape(-1, size), prefix=0)
         return tokens.replace(super().run(block, chunks, within).x.reshape(tokens.x.shape))
 
-    def verify_reducer(self, reducer: Any) -> None:
+    def verify_reducer(self, reducer: Any, fusion: Fusion | None = None) -> None:
         if not reducer.leaves_pruned or reducer.reads - {"pixels"} or reducer.place != "after_block":
             name = type(reducer).__name__
             raise self._refuse(f"windows, for {name}, which does more than prune by a score after a block,")
-        super().verify_reducer(reducer)
+        super().verify_reducer(reducer, fusion)
 
     def _window_table(self, rows: int, columns: int) -> Tensor:
         """Rotary table of the whole grid with the distance between neighbours that it has inside a window."""
@@ -122,7 +123,7 @@ class WindowedBackbone(Backbone):
 
     def _verify_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
-        rows, columns = (self.window * edge for edge in self.host.patch_embed.patch_size)
+        rows, columns = (self.window * edge for edge in self.patch_size)
         if height % rows or width % columns:
             fit = -(-height // rows) * rows, -(-width // columns) * columns
             raise ValueError(

@@ -85,7 +85,7 @@ class Detector(Encoder):
         super().__init__(encoder.backbone, encoder.schedule, reducers, encoder.fusion)
         self.neck, self.rpn, self.heads = neck, rpn, heads
         self.multiple = multiple
-        self.canvas: Size = self.backbone.host.patch_embed.img_size
+        self.canvas: Size = self.backbone.image_size
         """Height and width that images are padded to."""
 
     def forward(  # type: ignore[override]

@@ -201,7 +201,7 @@ class PrunedSegmenter(PrunedViT):
         super().__init__(backbone, schedule, reducers, fusion)
         for reducer in reducers.values():
             if isinstance(reducer, Cropr):
-                _require_queries(reducer.scorer.queries.shape[1], backbone.host.patch_embed.grid_size)
+                _require_queries(reducer.scorer.queries.shape[1], backbone.grid_size)
 
     @classmethod
     def default_options(cls, reducer: str, backbone: Backbone) -> dict[str, Any]:
