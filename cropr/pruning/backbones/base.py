@@ -209,7 +209,8 @@ class Backbone(nn.Module):
         for module in self.blocks:
             kind = f"blocks of type {type(module).__name__}, for {name}"
             if (reducer.reads - {"pixels"} or gate) and not self._can_read(module):
-                raise self._refuse(f"{kind}, which reads attention,")
+                found = type(getattr(module, "attn", module)).__name__
+                raise self._refuse(f"attention of type {found}, for {name}, which reads it,")
             if (reducer.place == "after_attention" or gate) and not (self._can_halve(module) and gate <= self.gates):
                 raise self._refuse(f"{kind}, which acts within them,")
             if (reducer.sets or masked) and not self.masks:
