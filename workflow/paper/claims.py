@@ -35,9 +35,9 @@ TIMED = ("speedup", "speedup_over_mac_ratio", "speedup_whole")
 """Quantities of ``load_speed``; their intervals are over the rounds of one process."""
 CELLS = ("times_as_fast", "times_as_fast_over_mac_ratio", "cell_speedup", "macs_saved")
 """Quantities of cells. The first two are of cells that take turns in one process: time of the right one over time of
-the left one, round by round; the second in percent of the ratio of their multiply-adds. ``cell_speedup`` is the speed-up
-over the variant ``unpruned`` of the same process; sides may be of two processes. ``macs_saved``, in percent of the
-unpruned model's, follows from formulas and has no interval."""
+the left one, round by round; the second in percent of the ratio of their multiply-adds. ``cell_speedup`` is the
+speed-up over the variant ``unpruned`` of the same process; sides may be of two processes. ``macs_saved``, in percent of
+the unpruned model's, follows from formulas and has no interval."""
 _RELATION = re.compile(r"^\s*(>=|<=|>|<)\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 
 Found = tuple[pd.DataFrame | None, str, str]
