@@ -23,7 +23,13 @@ from cropr.tasks import TASKS
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]
-BASE = {"reactivation": "unpruned", "ablations": "cropr", "relevance": "random", "scoring": "cropr"}
+BASE = {
+    "reactivation": "unpruned",
+    "ablations": "cropr",
+    "relevance": "random",
+    "scoring": "cropr",
+    "similarity": "cropr",
+}
 
 
 def run_cells(name: str, results: Path) -> None:
@@ -36,10 +42,13 @@ def run_cells(name: str, results: Path) -> None:
 
 
 def row_configs(artefact: str) -> list[dict[str, Any]]:
-    """Rows of the YAML, with ``use`` resolved."""
+    """Rows of the YAML, with ``use`` resolved; a list of schedules gives a row each."""
     rows = yaml.safe_load((EXPERIMENTS / f"{artefact}.yaml").read_text())["rows"]
     found = []
     for row in rows:
+        if isinstance(schedules := row.get("schedule"), list):
+            found += [{"fusion": "none", **row, "row": f"{row['row']}_{name}", "schedule": name} for name in schedules]
+            continue
         if "use" in row:
             other, _, name = row["use"].partition("/")
             row = {**next(one for one in row_configs(other) if one["row"] == name), **row}
@@ -57,6 +66,10 @@ def write_results(root: Path, artefact: str, seeds: int = 3, **top: list[float])
         top: by row, the task's first metric of each seed, instead of a made-up one.
     """
     config = yaml.safe_load((EXPERIMENTS / f"{artefact}.yaml").read_text())
+    for other in config.get("reads", ()):
+        write_results(root, other, seeds)
+    if config["needs"] == ["microbench"]:
+        return write_microbench(root, artefact, {row["row"]: variants(row) for row in config["rows"]})
     task = config.get("task", "classification")
     rows = [_row(root, one, task, range(seeds), config, top) for one in row_configs(artefact)]
     manifest = {
@@ -64,6 +77,32 @@ def write_results(root: Path, artefact: str, seeds: int = 3, **top: list[float])
         "scale": "ci", "seeds": list(range(seeds)), "results": "results/ci", "baseline": BASE.get(artefact, "none"),
         "published": None, "paper_model": "ViT-L/16", "metrics": dict(TASKS[task].metrics), "rows": rows,
     }  # fmt: skip
+    (root / "manifests").mkdir(parents=True, exist_ok=True)
+    (root / "manifests" / f"{artefact}.json").write_text(json.dumps(manifest))
+    return root
+
+
+def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cells of a sweep: each variant, and the unpruned model, with eight rounds."""
+    rng, cells = np.random.default_rng(zlib.crc32(row["row"].encode())), []
+    for name in ("unpruned", *row["settings"]["variants"]):
+        seconds = (rng.uniform(0.9, 1.1, 8) / (1.0 if name in ("unpruned", "control") else 1.6)).tolist()
+        metrics = {"images_per_s": 4.0, "gmacs": 6.0, "mac_ratio": 1.0 if name in ("unpruned", "control") else 1.7}
+        plain = {"variant": name, "precision": "fp32", "attention": "auto", "batch_size": 4}
+        cells.append({**plain, "seconds": seconds, "metrics": metrics})
+    return cells
+
+
+def write_microbench(root: Path, artefact: str, made: dict[str, list[dict[str, Any]]]) -> Path:
+    """Write the manifest and the records of a microbenchmark below ``root``, from the cells of each row."""
+    about, rows = {"device": "cpu", "cpu": "a processor", "threads": 2}, []
+    for row, cells in made.items():
+        record = {"kind": "microbench", "cells": cells, "provenance": about}
+        write_record(root / "microbench" / artefact / row / "record.json", record)
+        bench = f"results/ci/microbench/{artefact}/{row}/record.json"
+        plain = dict.fromkeys(("reducer", "fusion", "schedule", "paper_schedule", "pool", "image_size", "aux_weight"))
+        rows.append({**plain, "row": row, "label": row.upper(), "options": None, "why": None, "bench": bench})
+    manifest = {"artefact": artefact, "scale": "ci", "seeds": [0], "results": "results/ci", "rows": rows}
     (root / "manifests").mkdir(parents=True, exist_ok=True)
     (root / "manifests" / f"{artefact}.json").write_text(json.dumps(manifest))
     return root
@@ -85,7 +124,14 @@ def _row(
         record = train_record(name, task, seed, pruned)
         if name in top:
             record["metrics"][next(iter(TASKS[task].metrics))] = top[name][seed]
-        write_record(root / "runs" / name / f"seed{seed}" / "record.json", record)
+        folder = root / "runs" / name / f"seed{seed}"
+        if "same patches" in config["title"]:
+            record["per_image"] = "per_image.npz"
+            folder.mkdir(parents=True, exist_ok=True)
+            after = np.random.default_rng([zlib.crc32(name.encode()), seed]).integers(0, 4, (5, 16)).astype(np.int8)
+            after[:, 0] = 0
+            np.savez(folder / "per_image.npz", image=np.arange(5), pruned_after=after)
+        write_record(folder / "record.json", record)
         entry["records"].append(f"results/ci/runs/{name}/seed{seed}/record.json")
     if "bench" in config["needs"]:
         write_record(root / "bench" / name / "record.json", bench_record(name, task))
@@ -102,10 +148,12 @@ def train_record(name: str, task: str, seed: int, pruned: bool = True) -> dict[s
     metrics = {metric: round(rng.uniform(50, 90), 3) for metric in TASKS[task].metrics}
     metrics |= {"loss": round(rng.uniform(0.1, 1), 4), "step_ms": round(rng.uniform(20, 40), 2), "images": 96}
     metrics |= {"val_images": 48, "parameters": 78_398, "parameters_training_only": 19_796, "box_ap50": 71.25}
+    metrics |= {"gmacs": round(rng.uniform(1, 3), 2)}
     relevance = [{"block": b, "kept_on_object": 20.0 + b, "object_kept": 100.0 - 9 * b} for b in range(3)]
     series: dict[str, Any] = {"relevance": relevance}
     if "random" not in name:
-        series["scoring"] = [{"block": b, "entropy": 0.9, "auc_sum": 0.8, "recall_sum": 90.0} for b in (1, 2)]
+        figures = {"entropy": 0.9, "auc_sum": 0.8, "recall_sum": 90.0, "aux_top1": 40.0}
+        series["scoring"] = [{"block": b, **figures} for b in (1, 2)]
     spec = {"model": {"name": "vit_tiny_patch8_224", "args": {"depth": 4}}, "data": {"image_size": 32}}
     return {
         "id": name, "kind": "train", "seed": seed, "metrics": metrics, "series": series,

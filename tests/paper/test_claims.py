@@ -78,11 +78,15 @@ def made_up(monkeypatch, claim, value):
     monkeypatch.setattr(claims, "load_manifest", lambda *_: {"rows": [{"row": name, "why": None} for name in names]})
     both = (value, None) if claim.right is None else (10 * value, 10) if claim.ratio else (50 + value, 50)
     if claim.quantity in CELLS:
-        both = (1, value / (100 if claim.quantity == CELLS[1] else 1))
-        cells = [{**side, "mac_ratio": 1.5} for side in claim.sides]
+        saved = 1.5 if claim.quantity != "macs_saved" else 1 / (1 - value / 100)
+        cells = [{**side, "mac_ratio": saved} for side in claim.sides]
+        sides, both = claim.sides, (1, value / (100 if claim.quantity == CELLS[1] else 1))
+        if claim.quantity == "cell_speedup":
+            sides = [one for side in sides for one in (side, {**side, "variant": "unpruned"})]
+            both = (1, value) if claim.right is None else (1, 9 + value, 1, 9)
         rounds = [
             {**side, "round": k, "seconds": own * (1 + 1e-4 * (k % 3) * (k % 2))}
-            for side, own in zip(claim.sides, both, strict=True)
+            for side, own in zip(sides, both, strict=False)
             for k in range(7)
         ]
         monkeypatch.setattr(claims, "load_cells", lambda *_: pd.DataFrame(cells))
@@ -100,7 +104,7 @@ def made_up(monkeypatch, claim, value):
 @pytest.mark.parametrize("claim", load_claims(), ids=lambda claim: claim.id)
 def test_each_claim_can_hold_and_is_contradicted_by_reversed_data(monkeypatch, claim):
     up = 1 if claim.relation.startswith(">") else -1
-    step = 0.3 * abs(claim.limit) if claim.quantity in CELLS or claim.ratio else 5.0
+    step = 0.3 * abs(claim.limit) or 5.0 if claim.quantity in CELLS or claim.ratio else 5.0
     for sign, verdict in ((up, "holds"), (-up, "contradicted")):
         made_up(monkeypatch, claim, claim.limit + sign * step)
         (line,) = verdicts(claim.artefact, "anywhere").to_dict("records")

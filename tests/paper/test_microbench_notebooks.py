@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
-from synthetic import run_cells
+import yaml
+from synthetic import EXPERIMENTS, run_cells, variants, write_microbench
 
-from cropr.records import write_record
 from workflow.paper.microbench.profiling import CATEGORIES
 
 pytestmark = pytest.mark.workflow
 NOISE = (1.0, 1.1, 0.97)
 """Factors of the pruned models' times by round. The interval of three rounds is their range."""
-PLAIN = ["reducer", "fusion", "schedule", "paper_schedule", "pool", "image_size", "aux_weight", "options", "why"]
 SPEED = {"unpruned": 1.0, "cropr": 1.8, "cropr_llf": 1.7}
 
 
@@ -80,18 +78,29 @@ def records() -> dict[str, dict[str, list[dict]]]:
 
 def run(results: Path, name: str) -> tuple[dict[str, list[dict]], list[dict[str, str]]]:
     """Run a notebook; returns its records' cells by row, and the lines of its main table."""
-    rows = []
-    for row, cells in (made := records()[name]).items():
-        about = {"device": "cpu", "cpu": "a processor", "threads": 2}
-        write_record(results / row / "record.json", {"kind": "microbench", "cells": cells, "provenance": about})
-        path = str(results / row / "record.json")
-        rows.append({**dict.fromkeys(PLAIN), "row": row, "label": row.upper(), "bench": path})
-    manifest = {"artefact": name, "scale": "ci", "seeds": [0], "results": str(results), "rows": rows}
-    (results / "manifests").mkdir()
-    (results / "manifests" / f"{name}.json").write_text(json.dumps(manifest))
+    made = records()[name]
+    write_microbench(results, name, made)
     run_cells(name, results)
     assert (results / "figures" / f"{name}.png").is_file()
     return made, list(csv.DictReader((results / "tables" / f"{name}.csv").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("name", ["methods_speed", "model_scaling", "eva02"])
+def test_speedups_of_sweeps_and_the_published_ones_have_their_own_columns(tmp_path, name):
+    config = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+    made = {row["row"]: variants(row) for row in config["rows"]}
+    write_microbench(tmp_path, name, made)
+    run_cells(name, tmp_path)
+    expected = []
+    for row, (base, *cells) in made.items():
+        for c in [c for c in cells if c["variant"] != "control"]:
+            ratio = median(b / s for b, s in zip(base["seconds"], c["seconds"], strict=True))
+            expected.append((row.upper(), f"{ratio:.2f}", "1.7"))
+    lines = list(csv.DictReader((tmp_path / "tables" / f"{name}.csv").read_text().splitlines()))
+    assert [(line["label"], line["speedup"].split()[0], line["mac_ratio"]) for line in lines] == expected
+    table = list(csv.DictReader((tmp_path / "tables" / f"{name}_published.csv").read_text().splitlines()))
+    assert all({"published speedup", "published speed-up"} & set(line) for line in table)
+    assert any(line["measured speed-up"] for line in table)
 
 
 @pytest.mark.parametrize("name", ["precision", "breakeven", "memory"])

@@ -33,9 +33,11 @@ VERDICTS = {"holds": "✓", "contradicted": "✗", "undecided": "?", "not run": 
 """Every verdict with its sign."""
 TIMED = ("speedup", "speedup_over_mac_ratio", "speedup_whole")
 """Quantities of ``load_speed``; their intervals are over the rounds of one process."""
-CELLS = ("times_as_fast", "times_as_fast_over_mac_ratio")
-"""Quantities of two cells that take turns in one process: time of the right one over time of the left one, round by
-round; the second in percent of the ratio of their multiply-adds."""
+CELLS = ("times_as_fast", "times_as_fast_over_mac_ratio", "cell_speedup", "macs_saved")
+"""Quantities of cells. The first two are of cells that take turns in one process: time of the right one over time of
+the left one, round by round; the second in percent of the ratio of their multiply-adds. ``cell_speedup`` is the
+speed-up over the variant ``unpruned`` of the same process; sides may be of two processes. ``macs_saved``, in percent of
+the unpruned model's, follows from formulas and has no interval."""
 _RELATION = re.compile(r"^\s*(>=|<=|>|<)\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 
 Found = tuple[pd.DataFrame | None, str, str]
@@ -146,16 +148,23 @@ def verdicts(artefact: str, results: str | Path, path: str | Path = CLAIMS) -> p
             interval, verdict, why = _judge(claim, results)
         measured, over = "", ""
         if interval is not None:
-            signed = claim.right is not None and not claim.ratio and claim.quantity not in CELLS
-            digits = 2 if claim.ratio or claim.quantity in ("speedup", "speedup_whole", "times_as_fast") else 1
-            measured, over = with_interval(interval, digits, signed=signed).iloc[0], interval["over"].iloc[0]
+            signed = claim.right is not None and not claim.ratio and claim.quantity not in CELLS[:2]
+            fine = ("speedup", "speedup_whole", "times_as_fast", "cell_speedup")
+            digits = 2 if claim.ratio or claim.quantity in fine else 1
+            over = interval["over"].iloc[0]
+            shown = interval.assign(low=math.nan) if over == "formula" else interval
+            measured = with_interval(shown, digits, signed=signed).iloc[0]
         lines.append([claim.text, measured, claim.relation, verdict, why, over, claim.source])
     return pd.DataFrame(lines, columns=columns)
 
 
 def _judge(claim: Claim, results: str | Path) -> Found:
     try:
-        if claim.quantity in CELLS:
+        if claim.quantity == "macs_saved":
+            interval = _saved(claim, results)
+        elif claim.quantity == "cell_speedup":
+            interval = _sped_up(claim, results)
+        elif claim.quantity in CELLS:
             interval = _cells(claim, results)
         elif claim.quantity in TIMED:
             interval = _timed(load_speed(claim.artefact, results), claim)
@@ -191,12 +200,13 @@ def _trained(runs: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
 
 def _timed(speed: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
     """Two rows are timed in two processes: their difference has the widest interval that both bounds allow."""
-    if claim.quantity not in speed or not {*claim.sides} <= set(speed.dropna(subset=[claim.quantity])["row"]):
+    sides = [str(side) for side in claim.sides]
+    if claim.quantity not in speed or not {*sides} <= set(speed.dropna(subset=[claim.quantity])["row"]):
         return None
-    medians = median_interval(speed[speed["row"].isin(claim.sides)], claim.quantity)
+    medians = median_interval(speed[speed["row"].isin(sides)], claim.quantity)
     if claim.right is None:
         return medians
-    left, right = (medians.loc[row] for row in claim.sides)
+    left, right = (medians.loc[row] for row in sides)
     ends = (left["median"] - right["median"], left["low"] - right["high"], left["high"] - right["low"])
     line = [*ends, min(left["n"], right["n"]), "rounds"]
     return pd.DataFrame([line], columns=["median", "low", "high", "n", "over"])
@@ -219,6 +229,27 @@ def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
         ratio *= 100 * macs[1] / macs[0]
     frame = pd.DataFrame({"row": claim.id, "ratio": ratio.replace([np.inf], np.nan)}).dropna()
     return median_interval(frame, "ratio") if len(frame) else None
+
+
+def _sped_up(claim: Claim, results: str | Path) -> pd.DataFrame | None:
+    """Interval over rounds of a cell's speed-up over the unpruned model beside it, or of the difference of two."""
+    rounds, parts = load_rounds(claim.artefact, results), []
+    for side in claim.sides:
+        times, base = (_chosen(rounds, one) for one in (side, {**side, "variant": "unpruned"}))
+        if times is None or base is None:
+            return None
+        ratio = base.set_index("round")["seconds"] / times.set_index("round")["seconds"]
+        parts.append(pd.DataFrame({"row": str(side), claim.quantity: ratio}))
+    return _timed(pd.concat(parts), claim)
+
+
+def _saved(claim: Claim, results: str | Path) -> pd.DataFrame | None:
+    """Share of the unpruned model's multiply-adds that a cell saves, percent."""
+    cell = _chosen(load_cells(claim.artefact, results), claim.left)
+    if cell is None or cell["mac_ratio"].isna().any():
+        return None
+    saved = 100 * (1 - 1 / float(cell["mac_ratio"].iloc[0]))
+    return pd.DataFrame([[saved, saved, saved, 1, "formula"]], columns=["median", "low", "high", "n", "over"])
 
 
 def _chosen(frame: pd.DataFrame, side: Any) -> pd.DataFrame | None:

@@ -156,6 +156,8 @@ class ArtefactConfig(Block):
     """Scales that have it; None: all."""
     needs: list[Need] = ["train"]
     """What it reads. ``truth``: only at scales whose data say which patches matter. ``microbench`` is used alone."""
+    reads: list[str] = Field(default_factory=list)
+    """Other artefacts whose records its notebook reads too."""
     rows: list[RowConfig] = Field(min_length=1)
 
     @property

@@ -110,10 +110,11 @@ class Grid:
         return self.sources[self.spec(run).task]
 
     def files(self, artefact: str) -> list[str]:
-        """Every file that a notebook reads, each once."""
-        rows = self.artefacts[artefact].rows
+        """Every file that a notebook reads, its manifest aside, each once."""
+        others = [name for name in self.artefacts[artefact].config.reads if name in self.artefacts]
+        rows = [row for name in (artefact, *others) for row in self.artefacts[name].rows]
         found = [file for row in rows for file in (*row.records, row.bench, row.maps) if file]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys([*found, *(f"{self.results}/manifests/{name}.json" for name in others)]))
 
     def manifest(self, artefact: str) -> dict[str, Any]:
         """All that a notebook is told: the artefact, and its rows with the paths of their records."""
@@ -201,6 +202,8 @@ def load_grid(
             resolver.open(task)
     resolved = {}
     for name, artefact in artefacts.items():
+        if unknown := [other for other in artefact.reads if not (folder / "experiments" / f"{other}.yaml").is_file()]:
+            raise ValueError(f"{folder / 'experiments' / name}.yaml: reads: there is no artefact {unknown[0]!r}")
         if rows := _rows(folder, name, artefacts, resolver):
             published = folder / "published" / f"{name}.csv"
             resolved[name] = Artefact(name, artefact, str(published) if published.is_file() else None, rows)

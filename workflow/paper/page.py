@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cropr.records import write_text
 from workflow.paper.claims import VERDICTS, load_claims, verdicts
@@ -80,7 +80,7 @@ def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
     """Lines of the rows of which the paper has an accuracy or a speed-up."""
     name, (metric, label) = manifest["artefact"], next(iter(manifest["metrics"].items()))
     value = load_published(name).set_index(["row", "quantity"])["value"]
-    runs, speed = load_records(name, results), load_speed(name, results)
+    runs, speed = load_records(name, results), load_speed(name, results, partial=True)
     accuracy = with_interval(mean_interval(runs, metric)) if len(runs) else pd.Series(dtype=object)
     speedup = with_interval(median_interval(speed, "speedup"), digits=2) if len(speed) else pd.Series(dtype=object)
     return [
@@ -129,7 +129,7 @@ def render(results: Path, names: list[str], claims: pd.DataFrame) -> str:
 
 def _devices(results: Path, names: list[str]) -> list[str]:
     """Devices on which speed was measured."""
-    frames = [load_speed(name, results) for name in names if load_manifest(name, results)["metrics"]]
+    frames = [load_speed(name, results, partial=True) for name in names if load_manifest(name, results)["metrics"]]
     return sorted({device for frame in frames if "device" in frame for device in frame["device"]})
 
 
@@ -140,12 +140,17 @@ def _figure(results: Path, name: str) -> str | None:
 
 
 def _table(path: Path) -> Markup | None:
-    """A pipe table as HTML; None if the artefact has none."""
+    """A pipe table as HTML whose cells know their columns, for narrow windows; None if the artefact has none."""
     if not path.is_file():
         return None
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in path.read_text(encoding="utf-8").splitlines()]
-    head, _, *cells = [[cell.strip().replace(r"\|", "|") for cell in line] for line in lines]
-    return Markup(pd.DataFrame(cells, columns=head).to_html(index=False, border=0))
+    head, _, *cells = [[escape(cell.strip().replace(r"\|", "|")) for cell in line] for line in lines]
+    columns = "".join(f"<th>{name}</th>" for name in head)
+    rows = (
+        "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(head, line, strict=True)) for line in cells
+    )
+    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
+    return Markup(f"<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SPEED = (
 """Columns of speed that are there even if nothing was measured."""
 SCORING = (
     "entropy", "attention_on_object", "object_share", "auc_sum", "auc_softmax", "recall_sum", "recall_softmax",
+    "aux_top1",
 )  # fmt: skip
 """Columns of blocks that say what a Cropr module sees."""
 PUBLISHED = ("row", "quantity", "value", "source", "confidence")
@@ -123,8 +124,8 @@ def load_blocks(artefact: str, results: str | Path) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
-    """Measurements of speed: one line per row and round.
+def load_speed(artefact: str, results: str | Path, partial: bool = False) -> pd.DataFrame:
+    """Measurements of speed: one line per row and round; with ``partial``, of the rows whose record is there.
 
     Returns:
         What the row is (``schedule`` is that of the timed model), ``round``,
@@ -134,7 +135,7 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
     """
     manifest, parts = load_manifest(artefact, results), []
     for row in _ran(manifest):
-        if row["bench"] is None:
+        if row["bench"] is None or (partial and not _there(manifest, row["bench"], results)):
             continue
         record = _read(manifest, row["bench"], results)
         if "unsupported" in record:  # this device cannot run it; ``not_run`` gives the reason
@@ -149,6 +150,24 @@ def load_speed(artefact: str, results: str | Path) -> pd.DataFrame:
         facts = _facts(row, paper=True) | {"round": series.index, "device": _device(record)}
         parts.append(series.assign(**ratios, **constant, **facts)[[*facts, *series, *ratios, *constant]])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*FACTS, *SPEED])
+
+
+def load_pruned_after(artefact: str, results: str | Path) -> dict[str, pd.DataFrame]:
+    """When each patch of each validation image was pruned, by the row's name.
+
+    Returns:
+        For each row with such results a frame with a line per seed and image (its index) and a column per patch: the
+        block after which the patch was pruned, or went into the token of another; NaN for never.
+    """
+    found: dict[str, list[pd.DataFrame]] = {}
+    for line in load_records(artefact, results).dropna(subset="per_image").itertuples():
+        with np.load(str(line.per_image), allow_pickle=False) as file:
+            if "pruned_after" not in file:
+                continue
+            index = pd.MultiIndex.from_product([[line.seed], file["image"].tolist()], names=["seed", "image"])
+            after = file["pruned_after"].astype(np.float32)
+        found.setdefault(str(line.name), []).append(pd.DataFrame(after, index=index).replace(0, np.nan))
+    return {name: pd.concat(parts) for name, parts in found.items()}
 
 
 def load_cells(artefact: str, results: str | Path) -> pd.DataFrame:
@@ -242,7 +261,7 @@ def setting(artefact: str, results: str | Path) -> Markdown:
         spec, metrics = record["spec"], record["metrics"]
         lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
                      f"{metrics['val_images']} validation images, epochs: {spec['recipe']['epochs']}.")  # fmt: skip
-    if path := next((row["bench"] for row in rows if row["bench"]), None):
+    if path := next((p for row in rows if (p := row["bench"]) and _there(manifest, p, results)), None):
         record = _read(manifest, path, results)
         spec = record["spec"]
         if record["kind"] == "bench":
@@ -273,10 +292,14 @@ def _facts(row: dict[str, Any], paper: bool = False) -> dict[str, Any]:
     return {name: chosen[name] for name in FACTS}
 
 
+def _there(manifest: dict[str, Any], path: str, results: str | Path) -> bool:
+    return (find_results(results) / Path(path).relative_to(manifest["results"])).is_file()
+
+
 def _path(manifest: dict[str, Any], path: str, results: str | Path) -> Path:
     """A file that a manifest names. The folder of a scale may have been moved since."""
     found = find_results(results) / Path(path).relative_to(manifest["results"])
-    if not found.is_file():
+    if not _there(manifest, path, results):
         command = f"snakemake --cores all {path} --config scale={manifest['scale']}"
         raise FileNotFoundError(f"{path}: no such file; make it with: {command}")
     return found
