@@ -29,7 +29,7 @@ class Scoring:
         named: Iterable[tuple[str, Any]] = reducers.items() if isinstance(reducers, nn.ModuleDict) else ()
         self.on_object: Tensor | None = None
         """[B, N] bool, which patches of the next images lie on the object; None where that is not known."""
-        self._modules = {int(block): module for block, module in named if getattr(module, "learns", False)}
+        self._modules = {int(b): module for b, module in named if "scorer" in getattr(module, "training_only", ())}
         self._sums = {block: module.scorer.queries.new_zeros(len(FIGURES), 2, dtype=torch.float64)
                       for block, module in self._modules.items()}  # fmt: skip
         self._hooks: list[RemovableHandle] = []

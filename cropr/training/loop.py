@@ -42,6 +42,7 @@ from cropr.training.checkpoint import (
     initial_model,
     latest_checkpoint,
     load_checkpoint,
+    load_teacher,
     parameters,
     save_checkpoint,
     save_weights,
@@ -87,6 +88,7 @@ def train(
     *,
     world: World,
     init: Path | None = None,
+    teacher: Path | None = None,
     workers: int = 0,
     checkpoint_minutes: float = 10,
     evaluate_every: int = 0,
@@ -95,7 +97,7 @@ def train(
 
     Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz`` and ``log.jsonl`` in ``out``.
     ``data_root`` has the images in the layout of the task; ``workers`` processes decode them for each that trains. If
-    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run.
+    ``spec.init`` is a digest, ``init`` is the weights: a safetensors file or the directory of a run. So is ``teacher``.
 
     Raises:
         ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
@@ -107,6 +109,7 @@ def train(
     torch.manual_seed(seed)
     model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)
     model.to(world.device)
+    load_teacher(task, teacher, world.device)
     share = Share(rank=world.rank, world=world.size, workers=workers, pin_memory=world.device.type == "cuda")
     evaluation = EvaluationSettings(
         batch_size=max(1, recipe.batch_size // (recipe.accumulate * world.size)),

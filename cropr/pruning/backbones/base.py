@@ -204,9 +204,8 @@ class Backbone(nn.Module):
             raise self._refuse(f"pooling {host.global_pool!r}, for tokens that differ in weight,")
         lead = self.prefix if getattr(host, "pool_include_prefix", False) else 0
         weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(1)
-        mean = (weight.to(tokens.x.dtype) @ tokens.x[:, self.prefix - lead :]).squeeze(1) / weight.sum(dim=2).to(
-            tokens.x.dtype
-        )
+        total = weight.sum(dim=2).clamp(min=1).to(tokens.x.dtype)  # gates may all be closed
+        mean = (weight.to(tokens.x.dtype) @ tokens.x[:, self.prefix - lead :]).squeeze(1) / total
         return host.head(host.head_drop(host.fc_norm(mean)))
 
     def predict(self, tokens: Tokens) -> Tokens:
