@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from these safetensors, or a run's directory")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"set a key: {_keys()}")
+    parser.add_argument("--teacher", type=Path, metavar="FILE", help="learn from this unpruned run, too, as --init")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
     flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             logging.disable(logging.INFO)
         spec = spec or _spec_for_folder(args, on_gpu=world.device.type == "cuda")
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
-        how = {name: getattr(args, name) for name in ("init", "workers", *_WATCH)}
+        how = {name: getattr(args, name) for name in ("init", "teacher", "workers", *_WATCH)}
         try:
             record = train(spec, args.seed, args.data, out, world=world, **how)
         except TrainingInterrupted as stop:
@@ -126,6 +127,7 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
             **flags.given(args, _RECIPE),
             "batch_size": batch,
         },
+        "teacher": _initial_id(args.teacher) if args.teacher else None,
         "init": "timm" if args.pretrained else _initial_id(args.init) if args.init else "random",
     }
     return flags.make_spec(values, args.set)

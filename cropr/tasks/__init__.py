@@ -68,6 +68,9 @@ class TrainSpec(Spec):
     init: Literal["random", "timm"] | str = "random"
     """Weights to start from: ``random``, ``timm`` (the pretrained tag of the model's name), or the digest of the
     training run that made them."""
+    teacher: str | None = None
+    """Digest of a training run of the same model, unpruned, whose predictions and tokens are learnt, too (distillation
+    of DynamicViT; classification alone). If None, none are."""
 
     @field_validator("task")
     @classmethod

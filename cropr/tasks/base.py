@@ -133,6 +133,11 @@ class TaskRun(BatchTask):
         """The model in training form, with ``token_trace`` and ``deploy()``. Names of parameters that only training
         needs begin with ``reducers.``, those of the encoder with ``backbone.host.``."""
 
+    def teach(self) -> nn.Module:
+        """The unpruned model that the task learns from, which the caller loads weights into. Raises ValueError if the
+        task has no distillation."""
+        raise ValueError(f"spec.teacher = {self.spec.teacher}: {self.spec.task} has no distillation; leave it out")
+
     def load_published(self, model: Any, path: Path) -> bool:
         """Load initial weights from a file of the authors of the model; False if the task knows no such file. Raises
         ValueError for a file that does not fit the model, with all differences."""

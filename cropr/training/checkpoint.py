@@ -148,12 +148,31 @@ def initial_model(task: TaskRun, init: Path | None, resuming: bool) -> tuple[Any
             return model, None
         raise ValueError(f"spec.init = {spec.init}: name that run's weights with --init (file or directory of the run)")
     if not resuming:
-        if (path.parent / RECORD).exists() and (found := read_record(path.parent)["id"]) != spec.init:
-            raise ValueError(f"{path} was made by run {found}, spec.init asks for {spec.init}")
+        _require_run(path, "init", spec.init)
         if not task.load_published(model, path):
             load_initial(model, path)
     with path.open("rb") as file:
         return model, hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_teacher(task: TaskRun, path: Path | None, device: torch.device) -> None:
+    """Give a task whose specification names a teacher that network, on the device: the weights of a file or of the
+    directory of a run. Raises ValueError or FileNotFoundError for weights that do not fit the specification."""
+    name = task.spec.teacher
+    if (name is None) != (path is None):
+        raise ValueError(f"spec.teacher = {name}: name that run's weights with --teacher, or leave both out")
+    if name is not None and path is not None:
+        path = path / WEIGHTS if path.is_dir() else path
+        _require_run(path, "teacher", name)
+        model = task.teach()
+        load_weights(model, path)
+        model.to(device)
+
+
+def _require_run(path: Path, key: str, name: str) -> None:
+    """Refuse weights that lie beside the record of another run."""
+    if (path.parent / RECORD).exists() and (found := read_record(path.parent)["id"]) != name:
+        raise ValueError(f"{path} was made by run {found}, spec.{key} asks for {name}")
 
 
 def parameters(model: nn.Module) -> dict[str, int]:

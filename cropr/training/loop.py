@@ -42,6 +42,7 @@ from cropr.training.checkpoint import (
     initial_model,
     latest_checkpoint,
     load_checkpoint,
+    load_teacher,
     multiply_adds,
     parameters,
     save_checkpoint,
@@ -91,6 +92,7 @@ def train(
     *,
     world: World,
     init: Path | None = None,
+    teacher: Path | None = None,
     workers: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -99,7 +101,8 @@ def train(
     Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz``, ``log.jsonl`` and ``log.csv`` in
     ``out``; and ``best.safetensors``, whose first metric was the highest, if it evaluates while it trains. ``settings``
     are those of ``Settings``. ``data_root`` has the images in the layout of the task; ``workers`` processes decode them
-    for each that trains. If ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run.
+    for each that trains. If ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run. So
+    is ``teacher``.
 
     Raises:
         ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
@@ -111,6 +114,7 @@ def train(
     torch.manual_seed(seed)
     model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)
     model.to(world.device)
+    load_teacher(task, teacher, world.device)
     size = max(1, recipe.batch_size // (recipe.accumulate * world.size))
     how: dict[str, Any] = {"batch_size": size, "precision": recipe.precision, "seed": seed}
     evaluation = EvaluationSettings(world=world, workers=workers, **how)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -17,7 +19,15 @@ from cropr.pruning.model import Output
 from cropr.pruning.tokens import Tokens
 from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.classification import DataSpec
-from cropr.tasks.classification.run import Classification, Objective, evaluate, losses, object_map, soft_target
+from cropr.tasks.classification.run import (
+    Classification,
+    Objective,
+    distillation,
+    evaluate,
+    losses,
+    object_map,
+    soft_target,
+)
 
 
 def output(logits, aux=(), kept=None, patches=4):
@@ -48,6 +58,21 @@ def test_main_loss_is_cross_entropy_with_smoothing():
     result = losses(output(logits), soft_target(labels, 4, 0.1))
     torch.testing.assert_close(result.total, F.cross_entropy(logits, labels, label_smoothing=0.1))
     assert result.aux.numel() == 0
+
+
+def test_a_teacher_weighs_predictions_and_kept_tokens():
+    """An unpruned teacher costs nothing for its own output; closed gates do not count."""
+    student, teacher = output(torch.randn(3, 5)), output(torch.randn(3, 5))
+    assert not any(distillation(teacher, teacher).values())
+    gate = torch.tensor([[1.0, 0, 1, 0]] * 3)
+    x = torch.tensor([1.0, 9.0, 3.0, 9.0])[:, None].expand(3, 4, 2)
+    tokens = replace(student.tokens, x=x, gate=gate)
+    found = distillation(replace(student, tokens=tokens), teacher)
+    torch.testing.assert_close(found["teacher_tokens"], torch.tensor(0.5 * (1 + 9) / 2))
+    p, q = teacher.logits.softmax(1), student.logits.softmax(1)
+    torch.testing.assert_close(found["teacher"], 0.5 * (p * (p / q).log()).sum() / 3)
+    few = distillation(replace(student, tokens=tokens.keep(torch.tensor([[2, 0]] * 3))), teacher)
+    torch.testing.assert_close(few["teacher_tokens"], found["teacher_tokens"])
 
 
 def test_auxiliary_losses_share_the_target_and_sum_up():

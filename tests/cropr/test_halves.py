@@ -88,6 +88,8 @@ def test_open_gates_are_plain_attention_and_closed_ones_pruning(name):
     torch.testing.assert_close(opened, plain, rtol=1e-5, atol=1e-5)
     gate = torch.tensor([[1.0, 0, 1, 1, 0]] * 2)
     gated, removed = replace(tokens, gate=gate), tokens.keep(torch.tensor([[0, 2, 3]] * 2))
+    none = backbone.head(replace(tokens, gate=0 * gate))
+    assert none.isfinite().all(), "an image may lose all patches in training"
     for block in (1, 2):
         gated, removed = backbone.run(block, gated, position), backbone.run(block, removed, position)
     stays = [*range(backbone.prefix), *(backbone.prefix + j for j in (0, 2, 3))]

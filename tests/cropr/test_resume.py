@@ -21,6 +21,7 @@ from test_detection_run import SPEC as DETECTION
 from cropr.__main__ import main
 from cropr.cli.spec_flags import make_spec
 from cropr.distributed import World
+from cropr.pruning.methods import REDUCERS
 from cropr.records import read_record
 from cropr.tasks.classification import run as classification
 from cropr.training import loop as runs
@@ -169,6 +170,32 @@ def test_initial_weights_must_be_the_run_that_the_spec_names(finished, images, t
         train(tiny.spec(), 0, images, tmp_path, world=World(), init=finished)
     record = train(spec, 0, images, tmp_path, world=World(), init=finished)
     assert record["metrics"]["images"] == 48
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", [name for name in REDUCERS if name != "none"])
+def test_every_method_trains(images, tmp_path, name):
+    spec = tiny.spec(prune__reducer=name, prune__fusion="none", recipe__epochs=1)
+    record = train(spec, 0, images, tmp_path, world=World())
+    assert record["tokens"] == [17, 12, 8, 4, 4]
+    assert 0 <= record["metrics"]["top1"] <= 100
+
+
+def test_a_teacher_is_an_unpruned_run_that_the_spec_names(images, tmp_path):
+    plain = {"prune__reducer": "none", "prune__schedule": {"constant": {"rate": 0}}, "prune__fusion": "none"}
+    teacher = train(tiny.spec(**plain, recipe__epochs=1), 0, images, tmp_path / "teacher", world=World())["id"]
+    pruned = {"prune__reducer": "dynamic_vit", "prune__fusion": "none", "recipe__epochs": 1}
+    spec = tiny.spec(**pruned, teacher=teacher)
+    with pytest.raises(ValueError, match=f"spec.teacher = {teacher}: name that run's weights with --teacher"):
+        train(spec, 0, images, tmp_path / "student", world=World())
+    other = tiny.spec(**pruned, teacher="0123456789")
+    with pytest.raises(ValueError, match=r"made by run .*, spec.teacher asks for 0123456789"):
+        train(other, 0, images, tmp_path / "student", world=World(), teacher=tmp_path / "teacher")
+    train(spec, 0, images, tmp_path / "student", world=World(), teacher=tmp_path / "teacher")
+    train(tiny.spec(**pruned), 0, images, tmp_path / "alone", world=World())
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("student", "alone"))
+    assert len(first) == len(second), "the teacher is not part of the student"
+    assert first != second
 
 
 def test_weights_of_timm_that_cannot_be_fetched_end_in_one_message(images, tmp_path, monkeypatch):

@@ -243,7 +243,8 @@ class Backbone(nn.Module):
         if weight is None:
             return x.mean(dim=1)
         weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(1)
-        return (weight.to(x.dtype) @ x).squeeze(1) / weight.sum(dim=2).to(x.dtype)
+        total = weight.sum(dim=2).clamp(min=1).to(x.dtype)  # gates may all be closed
+        return (weight.to(x.dtype) @ x).squeeze(1) / total
 
     def predict(self, tokens: Tokens) -> Tokens:
         """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""

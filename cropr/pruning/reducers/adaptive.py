@@ -117,7 +117,7 @@ class DynamicViT(Reducer):
         if gate is None:
             mean = shared.mean(dim=1, keepdim=True)
         else:
-            mean = (shared * gate.unsqueeze(2)).sum(dim=1, keepdim=True) / gate.sum(dim=1).add(1e-6)[:, None, None]
+            mean = (shared * gate.unsqueeze(2)).sum(dim=1, keepdim=True) / gate.sum(dim=1).clamp(min=1)[:, None, None]
         both = torch.cat((local, mean.to(local.dtype).expand_as(shared)), dim=2)
         return self.decide(both).float().log_softmax(dim=2)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from cropr.data.loading import EvalBatches, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.distributed import ALONE, World
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
+from cropr.pruning.tokens import take
+from cropr.specs import PruneSpec
 from cropr.tasks import TrainSpec
 from cropr.tasks.base import (
     DEFAULT,
@@ -43,12 +46,21 @@ class Objective(BatchTask):
 
     def __init__(self, data: DataSpec, aux_weight: float = 1.0) -> None:
         self.data, self.aux_weight, self.mix = data, aux_weight, mixup(data)
+        self.teacher: PrunedViT | None = None
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W], mixed in place if the data say so, and soft targets [B, classes]; draws from NumPy."""
         if self.mix is not None:
             return self.mix(images, labels)
         return images, soft_target(labels, self.data.num_classes, self.data.augment.smoothing)
+
+    def forward(self, model: Any, images: Tensor, targets: Any) -> Output:
+        output: Output = model(images)
+        if self.teacher is None:
+            return output
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        return replace(output, losses={**output.losses, **distillation(output, teacher)})
 
     def loss(self, output: Output, target: Tensor) -> Losses:
         return losses(output, target, self.aux_weight)
@@ -73,6 +85,11 @@ class Classification(Objective, TaskRun):
 
     def build(self, pretrained: bool = False) -> PrunedViT:
         return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
+
+    def teach(self) -> nn.Module:
+        spec, data = self.spec, self.data
+        self.teacher = build_model(spec.model, PruneSpec(), data.num_classes, data.image_size)
+        return self.teacher.requires_grad_(False).eval()
 
     def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         """Raises ValueError for mixup or cutmix, which mix pairs, with an odd number of images per process."""
@@ -111,6 +128,20 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     log_probability = torch.stack(output.aux).float().log_softmax(dim=-1)  # [M, B, Q, classes]
     aux = -(log_probability * target[:, None]).sum(dim=-1).mean(dim=(1, 2))
     return Losses(main + aux_weight * aux.sum() + output.extra_loss, main, aux)
+
+
+def distillation(output: Output, teacher: Output) -> dict[str, Tensor]:
+    """Losses against the unpruned ``teacher`` (Rao et al., 2021): half the Kullback-Leibler divergence of the
+    predictions, a mean over images, and half the mean squared difference of kept tokens after the last norm, where
+    tokens are whole patches."""
+    student, expected = (each.logits.float().log_softmax(dim=1) for each in (output, teacher))
+    found = {"teacher": 0.5 * F.kl_div(student, expected, reduction="batchmean", log_target=True)}
+    tokens = output.tokens
+    if tokens.index is None or tokens.source is not None:
+        return found
+    far = (tokens.patches.float() - take(teacher.tokens.patches, tokens.index).float()).square().mean(dim=2)
+    weight = torch.ones_like(far) if tokens.weight is None else tokens.weight.detach()
+    return found | {"teacher_tokens": 0.5 * (weight * far).sum() / weight.sum().clamp(min=1)}
 
 
 def soft_target(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
