@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +95,7 @@ def test_rate_zero_is_the_host_and_a_higher_rate_is_not(name: str, fusion: str) 
     expected = answer(host)
     torch.testing.assert_close(prune(host, 0, fusion)(images()).logits, expected, rtol=1e-6, atol=1e-6)
     output = prune(host, 3, fusion)(images())
-    assert [index.shape[1] for index in output.kept.values()] == [12, 9, 6]
+    assert output.kept[1].shape[1] < 16 == output.tokens.num_patches + 10 * (fusion == "none")
     assert (output.logits - expected).abs().max() > 1e-3
 
 
@@ -164,9 +167,8 @@ def test_other_methods_run_or_are_refused_by_name(name: str, reducer: str) -> No
     try:
         output = prune(host_of(name), 3, reducer=reducer)(images())
     except TypeError as error:
-        assert "cannot be pruned" in str(error) and any(
-            word in str(error) for word in ("class token", "pooling", "which")
-        )  # noqa: PT017, PT018
+        refused = str(error)
+        assert re.search("with (no class token|attention pooling|blocks of type .* for .*)", refused), refused
     else:
         assert output.logits.isfinite().all()
 
@@ -175,7 +177,7 @@ def test_other_methods_run_or_are_refused_by_name(name: str, reducer: str) -> No
 def test_the_cls_row_is_that_of_the_layers_own_attention(name: str) -> None:
     backbone = adapt(host_of(name))
     tokens, position = backbone.embed(images())
-    query, key, value = backbone._project(2, backbone._normed(2, tokens), tokens, position)
+    query, key, _ = backbone._project(2, backbone._normed(2, tokens), tokens, position)
     row = (query[:, :, :1] @ key.transpose(2, 3)).softmax(dim=3)
     torch.testing.assert_close(backbone.cls_attention(2, tokens, position), row[:, :, 0, backbone.prefix :])
     if backbone._can_halve(backbone.blocks[1]):
@@ -222,10 +224,20 @@ def test_what_has_no_adapter_is_refused_with_what_has() -> None:
         adapt(swin)
 
 
+@pytest.mark.model
 def test_the_example_of_the_docs_measures_a_speed_up(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     text = (Path(__file__).parents[2] / "docs/hosts.md").read_text(encoding="utf-8")
     code = text.split("```python\n", 1)[1].split("```", 1)[0]
-    small = code.replace("ViTConfig()", "ViTConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=3)")
+    small = code.replace("ViTConfig()", "ViTConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=3)").replace("randn(8,", "randn(1,")
     exec(compile(small, "docs/hosts.md", "exec"), {})
     assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_the_vision_language_example_runs() -> None:
+    pytest.importorskip("transformers")
+    sizes = "--width 64 --depth 6 --text-width 64 --text-depth 1 --image-size 224 --rounds 1".split()
+    script = Path(__file__).parents[2] / "examples/vlm_tower.py"
+    run = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, timeout=300, check=False)
+    assert "time to first token" in run.stdout, run.stderr
