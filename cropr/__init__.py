@@ -17,12 +17,12 @@ from cropr.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
     from cropr import show
-    from cropr.hosts import as_host
+    from cropr.hosts import as_host, speedup
     from cropr.pruning.model import DeployedViT, Output, PrunedViT, prune
     from cropr.pruning.tokens import Tokens
 
 __version__ = "0.1.0"
-__all__ = ["DeployedViT", "Output", "PrunedViT", "Schedule", "Tokens", "as_host", "prune", "show"]
+__all__ = ["DeployedViT", "Output", "PrunedViT", "Schedule", "Tokens", "as_host", "prune", "show", "speedup"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +30,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'cropr' has no attribute {name!r}; it has {sorted(__all__)}")
     if name == "show":
         return import_module("cropr.show")
-    module = {"Tokens": "cropr.pruning.tokens", "as_host": "cropr.hosts"}.get(name, "cropr.pruning.model")
+    module = {"Tokens": "cropr.pruning.tokens", "as_host": "cropr.hosts", "speedup": "cropr.hosts"}.get(
+        name, "cropr.pruning.model"
+    )
     return getattr(import_module(module), name)
 
 

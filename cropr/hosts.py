@@ -1,12 +1,14 @@
-"""A pruned Hugging Face model as a model of its own class."""
+"""What users of a host library do with a pruned model: use it in the host's place, and time it."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import MethodType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def as_host(model: Any) -> Any:
@@ -46,3 +48,24 @@ def _forward(
     states = (tokens.x,) if output_hidden_states else None
     found = BaseModelOutputWithPooling(tokens.x, model.backbone._pooled(tokens), hidden_states=states)
     return found.to_tuple() if return_dict is False else found
+
+
+def speedup(base: nn.Module, model: nn.Module, images: Tensor, rounds: int = 20) -> dict[str, float]:
+    """How many times faster a model is than its host, on the device of the images.
+
+    Args:
+        base: the host, in eval mode.
+        model: a ``DeployedViT``.
+        images: [B, 3, H, W], of the size that the host was built for.
+        rounds: readings; both models run in every round, in alternating order.
+
+    Returns:
+        ``speedup``, the median over rounds, with its 95 % interval ``speedup_low`` to ``speedup_high``, and
+        ``mac_ratio``, how many times fewer multiply-adds an image takes.
+    """
+    from cropr.bench.timing import against, time_passes
+    from cropr.pruning.flops import macs
+
+    with torch.inference_mode():
+        seconds = time_passes({part: partial(part, images) for part in (base, model)}, rounds, images.device.type)
+    return against(seconds[base], seconds[model], macs(base).total / macs(model).total)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,30 +38,21 @@ class Backbone(nn.Module):
         TypeError: a feature of the host that pruning would silently break, by name.
     """
 
-    path: str
-    """Name of the blocks in the host."""
-    block_types: ClassVar[tuple[type[nn.Module], ...]]
-    """Classes of blocks that can be run one by one."""
-    host_type: ClassVar[type[nn.Module]]
-    """Class of the host; a subclass must not have an ``entry`` of its own, which we would skip."""
+    path: str  # name of the blocks in the host
+    block_types: ClassVar[tuple[type[nn.Module], ...]]  # classes of blocks that can be run one by one
+    host_type: ClassVar[type[nn.Module]]  # a subclass must not have an ``entry`` of its own, which we would skip
     entry: ClassVar[str] = "forward"
-    masks: bool = True
-    """The attention of the blocks takes a mask; ``gates``: and with our own attention, gates of DynamicViT."""
-    gates: ClassVar[bool] = False
-    dim: int
-    """C, channels of the tokens; ``heads``: H; ``prefix``: P."""
-    heads: int
-    prefix: int
-    has_cls: bool = True
-    """The first prefix token is a class token."""
-    num_classes: int = 0
-    """Outputs of the host's classifier; 0 if it has none."""
-    pools_by_attention: bool = False
-    """The head pools by attention, which knows no weights of tokens."""
-    rotary: bool = False
-    """Tokens need a place for their rotary positions."""
-    image_size: tuple[int, int]
-    """Rows and columns of the images that the host was built for, in pixels; ``patch_size``: of a patch."""
+    switch: ClassVar[str | None] = None  # name of the host's flag for checkpointing, where the blocks do not see to it
+    masks: bool = True  # the attention of the blocks takes a mask
+    gates: ClassVar[bool] = False  # it can be replaced by one with DynamicViT's gates
+    dim: int  # C, channels of the tokens
+    heads: int  # H
+    prefix: int  # P
+    has_cls: bool = True  # the first prefix token is a class token
+    num_classes: int = 0  # outputs of the host's classifier; 0 if it has none
+    pools_by_attention: bool = False  # the head pools by attention, which knows no weights of tokens
+    rotary: bool = False  # tokens need a place for their rotary positions
+    image_size: tuple[int, int]  # rows and columns of the images that the host was built for, in pixels
     patch_size: tuple[int, int]
     host: Any
 
@@ -264,13 +256,10 @@ class Backbone(nn.Module):
 
     def _call(self, function: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
         """A block or a half of one, under the host's own activation checkpointing switch."""
-        if self._checkpoints() and self.training and torch.is_grad_enabled():
+        on = self.switch is not None and attrgetter(self.switch)(self.host)
+        if on and self.training and torch.is_grad_enabled():
             return checkpoint(function, x, use_reentrant=False, **arguments)
         return function(x, **arguments)
-
-    def _checkpoints(self) -> bool:
-        """Whether that switch is on; False where the blocks see to it themselves."""
-        return False
 
     def _verify(self) -> None:
         if getattr(type(self.host), self.entry) is not getattr(self.host_type, self.entry):

@@ -29,10 +29,6 @@ class EvaBackbone(TimmBackbone):
     def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
         return {**super()._arguments(block, tokens, position, mask), "rope": self._rope(block, tokens, position)}
 
-    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
-        gamma = getattr(module, f"gamma_{half}")
-        return x if gamma is None else gamma * x
-
     def _turn(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
         rope, half = self._rope(block, tokens, position), self.host.blocks[block - 1].attn.rotate_half
         if rope is None:

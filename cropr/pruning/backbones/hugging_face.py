@@ -1,5 +1,5 @@
-"""Hugging Face transformers: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, and the vision towers of CLIP and
-SigLIP; bare models, classifiers, and CLIP with projection; any attention implementation. Versions 4.57 and 5.
+"""Hugging Face transformers 4.57 and 5: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
+SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention.
 
 ``Output.logits`` of a bare model is its ``pooler_output``, and ``Output.tokens.x`` is ``last_hidden_state`` of the
 tokens alive. ``cropr.as_host`` gives a model of the host's own class, for pipelines and for models that contain it.
@@ -133,8 +133,9 @@ class HuggingFaceBackbone(Backbone):
         return hasattr(module, "mlp")
 
     def _verify(self) -> None:
-        if not _HOST.fullmatch(type(self.host).__name__):
-            raise self._refuse("this head or text tower (supported: vision models, bare or with a classifier)")
+        kind = type(self.host)
+        if not _HOST.fullmatch(kind.__name__) or not kind.__module__.startswith("transformers."):
+            raise self._refuse("this head, forward or text tower (supported: vision models, bare or with a classifier)")
         for module in self.blocks:
             if type(module).__name__ not in [f"{name}Layer" for name in _FAMILIES]:
                 raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {_FAMILIES}")

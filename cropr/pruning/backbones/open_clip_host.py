@@ -14,7 +14,7 @@ from cropr.pruning.tokens import Tokens
 class OpenClipBackbone(Backbone):
     """``head`` gives the image embedding [B, output_dim]; ``norm`` nothing, since the host's belongs to its pooling."""
 
-    path = "transformer.resblocks"
+    path, switch = "transformer.resblocks", "transformer.grad_checkpointing"
     masks, host_type = False, VisionTransformer
     block_types = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 
@@ -32,9 +32,6 @@ class OpenClipBackbone(Backbone):
     def head(self, tokens: Tokens) -> Tensor:
         pooled, _ = self.host._pool(tokens.x)
         return pooled if self.host.proj is None else pooled @ self.host.proj
-
-    def _checkpoints(self) -> bool:
-        return self.host.transformer.grad_checkpointing
 
     def _verify(self) -> None:
         host = self.host

@@ -20,7 +20,7 @@ class TimmBackbone(Backbone):
     attention_type: ClassVar[type[nn.Module]]
     """Class of a block's ``attn`` whose projections can be read."""
     gates: ClassVar[bool] = True
-    path = "blocks"
+    path, switch = "blocks", "grad_checkpointing"
 
     def __init__(self, host: Any) -> None:
         super().__init__(host)
@@ -75,8 +75,11 @@ class TimmBackbone(Backbone):
         return x + module.drop_path2(self._scale(module, 2, module.mlp(module.norm2(x))))
 
     def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
-        """LayerScale of the first or second half of a block."""
-        raise NotImplementedError
+        """LayerScale of the first or second half of a block: a module of ViT, a parameter or None of EVA."""
+        if hasattr(module, f"ls{half}"):
+            return getattr(module, f"ls{half}")(x)
+        gamma = getattr(module, f"gamma_{half}")
+        return x if gamma is None else gamma * x
 
     def _normed(self, block: int, tokens: Tokens) -> Tensor:
         module = self.host.blocks[block - 1]
@@ -100,9 +103,6 @@ class TimmBackbone(Backbone):
 
     def _can_halve(self, module: Any) -> bool:
         return type(module) in self.halved_types
-
-    def _checkpoints(self) -> bool:
-        return self.host.grad_checkpointing
 
     def _verify(self) -> None:
         super()._verify()

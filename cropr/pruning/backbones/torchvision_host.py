@@ -27,7 +27,7 @@ class TorchvisionBackbone(Backbone):
 
     def embed(self, images: Tensor) -> tuple[Tokens, Any]:
         host, patches = self.host, self.host._process_input(images)
-        x = torch.cat((host.class_token.expand(len(patches), -1, -1), patches), dim=1) + host.encoder.pos_embedding
+        x = torch.cat((host.class_token.expand(patches.shape[0], -1, -1), patches), dim=1) + host.encoder.pos_embedding
         return Tokens.full(host.encoder.dropout(x), 1), None
 
     def norm(self, tokens: Tokens) -> Tokens:

@@ -33,10 +33,6 @@ class ViTBackbone(TimmBackbone):
         x = host.norm_pre(host._pos_embed(host.patch_embed(images)))
         return Tokens.full(x, self.prefix), None
 
-    def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
-        scaled: Tensor = getattr(module, f"ls{half}")(x)
-        return scaled
-
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         attention = self.host.blocks[block - 1].attn
         if not isinstance(attention.k_norm, nn.Identity):
