@@ -291,10 +291,9 @@ class _Run:
     def evaluated(self, epoch: int, metrics: dict[str, float]) -> None:
         """Keep metrics, and the model's present weights if the first metric is the highest so far."""
         name, value = next(iter(metrics.items()))
-        if self.world.leads:
-            self._show("val", metrics)
-            if value is not None and all(value > (earlier[name] or 0) for earlier in self.history):
-                save_weights(self.settings.out / BEST, self.model)
+        self._show("val", metrics)
+        if self.world.leads and all((value or 0) > (earlier[name] or 0) for earlier in self.history):
+            save_weights(self.settings.out / BEST, self.model)
         self.history.append({"epoch": epoch, **metrics})
 
     def _show(self, what: str, values: dict[str, Any]) -> None:
