@@ -125,12 +125,6 @@ PUBLIC = {"fashion": {"imagenet": 10, "ade20k": 11}, "pets": {"imagenet": 37, "a
 """Public sets that ``cropr.data.public`` writes: number of classes by layout."""
 
 
-class PublicSpec(Spec):
-    """A public set, key of ``PUBLIC``."""
-
-    name: str
-
-
 class ImagesSpec(Spec):
     """What the data specs of all tasks share."""
 

@@ -61,10 +61,7 @@ def _scenes(args: argparse.Namespace, tick: Callable[..., None]) -> str:
 def _public(args: argparse.Namespace, tick: Callable[..., None]) -> str:
     from cropr.data.public import write
 
-    def show(done: int, total: int) -> None:
-        tick(args.what, completed=done, total=total)
-
-    counts = write(args.what, args.out, args.source, show)
+    counts = write(args.what, args.out, args.source, lambda done, all_: tick(args.what, completed=done, total=all_))
     return f"{counts['train_images']} training and {counts['val_images']} validation images in {args.out}"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -154,14 +153,10 @@ def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --sp
     return {"model": {"name": args.model, **({"args": built} if built else {})}, "prune": prune}
 
 
-def keys(kind: type[BaseModel], before: str = "") -> Iterator[str]:
-    """Dotted keys of a specification, as ``--set`` takes them."""
-    for name, field in kind.model_fields.items():
-        inner = type(field.default) if isinstance(field.default, BaseModel) else field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from keys(inner, f"{before}{name}.")
-        else:
-            yield before + name
+def keys(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Dotted keys of nested values, as ``--set`` takes them; a dictionary without keys is one."""
+    for name, value in values.items():
+        yield from keys(value, f"{before}{name}.") if isinstance(value, dict) and value else [before + name]
 
 
 # Specifications -----------------------------------------------------------------------------------------------------
@@ -213,11 +208,8 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     record = read_record(folder)
     if record["kind"] != "train":
         raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
-    return (
-        make_spec(record["spec"]),
-        folder / (BEST if args.best else WEIGHTS),
-        given(args, ["seed"]).get("seed", record["seed"]),
-    )
+    weights = folder / (BEST if args.best else WEIGHTS)
+    return make_spec(record["spec"]), weights, record["seed"] if args.seed is None else args.seed
 
 
 def parse(text: str, where: str) -> dict[str, Any]:

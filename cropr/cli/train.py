@@ -35,12 +35,13 @@ _PARTS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "auto_augme
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    keys = ", ".join(flags.keys(TrainSpec(model=ModelSpec(name="")).model_dump()))
     data = "the images: train/<class>/* and val/<class>/*, or the layout of the spec's task"
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from these safetensors, or a run's directory")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"set a key: {_keys()}")
     parser.add_argument("--teacher", type=Path, metavar="FILE", help="learn from this unpruned run, too, as --init")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"set a key: {keys}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
     flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
@@ -60,12 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--tensorboard", action="store_true", help="also write event files (needs tensorboard)")
 
 
-def _keys() -> str:
-    """Keys of ``--set``; those of images and detectors of other tasks stand in their specs."""
-    kept = [key for key in flags.keys(TrainSpec) if key.partition(".")[0] not in ("data", "detector")]
-    return ", ".join([*kept, *flags.keys(TASKS["classification"].data, "data.")])
-
-
 def run(args: argparse.Namespace) -> None:
     """Train, then print one line."""
     spec: Any = None
@@ -76,7 +71,6 @@ def run(args: argparse.Namespace) -> None:
         spec = flags.make_spec(args.spec, args.set)
 
     from cropr.distributed import start
-    from cropr.tasks import TASKS
     from cropr.training.loop import TrainingInterrupted, train
 
     with start(args.device, args.threads) as world:

@@ -39,10 +39,8 @@ class ImageError(ValueError):
 
 def find_images(path: Path) -> list[Path]:
     """A file, or the images below a folder in the order of their names. FileNotFoundError: neither, or no image."""
-    if path.is_file():
-        return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
-    if not found:
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    if not (found := [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]):
         raise FileNotFoundError(f"{path}: no such file, and no folder with images ({', '.join(IMG_EXTENSIONS)})")
     return found
 

@@ -5,10 +5,9 @@
 ``fashion``: Fashion-MNIST (Zalando SE, MIT licence), 60,000 + 10,000 grey images of 28 px, 10 classes.
 ``pets``: Oxford-IIIT Pet (Parkhi et al., CVPR 2012; CC BY-SA 4.0), 3,680 + 3,669 photos, 37 breeds, a map for each.
 
-Every layout has the same images, linked where the file system allows it. Semantic maps have 1 for the background, 2 + c
-for class c, and 0 (not labelled) for the border of a pet. Fashion-MNIST has no maps, but a black background: every
-other pixel belongs to the class. Instances are one an image: the pixels of its class, with the border. They are also
-the truth of the validation images (``cropr.data.scenes.object_mask``).
+Semantic maps have 1 for the background, 2 + c for class c, and 0 (not labelled) for the border of a pet. Fashion-MNIST
+has a black background: every other pixel belongs to the class. Pixels of the class, with the border, are the one
+instance of an image, and the truth of the validation images (``cropr.data.scenes.object_mask``).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from cropr.data.layouts import Entry, clear, coco_entry, coco_index
 from cropr.data.loading import decode
 from cropr.data.scenes import INCOMPLETE, OBJECT, SPLITS
 from cropr.records import RECORD, make_record, write_record
-from cropr.specs import PUBLIC, PublicSpec
+from cropr.specs import PUBLIC, Spec
 
 BACKGROUND, INSIDE, BORDER = 0, 1, 2
 """Values of the region of a class."""
@@ -72,8 +71,8 @@ def write(
             coco_index(out / "coco", split, entries, dict(enumerate(classes, start=1)), name)
         metrics[f"{split}_images"] = len(data)
     for layout, count in PUBLIC[name].items():
-        found = {"layout": layout, "metrics": {**metrics, "classes": count}, "tokens": [], "series": {}}
-        write_record(out / layout / RECORD, make_record("data", PublicSpec(name=name), started, found))
+        found = {"set": name, "layout": layout, "metrics": {**metrics, "classes": count}, "tokens": [], "series": {}}
+        write_record(out / layout / RECORD, make_record("data", Spec(), started, found))
         (out / layout / INCOMPLETE).unlink()
     return metrics
 
@@ -81,11 +80,11 @@ def write(
 def _root(name: str, out: Path, source: Path | None) -> Path:
     """torchvision's root, with the files of ``source`` in it, if given."""
     root, inner = out / "downloads", Path(_FOLDERS[name])
-    if source is not None and not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder; it should hold the archives of {name}")
-    if source is not None and (source / inner).is_dir():
-        return source
-    for file in source.glob("*.gz") if source else ():
+    if source is None or (source / inner).is_dir():
+        return source or root
+    if not (archives := list(source.glob("*.gz"))):
+        raise FileNotFoundError(f"{source}: no such folder, or it does not hold the archives of {name} (*.gz)")
+    for file in archives:
         _link(file, root / inner / file.name)
         if name == "fashion":
             (root / inner / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
@@ -122,10 +121,7 @@ def _place(sample: Sample, classes: list[str], split: str, roots: Mapping[str, P
     name, label, image, region = sample
     own, folder, inside = f"{split}/{classes[label]}/{name}", "training", region != BACKGROUND
     first = roots["imagenet"] / own
-    if isinstance(image, Path):
-        _link(image, first)
-    else:
-        _save(image, first)
+    (_link if isinstance(image, Path) else _save)(image, first)
     if split == "val":
         folder = "validation"
         _save(Image.fromarray(inside * np.uint8(OBJECT)), roots["imagenet"] / "truth" / own)
@@ -143,7 +139,7 @@ def _place(sample: Sample, classes: list[str], split: str, roots: Mapping[str, P
     return coco_entry(number, name, size, box)
 
 
-def _link(file: Path, place: Path) -> None:
+def _link(file: Any, place: Path) -> None:
     """The same file at a second place, a copy where the file system has no links."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
@@ -153,6 +149,6 @@ def _link(file: Path, place: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def _save(image: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path.with_suffix(".png"), compress_level=1)

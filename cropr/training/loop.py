@@ -290,10 +290,9 @@ class _Run:
     def evaluated(self, epoch: int, model: nn.Module, metrics: dict[str, float]) -> None:
         """Keep metrics, and the weights of the model if its first metric is the highest so far."""
         name, value = next(iter(metrics.items()))
-        if self.world.leads:
-            self._show("val", metrics)
-            if value is not None and all(value > (earlier[name] or 0) for earlier in self.history):
-                save_weights(self.settings.out / BEST, model)
+        self._show("val", metrics)
+        if self.world.leads and all((value or 0) > (earlier[name] or 0) for earlier in self.history):
+            save_weights(self.settings.out / BEST, model)
         self.history.append({"epoch": epoch, **metrics})
 
     def _show(self, what: str, values: dict[str, Any]) -> None:
