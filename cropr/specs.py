@@ -29,7 +29,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_increasing)]
 class Spec(BaseModel):
     """Base of all specs: unknown keys are refused, values are not changed after construction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def digest(self) -> str:
         """Ten hex digits of the content: equal specs share a digest, on every machine.
@@ -133,7 +133,7 @@ class RecipeSpec(Spec):
     query_lr: float = Field(1.0, gt=0)
     """Learning-rate scale of Cropr's queries. They start at unit length, where their attention is almost uniform."""
     weight_decay: float = Field(0.05, ge=0)
-    clip_grad: float | None = None
+    clip_grad: float | None = Field(None, gt=0)
     grad_checkpointing: bool = False
     """Compute each block again in the backward pass, not keep its activations: less memory, a third more time."""
     ema: float | None = Field(None, gt=0, lt=1)
@@ -147,8 +147,34 @@ class RecipeSpec(Spec):
         return self.base_lr * self.batch_size / 256
 
 
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    """Keys and values of YAML or JSON. Raises: ValueError: ``where`` it stands, and what it is instead."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None and _values(node, {}) > YAML_VALUES:
+            raise ValueError(f"{where}: aliases (*name) repeat more than {YAML_VALUES:,} values; write them out")
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is neither JSON nor YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node of YAML stands for, those behind aliases counted each time."""
+    if id(node) not in known:
+        known[id(node)] = YAML_VALUES  # of a node that holds itself
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts if not isinstance(part, str))
+    return known[id(node)]
+
+
 Namer = Callable[[str], str | None]
 RELATIONS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
+YAML_VALUES = 100_000
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -17,10 +17,13 @@ examples:
 import argparse
 import hashlib
 import logging
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import cropr.cli.spec_flags as flags
+from cropr.records import claimed
 from cropr.specs import ModelSpec, RecipeSpec
 from cropr.tasks import TrainSpec
 
@@ -69,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
         how = {name: getattr(args, name) for name in ("init", "workers", "checkpoint_minutes", "evaluate_every")}
         try:
-            record = train(spec, args.seed, args.data, out, world=world, **how)
+            with claimed(out) if world.leads else nullcontext():
+                record = train(spec, args.seed, args.data, out, world=world, **how)
         except TrainingInterrupted as stop:
             message, number = stop.args
             _LOG.error("%s; the same command continues from there", message)
@@ -91,6 +95,8 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     name = require_known(args.model)
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr:g}: must be a finite number above 0")
     batch = args.batch_size if args.batch_size is not None else min(64, len(split))
     values["model"] |= {"drop_path": 0.1, **flags.given(args, ["drop_path"])}
     values |= {
