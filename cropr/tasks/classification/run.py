@@ -19,6 +19,7 @@ from cropr.data.imagenet import EvalImages, TrainImages, load_splits, mixup
 from cropr.data.loading import EvalBatches, Share, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
+from cropr.pruning.scorer import Aggregator
 from cropr.tasks import TrainSpec
 from cropr.tasks.base import (
     BatchTask,
@@ -66,7 +67,12 @@ class Classification(Objective, TaskRun):
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
 
     def build(self, pretrained: bool = False) -> PrunedViT:
-        return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
+        spec, data = self.spec, self.data
+        model: PrunedViT = build_model(spec.model, spec.prune, data.num_classes, data.image_size, pretrained)
+        for module in model.modules():
+            if isinstance(module, Aggregator):
+                module.initialise(std=0.02)  # the authors' for classification alone
+        return model
 
     def batches(self, seed: int, **share: Unpack[Share]) -> TrainBatches:
         """Raises ValueError for mixup or cutmix, which mix pairs, with an odd number of images per process."""
