@@ -67,9 +67,7 @@ def export(
     images = torch.randn(batch_size, 3, size, size, generator=generator)
     tell("torch.export")
     program = to_program(exportable, size)
-    torch.export.save(program, buffer := io.BytesIO())  # on a full disk, torch's own writer aborts the process
-    with replacing(folder / PT2) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    _save(program, folder / PT2)
     tell("ONNX")
     to_onnx(program, folder / ONNX, exportable.names)
     graph = inspect(folder / ONNX)
@@ -91,9 +89,9 @@ def export(
         seconds = time_passes(passes, rounds, "cpu", tell)
     # A file of weights may lie beside.
     sizes = {file: sum(part.stat().st_size for part in folder.glob(f"{file}*")) for file in (ONNX, PT2)}
-    metrics = {
-        **{f"{file.partition('.')[2]}_mb": size / 1e6 for file, size in sizes.items()},
-        **{"images": agreement.images, "same_tokens": agreement.same_tokens},
+    metrics = {f"{file.partition('.')[2]}_mb": size / 1e6 for file, size in sizes.items()} | {
+        "images": agreement.images,
+        "same_tokens": agreement.same_tokens,
         "logits_difference": agreement.logits,
         "largest_k": max(graph.topk, default=0),
         "topk": len(graph.topk),
@@ -105,6 +103,13 @@ def export(
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
         metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
     return {"metrics": metrics, "operators": graph.operators, "series": seconds}
+
+
+def _save(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program whole or not at all; on a full disk, torch's own writer would abort the process."""
+    torch.export.save(program, buffer := io.BytesIO())
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
