@@ -40,16 +40,20 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, or 2 for a wrong command, file or value, in one message."""
+    """Run one verb. Returns the exit status: 0; 2 for a wrong command, file or value, in one message; 130: Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    verb = next((word for word in argv if word in VERBS), None)
-    args = build_parser(verb).parse_args(argv)
+    verb, log = next((word for word in argv if word in VERBS), None), logging.getLogger("cropr")
     try:
+        args = build_parser(verb).parse_args(argv)
         args.run(args)
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        logging.getLogger("cropr").error("error: %s", error)
+    except (ValueError, OSError) as error:
+        place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        log.error("error: %s", f"{place}: {reason}" if place and reason else reason or error)
         return 2
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
     return 0
 
 

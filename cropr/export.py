@@ -10,6 +10,7 @@ B batch, K kept, R pruned.
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 import warnings
@@ -29,6 +30,7 @@ from cropr.pruning import flops
 from cropr.pruning.model import DeployedViT, prune
 from cropr.pruning.reducers.select import Random
 from cropr.pruning.schedule import Schedule
+from cropr.records import replacing
 
 TENSORRT_TOPK = 3840
 """Largest k of TensorRT's Top-K, as its users report it (github.com/NVIDIA/TensorRT, issues 4244 and 4390)."""
@@ -59,12 +61,11 @@ def export(
     package, or a file that does not agree with PyTorch.
     """
     exportable, host = Exportable(model), model.model.backbone.host
-    size = host.patch_embed.img_size[0]
-    images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
-    folder.mkdir(parents=True, exist_ok=True)
+    size, generator = host.patch_embed.img_size[0], torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, size, size, generator=generator)
     tell("torch.export")
     program = to_program(exportable, size)
-    torch.export.save(program, folder / PT2)
+    _save(program, folder / PT2)
     tell("ONNX")
     to_onnx(program, folder / ONNX, exportable.names)
     operators, of_graph = inspect(folder / ONNX)
@@ -76,8 +77,10 @@ def export(
             f"{folder / ONNX} does not agree with PyTorch: the same tokens for {same} of {batch_size} images, logits "
             f"differ by up to {difference:.2g}; do not deploy it"
         )
-    inputs = {"images": images.numpy()}
-    passes = {"onnx": partial(session.run, ["logits"], inputs), "torch": partial(model, images)}
+    passes = {
+        "onnx": partial(session.run, ["logits"], inputs := {"images": images.numpy()}),
+        "torch": partial(model, images),
+    }
     if against_unpruned:
         passes["base_onnx"] = partial(_unpruned_session(model, size, tell).run, ["logits"], inputs)
     with torch.inference_mode():
@@ -95,6 +98,13 @@ def export(
         metrics |= {f"base_{name}": value for name, value in speed(base, batch_size).items()}
         metrics |= speed(seconds["onnx"], batch_size) | against(base, seconds["onnx"], mac_ratio)
     return {"metrics": metrics, "operators": operators, "series": seconds}
+
+
+def _save(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program whole or not at all; on a full disk, torch's own writer would abort the process."""
+    torch.export.save(program, buffer := io.BytesIO())
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
@@ -156,7 +166,10 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[s
         logging.disable(before)
     assert converted is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    converted.save(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # no half file under the final name
+        converted.save(Path(folder) / path.name)
+        for part in Path(folder).iterdir():
+            part.replace(path.with_name(part.name))
 
 
 def inspect(path: Path) -> tuple[dict[str, int], dict[str, int]]:

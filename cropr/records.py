@@ -19,13 +19,15 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from cropr.specs import Spec
 
 RECORD = "record.json"
 """Name of the file in the job's directory."""
+LOCK = ".lock"
+"""Name of the file that says which process runs in a directory."""
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "pydantic", "scikit-learn")
 """Packages whose version can change a number; those that are not installed are left out of the record."""
@@ -40,9 +42,52 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o666 & ~umask)  # some libraries make files that only their owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder for one process alone. If the body fails, folders made here that hold no content are removed.
+
+    Raises:
+        ValueError: another process runs there; the message names it.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (folder / LOCK).open("a+", encoding="utf-8") as file:
+            if not _lock(file):
+                file.seek(0)
+                raise ValueError(f"{folder}: {file.read()} runs in this folder; wait for it or choose another --out")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now().isoformat(' ', 'seconds')},")
+            file.flush()
+            try:
+                yield
+            finally:
+                (folder / LOCK).unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for empty in [entry for entry in folder.iterdir() if made and not entry.stat().st_size]:
+                empty.unlink()
+            for place in made:
+                place.rmdir()
+        raise
+
+
+def _lock(file: TextIO) -> bool:
+    """Whether an open file could be locked; True also where there are no locks (Windows, some file systems)."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -29,7 +29,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_increasing)]
 class Spec(BaseModel):
     """Base of all specs: unknown keys are refused, values are not changed after construction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def digest(self) -> str:
         """Ten hex digits of the content: equal specs share a digest, on every machine.
@@ -163,7 +163,7 @@ class RecipeSpec(Spec):
     """Segmentation: a class, from 0, whose patches the auxiliary losses leave out, for a background that has most of
     the patches: auxiliary heads learn to answer it everywhere. None, as in the paper, for no class."""
     weight_decay: float = Field(0.05, ge=0)
-    clip_grad: float | None = None
+    clip_grad: float | None = Field(None, gt=0)
     grad_checkpointing: bool = False
     """Compute each block again in the backward pass, not keep its activations: less memory, a third more time."""
     freeze_encoder: bool = False
@@ -179,8 +179,24 @@ class RecipeSpec(Spec):
         return self.base_lr * self.batch_size / 256
 
 
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    """Keys and values of YAML or JSON. Raises: ValueError: ``where`` it stands, and what it is instead."""
+    import yaml
+
+    try:
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > ALIASES:
+            raise ValueError(f"{where} has more than {ALIASES} aliases (*name), which can multiply; write values out")
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is neither JSON nor YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
 Namer = Callable[[str], str | None]
 RELATIONS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
+ALIASES = 40
 Model = TypeVar("Model", bound=BaseModel)
 
 

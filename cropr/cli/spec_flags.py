@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cropr.pruning.methods import FUSIONS, REDUCERS
 from cropr.records import RECORD, read_record, write_record
-from cropr.specs import Spec, check
+from cropr.specs import Spec, check, load_yaml
 from cropr.tasks import TASKS, TrainSpec
 
 Kind = TypeVar("Kind", bound=Spec)
@@ -148,7 +148,7 @@ def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --sp
         if not pruned and (args.rate or args.schedule):
             raise ValueError("--reducer none prunes nothing; leave --rate and --schedule out")
         constant = {"constant": {"rate": (8 if args.rate is None else args.rate) * pruned}}
-        prune["schedule"] = parse(args.schedule, "--schedule") if args.schedule else constant
+        prune["schedule"] = load_yaml(args.schedule, "--schedule") if args.schedule else constant
     built = given(args, ("patch_size", "depth"))
     return {"model": {"name": args.model, **({"args": built} if built else {})}, "prune": prune}
 
@@ -165,11 +165,11 @@ def keys(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
 def read_values(text: str) -> dict[str, Any]:
     """Keys and values of a spec, unchecked, from a JSON or YAML file, or from JSON itself."""
     if text.lstrip().startswith("{"):
-        return parse(text, "--spec")
+        return load_yaml(text, "--spec")
     path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(f"--spec {text}: no such file, and not JSON (it would begin with {{)")
-    values = parse(path.read_text(encoding="utf-8"), text)
+    values = load_yaml(path.read_text(encoding="utf-8"), text)
     return values.get("spec", values)  # a record.json holds its spec
 
 
@@ -210,19 +210,6 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
         raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
     weights = folder / (BEST if args.best else WEIGHTS)
     return make_spec(record["spec"]), weights, record["seed"] if args.seed is None else args.seed
-
-
-def parse(text: str, where: str) -> dict[str, Any]:
-    """Keys and values of YAML or JSON. Raises: ValueError: ``where`` it stands, and what it is instead."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is neither JSON nor YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected keys and values, found {type(values).__name__}")
-    return values
 
 
 # Terminal -----------------------------------------------------------------------------------------------------------

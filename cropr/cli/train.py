@@ -19,11 +19,14 @@ examples:
 import argparse
 import hashlib
 import logging
+import math
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import cropr.cli.spec_flags as flags
+from cropr.records import claimed
 from cropr.specs import ModelSpec, RecipeSpec
 from cropr.tasks import TASKS, TrainSpec
 
@@ -80,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
         out = args.out or Path("runs") / spec.digest() / f"seed{args.seed}"
         how = {name: getattr(args, name) for name in ("init", "teacher", "workers", *_WATCH)}
         try:
-            record = train(spec, args.seed, args.data, out, world=world, **how)
+            with claimed(out) if world.leads else nullcontext():
+                record = train(spec, args.seed, args.data, out, world=world, **how)
         except TrainingInterrupted as stop:
             message, number = stop.args
             _LOG.error("%s; the same command continues from there", message)
@@ -103,6 +107,8 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
     policy = args.auto_augment or _RANDAUGMENT
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr:g}: must be a finite number above 0")
     batch = args.batch_size if args.batch_size is not None else min(64, len(split))
     values["model"] |= {"drop_path": 0.0 if args.freeze_encoder else 0.1, **flags.given(args, ["drop_path"])}
     values |= {

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,6 +154,8 @@ def _wrong_image(entry: Mapping[str, Any]) -> str | None:
     name, *sides = (entry.get(key) for key in ("file_name", "height", "width"))
     if not isinstance(name, str) or not name:
         return f"file_name is {name!r}, not a name"
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        return f"file_name is {name!r}, which leads out of the folder of images"
     if not all(type(side) is int and side > 0 for side in sides):
         return f"height {sides[0]!r} and width {sides[1]!r} are not positive whole numbers"
     return None

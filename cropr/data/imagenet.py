@@ -10,6 +10,7 @@ The transforms are timm's. H and W are the image size of the spec.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +20,7 @@ from typing import Any
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cropr.data.loading import Samples, decode, require_folders, settle, some, wrong_count
 from cropr.tasks.classification import TASK, DataSpec
@@ -56,6 +57,8 @@ def load_splits(
         folder = root / split.name
         if not split.classes:
             found.append(f"{folder}: no class folder; put images into {split.name}/<class>/")
+        if len(split.classes) == 1:
+            found.append(f"{folder}: {split.classes[0]} is the only class; two or more are needed")
         filled = set(split.labels)
         if empty := [name for label, name in enumerate(split.classes) if label not in filled]:
             found.append(f"{folder}: no image in {some(empty, ', ')}; remove the folder or put images there")
@@ -73,9 +76,20 @@ def _list(root: Path, name: str) -> Split:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         return Split(root, name, (), (), ())
-    labels = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(folder), labels, IMG_EXTENSIONS, allow_empty=True)
+    samples = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
     return Split(root, name, tuple(classes), tuple(p for p, _ in samples), tuple(label for _, label in samples))
+
+
+def _images(folder: Path) -> list[str]:
+    """Images in a folder and below, by name. Links are followed, but none twice and none to a folder above."""
+    seen, found = set(map(str, folder.resolve().parents)), list[tuple[str, str]]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [(place, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return [os.path.join(*pair) for pair in sorted(found)]
 
 
 def is_random(spec: DataSpec) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -189,7 +190,8 @@ def _run(write_one: Callable[[Place], Entry], places: list[Place], workers: int)
         yield from map(write_one, places)
         return
     # Spawned, since forking a process in which torch runs threads can hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    how: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # ours to handle
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), **how) as pool:
         yield from pool.map(write_one, places, chunksize=CHUNK)
 
 

@@ -108,6 +108,13 @@ class Aggregator(nn.Module):
             else None
         )
 
+    def initialise(self, std: float) -> None:
+        """Start the MLP from a truncated normal and zero biases, not from torch's default."""
+        for layer in self.mlp or ():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=std)
+                nn.init.zeros_(layer.bias)
+
     def forward(self, logits: Tensor, x: Tensor) -> Tensor:
         """[B, Q, C] from logits [B, H, Q, L] and tokens x [B, L, C]."""
         heads = logits.shape[1]

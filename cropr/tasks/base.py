@@ -172,6 +172,9 @@ def build_model(
         with torch.device("meta"):
             adapt(timm.create_model(model.name))  # says that its kind cannot be pruned, where that is why
         raise
+    side = getattr(getattr(host, "patch_embed", None), "patch_size", (1, 1))[0]
+    if image_size % side:
+        raise ValueError(f"image_size = {image_size}: must be a multiple of the model's patch size, {side} px")
     schedule = Schedule.from_config(spec.schedule)
     pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
     if pruned.reducers or pruned.dense:

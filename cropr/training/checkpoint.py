@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -34,6 +34,8 @@ WEIGHTS = "weights.safetensors"
 
 BEST = "best.safetensors"
 """The weights whose first metric was the highest, where a run was evaluated while it trained."""
+CHECKSUM = "sha256"
+"""Key of a file's header with the digest of its tensors, by which a damaged file is refused."""
 
 AVERAGE = "average.safetensors"
 FINAL_NORMS = ("norm", "fc_norm")
@@ -201,6 +203,10 @@ def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:
     raises. Returns names of tensors: ``loaded``, among them ``interpolated``; ``fresh`` and ``ignored``.
     """
     tensors = _read(path)
+    if wrong := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        raise ValueError(
+            f"{path}: values that are not finite in {some(wrong, ', ', limit=3)}; start from other weights"
+        )
     if any(name.startswith(HOST) for name in tensors):
         _inherit(model, path, tensors)
         tensors = {name.removeprefix(HOST): tensor for name, tensor in tensors.items() if name.startswith(HOST)}
@@ -275,11 +281,31 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; weights are expected as safetensors")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            wanted = (file.metadata() or {}).get(CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    if wanted not in (None, _checksum(tensors)):
+        raise ValueError(
+            f"{path}: differs from the checksum in its header, so it is damaged; delete it or copy it again"
+        )
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save_file(plain, temporary, {**(metadata or {}), CHECKSUM: _checksum(plain)})
+        except SafetensorError as error:  # also of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from None

@@ -191,3 +191,11 @@ def test_mixed_precision_evaluates_to_nearly_the_same(batches):
     full, half = (evaluate(model, batches, EvaluationSettings(precision=p)).metrics["loss"] for p in ("fp32", "bf16"))
     assert full == pytest.approx(half, rel=0.02)
     assert full != half
+
+
+def test_the_aggregators_start_as_the_authors_do(tmp_path):
+    spec = tiny.spec(model__args={**tiny.spec().model.args, "embed_dim": 64})
+    layers = Classification(spec, tiny.write_folder(tmp_path)).build().reducers["1"].aggregator.mlp
+    assert layers[1].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not layers[1].bias.any()
+    assert not layers[3].bias.any()

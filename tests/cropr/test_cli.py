@@ -38,11 +38,6 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield shlex.split(re.split(r"\s{3,}| > | \| ", command)[0])
 
 
-def test_finds_commands() -> None:
-    text = "  $ python -m cropr bench --rate 8 \\\n     --fusion llf    words\n`python -m cropr doctor --json > a`, yes"
-    assert list(commands(text)) == [["bench", "--rate", "8", "--fusion", "llf"], ["doctor", "--json"]]
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples_that_parse(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -19,7 +19,6 @@ from cropr.data.coco import (
     TrainImages,
     collate,
     fingerprint,
-    fit,
     jitter,
     load_coco,
     read_image,
@@ -211,17 +210,6 @@ def test_a_cut_box_is_drawn_around_what_is_left():
     assert seen.boxes.tolist() == [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]]
     assert ys.max() == 63  # cut at the bottom ...
     assert xs.max() - xs.min() == 7  # ... and only the upright beam is left, four pixels enlarged to eight
-
-
-def test_all_instances_may_be_gone():
-    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    seen = view(64, torch.zeros(3, 64, 64, dtype=torch.uint8), [[1.0, 1.0, 2.0, 2.0]], mask)
-    assert (seen.boxes.shape, seen.masks.shape, seen.kept.tolist()) == ((0, 4), (0, 64, 64), [False])
-
-
-def test_fit_keeps_the_ratio():
-    assert fit(torch.zeros(3, 50, 100, dtype=torch.uint8), 64).shape == (3, 32, 64)
-    assert fit(torch.zeros(3, 1000, 4, dtype=torch.uint8), 64).shape == (3, 64, 1)
 
 
 def test_spec_refuses_an_empty_range():

@@ -13,7 +13,7 @@ import torch
 from test_fusion import images, segmenter
 
 from cropr.data.imagenet import load_splits
-from cropr.pruning.schedule import Schedule, ramp
+from cropr.pruning.schedule import Schedule
 from cropr.specs import RecipeSpec
 from cropr.tasks.classification.run import Objective
 from cropr.training.loop import Settings, TrainingInterrupted, fit
@@ -61,11 +61,6 @@ def test_part_epochs_and_short_runs_rise_by_the_step(epochs):
     assert shares == sorted(shares)
     assert len(set(shares[: total // 2])) == total // 2  # another one each step
     assert shares[total // 2 - 1] == 1 == shares[-1]
-
-
-def test_two_steps_and_runs_without_curriculum_have_no_ramp():
-    assert [ramp(0, 1), ramp(0, 2), ramp(1, 2)] == [1, 1, 1]
-    assert {pruning_share(RecipeSpec(epochs=4), step, 5) for step in range(20)} == {1}  # without a curriculum
 
 
 # Schedules ----------------------------------------------------------------------------------------------------------

@@ -71,16 +71,6 @@ def test_the_truth_scores_full_marks_and_prints_nothing(annotations, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_no_detection_scores_zero(annotations):
-    metrics = score([], annotations)
-    assert metrics == {f"{kind}_{figure}": 0 for kind in ("box", "mask") for figure in OF_THIS_SIZE}
-
-
-def test_boxes_alone(annotations):
-    results = [{key: result[key] for key in result if key != "segmentation"} for result in perfect(annotations)]
-    assert set(score(results, annotations)) == {f"box_{figure}" for figure in OF_THIS_SIZE}
-
-
 def test_twelve_figures_by_size(tmp_path):
     """One object of each size; the large one is found with IoU 0.8, the medium one not at all."""
     boxes = {"small": [0, 0, 20, 20], "medium": [50, 0, 60, 60], "large": [0, 100, 100, 100]}
@@ -226,12 +216,6 @@ def test_results_of_all_processes_are_joined_by_image(root):
     joined = predict(Oracle(val), batches(val), (3, 7, 90), backwards)
     assert [r["image_id"] for r in joined[0]] == [r["image_id"] for r in alone[0]]
     assert joined[1] == alone[1] == [100, 107, 114, 121, 128]
-
-
-def test_images_are_needed(root):
-    _, val = load_coco(root, 3)
-    with pytest.raises(ValueError, match="no image to evaluate"):
-        evaluate(Oracle(val), [], val.annotations)
 
 
 def test_results_are_in_pixels_of_the_file():

@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import Anchors, BoxStage, RegionPooler, Regions, match, scale_gradient
+from cropr.tasks.detection.cascade import Anchors, BoxStage, RegionPooler, Regions, match
 from cropr.tasks.detection.model import SimpleFeaturePyramid, build_detector, losses
 from cropr.training.checkpoint import load_initial, save_weights
 
@@ -140,11 +140,6 @@ def test_boxes_stay_in_float32_under_autocast():
     assert all(found.boxes.dtype == torch.float32 for found in found)
 
 
-def test_nothing_above_the_score_is_no_detection():
-    found = detector(min_score=0.999).eval().detect(images([(64, 64), (32, 32)]))
-    assert [value.shape for value in found[1]] == [(0, 4), (0,), (0,), (0, 28, 28)]
-
-
 @pytest.mark.parametrize("nms", ["soft", "plain"])
 def test_no_more_detections_than_the_limit(nms):
     found = detector(nms=nms, max_detections=3, min_score=0.0).eval().detect(images([(64, 64)]))
@@ -240,14 +235,6 @@ def test_match_by_hand():
     assert match(boxes, target, 0.7).labels.tolist() == [0, 3, 0]
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     assert match(boxes, nothing, 0.5).labels.tolist() == [0, 0, 0]
-
-
-def test_gradient_is_scaled_and_the_value_is_not():
-    x = torch.randn(3, requires_grad=True)
-    y = scale_gradient(x * 1, 0.25)
-    assert torch.equal(x, y)
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.full((3,), 0.25))
 
 
 def test_the_spec_of_published_size():

@@ -105,16 +105,6 @@ def test_all_layouts_hold_the_same_images(tmp_path):
     assert images[0] == images[1] == images[2]
 
 
-@pytest.mark.model
-def test_worker_processes_write_the_same_files(tmp_path, monkeypatch):
-    """COCO, whose index needs what every process has seen, in the order of the scenes."""
-    write(SMALL, tmp_path / "one", "coco", workers=1)
-    monkeypatch.setattr(layouts, "CHUNK", 5)
-    monkeypatch.setattr(layouts, "PARALLEL_FROM", 0)
-    write(SMALL, tmp_path / "two", "coco", workers=2)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-
-
 def test_class_folders_need_a_digit_in_every_image(tmp_path):
     with pytest.raises(ValueError, match=r"objects \(0, 2\): an image without a digit has no class; begin at 1"):
         write(SMALL, tmp_path / "set")

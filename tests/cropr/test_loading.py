@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cropr.data.loading import EvalBatches, Samples, TrainBatches, some
+from cropr.data.loading import EvalBatches, Samples, TrainBatches
 from cropr.distributed import World
 
 
@@ -60,8 +60,3 @@ def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
         assert len(list(batches)) == len(batches)
         seen += order
     assert sorted(seen) == list(range(10))
-
-
-def test_some_says_how_many_more():
-    assert some(["a", "b"], ", ") == "a, b"
-    assert some(["a", "b", "c"], ", ", limit=1) == "a, and 2 more"

@@ -25,21 +25,11 @@ def test_paper_trace_without_fusion_prunes_after_one_more_block():
     assert attended(counts, 196, fusion=False, prefix=1)[-2:] == (20, 12)
 
 
-def test_stages_trace():
-    counts = Schedule.stages({6: 50, 12: 50, 18: 50}).resolve(**VIT_L)
-    assert trace(counts, 196, prefix=1) == (*[197] * 6, *[147] * 6, *[97] * 6, *[47] * 7)
-
-
 def test_segmentation_trace_is_aligned_as_published():
     steps = trace(Schedule.constant(40).resolve(**EVA_L, fusion=True), 1024, prefix=1)
     assert steps[1:23] == tuple(range(984, 143, -40))
     assert all(count % 8 == 0 for count in steps[1:24])
     assert steps[-1] == 1025
-
-
-def test_early_schedule_keeps_a_fifth():
-    counts = Schedule.fraction({3: 0.8}).resolve(**EVA_L)
-    assert counts == (1024, 1024, *[205] * 22)
 
 
 def test_squares_fill_the_detector_windows():
@@ -51,11 +41,6 @@ def test_rate_zero_prunes_nothing_not_even_the_extra_token():
     schedule = Schedule.constant(0)
     assert schedule.resolve(**VIT_L) == (196,) * 24
     assert schedule.sites(24) == ()
-
-
-def test_total_pruning_ratio_of_the_segmentation_schedule():
-    counts = Schedule.constant(40).resolve(**EVA_L, fusion=True)
-    assert 1 - min(counts) / 1024 == pytest.approx(0.86, abs=0.005)
 
 
 @pytest.mark.parametrize("align", [8, 16])

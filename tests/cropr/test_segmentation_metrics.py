@@ -105,11 +105,6 @@ def test_small_images_are_padded_with_zeros_at_the_right_and_the_bottom():
     assert window[0, 0].tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0] * 4, [0] * 4]
 
 
-def test_gaps_are_refused():
-    with pytest.raises(ValueError, match="stride 5 leaves gaps between windows of 4 px; lower it to at most 4"):
-        predict_sliding(Recorder(), torch.zeros(1, 3, 8, 8), 4, 5)
-
-
 def test_single_window_pads_crops_and_enlarges():
     images, model = torch.randn(2, 3, 5, 8), Recorder()
     logits = predict(model, images, (10, 16), SegDataSpec(image_size=8, num_classes=5))

@@ -112,11 +112,6 @@ def test_map_by_hand():
         assert (drawn[:, row : row + 2, column : column + 2] - expected[:, None, None]).abs().max() <= 1
 
 
-def test_colours_of_blocks_differ_and_brighten():
-    brightness = [sum(block_colour(block, 24)) for block in range(1, 24)]
-    assert brightness == sorted(set(brightness))
-
-
 def test_show_draws_where_the_model_prunes():
     host = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=5)
     model = cropr.prune(host, cropr.Schedule.constant(3)).train()
@@ -199,16 +194,6 @@ def test_classes_are_named_and_images_those_of_the_data(tmp_path, roots):
     with torch.inference_mode():
         found = answers.show(6, CPU)  # the first image of digit 2, behind three of each class before
     assert found.prediction_text == file["prediction_text"][1] == f"digit_{int(found.output.logits.argmax())}"
-
-
-@pytest.mark.parametrize("reducer", ["random", "none"])
-def test_same_file_content_again(tmp_path, roots, reducer):
-    write_run(tmp_path / "run", classifier(reducer))
-    more = ["--data", str(roots / "classification"), "--images", "2"]
-    first, second = (shown(tmp_path / "run", tmp_path / name, *more) for name in ("a.npz", "b.npz"))
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name])
-    assert (first["pruned_after"] == 0).all() == (reducer == "none")
 
 
 @pytest.mark.parametrize("task", SPECS)

@@ -209,19 +209,6 @@ def test_record():
     assert not [name for name in metrics if name.endswith(("_whole", "_linear"))]
 
 
-def test_new_settings_leave_the_names_of_old_measurements_alone():
-    old = {"model": {"name": "m"}, "prune": {}, "image_size": 224, "batch_size": 4, "precision": "fp32"}
-    assert BenchSpec.model_validate(old).digest() == "69e167ff05"
-    assert BenchSpec.model_validate(old | {"attention": "math"}).digest() != "69e167ff05"
-
-
-@pytest.mark.model
-def test_unpruned_against_itself_has_mac_ratio_one():
-    metrics = throughput.measure(make(prune={"reducer": "none"}))["metrics"]
-    assert metrics["mac_ratio"] == 1
-    assert metrics["weights_mb"] == metrics["base_weights_mb"]
-
-
 # Detectors -----------------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def test_files(config: Path) -> None:
     ):
         load_grid(CONFIG, "huge")
     (config / "scales/ci.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"ci\.yaml: not YAML"):
+    with pytest.raises(ValueError, match=r"ci\.yaml is neither JSON nor YAML"):
         load_grid(config, "ci")
 
 

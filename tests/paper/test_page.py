@@ -89,12 +89,6 @@ def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factor
         snapshot.copy(root, root / "docs")
 
 
-def test_names_tell_rows_of_one_label_apart(results):
-    names = [row["name"] for row in load_manifest("imagenet_methods", results)["rows"]]
-    assert len(set(names)) == len(names)
-    assert "Random" in names
-
-
 def test_rows_that_have_not_run_are_named_once(results):
     assert not_run("imagenet_methods", results) == ""
     assert not_run("ade20k", results) == ""

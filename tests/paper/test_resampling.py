@@ -82,13 +82,6 @@ def test_box_ap_of_a_sample_is_that_of_pycocotools(tmp_path, seed):
     assert resampled(images, "box_ap", np.array(samples)) == pytest.approx(expected, abs=1e-9)
 
 
-def test_without_detections_ap_is_zero(tmp_path):
-    content, _ = made_coco(np.random.default_rng(0))
-    images: dict = {}
-    score([], tiny_coco.save(tmp_path, "val", content), images=images)
-    assert resampled(images, "mask_ap", np.ones((2, IMAGES))).tolist() == [0, 0]
-
-
 def test_miou_of_a_sample_is_that_of_its_images():
     draw = np.random.default_rng(0)
     labels = torch.from_numpy(draw.choice([0, 1, 2, IGNORE], (IMAGES, 5, 5)))

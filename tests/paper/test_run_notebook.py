@@ -100,23 +100,6 @@ def test_unknown_parameter_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.ipynb").exists()
 
 
-def test_scrubbing_leaves_pictures_alone() -> None:
-    cell = nbformat().v4.new_code_cell("x = 1", metadata={"papermill": {"duration": 1.5}, "tags": ["keep"]})
-    cell.outputs = [
-        nbformat().v4.new_output(
-            "display_data", {"image/png": "AAAA0xdeadbeefAAAA", "text/plain": f"at 0xdeadbeef in {ROOT}"}
-        )
-    ]
-    content = nbformat().v4.new_notebook(
-        cells=[cell], metadata={"papermill": {"start_time": "now", "parameters": {"a": 1}}}
-    )
-    scrubbed = runner.scrub(content)
-    assert scrubbed.cells[0].outputs[0].data == {"image/png": "AAAA0xdeadbeefAAAA", "text/plain": "at 0x0 in ."}
-    assert scrubbed.cells[0].metadata == {"tags": ["keep"]}
-    assert scrubbed.cells[0].id == "cell-0"
-    assert scrubbed.metadata["papermill"] == {"parameters": {"a": 1}}
-
-
 def test_pictures_keep_their_alt_text(tmp_path: Path) -> None:
     content = nbformat().read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
     for cell, alt in zip(content.cells[2:], ({"alt": 'Top-1 of "Cropr" > 80 & rising'}, {}), strict=True):

@@ -121,12 +121,6 @@ def test_pairing_by_image_takes_out_what_both_share(tmp_path):
     assert paired_difference(frame, "top1", "base").equals(paired_difference(frame, "top1", "base"))
 
 
-def test_other_images_are_not_paired(tmp_path):
-    frame = simulate(np.random.default_rng(3), tmp_path, seeds=3)
-    np.savez(tmp_path / "a0.npz", image=np.arange(300) + 1, correct=np.ones(300, bool))
-    assert paired_difference(frame, "top1", "base").loc["a", "over"] == "seeds"
-
-
 def test_mcnemar_by_hand(tmp_path):
     frame = simulate(np.random.default_rng(4), tmp_path, seeds=1, images=10)
     np.savez(tmp_path / "base0.npz", image=np.arange(10), correct=np.arange(10) >= 8)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
 from cropr.pruning.schedule import Schedule, attended
-from cropr.specs import PUBLIC, ImagesSpec, ModelSpec, RecipeSpec, check
+from cropr.specs import PUBLIC, ImagesSpec, ModelSpec, RecipeSpec, check, load_yaml
 from cropr.tasks import TASKS
 
 Pool = Literal["avg", "cls"]
@@ -212,13 +211,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         beside = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
         raise FileNotFoundError(f"{path}: no such file; there are: {beside}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold keys with values, holds {type(values).__name__}")
-    return values
+    return load_yaml(path.read_text(encoding="utf-8"), str(path))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

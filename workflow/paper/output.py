@@ -31,6 +31,7 @@ _RC: dict[Any, Any] = {
     "figure.figsize": (9.6, 4.2),
     "savefig.dpi": 160,
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # class names may hold a $
 }
 
 

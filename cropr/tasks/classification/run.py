@@ -22,6 +22,7 @@ from cropr.data.loading import EvalBatches, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.distributed import ALONE, World
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
+from cropr.pruning.scorer import Aggregator
 from cropr.pruning.tokens import take
 from cropr.specs import PruneSpec
 from cropr.tasks import TrainSpec
@@ -84,7 +85,12 @@ class Classification(Objective, TaskRun):
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
 
     def build(self, pretrained: bool = False) -> PrunedViT:
-        return build_model(self.spec.model, self.spec.prune, self.data.num_classes, self.data.image_size, pretrained)
+        spec, data = self.spec, self.data
+        model: PrunedViT = build_model(spec.model, spec.prune, data.num_classes, data.image_size, pretrained)
+        for module in model.modules():
+            if isinstance(module, Aggregator):
+                module.initialise(std=0.02)  # the authors' for classification alone
+        return model
 
     def teach(self) -> nn.Module:
         spec, data = self.spec, self.data

@@ -1,0 +1,155 @@
+"""Faults of disks, folders, files and users: one clear message, nothing half-written, nothing believed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from cropr.__main__ import main
+from cropr.data import annotations, imagenet
+from cropr.records import claimed
+from cropr.specs import load_yaml
+from cropr.training.checkpoint import load_initial, load_weights, save_weights
+
+MODEL = ["--model", "test_vit", "--image-size", "64", "--rate", "2"]
+TRAIN = [*MODEL, "--epochs", "1", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def trained(images: Path) -> Path:
+    assert main(["train", "--data", str(images), *TRAIN, "--out", str(images / "run")]) == 0
+    return images / "run"
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--data", "IMAGES", *TRAIN],
+        ["show", "--run", "RUN", "--data", "IMAGES", "--images", "2"],
+        ["data", "scenes", "--train", "2", "--val", "2", "--image-size", "32", "--distractors", "0", "1"],
+        ["bench", *MODEL, "--rounds", "3", "--batch-size", "1"],
+        ["export", *MODEL, "--rounds", "1", "--batch-size", "1"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_disk_that_takes_nothing_is_one_message_and_no_file(
+    command: list[str], fault: str, trained: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing is refused by the functions that all writers call: a test may run as root, who can write anywhere."""
+    out = tmp_path / "out"
+    command = [word.replace("IMAGES", str(trained.parent)).replace("RUN", str(trained)) for word in command]
+    if fault == "read-only":
+        tmp_path.joinpath("file").touch()
+        out = tmp_path / "file/out"  # no folder can be made below a file
+    else:
+        monkeypatch.setattr(os, "fsync", no_room)
+        monkeypatch.setattr("PIL.Image.Image.save", no_room)
+    assert main([*command, "--out", str(out)]) == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert any(reason in error for reason in ("No space left", "Not a directory", "File exists"))
+    left = [file for file in tmp_path.rglob("*") if file.is_file() and file.name not in ("file", "log.jsonl")]
+    assert left == [] or command[0] == "data"  # which marks its folder as unfinished
+
+
+def test_a_folder_has_one_run_and_a_failed_start_leaves_none(tmp_path: Path, images: Path, caplog: Any) -> None:
+    with claimed(tmp_path / "run"):
+        assert main(["train", "--data", str(images), *TRAIN, "--out", str(tmp_path / "run")]) == 2
+    assert f"process {os.getpid()} on " in caplog.text
+    wrong = [*TRAIN, "--out", str(tmp_path / "a/b"), "--init", str(images / "train/class_0/000.png")]
+    assert main(["train", "--data", str(images), *wrong]) == 2
+    assert not (tmp_path / "a").exists()
+
+
+def test_ctrl_c_ends_every_verb_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cropr", "bench", "--model", "vit_base_patch16_224", "--rounds", "99"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1].splitlines()[-1] == "interrupted"
+    assert process.returncode == 130
+
+
+def test_weights_are_readable_by_umask_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    model, path = tiny.model(tiny.spec()), tmp_path / "weights.safetensors"
+    before = os.umask(0o022)
+    save_weights(path, model)
+    os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    load_weights(model, path)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="differs from the checksum in its header"):
+        load_weights(model, path)
+
+
+def test_weights_that_are_not_finite_are_no_start(tmp_path: Path, trained: Path) -> None:
+    tensors = load_file(trained / "weights.safetensors")
+    tensors["backbone.host.norm.weight"][3] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"not finite in backbone\.host\.norm\.weight"):
+        load_initial(tiny.model(tiny.spec()), tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "-1"], "--lr -1: must be a finite number above 0"),
+        (["--lr", "inf"], "--lr inf: must be a finite number above 0"),
+        (["--set", "recipe.clip_grad=NaN"], "recipe.clip_grad = nan: must be a finite number"),
+        (["--image-size", "28"], "image_size = 28: must be a multiple of the model's patch size, 16 px"),
+    ],
+)
+def test_impossible_numbers_are_named(images: Path, tmp_path: Path, caplog: Any, arguments: list, message: str) -> None:
+    assert main(["train", "--data", str(images), "--model", "test_vit", *arguments, "--out", str(tmp_path / "x")]) == 2
+    assert message in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Path) -> None:
+    root = tiny.write_folder(tmp_path)
+    before = imagenet.load_splits(root)[0].paths
+    (root / "train/class_0/loop").symlink_to("..")
+    (root / "train/class_1/self").symlink_to(".")
+    assert imagenet.load_splits(root)[0].paths == before
+    for split in ("train", "val"):
+        for name in ("class_1", "class_2"):
+            (root / split / name).rename(tmp_path / f"{split}_{name}")
+    assert "class_0 is the only class; two or more are needed" in imagenet.survey(root)[1][0]
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/data/secret.png", "a/../../b.png"])
+def test_names_of_images_stay_in_their_folder(name: str) -> None:
+    image = {"id": 1, "file_name": name, "height": 4, "width": 4}
+    _, problems = annotations.parse(Path("x.json"), {"images": [image], "annotations": [], "categories": []})
+    assert any("leads out of the folder of images" in problem for problem in problems)
+
+
+def test_aliases_that_multiply_are_refused_at_once() -> None:
+    nine = (f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
+    lines = ["a0: &a0 [1, 1, 1]", *nine]
+    with pytest.raises(ValueError, match="more than 40 aliases") as caught:
+        load_yaml("\n".join(lines), "spec.yaml")
+    assert len(str(caught.value)) < 200
+    assert load_yaml("a: &x {b: 1}\nc: *x", "spec.yaml")["c"] == {"b": 1}
