@@ -57,9 +57,7 @@ for name, layouts in GRID.public.items():
         message:
             "Downloading the images of {params.name}, or reading their archives (log: {log})"
         shell:
-            "python -m cropr data {params.name} --out "
-            + OUT
-            + "/data {params.source} > {log} 2>&1"
+            "python -m cropr data {params.name} --out $(dirname $(dirname {output[0]})) {params.source} > {log} 2>&1"
 
 
 rule shipped:
