@@ -104,9 +104,7 @@ def train(
     for each that trains. If ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run. So
     is ``teacher``.
 
-    Raises:
-        ValueError, FileNotFoundError: spec, data, weights or ``out`` that do not fit, by name.
-        TrainingDiverged, TrainingInterrupted: see ``fit``.
+    Raises ValueError or FileNotFoundError for spec, data, weights or ``out`` that do not fit, and what ``fit`` raises.
     """
     if (record := finished(out, spec, seed)) is not None:
         return record

@@ -141,6 +141,10 @@ def test_the_deployed_form_gives_the_same_tokens_to_the_bit(name, options):
         torch.manual_seed(0)
         found.append(form(tokens, KEEP, read(reducer, context), want_pruned=False).kept.x)
     assert torch.equal(*found)
+    low = reducer.deploy().bfloat16()
+    x = low(tokens.replace(tokens.x.bfloat16()), KEEP, read(reducer, context), want_pruned=False).kept.x
+    assert x.dtype == torch.bfloat16
+    assert x.isfinite().all()
     assert not any(part in name for name, _ in reducer.deploy().named_parameters() for part in reducer.training_only)
 
 

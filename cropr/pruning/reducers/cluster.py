@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cropr.pruning.methods import Place
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected, pool, represent
@@ -84,10 +85,9 @@ class KMedoids(Reducer):
         for _ in range(self.iterations):
             if self.corrected:
                 same = assignment.unsqueeze(2) == assignment.unsqueeze(1)
-                cost = (same * distance) @ weight.unsqueeze(2)
+                cost = (same * distance * weight.unsqueeze(1)).sum(dim=2)
             else:
-                cost = weight.unsqueeze(2) * distance.sum(dim=2, keepdim=True)
-            cost = cost.squeeze(2)
+                cost = weight * distance.sum(dim=2)
             least = cost.new_full(medoids.shape, torch.inf).scatter_reduce(1, assignment, cost, "amin")
             best = torch.where(cost == least.gather(1, assignment), place, x.shape[1])
             found = medoids.new_full(medoids.shape, x.shape[1]).scatter_reduce(1, assignment, best, "amin")
@@ -101,7 +101,7 @@ class KMedoids(Reducer):
         return Reduction(represent(tokens, *self.clusters(tokens.patches, weight, keep)))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        return patches**2 * dim + self.iterations * (patches**2 if self.corrected else 0)
+        return patches**2 * dim
 
 
 class DpcKnn(Reducer):
@@ -165,7 +165,7 @@ class DpcKnn(Reducer):
             x = patches.float()
             weight = x.new_ones(*x.shape[:2], 1)
             if self.weight is not None:
-                logit = self.weight(x)
+                logit = F.linear(x, self.weight.weight.float(), self.weight.bias.float())
                 if self.corrected:  # a factor for each cluster changes no average and keeps exp in range
                     least = logit.new_full((x.shape[0], keep), -torch.inf)
                     top = least.scatter_reduce(1, assignment, logit.detach().squeeze(2), "amax")

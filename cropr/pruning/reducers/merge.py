@@ -110,9 +110,10 @@ class ToMe(Reducer):
         assert context.mean_key is not None
         metric = F.normalize(context.mean_key.detach().float()[:, tokens.prefix :], dim=-1)
         while tokens.num_patches > keep:
-            groups = self.groups(metric, tokens.prefix, tokens.num_patches - keep)
-            count = min(tokens.num_patches - keep, groups[0].shape[1])
-            centre, assignment = match(metric, *groups, count)
+            with torch.autocast(metric.device.type, enabled=False):
+                groups = self.groups(metric, tokens.prefix, tokens.num_patches - keep)
+                count = min(tokens.num_patches - keep, groups[0].shape[1])
+                centre, assignment = match(metric, *groups, count)
             tokens = self.join(tokens, centre, assignment)
             metric = take(metric, centre)
         return Reduction(tokens)
