@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from IPython.display import display
 from cropr.pruning.methods import REDUCERS
 from cropr.records import write_record
 from cropr.tasks import TASKS
+from workflow.paper.configuration import Row
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]
@@ -100,11 +102,11 @@ def write_microbench(root: Path, artefact: str, made: dict[str, list[dict[str, A
         record = {"kind": "microbench", "cells": cells, "provenance": about}
         write_record(root / "microbench" / artefact / row / "record.json", record)
         bench = f"results/ci/microbench/{artefact}/{row}/record.json"
-        plain = dict.fromkeys(("reducer", "fusion", "schedule", "paper_schedule", "pool", "image_size", "aux_weight"))
-        rows.append({**plain, "row": row, "label": row.upper(), "options": None, "why": None, "bench": bench})
-    manifest = {"artefact": artefact, "scale": "ci", "seeds": [0], "results": "results/ci", "rows": rows}
+        rows.append(asdict(Row(row=row, label=row.upper(), bench=bench)))
+    about = {"artefact": artefact, "title": artefact, "question": "Which?", "section": "Made up", "order": 2}
+    about |= {"metrics": {}, "scale": "ci", "seeds": [0], "results": "results/ci", "rows": rows}
     (root / "manifests").mkdir(parents=True, exist_ok=True)
-    (root / "manifests" / f"{artefact}.json").write_text(json.dumps(manifest))
+    (root / "manifests" / f"{artefact}.json").write_text(json.dumps(about))
     return root
 
 

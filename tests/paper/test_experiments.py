@@ -248,6 +248,12 @@ def test_manifest_says_all_that_a_notebook_needs() -> None:
     assert set(grid.files("relevance")) == {record for row in relevance for record in row.records}
 
 
+def test_a_notebook_that_reads_another_table_waits_for_it(grids: dict[str, Grid]) -> None:
+    files = set(grids["laptop"].files("tradeoff"))
+    for name in ("training_free", "methods_speed"):
+        assert files >= {*grids["laptop"].files(name), f"results/laptop/manifests/{name}.json"}
+
+
 def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
     assert grid.find_row("no_mlp") == ("ablations", "no_mlp")

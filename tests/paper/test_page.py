@@ -11,7 +11,7 @@ from PIL import Image
 from synthetic import write_results
 
 from workflow.paper import page, snapshot
-from workflow.paper.records import load_manifest, load_records, load_speed, not_run, rerun
+from workflow.paper.records import load_manifest, load_pruned_after, load_records, load_speed, not_run, rerun
 from workflow.paper.stats import mean_interval, median_interval, with_interval
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -71,6 +71,24 @@ def test_headline_is_written_by_the_same_formatter(results):
     assert "Made-up CPU" in "\n".join(lines)
 
 
+def test_a_missing_measurement_leaves_its_cell_empty(results, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "copy")
+    (copy / "bench" / "cropr" / "record.json").unlink()
+    page.main(["--results", str(copy), "--out", str(copy / "report.html")])
+    lines = (copy / "tables" / "headline.md").read_text().splitlines()
+    (line,) = [line for line in lines if "mIoU" in line and "| Cropr" in line]
+    assert line.endswith("| 2.0 |  |")
+
+
+def test_pruned_patches_are_read_image_by_image(tmp_path):
+    found = load_pruned_after("similarity", write_results(tmp_path, "similarity"))
+    assert set(found) == {row["name"] for row in load_manifest("similarity", tmp_path)["rows"]}
+    assert found["Cropr"].shape == (15, 16)
+    assert found["Cropr"].index.names == ["seed", "image"]
+    assert found["Cropr"][0].isna().all(), "patch 0 is never pruned"
+    assert set(found["Cropr"].stack().dropna()) == {1, 2, 3}
+
+
 def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     (root / "README.md").write_text("a\n<!-- headline -->\nold\n<!-- end -->\nb\n")
@@ -89,8 +107,18 @@ def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factor
         snapshot.copy(root, root / "docs")
 
 
-def test_rows_that_have_not_run_are_named_once(results):
-    assert not_run("imagenet_methods", results) == ""
+def test_names_tell_rows_of_one_label_apart(results):
+    names = [row["name"] for row in load_manifest("imagenet_methods", results)["rows"]]
+    assert len(set(names)) == len(names)
+    assert "Random" in names
+
+
+def test_rows_that_have_not_run_are_named_once(results, tmp_path):
+    (tmp_path / "manifests").mkdir()
+    manifest = json.loads((results / "manifests" / "imagenet_methods.json").read_text())
+    rows = [row | {"why": "left out here", "bench": None} for row in manifest["rows"]]
+    (tmp_path / "manifests" / "imagenet_methods.json").write_text(json.dumps(manifest | {"rows": rows}))
+    assert not_run("imagenet_methods", tmp_path).count("left out here") == 1
     assert not_run("ade20k", results) == ""
     assert "ade20k --config scale=ci seeds=3" in rerun("ade20k", results)
 

@@ -22,7 +22,6 @@ from cropr.data.loading import EvalBatches, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
 from cropr.distributed import ALONE, World
 from cropr.pruning.model import DeployedViT, Output, PrunedViT
-from cropr.pruning.scorer import Aggregator
 from cropr.pruning.tokens import take
 from cropr.specs import PruneSpec
 from cropr.tasks import TrainSpec
@@ -88,7 +87,7 @@ class Classification(Objective, TaskRun):
         spec, data = self.spec, self.data
         model: PrunedViT = build_model(spec.model, spec.prune, data.num_classes, data.image_size, pretrained)
         for module in model.modules():
-            if isinstance(module, Aggregator):
+            if hasattr(module, "initialise"):  # an aggregator's MLP
                 module.initialise(std=0.02)  # the authors' for classification alone
         return model
 
