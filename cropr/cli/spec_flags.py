@@ -208,8 +208,8 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     record = read_record(folder)
     if record["kind"] != "train":
         raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
-    weights = folder / (BEST if args.best else WEIGHTS)
-    return make_spec(record["spec"]), weights, record["seed"] if args.seed is None else args.seed
+    asked = given(args, ("best", "seed"))
+    return make_spec(record["spec"]), folder / (BEST if "best" in asked else WEIGHTS), asked.get("seed", record["seed"])
 
 
 # Terminal -----------------------------------------------------------------------------------------------------------

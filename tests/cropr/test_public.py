@@ -104,14 +104,16 @@ def test_what_is_missing_or_wrong_is_said(clothes, pets, tmp_path, monkeypatch):
         raise RuntimeError("no network")
 
     monkeypatch.setattr(FashionMNIST, "download", refuse)
+    wrong = [(f"http://none.invalid/{name}", "0" * 32) for name, _ in sums(pets)]
+    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", wrong)
     with pytest.raises(ValueError, match=r"fashion cannot be read .*no network; .*--source DIR"):
         write("fashion", tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="archives of pets"):
         write("pets", tmp_path / "b", tmp_path / "nowhere")
-    wrong = [(f"http://none.invalid/{name}", "0" * 32) for name, _ in sums(pets)]
-    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", wrong)
+    before = sums(pets)
     with pytest.raises(ValueError, match="pets cannot be read or downloaded"):
         write("pets", tmp_path / "c", pets)
+    assert sums(pets) == before
     (tmp_path / "d/imagenet").mkdir(parents=True)
     (tmp_path / "d/imagenet/mine.jpg").write_bytes(b"mine")
     with pytest.raises(ValueError, match="is not empty"):
