@@ -9,7 +9,7 @@ from timm.layers import apply_keep_indices_nlc, apply_rot_embed_cat
 from timm.models import eva as timm_eva
 from torch import Tensor
 
-from cropr.pruning.backbones.timm_host import TimmBackbone
+from cropr.pruning.backbones.vit import TimmBackbone
 from cropr.pruning.tokens import Tokens
 
 

@@ -9,8 +9,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from cropr.pruning.backbones.eva import EvaBackbone
-from cropr.pruning.backbones.timm_host import TimmBackbone
-from cropr.pruning.backbones.vit import ViTBackbone
+from cropr.pruning.backbones.vit import TimmBackbone, ViTBackbone
 from cropr.pruning.tokens import Tokens
 
 

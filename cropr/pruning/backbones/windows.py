@@ -24,8 +24,7 @@ from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
 from torch import Tensor, nn
 
 from cropr.pruning.backbones.eva import EvaBackbone
-from cropr.pruning.backbones.timm_host import TimmBackbone
-from cropr.pruning.backbones.vit import ViTBackbone
+from cropr.pruning.backbones.vit import TimmBackbone, ViTBackbone
 from cropr.pruning.fusion import Fusion
 from cropr.pruning.tokens import Tokens
 
