@@ -77,10 +77,8 @@ def export(
             f"{folder / ONNX} does not agree with PyTorch: the same tokens for {same} of {batch_size} images, logits "
             f"differ by up to {difference:.2g}; do not deploy it"
         )
-    passes = {
-        "onnx": partial(session.run, ["logits"], inputs := {"images": images.numpy()}),
-        "torch": partial(model, images),
-    }
+    inputs = {"images": images.numpy()}
+    passes = {"onnx": partial(session.run, ["logits"], inputs), "torch": partial(model, images)}
     if against_unpruned:
         passes["base_onnx"] = partial(_unpruned_session(model, size, tell).run, ["logits"], inputs)
     with torch.inference_mode():
