@@ -21,7 +21,7 @@ from IPython.display import display
 from cropr.pruning.methods import REDUCERS
 from cropr.records import write_record
 from cropr.tasks import TASKS
-from workflow.paper.configuration import Row
+from workflow.paper.resolver import Row
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]

@@ -240,36 +240,6 @@ def parse_seeds(seeds: int | str | Iterable[int | str], name: str = "seeds") -> 
     return parsed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A row at a scale; manifests contain it as it is. A microbenchmark has ``row``, ``label`` and ``bench`` only."""
-
-    row: str
-    label: str
-    reducer: str | None = None
-    fusion: str | None = None
-    schedule: str | None = None
-    """As text, like the other columns of a table."""
-    pool: str | None = None
-    image_size: int | None = None
-    aux_weight: float | None = None
-    options: str | None = None
-    recipe: str | None = None
-    """What differs from the recipe of the scale."""
-    paper_schedule: str | None = None
-    """Schedule of the model whose speed is measured, if that is the paper's."""
-    why: str | None = None
-    """Why it does not run; None for a row that does."""
-    run: str | None = None
-    """Id of its training run."""
-    records: tuple[str, ...] = ()
-    """Paths of the training records, one a seed, relative to the repository like all paths."""
-    bench: str | None = None
-    """Path of the record of its speed measurement or microbenchmark."""
-    maps: str | None = None
-    """Path of its pruning maps."""
-
-
 @dataclass(frozen=True, slots=True)
 class Scale:
     """A scale, and the file it comes from, for error messages."""

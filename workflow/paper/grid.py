@@ -22,7 +22,6 @@ from cropr.specs import PUBLIC, ScenesSpec, Spec
 from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import (
     ArtefactConfig,
-    Row,
     RowConfig,
     Scale,
     ScaleConfig,
@@ -30,7 +29,7 @@ from workflow.paper.configuration import (
     read_artefacts,
     read_scale,
 )
-from workflow.paper.resolver import Resolver
+from workflow.paper.resolver import Resolver, Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,9 +86,9 @@ class Classification(Objective, TaskRun):
     def build(self, pretrained: bool = False) -> PrunedViT:
         spec, data = self.spec, self.data
         model: PrunedViT = build_model(spec.model, spec.prune, data.num_classes, data.image_size, pretrained)
-        for module in model.modules():
-            if hasattr(module, "initialise"):  # an aggregator's MLP
-                module.initialise(std=0.02)  # the authors' for classification alone
+        for reducer in cast(Iterable[Any], model.reducers.values()):
+            if hasattr(reducer, "aggregator"):
+                reducer.aggregator.initialise(std=0.02)  # the authors' for classification alone
         return model
 
     def teach(self) -> nn.Module:
