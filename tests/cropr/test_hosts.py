@@ -227,9 +227,12 @@ def test_what_has_no_adapter_is_refused_with_what_has() -> None:
 @pytest.mark.model
 def test_the_example_of_the_docs_measures_a_speed_up(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    text = (Path(__file__).parents[2] / "docs/hosts.md").read_text(encoding="utf-8")
-    code = text.split("```python\n", 1)[1].split("```", 1)[0].replace("randn(8,", "randn(1,")
-    small = code.replace("ViTConfig()", "ViTConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=3)")
+    readme, docs = ((Path(__file__).parents[2] / name).read_text("utf-8") for name in ("README.md", "docs/hosts.md"))
+    code = docs.split("```python\n", 1)[1].split("```", 1)[0]
+    assert code in readme
+    small = code.replace("randn(8,", "randn(1,").replace(
+        "ViTConfig()", "ViTConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=3)"
+    )
     exec(compile(small, "docs/hosts.md", "exec"), {})
     assert "times as fast" in capsys.readouterr().out
 

@@ -35,8 +35,8 @@ class Host(nn.Module):
 
 
 class Adapter(ViTBackbone):
-    def _verify(self) -> None:
-        pass
+    def __init__(self, host: nn.Module) -> None:
+        nn.Module.__init__(self)
 
 
 ADAPTERS = {"cropr.pruning.backbones.toy.Host": "Adapter"}

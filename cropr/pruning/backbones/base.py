@@ -270,9 +270,7 @@ class Backbone(nn.Module):
                 raise TypeError(f"no adapter for block type {type(module).__name__}; supported: {names}")
 
     def _refuse(self, what: str) -> TypeError:
-        return TypeError(
-            f"{type(self.host).__name__} with {what} cannot be pruned; see cropr.pruning.backbones for what can"
-        )
+        return TypeError(f"{type(self.host).__name__} with {what} cannot be pruned; docs/hosts.md says what can")
 
 
 def adapt(host: nn.Module) -> Backbone:
