@@ -24,7 +24,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cropr.data.loading import some
-from cropr.pruning.model import PrunedViT
+from cropr.pruning.model import DeployedViT
 from cropr.records import RECORD, read_record, replacing, write_text
 from cropr.tasks.base import TaskRun
 from cropr.training.optim import HOST
@@ -190,7 +190,8 @@ def multiply_adds(model: nn.Module) -> dict[str, float]:
     """``gmacs`` of the deployed model for one image, in 10^9; nothing for a detector, whose heads vary by image."""
     # Found by name: what training computes does not depend on how multiply-adds are counted.
     macs = import_module("cropr.pruning.flops").macs
-    return {"gmacs": macs(model.deploy()).total / 1e9} if isinstance(model, PrunedViT) else {}
+    deployed = model.deploy()  # type: ignore[operator]
+    return {"gmacs": macs(deployed).total / 1e9} if isinstance(deployed, DeployedViT) else {}
 
 
 def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:

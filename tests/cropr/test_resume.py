@@ -132,7 +132,7 @@ def test_record_of_a_run(finished, images):
     metrics = record["metrics"]
     assert set(metrics) == {
         "top1", "top5", "loss", "val_images", "images", "train_images_per_s", "step_ms",
-        "parameters", "parameters_training_only",
+        "parameters", "parameters_training_only", "gmacs",
     }  # fmt: skip
     assert (metrics["images"], metrics["val_images"], metrics["top5"]) == (96, 12, 100)
     weights = load_file(finished / "weights.safetensors")
@@ -142,7 +142,7 @@ def test_record_of_a_run(finished, images):
     assert record["tokens"] == [17, 12, 8, 8, 17]
     assert record["provenance"]["precision"] == "fp32"
     assert len(record["provenance"]["data_fingerprint"]) == 16
-    assert [set(row) for row in record["series"].pop("scoring")] == [{"block", "entropy"}] * 2
+    assert [set(row) for row in record["series"].pop("scoring")] == [{"block", "entropy", "aux_top1"}] * 2
     assert record["series"] == {"relevance": [], "epochs": []}
 
 
