@@ -92,7 +92,7 @@ def test_pets_have_classes_maps_and_instances(written_pets):
         assert set(report.images.values()) == {37}
     _, labels = read_pair(load_maps(written_pets / "ade20k")[1], 5, 38)
     assert (labels[0, 0], labels[5, 11], labels[7, 13]) == (0, 255, 1 + 5), "background, border, breed"
-    _, val = coco.survey(written_pets / "coco", 37)[0]
+    _, val = coco.load_coco(written_pets / "coco", 37)
     (instance,) = val.annotations.instances[val.annotations.images[5].id]
     assert (instance.label, instance.box) == (6, (10, 4, 30, 12))
     assert instance.segmentation["counts"][:3] == [10 * 24 + 4, 8, 16]

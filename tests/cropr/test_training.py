@@ -207,8 +207,8 @@ def test_event_files_and_the_best_weights(images, tmp_path, monkeypatch):
     spec = tiny.spec(recipe__epochs=3, recipe__batch_size=24)
     model, kept = new_model(spec), []
 
-    def evaluate():
-        kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    def evaluate(own):
+        kept.append({name: tensor.clone() for name, tensor in own.state_dict().items()})
         return {"top1": next(scores)}
 
     settings = Settings(out=tmp_path, evaluate_every=1, tensorboard=True)
