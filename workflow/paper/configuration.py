@@ -127,6 +127,8 @@ class RowConfig(Block):
     """Laid over the scale's recipe."""
     start: str | None = None
     """``artefact/row`` with whose weights, of the same seed, it starts; None: those of the scale."""
+    teacher: str | None = None
+    """``artefact/row`` of an unpruned run from which it learns, too (``TrainSpec.teacher``)."""
     repeat: bool = False
     """Runs with every seed of the scale. Other rows run with the first, unless the call names seeds."""
     measure: str | None = None

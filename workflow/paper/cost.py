@@ -11,6 +11,7 @@ Disk is that of the trained weights, float32. A job that several artefacts need 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from itertools import pairwise
@@ -102,4 +103,9 @@ def main(scale: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "paper")
+    parser = argparse.ArgumentParser(prog="python -m workflow.paper.cost", description=__doc__)
+    parser.add_argument("scale", nargs="?", default="paper", help="default %(default)s")
+    try:
+        main(parser.parse_args().scale)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))

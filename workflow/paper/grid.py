@@ -135,8 +135,9 @@ class Grid:
 
         def needs(run: str) -> set[str]:
             chain = [run]
-            while (init := self.spec(chain[-1]).init) in self.runs or init in self.pretrains:
-                chain.append(init)
+            for one in chain:  # grows meanwhile
+                spec = self.spec(one)
+                chain += [other for other in (spec.init, spec.teacher) if other in self.runs or other in self.pretrains]
             return {*chain, *(self.source(one).layout for one in chain)}
 
         ranked = enumerate(reversed(self.artefacts.values()), start=1)
@@ -245,10 +246,12 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
         where = f"{file}: row {row.row}"
         same = {key: other for key, other in artefacts.items() if other.task == artefact.task}
         meant = _used(where, row, same)
-        start = None if meant.start is None else _find(f"{where}: start", meant.start, same)
-        if start is not None and start.start is not None:
-            raise ValueError(f"{where}: start = {meant.start!r} starts itself with the weights of another row")
-        rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, start, artefact.task, artefact.needs))
+        named = {key: value for key in ("start", "teacher") if (value := getattr(meant, key)) is not None}
+        others = {key: _find(f"{where}: {key}", value, same) for key, value in named.items()}
+        for key, other in others.items():
+            if other.start or other.teacher:
+                raise ValueError(f"{where}: {key} = {named[key]!r} needs the weights of another row itself")
+        rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, others, artefact.task, artefact.needs))
     return tuple(rows)
 
 

@@ -101,7 +101,7 @@ class Resolver:
         name: str,
         listed: RowConfig,
         meant: RowConfig,
-        start: RowConfig | None,
+        others: Mapping[str, RowConfig],
         task: str,
         needs: Collection[str],
     ) -> Row:
@@ -112,7 +112,7 @@ class Resolver:
             name: ``artefact/row``.
             listed: the row itself, which gives name and label.
             meant: the row that says what is run: another one if ``use`` names it.
-            start: the row whose weights it starts with, if it names one.
+            others: ``start`` and ``teacher``, the rows whose weights it needs, if it names any.
             task: of its artefact.
             needs: what its artefact reads.
 
@@ -129,9 +129,8 @@ class Resolver:
         seeds = self.seeds if meant.repeat or self.every_row else self.seeds[:1]
         if why is None:
             init = self.inits[task]
-            if start is not None:
-                init = self._run(where, str(meant.start), start, own, init)
-            run = self._run(where, name, meant, own, init)
+            ids = {key: self._run(where, getattr(meant, key), row, own, init) for key, row in others.items()}
+            run = self._run(where, name, meant, own, ids.get("start", init), ids.get("teacher"))
             if "bench" in needs and listed.row in (settings.rows or [listed.row]):
                 bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
         return Row(
@@ -176,11 +175,14 @@ class Resolver:
         self.names.setdefault(spec.digest(), name)
         return spec.digest()
 
-    def _run(self, where: str, name: str, row: RowConfig, own: TaskAtScale, init: str) -> str:
+    def _run(
+        self, where: str, name: str, row: RowConfig, own: TaskAtScale, init: str, teacher: str | None = None
+    ) -> str:
         """Add the training run of a row; its id."""
         prune = _prune(where, row, own.schedule(where, row))
         recipe = check(RecipeSpec, own.config.recipe.model_dump() | row.recipe, f"{where}: recipe")
-        return self._keep(self.runs, name, self._train(own, recipe, row, prune, init))
+        spec = self._train(own, recipe, row, prune, init)
+        return self._keep(self.runs, name, spec.model_copy(update={"teacher": teacher}) if teacher else spec)
 
     def _train(self, own: TaskAtScale, recipe: RecipeSpec, row: RowConfig, prune: PruneSpec, init: str) -> TrainSpec:
         return TrainSpec(

@@ -76,19 +76,21 @@ def images(wildcards):
 
 
 def train_inputs(wildcards):
-    """The images, and the weights to start from if a run makes them."""
-    init = GRID.spec(wildcards.run).init
-    made = images(wildcards)
-    if init in GRID.pretrains:
-        made["init"] = f"{OUT}/pretrain/{init}/weights.safetensors"
-    if init in GRID.runs:
-        made["init"] = f"{OUT}/runs/{init}/seed{wildcards.seed}/weights.safetensors"
+    """The images, and the weights to start from and of a teacher if a run makes them."""
+    spec, made = GRID.spec(wildcards.run), images(wildcards)
+    for key, run in (("init", spec.init), ("teacher", spec.teacher)):
+        if run in GRID.pretrains:
+            made[key] = f"{OUT}/pretrain/{run}/weights.safetensors"
+        if run in GRID.runs:
+            made[key] = f"{OUT}/runs/{run}/seed{wildcards.seed}/weights.safetensors"
     return made
 
 
 def init_flag(wildcards, input):
-    """Flag that names the weights to start from."""
-    return f"--init {input.init}" if "init" in input.keys() else ""
+    """Flags that name the weights to start from and those of a teacher."""
+    return " ".join(
+        f"--{key} {input[key]}" for key in ("init", "teacher") if key in input.keys()
+    )
 
 
 def notebook_inputs(wildcards):
