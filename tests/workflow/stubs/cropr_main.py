@@ -7,7 +7,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("verb", nargs="+")
-for flag in ("out", "spec", "data", "seed", "init", "threads", "workers", "run", "images", "layout"):
+for flag in ("out", "spec", "data", "seed", "init", "teacher", "threads", "workers", "run", "images", "layout"):
     parser.add_argument(f"--{flag}")
 args = parser.parse_args()
 
