@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         return tokens.replace(found[0] if isinstance(found, tuple) else found)
 
     def attend(self, block: int, tokens: Tokens, position: Any) -> Tokens:
-        """The first half of a block: attention, added to its input. Needs ``verify_halves``."""
+        """The first half of a block: attention, added to its input. ``verify_reducer`` refuses hosts that cannot."""
 
         def half(x: Tensor) -> Tensor:
             return self._attended(self.blocks[block - 1], x, block, tokens, position)
