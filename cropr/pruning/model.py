@@ -39,8 +39,6 @@ class Output:
     repeats an index. Without blocks whose tokens have no place."""
     grid: tuple[int, int]
     """Rows and columns of the patch grid."""
-    sources: dict[int, Tensor] = field(default_factory=dict)
-    """Block -> ``Tokens.source`` [B, all patches] after its reducer; of methods that merge."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Further losses of the reducers by name, in training mode: weighted scalars, means over the reducers."""
 
@@ -131,7 +129,6 @@ class PrunedViT(nn.Module):
         grid = self.backbone.grid(images)
         pixels = patch_variance(images, grid) if self._wants_pixels else None
         kept: dict[int, Tensor] = {}
-        sources: dict[int, Tensor] = {}
         pruned: dict[int, Tokens] = {}
         aux: list[Tensor] = []
         losses: dict[str, list[Tensor]] = {}
@@ -144,8 +141,6 @@ class PrunedViT(nn.Module):
             tokens = reduction.kept
             if tokens.index is not None:
                 kept[block] = tokens.index
-            if tokens.source is not None:
-                sources[block] = tokens.source
             if reduction.pruned is not None:
                 pruned[block] = reduction.pruned
             if reduction.aux is not None:
@@ -158,7 +153,7 @@ class PrunedViT(nn.Module):
         tokens = self.backbone.norm(self._fuse("after_last_block", tokens, pruned))
         logits = self._predict(images, tokens, pruned)
         means = {name: torch.stack(each).mean() for name, each in losses.items()}
-        return Output(logits, tuple(aux), tokens, kept, grid, sources, means)
+        return Output(logits, tuple(aux), tokens, kept, grid, means)
 
     def _active(self, block: int, patches: int, count: int) -> Reducer | None:
         """The reducer of a block, if it has something to do."""
