@@ -89,5 +89,7 @@ def test_logs_of_attempts_are_kept_and_own_failures_are_not_repeated(tmp_path: P
 def test_the_cost_of_the_paper_is_that_of_its_published_runs() -> None:
     rows = {row["artefact"]: row for row in estimate("paper")}
     assert rows["memory"]["runs"] == 0
-    assert 33.6 * 9 + 49.5 < rows["imagenet_methods"]["hours"] < 49.5 * 10
+    table = rows["imagenet_methods"]
+    assert table["runs"] > 10
+    assert 0.8 * 33.6 * table["runs"] < table["hours"] < 1.1 * 49.5 * table["runs"]
     assert rows["coco"]["hours"] > 100
