@@ -57,7 +57,7 @@ def speedup(base: nn.Module, model: nn.Module, images: Tensor, rounds: int = 20)
         base: the host, in eval mode.
         model: a ``DeployedViT``.
         images: [B, 3, H, W], of the size that the host was built for.
-        rounds: readings; both models run in every round, in alternating order.
+        rounds: readings; both models run in every round, in random order.
 
     Returns:
         ``speedup``, the median over rounds, with its 95 % interval ``speedup_low`` to ``speedup_high``, and

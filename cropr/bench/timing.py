@@ -1,8 +1,9 @@
 """The clock, the order of rounds and the statistics of paired rounds.
 
-What is compared runs in one process, one after the other in every round and in alternating order, so that what slows
-the machine down for a while slows all of it. Warm-up is left out. Reported are medians over rounds with the
-interquartile range, and ratios, taken round by round, with a bootstrap interval of their median.
+What is compared runs in one process, one after the other in every round and in random order, so that what slows the
+machine down for a while slows all of it, and no case always follows the same one. Warm-up is left out. Reported are
+medians over rounds with the interquartile range, and ratios, taken round by round, with a bootstrap interval of their
+median.
 """
 
 import math
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -106,11 +108,17 @@ def time_passes(
 
 
 def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progress) -> dict[Any, list[float]]:
-    """Readings by name of clocks that take turns; every other round runs backwards: A B, B A, A B, ..."""
+    """Readings by name of clocks that take turns, in an order drawn anew for every two rounds, of which the second runs
+    backwards, so that each clock has the same mean place."""
     seconds: dict[Any, list[float]] = {name: [] for name in clocks}
+    order, random = list(clocks), Random(0)
     for number in range(rounds if clocks else 0):
         tell(f"round {number + 1} of {rounds}")
-        for name in list(clocks)[:: 1 if number % 2 == 0 else -1]:
+        if number % 2 == 0:
+            random.shuffle(order)
+        else:
+            order.reverse()
+        for name in order:
             seconds[name].append(clocks[name]())
     return seconds
 

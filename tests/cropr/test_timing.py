@@ -20,11 +20,15 @@ class FakeTime:
         self.now += self.step
 
 
-def test_rounds_alternate_who_runs_first():
+def test_rounds_run_in_random_order_and_each_second_one_backwards():
     order = []
-    clocks = {"a": lambda: order.append("a") or 1.0, "b": lambda: order.append("b") or 2.0}
-    assert timing.interleave(clocks, 3) == {"a": [1.0] * 3, "b": [2.0] * 3}
-    assert "".join(order) == "abbaab"
+    seconds = {name: float(number) for number, name in enumerate("abcd")}
+    clocks = {name: lambda name=name: order.append(name) or seconds[name] for name in seconds}
+    assert timing.interleave(clocks, 40) == {name: [value] * 40 for name, value in seconds.items()}
+    rounds = ["".join(order[start : start + 4]) for start in range(0, 160, 4)]
+    assert all(first == second[::-1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
+    assert {name[0] for name in rounds} == set("abcd")
+    assert len(set(rounds)) > 8
 
 
 @pytest.mark.parametrize(
