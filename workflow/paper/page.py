@@ -22,7 +22,7 @@ from cropr.records import write_text
 from workflow.paper.claims import VERDICTS, load_claims, verdicts
 from workflow.paper.output import to_markdown
 from workflow.paper.records import REPOSITORY, load_manifest, load_published, load_records, load_speed, setting
-from workflow.paper.stats import mean_interval, median_interval, with_interval, write
+from workflow.paper.stats import mean_interval, with_interval, write
 
 TEMPLATES = REPOSITORY / "workflow" / "report"
 FIRST = {
@@ -77,12 +77,13 @@ def headline(results: Path, names: list[str]) -> str:
 
 
 def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
-    """Lines of the rows of which the paper has an accuracy or a speed-up."""
+    """Lines of the rows of which the paper has an accuracy or a speed-up; speeds are those of the notebook's table."""
     name, (metric, label) = manifest["artefact"], next(iter(manifest["metrics"].items()))
     value = load_published(name).set_index(["row", "quantity"])["value"]
-    runs, speed = load_records(name, results), load_speed(name, results, partial=True)
+    runs, speeds = load_records(name, results), results / "tables" / f"{name}_speed.csv"
     accuracy = with_interval(mean_interval(runs, metric)) if len(runs) else pd.Series(dtype=object)
-    speedup = with_interval(median_interval(speed, "speedup"), digits=2) if len(speed) else pd.Series(dtype=object)
+    table = pd.read_csv(speeds, dtype=str, keep_default_na=False) if speeds.is_file() else pd.DataFrame({"name": []})
+    speedup = dict(zip(table["name"], table.get("speed-up", []), strict=True))
     return [
         {
             "paper's model": manifest["paper_model"],
@@ -91,7 +92,7 @@ def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
             "published": write(value.get((row["row"], metric), float("nan"))),
             "measured, small model": accuracy.get(row["row"], ""),
             "published speed-up": write(value.get((row["row"], "speedup"), float("nan"))),
-            "measured speed-up": speedup.get(row["row"], ""),
+            "measured speed-up": speedup.get(row["paper_name"], ""),
         }
         for row in manifest["rows"]
         if row["why"] is None and ((row["row"], metric) in value or (row["row"], "speedup") in value)
