@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -86,10 +87,22 @@ def test_provenance_has_what_a_reader_needs():
 )
 def test_commit_and_dirty_flag(monkeypatch, answers, expected):
     monkeypatch.setattr(records, "_git", lambda verb, *rest: answers[verb])
-    records._checkout.cache_clear()
+    records.code_origin.cache_clear()
     found = provenance(time.time())
-    records._checkout.cache_clear()
+    records.code_origin.cache_clear()
     assert (found["commit"], found["dirty"]) == expected
+
+
+@pytest.mark.parametrize("content", [b"torch==2.14.1", None])
+def test_the_lock_is_named_by_its_digest(monkeypatch, tmp_path, content):
+    if content:
+        (tmp_path / "requirements.lock").write_bytes(content)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "cropr/records.py"))
+    records.code_origin.cache_clear()
+    found = provenance(time.time())
+    records.code_origin.cache_clear()
+    assert found["lock_sha256"] == (hashlib.sha256(content).hexdigest() if content else None)
+    assert str(tmp_path) not in json.dumps(found)
 
 
 def test_records_and_scenes_load_no_torch():
