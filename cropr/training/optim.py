@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cropr.distributed import World
 from cropr.pruning.fusion import Fusion
-from cropr.pruning.reducers import Reducer
+from cropr.pruning.reducers.base import Reducer
 from cropr.pruning.schedule import ramp
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask, autocast

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_detection_run import SPEC as DETECTION
 from torch.nn import functional
 
+from cropr.cli.spec_flags import make_spec
 from cropr.data.layouts import write
 from cropr.distributed import World, start
 from cropr.records import read_record
@@ -24,15 +25,10 @@ pytestmark = pytest.mark.model
 
 CHECKPOINTED = {"recipe__epochs": 3, "recipe__grad_checkpointing": True, "recipe__accumulate": 2}
 NO_FUSION = {"recipe__epochs": 3, "prune__fusion": "none"}
-SEGMENTATION = tiny.spec(
-    task="segmentation",
-    model={
-        "name": "eva02_tiny_patch14_224",
-        "args": {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-    },
-    # Without padding: means are over the labelled pixels of a process.
-    data={"image_size": 32, "num_classes": 11, "resize": (1, 1)},
-)
+# Without padding: means are over the labelled pixels of a process.
+SCENES = {"image_size": 32, "num_classes": 11, "resize": (1, 1)}
+SEGMENTATION = {"task": "segmentation", "model__name": "eva02_tiny_patch14_224", "data": SCENES, "recipe__epochs": 3}
+STILL = ["model.drop_path=0", "recipe.epochs=4", "recipe.base_lr=0.005", "recipe.grad_checkpointing=true"]
 RUNS = {
     "accumulated": tiny.spec(recipe__epochs=3, recipe__accumulate=3),
     "averaged": tiny.spec(recipe__epochs=3, recipe__ema=0.8),
@@ -45,11 +41,9 @@ RUNS = {
     # The first steps prune nothing, so that weights of the fusion or of the reducer have no gradient.
     "idle_fusion": tiny.spec(**CHECKPOINTED, recipe__curriculum=True, prune__reducer="variance", prune__fusion="cross"),
     "idle_reducer": tiny.spec(**NO_FUSION, recipe__curriculum=True, prune__reducer="dpc_knn"),
-    "segmentation": tiny.vary(SEGMENTATION, **CHECKPOINTED, recipe__ema=0.8),
-    "segmentation_bf16": tiny.vary(SEGMENTATION, recipe__epochs=3, recipe__precision="bf16"),
-    "detection": tiny.vary(
-        DETECTION, model__drop_path=0.0, recipe__epochs=4, recipe__base_lr=0.005, recipe__grad_checkpointing=True
-    ),
+    "segmentation": tiny.spec(**SEGMENTATION | CHECKPOINTED, recipe__ema=0.8),
+    "segmentation_bf16": tiny.spec(**SEGMENTATION, recipe__precision="bf16"),
+    "detection": make_spec(DETECTION.model_dump(mode="json"), STILL),
 }
 
 
@@ -86,7 +80,6 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(images, tmp_path_factory):
-    """Folder with the runs of two processes."""
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

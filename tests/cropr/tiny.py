@@ -53,15 +53,6 @@ def spec(**changes: Any) -> TrainSpec:
             "precision": "fp32",
         },
     }
-    return _changed(values, changes)
-
-
-def vary(spec: TrainSpec, **changes: Any) -> TrainSpec:
-    """A spec with some keys changed, written as for ``spec``."""
-    return _changed(spec.model_dump(mode="json"), changes)
-
-
-def _changed(values: dict[str, Any], changes: dict[str, Any]) -> TrainSpec:
     for key, value in changes.items():
         *parents, last = key.split("__")
         place = values
