@@ -5,6 +5,7 @@ A record that exists is complete: it is written under a temporary name and renam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -137,12 +138,10 @@ def provenance(
 
     ``started`` is ``time.time()`` at the start of the job, ``device`` torch's name, ``precision`` None where the job
     computes no network. An entry of ``more`` with a name from above replaces it. Megabytes are 10^6 bytes: the peak of
-    the allocator on CUDA, else of this process's resident size. Outside a checkout, commit and dirty are None.
+    the allocator on CUDA, else of this process's resident size.
     """
-    commit, dirty = _checkout()
     return {
-        "commit": commit,
-        "dirty": dirty,
+        **code_origin(),
         "python": platform.python_version(),
         "packages": package_versions(),
         "platform": platform.platform(),
@@ -196,13 +195,16 @@ def _threads() -> int:
 
 
 @cache
-def _checkout() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this package runs from, and whether it has changes; None when it is installed."""
+def code_origin() -> dict[str, Any]:
+    """Commit of the checkout that this package runs from, whether it has changes, both None when it is installed; and
+    the SHA-256 of its ``requirements.lock``, None if there is none. It is read once: files may change in a long job."""
+    lock = Path(__file__).parents[1] / "requirements.lock"
+    found = {"lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None}
     # A virtual environment often lies inside some other repository; only one that tracks this file counts.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None or not (commit := _git("rev-parse", "HEAD")):
-        return None, None
+        return {"commit": None, "dirty": None, **found}
     changes = _git("status", "--porcelain")
-    return commit, None if changes is None else bool(changes)
+    return {"commit": commit, "dirty": None if changes is None else bool(changes), **found}
 
 
 def _git(*arguments: str) -> str | None:

@@ -32,7 +32,7 @@ from torch import nn
 import cropr.training.optim as optim
 from cropr.data.loading import TrainBatches, some
 from cropr.distributed import StopRequest, World
-from cropr.records import RECORD, make_record, read_record, replacing, write_record
+from cropr.records import RECORD, code_origin, make_record, read_record, replacing, write_record
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
@@ -108,6 +108,7 @@ def train(
     """
     if (record := finished(out, spec, seed)) is not None:
         return record
+    code_origin()  # now, since the code may change before the record is written
     started, recipe, task = time.time(), spec.recipe, open_task(spec, data_root)
     torch.manual_seed(seed)
     model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)

@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cropr.distributed import World
 from cropr.pruning.fusion import Fusion
+from cropr.pruning.reducers.base import Reducer
 from cropr.pruning.schedule import ramp
 from cropr.specs import RecipeSpec
 from cropr.tasks.base import BatchTask, autocast
@@ -158,9 +159,10 @@ class Stepper:
         self.model, self.task, self.optimizer, self.recipe, self.world = model, task, optimizer, recipe, world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         self.overflows = 0
-        # A fusion with weights is idle in steps that prune nothing, such as the first of a curriculum.
-        fusions = (module for module in model.modules() if isinstance(module, Fusion))
-        self._wrapped = world.wrap(model, idle=any(True for fusion in fusions for _ in fusion.parameters()))
+        # In steps that prune nothing, such as the first of a curriculum, a fusion has no part, nor has a reducer unless
+        # it learns from what it keeps.
+        idle = (m for m in model.modules() if isinstance(m, Fusion) or (isinstance(m, Reducer) and not m.learns))
+        self._wrapped = world.wrap(model, idle=any(True for module in idle for _ in module.parameters()))
         named = list(model.named_parameters())
         self._reducers = [p for name, p in named if name.startswith("reducers.") and p.requires_grad]
         self._encoder = [p for name, p in named if not name.startswith("reducers.") and p.requires_grad]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,8 @@ def test_provenance_has_what_a_reader_needs():
     assert found["packages"]["torch"].startswith("2.")
     assert found["precision"] == "bf16"
     assert found["attention"] == "flash"
+    lock = Path(records.__file__).parents[1] / "requirements.lock"
+    assert found["lock_sha256"] == hashlib.sha256(lock.read_bytes()).hexdigest()
     assert 10 < found["peak_memory_mb"] < 100_000
     json.dumps(found)
 
@@ -84,12 +88,13 @@ def test_provenance_has_what_a_reader_needs():
         ({"ls-files": "records.py", "rev-parse": None, "status": ""}, (None, None)),  # no commit yet
     ],
 )
-def test_commit_and_dirty_flag(monkeypatch, answers, expected):
+def test_commit_and_dirty_flag(monkeypatch, tmp_path, answers, expected):
     monkeypatch.setattr(records, "_git", lambda verb, *rest: answers[verb])
-    records._checkout.cache_clear()
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "cropr/records.py"))
+    records.code_origin.cache_clear()
     found = provenance(time.time())
-    records._checkout.cache_clear()
-    assert (found["commit"], found["dirty"]) == expected
+    records.code_origin.cache_clear()
+    assert (found["commit"], found["dirty"], found["lock_sha256"]) == (*expected, None)
 
 
 def test_records_and_scenes_load_no_torch():

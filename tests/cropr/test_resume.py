@@ -1,22 +1,18 @@
-"""Runs from spec to record: killed and resumed, finished already, on two processes, through the command line."""
+"""Runs from spec to record: killed and resumed, finished already, through the command line."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
-import tiny_coco
 import torch
 from safetensors.torch import load_file
-from test_detection_run import SPEC as DETECTION
 
 from cropr.__main__ import main
 from cropr.cli.spec_flags import make_spec
@@ -226,63 +222,6 @@ def test_scenes_must_be_those_of_the_spec(tmp_path):
     write(spec.data.scenes, tmp_path / "scenes")
     record = train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
     assert [row["block"] for row in record["series"]["relevance"]] == [0, 1, 2]
-
-
-# Two processes ------------------------------------------------------------------------------------------------------
-
-
-TWO = {
-    "accumulated": tiny.spec(recipe__accumulate=3),
-    # The first steps prune nothing, so that the fusion's weights have no gradient.
-    "idle": tiny.spec(recipe__curriculum=True, prune__reducer="variance", prune__fusion="cross"),
-    "detection": DETECTION.model_copy(
-        update={
-            "model": DETECTION.model.model_copy(update={"drop_path": 0.0}),
-            "recipe": DETECTION.recipe.model_copy(update={"epochs": 4, "base_lr": 0.005}),
-        }
-    ),
-}
-
-
-def _train_as(rank, port, images, out):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from cropr.distributed import start
-    from cropr.training import checkpoint, loop
-
-    fit = loop.fit
-
-    def fit_and_save(model, *rest):
-        history = fit(model, *rest)
-        checkpoint.save_weights(out / name / f"rank{rank}" / "weights.safetensors", model)
-        return history
-
-    loop.fit = fit_and_save
-    with start("cpu", threads=1) as world:
-        for name, spec in TWO.items():
-            loop.train(spec, 0, images, out / name, world=world)
-
-
-@pytest.mark.model
-def test_two_processes_train_as_one(images, tmp_path):
-    """Same batches in halves: equal weights on both, and those of one process but for rounding."""
-    tiny_coco.write_coco(images, train=30, val=5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train_as, (port, images, tmp_path / "two"), nprocs=2)
-    for run, spec in TWO.items():
-        first, second = tmp_path / "one" / run, tmp_path / "two" / run
-        assert_equal_weights(second / "rank0", second / "rank1")
-        train(spec, 0, images, first, world=World())
-        one, two = (load_file(path / "weights.safetensors") for path in (first, second))
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=name)
-        alone, together = (read_record(path)["metrics"] for path in (first, second))
-        same = [name for name in alone if name not in ("step_ms", "train_images_per_s")]
-        assert [together[name] for name in same] == [pytest.approx(alone[name], abs=1e-3) for name in same]
-        assert steps(second) == steps(first)
-        own, joined = (np.load(path / read_record(path)["per_image"]) for path in (first, second))
-        assert own["image"].tolist() == joined["image"].tolist()
 
 
 # The command line ---------------------------------------------------------------------------------------------------

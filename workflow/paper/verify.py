@@ -28,7 +28,7 @@ from workflow.paper.run_notebook import execute
 KINDS: dict[str, type[Spec]] = {"train": TrainSpec, "bench": BenchSpec, "plan": PlanSpec, **MEASURES}
 MADE = ("tables", "figures", "notebooks", "logs", "report.html")
 """What is made from records, and so is made again."""
-ORIGIN = ("commit", "dirty", "device", "data_fingerprint", "started")
+ORIGIN = ("commit", "dirty", "lock_sha256", "device", "data_fingerprint", "started")
 Run = Callable[[str, Path], None]
 
 

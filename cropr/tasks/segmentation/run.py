@@ -239,7 +239,7 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0, aux_ignore: 
     Patches of class ``aux_ignore`` have no part in the auxiliary losses.
 
     A batch without a label gives zeros. Means are over the labelled pixels of the batch, as in the authors' code;
-    micro-batches of an accumulated step weigh by images, not by labels.
+    micro-batches of an accumulated step, and processes, weigh by images, not by labels.
 
     ``target`` is [B, H, W] integers, ``IGNORE`` where there is no label. The target of an auxiliary prediction
     [B, Q, classes] is the label of each patch (``patch_labels``); raises ValueError for another grid than the images'.
