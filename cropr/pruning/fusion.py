@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cropr.pruning.methods import FUSIONS, Place, choose
+from cropr.pruning.methods import Place
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
@@ -139,9 +139,3 @@ class CrossAttention(Fusion):
         keys = self.key_norm(alive.x)
         x = left.x + self.attention(self.query_norm(left.x), keys, keys, need_weights=False)[0]
         return alive.append([left.replace(x + self.mlp(x))])
-
-
-def create(name: str, dim: int, num_outputs: int, sites: Iterable[int]) -> Fusion | None:
-    """Make a fusion by name; None prunes for good. Arguments as of ``Fusion``, errors as of ``choose``."""
-    method = choose(FUSIONS, "fusion", name)
-    return None if method.path is None else method.load()(dim, num_outputs, sites)

@@ -1,8 +1,8 @@
 """Every reducer and fusion by name, without torch: what specs, command line, labels, figures and digests know of them.
 
-The entry of a method stands in the file of its class, as a literal named ``METHODS``. It is read from the source text,
-as setuptools reads a version, because importing the file would import torch. To add a reducer, add a file to
-``reducers/`` with its class and its entry.
+The entry of a method stands in the file of its class, in a literal named ``METHODS``, whose entry ``*`` holds for all
+methods of the file. It is read from the source text, as setuptools reads a version, because importing the file would
+import torch. To add a reducer, add a file to ``reducers/`` with its class and its entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Method:
     path: str | None
     """``module:Class``; None where nothing is done."""
     label: str
-    """For readers: tables and legends."""
+    """For readers: tables and legends; the name of the class unless given."""
     options: tuple[str, ...] = ()
     """Keyword arguments that a spec may set."""
     training_only: tuple[str, ...] = ()
@@ -69,10 +69,14 @@ def declared(file: Path, table: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _table(files: list[Path]) -> dict[str, Method]:
-    found = {}
+    found, shared = {}, {}
     for module, name, entry in (one for file in files for one in declared(file, "METHODS")):
-        kind = entry.pop("class")
-        found[name] = Method(name=name, path=f"{module}:{kind}" if kind else None, **entry)
+        if name == "*":
+            shared[module] = entry
+            continue
+        known = shared.get(module, {}) | entry
+        kind = known.pop("class")
+        found[name] = Method(name=name, path=f"{module}:{kind}" if kind else None, **{"label": kind, **known})
     return found
 
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from cropr.pruning.backbones.base import Backbone, adapt
 from cropr.pruning.fusion import Fusion
-from cropr.pruning.fusion import create as create_fusion
 from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, create
 from cropr.pruning.schedule import Schedule, attended, trace
@@ -269,10 +268,10 @@ def prune(
         ValueError: an impossible schedule, an unknown name or option.
     """
     backbone = host if isinstance(host, Backbone) else adapt(host)
-    choose(FUSIONS, "fusion", fusion)
-    sites = schedule.sites(backbone.depth, before_last_block(fusion))
+    method, fused = choose(FUSIONS, "fusion", fusion), before_last_block(fusion)
+    sites = schedule.sites(backbone.depth, fused)
     outputs: int = num_outputs or backbone.num_classes
-    bring_back = create_fusion(fusion, backbone.dim, outputs, sites)
+    bring_back = method.load()(backbone.dim, outputs, sites) if method.path else None
     if reducer == "none":
         if sites:
             raise ValueError(f"reducer 'none' with a schedule that prunes ({schedule}); use rate 0 or name a reducer")
@@ -280,8 +279,7 @@ def prune(
     if not outputs:
         raise ValueError("the host has no classes: name num_outputs for the auxiliary heads")
     options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
-    fused, patches = before_last_block(fusion), backbone.num_patches
-    counts = schedule.resolve(patches, backbone.depth, fused, backbone.prefix)
+    counts = schedule.resolve(backbone.num_patches, backbone.depth, fused, backbone.prefix)
     modules = {
         block: create(reducer, backbone.dim, outputs, keep=counts[block - 1], depth=block / backbone.depth, **options)
         for block in sites

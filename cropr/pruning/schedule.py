@@ -89,11 +89,9 @@ class Schedule:
 
     @classmethod
     def for_speedup(cls, speedup: float, model: Any, *, fusion: str = "none", align: int = 1) -> Schedule:
-        """The schedule that divides a model's multiply-adds by ``speedup`` or more and prunes the fewest tokens.
-
-        Tried are constant rates, then, if none reaches it, shares of the tokens that go at once after block 3 (the
-        paper's early schedule). Of the first of the two that reaches it, the smallest number is taken.
-        Counted is the deployed model with Cropr's scorers. Time does not follow multiply-adds exactly:
+        """The schedule that divides a model's multiply-adds by ``speedup`` or more and prunes the fewest tokens: the
+        smallest constant rate, or, if none reaches it, the smallest share that goes at once after block 3 (the paper's
+        early schedule). Counted is the deployed model with Cropr's scorers. Time does not follow multiply-adds exactly:
         ``python -m cropr plan --verify`` measures and corrects.
 
         Args:
@@ -141,20 +139,17 @@ class Schedule:
         Raises:
             ValueError: unknown rule or argument, with the ones that exist.
         """
-        allowed_for = {rule: {"at", "align"} for rule in ("fraction", "kept", "stages")}
-        allowed_for |= {"constant": {"rate", "first_extra", "align"}, "squares": {"at"}}
+        allowed_for = dict.fromkeys(("fraction", "kept", "stages"), ("at", "align"))
+        allowed_for |= {"constant": ("rate", "first_extra", "align"), "squares": ("at",)}
         if len(config) != 1 or (rule := next(iter(config))) not in allowed_for:
             raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(allowed_for)}")
-        allowed = allowed_for[rule]
+        first, allowed = allowed_for[rule][0], sorted(allowed_for[rule])
         arguments = dict(config[rule] or {})
-        if unknown := set(arguments) - allowed:
-            raise ValueError(f"schedule {rule}: unknown {sorted(unknown)}; allowed: {sorted(allowed)}")
-        if missing := {"rate" if rule == "constant" else "at"} - set(arguments):
-            raise ValueError(f"schedule {rule}: {sorted(missing)} is missing; allowed: {sorted(allowed)}")
-        if rule == "constant":
-            return cls.constant(**arguments)
-        schedule: Schedule = getattr(cls, rule)(arguments.pop("at"), **arguments)
-        return schedule
+        if unknown := sorted(set(arguments) - set(allowed)):
+            raise ValueError(f"schedule {rule}: unknown {unknown}; allowed: {allowed}")
+        if first not in arguments:
+            raise ValueError(f"schedule {rule}: {[first]} is missing; allowed: {allowed}")
+        return getattr(cls, rule)(arguments.pop(first), **arguments)  # type: ignore[no-any-return]
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of ``from_config``, with plain JSON types."""
@@ -183,8 +178,7 @@ class Schedule:
         Args:
             num_patches: patch tokens that enter block 1.
             depth: blocks of the model.
-            fusion: pruned tokens come back before the last block, which then holds all of them; pruning after the
-                last but one block would be undone at once, so it stops one block earlier.
+            fusion: pruned tokens come back before the last block, so that pruning stops one block earlier.
             prefix: tokens that are never pruned; counted by ``align`` only.
             share: how much of the schedule is in force (see ``ramp``); numbers to prune are scaled by it and rounded
                 down, and share 0 prunes nothing.

@@ -69,22 +69,22 @@ class Tokens:
         """The patch tokens at these positions [B, R] alone, without prefix: what a pruner sets aside."""
         return replace(self._pick(position, take(self.x, position + self.prefix)), prefix=0, source=None)
 
-    def merge(self, x: Tensor, index: Tensor, assignment: Tensor, size: Tensor | None = None) -> Tokens:
+    def merge(self, x: Tensor, centre: Tensor, assignment: Tensor, size: Tensor | None = None) -> Tokens:
         """The prefix and K new patch tokens.
 
         Args:
             x: [B, K, C], their values.
-            index: [B, K] int64, the places that they take for rotary positions and for dense tasks.
+            centre: [B, K] int64, positions of the patch tokens whose places in the image they take.
             assignment: [B, N] int64: which of the K each present patch token went into; -1 for none.
             size: [B, K] float32, as of the field.
         """
+        assert self.index is not None
         source = self.source
         if source is None:  # all N0 patches are present: nothing was merged or pruned before
-            assert self.index is not None
             position = torch.arange(self.num_patches, device=x.device).expand_as(self.index)
             source = torch.empty_like(self.index).scatter(1, self.index, position)
         x = torch.cat((self.x[:, : self.prefix], x), dim=1)
-        return replace(self, x=x, index=index, size=size, source=_follow(source, assignment))
+        return replace(self, x=x, index=self.index.gather(1, centre), size=size, source=_follow(source, assignment))
 
     @property
     def weight(self) -> Tensor | None:

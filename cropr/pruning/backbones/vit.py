@@ -51,11 +51,13 @@ class TimmBackbone(Backbone):
         if host.global_pool != "avg":
             raise self._refuse(f"pooling {host.global_pool!r}, for tokens that differ in weight,")
         lead = self.prefix if getattr(host, "pool_include_prefix", False) else 0
-        return host.head(host.head_drop(host.fc_norm(self._mean(tokens, lead))))
+        return self._classify(self._mean(tokens, lead))
 
     def predict(self, tokens: Tokens) -> Tokens:
-        host = self.host
-        return tokens.replace(host.head(host.head_drop(host.fc_norm(tokens.x))))
+        return tokens.replace(self._classify(tokens.x))
+
+    def _classify(self, x: Tensor) -> Tensor:
+        return self.host.head(self.host.head_drop(self.host.fc_norm(x)))
 
     def verify_predict(self) -> None:
         if self.pools_by_attention:
@@ -65,7 +67,8 @@ class TimmBackbone(Backbone):
         if not isinstance(self.host.head, nn.Linear):
             raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
 
-    def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
+    def _attended(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
+        module = self.blocks[block - 1]
         normed, attention = module.norm1(x), module.attn
         if tokens.gate is None:
             found = attention(normed, **self._arguments(block, tokens, position))
@@ -77,7 +80,8 @@ class TimmBackbone(Backbone):
             found = attention.proj_drop(attention.proj(found))
         return x + module.drop_path1(self._scale(module, 1, found))
 
-    def _transformed(self, module: Any, x: Tensor) -> Tensor:
+    def _transformed(self, block: int, x: Tensor) -> Tensor:
+        module = self.blocks[block - 1]
         return x + module.drop_path2(self._scale(module, 2, module.mlp(module.norm2(x))))
 
     def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
@@ -121,12 +125,7 @@ class ViTBackbone(TimmBackbone):
     """Plain blocks without positions of their own: a token's place matters in the embedding only."""
 
     host_type: ClassVar[Any] = timm_vit.VisionTransformer
-    block_types = (
-        timm_vit.Block,
-        timm_vit.ResPostBlock,
-        timm_vit.ParallelScalingBlock,
-        timm_vit.ParallelThingsBlock,
-    )
+    block_types = (timm_vit.Block, timm_vit.ResPostBlock, timm_vit.ParallelScalingBlock, timm_vit.ParallelThingsBlock)
     halved_types = (timm_vit.Block,)
     attention_type = Attention
 

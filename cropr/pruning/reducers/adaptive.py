@@ -7,40 +7,25 @@ B batch, H heads, N patch tokens, K kept at most, C channels.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropr.pruning.methods import Place
-from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected, select
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled, select
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
-    "ats": {
-        "class": "ATS",
-        "label": "ATS",
-        "colour": "#ff7f0e",
-        "marker": "P",
-        "options": ("place", "rule"),
-        "place": "after_attention",
-        "family": "adaptive",
-    },
-    "dynamic_vit": {
-        "class": "DynamicViT",
-        "label": "DynamicViT",
-        "colour": "#e377c2",
-        "marker": "P",
-        "options": ("ratio_weight",),
-        "family": "adaptive",
-        "trained": True,
-    },
+    "*": {"marker": "P", "family": "adaptive"},
+    "ats": {"class": "ATS", "colour": "#ff7f0e", "options": ("place", "rule"), "place": "after_attention"},
+    "dynamic_vit": {"class": "DynamicViT", "colour": "#e377c2", "options": ("ratio_weight",), "trained": True},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
-class ATS(Reducer):
+class ATS(Ruled):
     """Adaptive token sampling (Fayyaz et al., 2022): inverse transform sampling of attention times value norm.
 
     K fixed points of the cumulative score pick tokens; a token that several points pick is kept once. Fewer than K
@@ -55,10 +40,6 @@ class ATS(Reducer):
     places: ClassVar[tuple[Place, ...]] = ("after_attention", "after_block")
     reads = frozenset({"cls_attention", "value_norms"})
     sets: ClassVar[frozenset[str]] = frozenset({"valid"})
-
-    def __init__(self, *args: Any, rule: Literal["reference", "corrected"] = "reference", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.corrected = is_corrected(rule)
 
     @torch.no_grad()
     def sample(self, score: Tensor, valid: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cropr.pruning.methods import REDUCERS, Place, choose
-from cropr.pruning.tokens import Tokens, take
+from cropr.pruning.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,22 @@ class Reducer(nn.Module):
         return copy.deepcopy(self)
 
 
+class Ruled(Reducer):
+    """A method whose published code departs from its paper or from sound arithmetic (docs/reducers.md).
+
+    Args:
+        rule: ``reference`` (the published code) or ``corrected``.
+    """
+
+    def __init__(self, *args: Any, rule: Literal["reference", "corrected"] = "reference", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if rule not in ("reference", "corrected"):
+            raise ValueError(
+                f"rule={rule!r}; choose 'reference' (the published code) or 'corrected' (docs/reducers.md)"
+            )
+        self.corrected = rule == "corrected"
+
+
 class ScoreReducer(Reducer):
     """Keeps the K patch tokens of highest score, in their present order. A method without weights defines ``score``
     alone; ``dim`` and ``num_outputs`` are for those that have weights."""
@@ -142,19 +158,6 @@ def pool(x: Tensor, assignment: Tensor, keep: int) -> Tensor:
     start = torch.arange(batch, device=x.device).mul(keep).unsqueeze(1)
     empty = x.new_zeros(batch * keep, channels)
     return empty.index_add(0, (assignment + start).flatten(), x.flatten(0, 1)).view(batch, keep, channels)
-
-
-def represent(tokens: Tokens, centre: Tensor, assignment: Tensor) -> Tokens:
-    """One token for each cluster: its centre, unchanged. ``centre`` [B, K] are positions, ``assignment`` is [B, N]."""
-    assert tokens.index is not None
-    return tokens.merge(take(tokens.patches, centre), tokens.index.gather(1, centre), assignment)
-
-
-def is_corrected(rule: str) -> bool:
-    """Read the option ``rule``; ValueError unless it is ``reference`` or ``corrected``."""
-    if rule not in ("reference", "corrected"):
-        raise ValueError(f"rule={rule!r}; choose 'reference' (the published code) or 'corrected' (docs/reducers.md)")
-    return rule == "corrected"
 
 
 def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float = 0.5, **options: Any) -> Reducer:

@@ -18,11 +18,10 @@ from cropr.pruning.scorer import Aggregator, AuxiliaryHead, FoldedScorer, Scorer
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
+    "*": {"marker": "o"},
     "cropr": {
         "class": "Cropr",
-        "label": "Cropr",
         "colour": "#d55e00",
-        "marker": "o",
         "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
         # All but the norm, which scales every token.
         "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
@@ -31,21 +30,14 @@ METHODS = {
         "class": "NonSalient",
         "label": "Non-salient",
         "colour": "#56b4e9",
-        "marker": "o",
         "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
         "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
     },
-    "random": {"class": "Random", "label": "Random", "colour": "#0072b2", "marker": "o"},
-    "variance": {"class": "Variance", "label": "Variance", "colour": "#009e73", "marker": "o"},
-    "attn_topk": {
-        "class": "AttentionTopK",
-        "label": "Attn Top-K",
-        "colour": "#cc79a7",
-        "marker": "o",
-        "options": ("place",),
-    },
+    "random": {"class": "Random", "colour": "#0072b2"},
+    "variance": {"class": "Variance", "colour": "#009e73"},
+    "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "options": ("place",)},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class Cropr(Reducer):
