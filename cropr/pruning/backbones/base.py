@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
-        """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
+        """Run a block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
         if tokens.gate is not None:
             return self.mlp(block, self.attend(block, tokens, position))
         found = self._call(self.blocks[block - 1], tokens.x, **self._arguments(block, tokens, position, mask))
@@ -144,7 +144,7 @@ class Backbone(nn.Module):
         the block stays on fused attention. ``tokens`` are the block's input, here and below."""
         x = self._normed(block, tokens)
         key = self._turn(block, self._part(block, 1, x), tokens, position)
-        return cls_row((self._part(block, 0, x[:, :1]) @ key.transpose(2, 3)).squeeze(2), tokens)
+        return patch_attention(self._part(block, 0, x[:, :1]) @ key.transpose(2, 3), tokens).squeeze(2)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
         """Keys before rotary positions, averaged over heads: [B, L, d]."""
@@ -158,10 +158,7 @@ class Backbone(nn.Module):
         """Attention that each patch receives, summed over heads and queries: [B, N] float32. Computes all of it."""
         with torch.no_grad():
             query, key, _ = self._project(block, self._normed(block, tokens), tokens, position)
-            logits = (query @ key.transpose(2, 3)).float()
-            bias = tokens.bias(torch.float32)
-            rows = (logits if bias is None else logits + bias).softmax(dim=3)
-            return rows.sum(dim=(1, 2))[:, self.prefix :]
+            return patch_attention(query @ key.transpose(2, 3), tokens).sum(dim=(1, 2))
 
     def reading_macs(self, field: str, tokens: int) -> int:
         """Multiply-adds of one image for a field of ``Context``; ``tokens`` with prefix."""
@@ -267,11 +264,11 @@ def _adapters() -> dict[str, tuple[str, str]]:
     return {host: (module, name) for file in files for module, host, name in declared(file, "ADAPTERS")}
 
 
-def cls_row(logits: Tensor, tokens: Tokens) -> Tensor:
-    """Attention of the CLS query to the patches, [B, H, N], from its scaled logits [B, H, L]."""
+def patch_attention(logits: Tensor, tokens: Tokens) -> Tensor:
+    """Attention [B, H, Q, N] float32 of Q queries to the patches, from its scaled logits [B, H, Q, L]."""
     bias = tokens.bias(torch.float32)
-    logits = logits.float() if bias is None else logits.float() + bias.squeeze(2)
-    return logits.softmax(dim=-1)[:, :, tokens.prefix :]
+    logits = logits.float() if bias is None else logits.float() + bias
+    return logits.softmax(dim=3)[:, :, :, tokens.prefix :]
 
 
 def gated_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, prefix: int) -> Tensor:

@@ -13,7 +13,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.pruning.backbones.base import Backbone, cls_row, gated_attention
+from cropr.pruning.backbones.base import Backbone, gated_attention, patch_attention
 from cropr.pruning.tokens import Tokens
 
 
@@ -135,24 +135,27 @@ class ViTBackbone(TimmBackbone):
         return Tokens.full(x, self.prefix), None
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        attention = self.host.blocks[block - 1].attn
-        if not isinstance(attention.k_norm, nn.Identity):
+        attn = self.blocks[block - 1].attn
+        if not isinstance(attn.k_norm, nn.Identity):
             return super().cls_attention(block, tokens, position)
         # q (W x) = (W^T q) x: one vector a head instead of a projection of every token. The bias of the keys adds the
         # same to all logits of a head, which softmax does not see.
         x = self._normed(block, tokens)
         query = self._part(block, 0, x[:, :1]).squeeze(2)  # [B, H, d]
-        weight = attention.qkv.weight.unflatten(0, (3, attention.num_heads, -1))[1]  # [H, d, C]
-        return cls_row(torch.einsum("bhd,hdc->bhc", query, weight) @ x.transpose(-2, -1), tokens)
+        weight = attn.qkv.weight.unflatten(0, (3, attn.num_heads, -1))[1]  # [H, d, C]
+        logits = torch.einsum("bhd,hdc->bhc", query, weight) @ x.transpose(-2, -1)
+        return patch_attention(logits.unsqueeze(2), tokens).squeeze(2)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        attention = self.host.blocks[block - 1].attn
-        if not isinstance(attention.k_norm, nn.Identity):
+        attn = self.blocks[block - 1].attn
+        if not isinstance(attn.k_norm, nn.Identity):
             return super().mean_key(block, tokens, position)
         # The mean of projections is the projection by the mean.
-        heads = (3, attention.num_heads, -1)
-        bias = None if attention.qkv.bias is None else attention.qkv.bias.unflatten(0, heads)[1].mean(dim=0)
-        return F.linear(self._normed(block, tokens), attention.qkv.weight.unflatten(0, heads)[1].mean(dim=0), bias)
+        weight, bias = (
+            None if part is None else part.unflatten(0, (3, attn.num_heads, -1))[1].mean(dim=0)
+            for part in (attn.qkv.weight, attn.qkv.bias)
+        )
+        return F.linear(self._normed(block, tokens), weight, bias)
 
     def reading_macs(self, field: str, tokens: int) -> int:
         attention = self.blocks[0].attn

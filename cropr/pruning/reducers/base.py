@@ -90,10 +90,8 @@ class Reducer(nn.Module):
         raise NotImplementedError
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        """Multiply-adds of one call on one image in its deployed form, without what it reads.
-
-        ``tokens`` and ``patches`` are those that enter, with and without prefix; ``head`` is d.
-        """
+        """Multiply-adds of one call on one image in its deployed form, without what it reads. ``tokens`` and
+        ``patches`` are those that enter, with and without prefix; ``head`` is d."""
         return 0
 
     def deploy(self) -> Reducer:
@@ -118,8 +116,7 @@ class Ruled(Reducer):
 
 
 class ScoreReducer(Reducer):
-    """Keeps the K patch tokens of highest score, in their present order. A method without weights defines ``score``
-    alone; ``dim`` and ``num_outputs`` are for those that have weights."""
+    """Keeps the K patch tokens of highest score, in their present order. A subclass defines ``score``."""
 
     leaves_pruned: ClassVar[bool] = True
 
@@ -161,17 +158,8 @@ def pool(x: Tensor, assignment: Tensor, keep: int) -> Tensor:
 
 
 def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float = 0.5, **options: Any) -> Reducer:
-    """Make the reducer of one block.
-
-    Args:
-        name: one of ``cropr.pruning.methods.REDUCERS`` but ``none``.
-        dim, num_outputs: channels of the tokens; outputs of an auxiliary head, where it has one.
-        keep, depth: of the site, for methods that must know (``Reducer.told``).
-        options: keyword arguments of the reducer.
-
-    Raises:
-        ValueError: unknown name or option, with the known ones.
-    """
+    """Make the reducer of one block from its name in ``cropr.pruning.methods.REDUCERS`` and its options. ``keep`` and
+    ``depth`` are for methods that must know (``Reducer.told``). Raises ValueError for an unknown name or option."""
     method = choose(REDUCERS, "reducer", name)
     if unknown := sorted(set(options) - set(method.options)):
         allowed = ", ".join(method.options) or "none"

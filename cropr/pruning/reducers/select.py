@@ -40,6 +40,21 @@ METHODS = {
 """A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
+class FoldedCropr(ScoreReducer):
+    """Cropr at inference: one vector for scoring."""
+
+    def __init__(self, scorer: FoldedScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        # The prefix is scored, too, and cut off: leaving it out first would copy all tokens.
+        return self.scorer(tokens.x)[:, tokens.prefix :]
+
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return tokens * dim
+
+
 class Cropr(Reducer):
     """Scores by cross-attention with learned queries that an auxiliary task trains (paper, section 3).
 
@@ -80,10 +95,10 @@ class Cropr(Reducer):
         self.head = AuxiliaryHead(dim, num_outputs)
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
-        # Selection runs the deployed arithmetic in every mode, in float32 under any autocast, so that training,
-        # evaluation and deployment keep the same tokens. No gradient passes a Top-K.
+        # The deployed form scores in every mode, in float32 under any autocast, so that training, evaluation and
+        # deployment keep the same tokens. No gradient passes a Top-K.
         with torch.no_grad():
-            score = self.sign * _score_patches(self.scorer.fold(), tokens)
+            score = self.deploy().score(tokens, context)
         if not self.training:
             return select(tokens, score, keep, want_pruned)
         if self.selector == "sample":
@@ -96,7 +111,7 @@ class Cropr(Reducer):
         return tokens * dim
 
     @torch.no_grad()
-    def deploy(self) -> Reducer:
+    def deploy(self) -> FoldedCropr:
         scorer = self.scorer.fold()
         return FoldedCropr(FoldedScorer((self.sign * scorer.weight).clone(), scorer.eps))
 
@@ -105,25 +120,6 @@ class NonSalient(Cropr):
     """Cropr with its selector inverted: prunes the tokens of *highest* score. The sanity check of Table 1."""
 
     sign: ClassVar[int] = -1
-
-
-class FoldedCropr(ScoreReducer):
-    """Cropr at inference: one vector for scoring."""
-
-    def __init__(self, scorer: FoldedScorer) -> None:
-        super().__init__()
-        self.scorer = scorer
-
-    def score(self, tokens: Tokens, context: Context) -> Tensor:
-        return _score_patches(self.scorer, tokens)
-
-    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        return tokens * dim
-
-
-def _score_patches(scorer: FoldedScorer, tokens: Tokens) -> Tensor:
-    """[B, N]. The prefix is scored, too, and cut off: leaving it out first would copy all tokens."""
-    return scorer(tokens.x)[:, tokens.prefix :]
 
 
 class Random(ScoreReducer):
