@@ -175,19 +175,17 @@ class PrunedViT(nn.Module):
         """Refuse what this model, its fusion or its host cannot do with the reducers: ValueError or TypeError."""
         name, back = type(reducer).__name__, type(self.fusion).__name__
         if self.fusion is not None and self.fusion.place == "after_head" and not self.dense:
-            raise ValueError(
-                f"{back} fuses predictions per patch, and this model makes one an image; choose another fusion, such "
-                "as 'llf'"
-            )
+            problem = f"{back} fuses predictions per patch, and this model makes one an image"
+            raise ValueError(f"{problem}; choose another fusion, such as 'llf'")
         if reducer is None:
             return
         if self.fusion is not None and not reducer.leaves_pruned:
             raise ValueError(f"{name} leaves no pruned tokens behind that {back} could bring back; use fusion 'none'")
         if self.dense and reducer.slots:
-            raise ValueError(
-                f"{name} mixes all patches into slots without a place, and this model makes a prediction per patch; "
-                "use a method that prunes or merges"
+            problem = (
+                f"{name} mixes all patches into slots without a place, and this model makes a prediction per patch"
             )
+            raise ValueError(f"{problem}; use a method that prunes or merges")
         self.backbone.verify_reducer(reducer, self.fusion)
 
     def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
@@ -246,9 +244,8 @@ def prune(
         num_outputs: outputs of the auxiliary heads; the host's classes unless given.
         kind: what to make: a model for images, or a task's own, such as a segmenter.
 
-    Raises:
-        TypeError: a host or block type that has no adapter.
-        ValueError: an impossible schedule, an unknown name or option.
+    Raises TypeError for a host or block type without adapter, ValueError for an impossible schedule and for an unknown
+    name or option.
     """
     backbone = host if isinstance(host, Backbone) else adapt(host)
     method, fused = choose(FUSIONS, "fusion", fusion), before_last_block(fusion)

@@ -31,11 +31,8 @@ class Backbone(nn.Module):
     gives ``_part`` (and ``_turn`` for rotary positions), for those that act within a block ``_attended`` and
     ``_transformed``; what it does not give is refused by name.
 
-    Args:
-        host: the model; kept as it is, its parameters keep their names below ``host``.
-
-    Raises:
-        TypeError: a feature of the host that pruning would silently break, by name.
+    ``host`` is kept as it is, and its parameters keep their names below ``host``. Raises TypeError for a feature of it
+    that pruning would silently break, by name.
     """
 
     path: str  # name of the blocks in the host
@@ -140,22 +137,19 @@ class Backbone(nn.Module):
         """Refuse numbers of patch tokens that enter the blocks: ValueError with the block and numbers that fit it."""
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Attention that the CLS query pays to each patch in this block, [B, H, N] float32. Only this row is computed:
-        the block stays on fused attention. ``tokens`` are the block's input, here and below."""
+        """This and the next three give the fields of ``reducers.base.Context`` of their names, from the block's input.
+        Only what is read is computed, beside the block, which stays on fused attention."""
         x = self._normed(block, tokens)
         key = self._turn(block, self._part(block, 1, x), tokens, position)
         return patch_attention(self._part(block, 0, x[:, :1]) @ key.transpose(2, 3), tokens).squeeze(2)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Keys before rotary positions, averaged over heads: [B, L, d]."""
         return self._part(block, 1, self._normed(block, tokens)).mean(dim=1)
 
     def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Euclidean norm of each patch's value, [B, H, N] float32."""
         return self._part(block, 2, self._normed(block, tokens)[:, self.prefix :]).float().norm(dim=3)
 
     def column_sums(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Attention that each patch receives, summed over heads and queries: [B, N] float32. Computes all of it."""
         with torch.no_grad():
             query, key, _ = self._project(block, self._normed(block, tokens), tokens, position)
             return patch_attention(query @ key.transpose(2, 3), tokens).sum(dim=(1, 2))

@@ -1,8 +1,6 @@
 """Hugging Face transformers 4.57 and 5: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
-SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention.
-
-``Output.logits`` of a bare model is its ``pooler_output``, and ``Output.tokens.x`` is ``last_hidden_state`` of the
-tokens alive. ``cropr.as_host`` gives a model of the host's own class, for pipelines and for models that contain it.
+SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention. docs/hosts.md says what their
+outputs mean.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ they leave, so after pruning a windowed block cuts the survivors into equal chun
 or padding, on fused attention. Without pruning the chunks are the windows themselves. This reading of "windows and
 pruned tokens" is ours (docs/detection.md).
 
-EVA-02 has two rotary tables, one with coordinates counted within a window, one for the whole grid. Rotary attention
-sees differences of positions only, so coordinates counted over the whole image at the window's scale give the same
-attention inside a window, and stay meaningful for a chunk that spans several. Both are gathered by original place.
+EVA-02 has two rotary tables: of a window and of the whole grid. Rotary attention sees differences of positions only, so
+the window's coordinates, counted on over the whole image, give the same attention inside a window, and stay meaningful
+for a chunk that spans several. Both tables are gathered by original place.
 
 B batch, N patch tokens, W tokens of a window, C channels.
 """
@@ -32,7 +32,7 @@ class WindowedBackbone(TimmBackbone):
 
     def __init__(self, host: nn.Module, window: int, global_blocks: Iterable[int]) -> None:
         super().__init__(host)
-        self.window = window
+        self.window, self.window_tokens = window, window * window  # patches a side, W
         self.global_blocks = frozenset(global_blocks)
         if self.prefix:
             raise self._refuse(f"{self.prefix} prefix tokens, which belong to no window (build it class_token=False),")
@@ -51,11 +51,6 @@ class WindowedBackbone(TimmBackbone):
         ):
             raise self._refuse(f"{type(rope).__name__} with these settings, which has no form within windows,")
 
-    @property
-    def window_tokens(self) -> int:
-        """W: tokens of a window."""
-        return self.window * self.window
-
     def keys(self, block: int, tokens: int) -> int:
         return tokens if block in self.global_blocks else self.window_tokens
 
@@ -71,10 +66,8 @@ class WindowedBackbone(TimmBackbone):
                 )
 
     def embed(self, images: Tensor) -> tuple[Tokens, tuple[Tensor | None, Tensor | None]]:
-        """Tokens in window-major order; rotary tables [grid, 2 d], or None, for global and for windowed blocks.
-
-        Raises ValueError for images that do not hold whole windows.
-        """
+        """Tokens in window-major order; rotary tables [grid, 2 d], or None, for global and for windowed blocks. Raises
+        ValueError for images that do not hold whole windows."""
         height, width = images.shape[-2:]
         down, across = (self.window * edge for edge in self.patch_size)
         if height % down or width % across:
@@ -132,9 +125,7 @@ def windowed(host: nn.Module, window: int, global_blocks: Iterable[int]) -> Wind
         window: patches a side. EVA-02's detectors have 16.
         global_blocks: blocks (from 1) that attend over all tokens; the last must be one. EVA-02-L: 3, 6, ..., 24.
 
-    Raises:
-        TypeError: no adapter for this model or a feature of it, by name.
-        ValueError: window or blocks out of range.
+    Raises TypeError for a model, or a feature of it, without adapter, ValueError for a window or blocks out of range.
     """
     adapters: tuple[type[WindowedBackbone], ...] = (WindowedViT, WindowedEva)
     for adapter in adapters:

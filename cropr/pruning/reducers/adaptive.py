@@ -32,9 +32,8 @@ class ATS(Ruled):
     tokens are then valid, and padding, which no token attends to, fills the rest, so that an image does not depend on
     the batch.
 
-    Args:
-        rule: which token a point picks. ``corrected``: the first whose cumulative score reaches it; ``reference``: that
-            of the nearest cumulative score, which also picks neighbours of important tokens.
+    A point picks, by rule ``corrected``, the first token whose cumulative score reaches it; by ``reference``, that of
+    the nearest cumulative score, which also picks neighbours of important tokens.
     """
 
     places: ClassVar[tuple[Place, ...]] = ("after_attention", "after_block")
@@ -69,11 +68,8 @@ class DynamicViT(Reducer):
     """A predictor decides which patches stay (Rao et al., 2021), trained by the main loss and a loss of the ratio.
 
     In training nothing is removed: dropped patches are masked from the attention of others, by straight-through
-    Gumbel softmax, and the squared difference between the share that stays and K / N0 is a loss. In evaluation the K
-    patches of highest probability stay.
-
-    Args:
-        ratio_weight: weight of that loss.
+    Gumbel softmax, and the squared difference between the share that stays and K / N0 is a loss, of weight
+    ``ratio_weight``. In evaluation the K patches of highest probability stay.
     """
 
     sets: ClassVar[frozenset[str]] = frozenset({"gate"})
@@ -88,9 +84,8 @@ class DynamicViT(Reducer):
             raise ValueError(f"DynamicViT splits the channels into halves; the width {dim} is odd")
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         half, quarter = dim // 2, dim // 4
-        self.decide = nn.Sequential(
-            nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
-        )
+        layers = nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
+        self.decide = nn.Sequential(*layers)
 
     def logits(self, x: Tensor, gate: Tensor | None) -> Tensor:
         """[B, N, 2] float32, stay and go, of patches [B, N, C]; the mean of all is over those that ``gate`` leaves."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,8 @@ class Reducer(nn.Module):
 
     Args:
         dim, num_outputs: channels of the tokens; outputs of an auxiliary head.
-        place: ``after_block``, or ``after_attention``: between attention and MLP of the block, which then computes
-            on the kept tokens. By default the method's own.
+        place: ``after_block``, or ``after_attention``, where the block's MLP runs on the kept tokens; by default the
+            method's own.
     """
 
     places: ClassVar[tuple[Place, ...]] = ("after_block",)
@@ -79,14 +79,9 @@ class Reducer(nn.Module):
             raise ValueError(f"place={place!r}: {type(self).__name__} acts at {' or '.join(self.places)}")
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
-        """Reduce to ``keep`` patch tokens.
-
-        Args:
-            tokens: the output of the block, or of its attention; N patch tokens.
-            keep: K, with 1 <= K < N; K = N for one that learns, in training.
-            context: the fields that it reads.
-            want_pruned: whether a fusion will use the pruned tokens.
-        """
+        """Reduce ``tokens``, the output of the block or of its attention, to ``keep`` patch tokens: 1 <= K < N; K = N
+        for one that learns, in training. ``context`` has the fields that it reads; ``want_pruned``: a fusion will use
+        the pruned tokens."""
         raise NotImplementedError
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
@@ -100,18 +95,14 @@ class Reducer(nn.Module):
 
 
 class Ruled(Reducer):
-    """A method whose published code departs from its paper or from sound arithmetic (docs/reducers.md).
+    """A method whose published code departs from its paper or from sound arithmetic; ``rule`` is that of the code,
+    ``reference``, or ``corrected`` (docs/reducers.md)."""
 
-    Args:
-        rule: ``reference`` (the published code) or ``corrected``.
-    """
-
-    def __init__(self, *args: Any, rule: Literal["reference", "corrected"] = "reference", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: str = "reference", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if rule not in ("reference", "corrected"):
-            raise ValueError(
-                f"rule={rule!r}; choose 'reference' (the published code) or 'corrected' (docs/reducers.md)"
-            )
+            allowed = "'reference' (the published code) or 'corrected' (docs/reducers.md)"
+            raise ValueError(f"rule={rule!r}; choose {allowed}")
         self.corrected = rule == "corrected"
 
 
@@ -164,7 +155,5 @@ def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float
     if unknown := sorted(set(options) - set(method.options)):
         allowed = ", ".join(method.options) or "none"
         raise ValueError(f"reducer {name!r} has no option {', '.join(unknown)}; it has {allowed}")
-    kind = method.load()
-    site = {"keep": keep, "depth": depth}
-    reducer: Reducer = kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
-    return reducer
+    kind, site = method.load(), {"keep": keep, "depth": depth}
+    return kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)  # type: ignore[no-any-return]

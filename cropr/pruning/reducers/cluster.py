@@ -6,7 +6,7 @@ B batch, N patch tokens, K clusters, C channels.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,7 @@ class KMedoids(Ruled):
 
     places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
 
-    def __init__(
-        self,
-        *args: Any,
-        weights: Literal["attention", "cls", "equal"] = "attention",
-        iterations: int = 3,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, weights: str = "attention", iterations: int = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         fields = {"attention": {"column_sums"}, "cls": {"cls_attention"}, "equal": set()}
         if weights not in fields:
@@ -113,9 +107,7 @@ class DpcKnn(Ruled):
 
     places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
 
-    def __init__(
-        self, dim: int, *args: Any, weights: Literal["learned", "equal"] = "learned", neighbours: int = 5, **kwargs: Any
-    ) -> None:
+    def __init__(self, dim: int, *args: Any, weights: str = "learned", neighbours: int = 5, **kwargs: Any) -> None:
         super().__init__(dim, *args, **kwargs)
         if weights not in ("learned", "equal"):
             raise ValueError(f"weights={weights!r}; choose 'learned' or 'equal'")

@@ -27,12 +27,10 @@ METHODS = {
 
 
 class EViT(Ruled):
-    """Keeps the K - 1 patches that the CLS token attends to most, and fuses the others into one token (Liang et al.,
-    2022).
+    """Keeps the K - 1 patches that the CLS token attends to most and fuses the others into one (Liang et al., 2022).
 
-    Args:
-        rule: ``reference``: the fused token is the sum of the others weighted by their attention, which is close to 0;
-            ``corrected``: divided by the sum of the weights.
+    Rule ``reference``: the fused token is the sum of the others weighted by their attention, which is close to 0;
+    ``corrected``: divided by the sum of the weights.
     """
 
     places: ClassVar[tuple[Place, ...]] = ("after_attention", "after_block")
@@ -88,9 +86,7 @@ class ToMe(Reducer):
 
     def groups(self, metric: Tensor, prefix: int, gone: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions of the patches that may be merged away, of those that they go into, and of the others, [B, ...].
-
-        ``metric`` is [B, N, d] of length 1; ``gone`` patches must go.
-        """
+        ``metric`` is [B, N, d] of length 1; ``gone`` patches must go."""
         place = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
         first = prefix % 2
         return place[:, first::2], place[:, 1 - first :: 2], place[:, :0]
@@ -158,13 +154,9 @@ class ToFu(ToMe):
 def match(metric: Tensor, source: Tensor, target: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching: the ``count`` sources that are closest to a target go into it.
 
-    Args:
-        metric: [B, N, d], of length 1.
-        source, target, others: positions [B, n], [B, m] and [B, N - n - m], each position once.
-
-    Returns:
-        centre: [B, N - count] positions of the tokens that stay: others, sources, targets.
-        assignment: [B, N]: which of these each token goes into.
+    ``metric`` is [B, N, d] of length 1; ``source``, ``target`` and ``others`` are positions, each once. Returns the
+    positions [B, N - count] of the tokens that stay (others, sources, targets), and which of these each token goes
+    into, [B, N].
     """
     closest = (take(metric, source) @ take(metric, target).transpose(1, 2)).max(dim=2)
     stay, gone = split(-closest.values, source.shape[1] - count)

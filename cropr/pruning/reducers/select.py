@@ -26,13 +26,7 @@ METHODS = {
         # All but the norm, which scales every token.
         "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
     },
-    "non_salient": {
-        "class": "NonSalient",
-        "label": "Non-salient",
-        "colour": "#56b4e9",
-        "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
-        "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
-    },
+    "non_salient": {"like": "cropr", "class": "NonSalient", "label": "Non-salient", "colour": "#56b4e9"},
     "random": {"class": "Random", "colour": "#0072b2"},
     "variance": {"class": "Variance", "colour": "#009e73"},
     "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "options": ("place",)},
@@ -88,8 +82,7 @@ class Cropr(Reducer):
         super().__init__()
         if selector not in ("topk", "sample"):
             raise ValueError(f"unknown selector {selector!r}; choose 'topk' or 'sample'")
-        self.selector = selector
-        self.stop_gradient = stop_gradient
+        self.selector, self.stop_gradient = selector, stop_gradient
         self.scorer = Scorer(dim, num_queries, num_heads, qkv_proj, norm)
         self.aggregator = Aggregator(dim, num_heads, qkv_proj, mlp, mlp_ratio)
         self.head = AuxiliaryHead(dim, num_outputs)
@@ -130,10 +123,8 @@ class Random(ScoreReducer):
 
 
 class Variance(ScoreReducer):
-    """Variance of the patch's input pixels over its area and channels; static over the blocks.
-
-    Our reading of the paper's "Variance [43]" row: no public code defines it (docs/reducers.md).
-    """
+    """Variance of the patch's input pixels over its area and channels; static over the blocks. Our reading of the
+    paper's "Variance [43]" row: no public code defines it (docs/reducers.md)."""
 
     reads = frozenset({"pixels"})
 

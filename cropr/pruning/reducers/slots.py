@@ -68,11 +68,8 @@ class SiT(Slots):
 class Sinkhorn(Slots):
     """Optimal transport to learned prototypes (Haurum et al., 2022): unit tokens, summed by the transport plan.
 
-    Both marginals ask for 1 / (K + N), which cannot hold together; columns sum to 1, rows to N / K.
-
-    Args:
-        epsilon: entropy; small makes assignments hard.
-        iterations: row and column scalings.
+    Both marginals ask for 1 / (K + N), which cannot hold together; columns sum to 1, rows to N / K. A small entropy
+    ``epsilon`` makes assignments hard; ``iterations`` are scalings of rows and columns.
     """
 
     def __init__(self, dim: int, num_outputs: int, *, keep: int, epsilon: float = 1.0, iterations: int = 3) -> None:
@@ -101,9 +98,8 @@ class Sinkhorn(Slots):
 class PatchMerger(Ruled, Slots):
     """Learned queries attend to the normalised tokens (Renggli et al., 2022).
 
-    Args:
-        rule: ``reference``: logits without a scale, which makes the softmax almost one-hot for wide models;
-            ``corrected``: divided by the root of C.
+    Rule ``reference``: logits without a scale, which makes the softmax almost one-hot for wide models; ``corrected``:
+    divided by the root of C.
     """
 
     def __init__(self, dim: int, num_outputs: int, **kwargs: Any) -> None:
