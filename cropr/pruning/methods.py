@@ -70,7 +70,8 @@ def declared(file: Path, table: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _table(files: list[Path]) -> dict[str, Method]:
-    found, facts = {}, {}
+    found: dict[str, Method] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
     for module, name, entry in (one for file in files for one in declared(file, "METHODS")):
         facts[module, name] = known = facts.get((module, entry.pop("like", "*")), {}) | entry
         if name != "*":

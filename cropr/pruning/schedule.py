@@ -131,7 +131,7 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Read ``{"constant": {"rate": 8}}`` or ``{"stages": {"at": {6: 50}}}``, as the YAML files write it. Raises
         ValueError for an unknown rule or argument, with the ones that exist."""
-        allowed_for = dict.fromkeys(("fraction", "kept", "stages"), ("at", "align"))
+        allowed_for: dict[str, tuple[str, ...]] = dict.fromkeys(("fraction", "kept", "stages"), ("at", "align"))
         allowed_for |= {"constant": ("rate", "first_extra", "align"), "squares": ("at",)}
         if len(config) != 1 or (rule := next(iter(config))) not in allowed_for:
             raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(allowed_for)}")
@@ -141,7 +141,7 @@ class Schedule:
             raise ValueError(f"schedule {rule}: unknown {unknown}; allowed: {allowed}")
         if first not in arguments:
             raise ValueError(f"schedule {rule}: {[first]} is missing; allowed: {allowed}")
-        return getattr(cls, rule)(arguments.pop(first), **arguments)  # type: ignore[no-any-return]
+        return getattr(cls, rule)(arguments.pop(first), **arguments)
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of ``from_config``, with plain JSON types."""

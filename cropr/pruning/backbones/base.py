@@ -246,7 +246,7 @@ def adapt(host: nn.Module) -> Backbone:
         for name in (f"{kind.__module__}.{kind.__qualname__}", kind.__module__):
             if name in adapters:
                 module, adapter = adapters[name]
-                return getattr(import_module(module), adapter)(host)  # type: ignore[no-any-return]
+                return getattr(import_module(module), adapter)(host)
     supported = [f"{name.partition('.')[0]} {name.rpartition('.')[2].removeprefix('modeling_')}" for name in adapters]
     raise TypeError(f"no adapter for {type(host).__name__}; supported: {supported}")
 

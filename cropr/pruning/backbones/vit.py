@@ -151,11 +151,9 @@ class ViTBackbone(TimmBackbone):
         if not isinstance(attn.k_norm, nn.Identity):
             return super().mean_key(block, tokens, position)
         # The mean of projections is the projection by the mean.
-        weight, bias = (
-            None if part is None else part.unflatten(0, (3, attn.num_heads, -1))[1].mean(dim=0)
-            for part in (attn.qkv.weight, attn.qkv.bias)
-        )
-        return F.linear(self._normed(block, tokens), weight, bias)
+        heads = (3, attn.num_heads, -1)
+        bias = None if attn.qkv.bias is None else attn.qkv.bias.unflatten(0, heads)[1].mean(dim=0)
+        return F.linear(self._normed(block, tokens), attn.qkv.weight.unflatten(0, heads)[1].mean(dim=0), bias)
 
     def reading_macs(self, field: str, tokens: int) -> int:
         attention = self.blocks[0].attn

@@ -156,4 +156,4 @@ def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float
         allowed = ", ".join(method.options) or "none"
         raise ValueError(f"reducer {name!r} has no option {', '.join(unknown)}; it has {allowed}")
     kind, site = method.load(), {"keep": keep, "depth": depth}
-    return kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)  # type: ignore[no-any-return]
+    return kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
