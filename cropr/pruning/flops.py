@@ -3,10 +3,8 @@
 Counted are the matrix products and convolutions of the inference graph, attention's two products included. Norms,
 activations, softmax, rotary positions, top-k and copies are left out. One multiply-add is two FLOPs.
 
-Two things the counter cannot do by itself. It knows no fused attention on the CPU, so torch's plain kernel is forced
-while it counts. It does not know the product of a matrix and a vector, with which a folded scorer scores; ``_mv`` does.
-
-N tokens with prefix, C channels.
+The counter knows no fused attention on the CPU, so torch's plain kernel is forced while it counts. It knows no product
+of a matrix and a vector, with which a folded scorer scores, so a formula for it is added.
 """
 
 from __future__ import annotations
@@ -39,15 +37,12 @@ class Macs:
 
     total: int
     linear: int
-    """Convolutions and linear layers alone: what a counter finds that cannot see fused attention. The published numbers
-    of the detector's encoder are of this kind."""
+    """Convolutions and linear layers alone: of this kind are the published numbers of the detector's encoder."""
 
 
 def macs(model: nn.Module) -> Macs:
-    """Count one image of the size that the model was built for.
-
-    ``model`` is a host that has an adapter or a ``DeployedViT``, on any device; parameters without memory will do.
-    """
+    """Count one image of the size that the model was built for. ``model`` is a host that has an adapter or a
+    ``DeployedViT``, on any device; parameters without memory will do."""
     backbone = model.model.backbone if isinstance(model, DeployedViT) else adapt(model)
     found = counts(model, _image(backbone))["Global"]
     total = sum(found.values())
@@ -57,7 +52,8 @@ def macs(model: nn.Module) -> Macs:
 def counts(module: nn.Module, *inputs: Any) -> dict[str, dict[str, int]]:
     """Multiply-adds of a call by part of the module (``Global`` is all of it) and operator. Of ``inputs``, tensors or
     lists of them, and of the module's parameters and buffers, only shapes and dtypes count."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
+    matrix_vector = {torch.ops.aten.mv: lambda matrix, *_, **__: 2 * matrix[0] * matrix[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=matrix_vector)
     # Hosts that cache tensors, such as DINOv3's coordinates, do not while they are compiled: these have no values. The
     # inference kernel of ``nn.MultiheadAttention`` would hide its products.
     compiling = patch.object(torch.compiler, "is_compiling", lambda: True)
@@ -72,18 +68,16 @@ class Cost:
     """Multiply-adds of a pruned model as a function of its token counts; from one count of the unpruned host.
 
     Linear layers cost the same for every token; attention's products grow with the tokens that each attends to. The
-    reducer, and what is computed for it to read, are added by their own formulas.
-
-    ``model`` is a host, or an adapter around one; raises TypeError for a model without adapter.
+    reducer, and what is computed for it to read, are added by their own formulas. ``model`` is a host, or an adapter
+    around one; raises TypeError for a model without adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.backbone = backbone = model if isinstance(model, Backbone) else adapt(model)
         found = counts(backbone.host, _image(backbone))
-        names = {module: name for name, module in backbone.host.named_modules()}
-        self._blocks = [found[f"{type(backbone.host).__name__}.{names[block]}"] for block in backbone.blocks]
-        mlps = [found.get(f"{type(backbone.host).__name__}.{names[block]}.mlp", {}) for block in backbone.blocks]
-        self._mlp = [sum(mlp.values()) for mlp in mlps]
+        names = {module: f"{type(backbone.host).__name__}.{name}" for name, module in backbone.host.named_modules()}
+        self._blocks = [found[names[block]] for block in backbone.blocks]
+        self._mlp = [sum(found.get(f"{names[block]}.mlp", {}).values()) for block in backbone.blocks]
         self._fixed = sum(found["Global"].values()) - sum(sum(block.values()) for block in self._blocks)
         self._full = backbone.num_patches + backbone.prefix
 
@@ -95,13 +89,8 @@ class Cost:
         return linear + products * tokens * self.backbone.keys(number, tokens) // self._full**2
 
     def total(self, alive: Sequence[int], fused: bool, reducer: Reducer | None = None) -> int:
-        """The whole model, deployed, with a reducer after every block that prunes, or within it.
-
-        Args:
-            alive: patch tokens after each block, as ``Schedule.resolve`` gives them.
-            fused: pruned tokens come back before the last block.
-            reducer: one of its reducers; None for Cropr's.
-        """
+        """The whole model, deployed, with ``alive`` patch tokens after each block, as ``Schedule.resolve`` gives them.
+        If ``fused``, pruned tokens come back before the last block. ``reducer`` is one of its own; None is Cropr's."""
         backbone = self.backbone
         entering = attended(tuple(alive), backbone.num_patches, fused, backbone.prefix)
         total = self._fixed
@@ -128,8 +117,3 @@ def _image(backbone: Backbone) -> Tensor:
 
 def _blank(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _mv(matrix: Sequence[int], vector: Sequence[int], *_: Any, **__: Any) -> int:
-    """FLOPs of a matrix times a vector, from their shapes."""
-    return 2 * matrix[0] * matrix[1]

@@ -1,8 +1,8 @@
 """Fusions: ways to bring pruned tokens back, behind one interface.
 
-Pruned tokens are set aside in the state in which they left. A fusion puts them behind the survivors at one of three
-places: before the last block, after it, or after the head. The paper defines Last Layer Fusion; of the alternatives it
-gives names and results only. Each class says what is from the paper and what is our reading.
+Pruned tokens are set aside in the state in which they left. A fusion puts them behind the survivors: before the last
+block, after it, or after the head. The paper defines Last Layer Fusion; of the alternatives it gives names and results
+only. Each class says what is from the paper and what is our reading.
 
 B batch, P prefix tokens, K survivors, R pruned, N = K + R patch tokens, L = P + N, C channels.
 """
@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cropr.pruning.methods import FUSIONS, Place, choose
+from cropr.pruning.methods import Place
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
@@ -35,13 +35,7 @@ METHODS = {
 
 
 class Fusion(nn.Module):
-    """Base class.
-
-    Args:
-        dim: channels C.
-        num_outputs: outputs of the model's head.
-        sites: blocks that are followed by a reducer.
-    """
+    """Base class. ``num_outputs`` are those of the model's head, ``sites`` the blocks that a reducer follows."""
 
     place: ClassVar[Place]
     """Where it runs. ``after_head``: on predictions per patch, so that it suits dense tasks only."""
@@ -50,9 +44,8 @@ class Fusion(nn.Module):
         super().__init__()
 
     def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
-        """All patch tokens again, survivors first, then the pruned in the order in which they left.
-
-        Attention does not see the order; ``Tokens.raster`` restores the grid where a task needs it.
+        """All patch tokens again, survivors first, then the pruned in the order in which they left. Attention does not
+        see the order; ``Tokens.raster`` restores the grid where a task needs it.
 
         Args:
             alive: P + K tokens, [B, P + K, C], or their predictions where ``place`` is ``after_head``.
@@ -76,8 +69,7 @@ class LastLayerFusionNoSelf(LastLayerFusion):
     prefix, survivors and itself; survivors attend to all, as in LLF.
 
     Survivors stand first, so one mask [L, L] serves all images and heads. The host's own block computes it, in the
-    fused kernels that take a mask (memory-efficient attention on CUDA, the CPU's); CUDA's flash kernel takes none, and
-    without a mask the queries would have to be split, which the host's blocks cannot do.
+    fused kernels that take a mask: memory-efficient attention on CUDA, not the flash kernel, and the CPU's.
     """
 
     def mask(self, alive: Tokens, fused: Tokens) -> Tensor | None:
@@ -103,14 +95,12 @@ class EarlyExit(Fusion):
 
     def __init__(self, dim: int, num_outputs: int, sites: Iterable[int]) -> None:
         super().__init__(dim, num_outputs, sites)
-        self.heads = nn.ModuleDict(
-            {str(block): nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_outputs)) for block in sites}
-        )
+        heads = {block: nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_outputs)) for block in sites}
+        self.heads = nn.ModuleDict({str(block): head for block, head in heads.items()})
 
     def forward(self, alive: Tokens, pruned: Mapping[int, Tokens]) -> Tokens:
-        return super().forward(
-            alive, {block: tokens.replace(self.heads[str(block)](tokens.x)) for block, tokens in pruned.items()}
-        )
+        exits = {block: tokens.replace(self.heads[str(block)](tokens.x)) for block, tokens in pruned.items()}
+        return super().forward(alive, exits)
 
 
 class CrossAttention(Fusion):
@@ -139,9 +129,3 @@ class CrossAttention(Fusion):
         keys = self.key_norm(alive.x)
         x = left.x + self.attention(self.query_norm(left.x), keys, keys, need_weights=False)[0]
         return alive.append([left.replace(x + self.mlp(x))])
-
-
-def create(name: str, dim: int, num_outputs: int, sites: Iterable[int]) -> Fusion | None:
-    """Make a fusion by name; None prunes for good. Arguments as of ``Fusion``, errors as of ``choose``."""
-    method = choose(FUSIONS, "fusion", name)
-    return None if method.path is None else method.load()(dim, num_outputs, sites)

@@ -1,8 +1,9 @@
 """Every reducer and fusion by name, without torch: what specs, command line, labels, figures and digests know of them.
 
-The entry of a method stands in the file of its class, as a literal named ``METHODS``. It is read from the source text,
-as setuptools reads a version, because importing the file would import torch. To add a reducer, add a file to
-``reducers/`` with its class and its entry.
+The entry of a method stands in the file of its class, in a literal named ``METHODS``. Its entry ``*`` holds for all
+methods of the file; ``like`` names an entry that it repeats but for what it says itself. The literal is read from the
+source text, as setuptools reads a version, because importing the file would import torch. To add a reducer, add a file
+to ``reducers/`` with its class and its entry.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Method:
     path: str | None
     """``module:Class``; None where nothing is done."""
     label: str
-    """For readers: tables and legends."""
+    """For readers: tables and legends; the name of the class unless given."""
     options: tuple[str, ...] = ()
     """Keyword arguments that a spec may set."""
     training_only: tuple[str, ...] = ()
@@ -69,10 +70,13 @@ def declared(file: Path, table: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _table(files: list[Path]) -> dict[str, Method]:
-    found = {}
+    found: dict[str, Method] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
     for module, name, entry in (one for file in files for one in declared(file, "METHODS")):
-        kind = entry.pop("class")
-        found[name] = Method(name=name, path=f"{module}:{kind}" if kind else None, **entry)
+        facts[module, name] = known = facts.get((module, entry.pop("like", "*")), {}) | entry
+        if name != "*":
+            kind, others = known["class"], {key: value for key, value in known.items() if key != "class"}
+            found[name] = Method(name=name, path=f"{module}:{kind}" if kind else None, **{"label": kind, **others})
     return found
 
 
@@ -87,8 +91,7 @@ FUSIONS: dict[str, Method] = _table([_HERE / "fusion.py"])
 
 
 def choose(table: dict[str, Method], kind: str, name: str) -> Method:
-    """The entry of a name in ``REDUCERS`` or ``FUSIONS``. Raises ValueError for an unknown name of this ``kind``
-    (``reducer``, ``fusion``), with the known ones."""
+    """The entry of a name in ``REDUCERS`` or ``FUSIONS``. Raises ValueError for an unknown name of this ``kind``."""
     if name not in table:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(table)}")
     return table[name]

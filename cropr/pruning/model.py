@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from cropr.pruning.backbones.base import Backbone, adapt
 from cropr.pruning.fusion import Fusion
-from cropr.pruning.fusion import create as create_fusion
 from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, create
 from cropr.pruning.schedule import Schedule, attended, trace
@@ -36,7 +35,7 @@ class Output:
     """After the last norm. ``tokens.raster()`` sorts them by place."""
     kept: dict[int, Tensor]
     """Block -> raster indices [B, K] of the patches alive after its reducer, or of the centres of merged ones; padding
-    repeats an index. Without blocks whose tokens have no place."""
+    repeats an index. Blocks whose tokens have no place are left out."""
     grid: tuple[int, int]
     """Rows and columns of the patch grid."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -52,8 +51,7 @@ class Output:
         0 for never. Raises ValueError for methods that mix all patches into slots."""
         if not self.kept and self.tokens.index is None:
             raise ValueError("this method mixes all patches into slots without a place: there is no pruning map")
-        lead = self.logits
-        after = torch.zeros(lead.shape[0], num_patches, dtype=torch.int64, device=lead.device)
+        after = self.logits.new_zeros(len(self.logits), num_patches, dtype=torch.int64)
         alive = torch.ones_like(after, dtype=torch.bool)
         for block, index in self.kept.items():
             stays = torch.zeros_like(alive).scatter(1, index, True)
@@ -66,7 +64,7 @@ class PrunedViT(nn.Module):
     """A host with token pruning. Made by ``prune``; ``deploy`` gives its inference form.
 
     ``reducers`` maps a block to the reducer that follows it; without ``fusion``, tokens are pruned for good. Raises
-    ValueError for a schedule that does not fit, or a fusion that does not suit this kind of model.
+    ValueError for a schedule or a fusion that does not suit this model, TypeError for what the host cannot do.
     """
 
     dense: ClassVar[bool] = False
@@ -76,19 +74,15 @@ class PrunedViT(nn.Module):
         self, backbone: Backbone, schedule: Schedule, reducers: Mapping[int, Reducer], fusion: Fusion | None
     ) -> None:
         super().__init__()
-        if fusion is not None and fusion.place == "after_head" and not self.dense:
-            raise ValueError(
-                f"{type(fusion).__name__} fuses predictions per patch, and this model makes one an image; "
-                f"choose another fusion, such as 'llf'"
-            )
         self.backbone = backbone
         self.schedule = schedule
         self.reducers = nn.ModuleDict({str(block): reducer for block, reducer in reducers.items()})
         self.fusion = fusion
-        self._verify(list(reducers.values()))
+        self._verify(next(iter(reducers.values()), None))
         self._wants_pixels = any("pixels" in reducer.reads for reducer in reducers.values())
+        self._fixed = any(reducer.slots for reducer in reducers.values())
         self._share: Fraction | None = None
-        self._counts: dict[int, tuple[int, ...]] = {}
+        self._counts: dict[tuple[int, Fraction | None], tuple[int, ...]] = {}
         self.counts(backbone.num_patches)
 
     @classmethod
@@ -101,31 +95,33 @@ class PrunedViT(nn.Module):
         """Pruned tokens come back before the last block, which then computes on all."""
         return self.fusion is not None and self.fusion.place == "before_last_block"
 
-    def counts(self, num_patches: int) -> tuple[int, ...]:
-        """Patch tokens alive after each block, for an image of so many patches."""
-        if num_patches not in self._counts:
-            self._counts[num_patches] = self._resolve(num_patches, Fraction(1))
-        return self._counts[num_patches]
+    def counts(self, num_patches: int, share: Fraction | None = None) -> tuple[int, ...]:
+        """Patch tokens alive after each block, for an image of so many patches; by default by the whole schedule."""
+        if (num_patches, share) not in self._counts:
+            fused, prefix, whole = self.fuses_early, self.backbone.prefix, Fraction(1)
+            found = self.schedule.resolve(
+                num_patches, self.backbone.depth, fused, prefix, whole if share is None else share
+            )
+            self.backbone.verify_counts(attended(found, num_patches, fused))
+            self._counts[num_patches, share] = found
+        return self._counts[num_patches, share]
 
     def ramp(self, share: Fraction) -> None:
-        """Let this share of the schedule be in force in training mode, from now on (see ``schedule.ramp``).
-
-        Evaluation and deployment always prune by the whole schedule. At share 0 nothing is pruned, and what learns to
-        score learns already.
-        """
+        """Let this share of the schedule be in force in training mode, from now on (see ``schedule.ramp``). Evaluation
+        and slots use the whole schedule. At share 0 nothing is pruned, and what learns to score learns already."""
         self._share = share if share < 1 else None
 
     @property
     def token_trace(self) -> tuple[int, ...]:
-        """Tokens with prefix at the input and after every block: 197, 188, 180, ... Those that a fusion brings back
-        after the last block are not in it."""
-        num_patches = self.backbone.num_patches
-        return trace(self.counts(num_patches), num_patches, self.backbone.prefix)
+        """Tokens with prefix at the input and after every block: 197, 188, 180, ... Without those that a fusion brings
+        back after the last block."""
+        patches = self.backbone.num_patches
+        return trace(self.counts(patches), patches, self.backbone.prefix)
 
     def forward(self, images: Tensor) -> Output:
         """Images [B, 3, H, W], normalised, to an ``Output``."""
         tokens, position = self.backbone.embed(images)
-        *counts, _ = self._counts_now(tokens.num_patches)
+        *counts, _ = self.counts(tokens.num_patches, self._share if self.training and not self._fixed else None)
         grid = self.backbone.grid(images)
         pixels = patch_variance(images, grid) if self._wants_pixels else None
         kept: dict[int, Tensor] = {}
@@ -175,34 +171,22 @@ class PrunedViT(nn.Module):
         reduction = reducer(tokens, count, context, want_pruned=self.fusion is not None)
         return replace(reduction, kept=backbone.mlp(block, reduction.kept)) if half else reduction
 
-    def _verify(self, reducers: list[Reducer]) -> None:
+    def _verify(self, reducer: Reducer | None) -> None:
         """Refuse what this model, its fusion or its host cannot do with the reducers: ValueError or TypeError."""
-        for reducer in reducers[:1]:
-            name = type(reducer).__name__
-            if self.fusion is not None and not reducer.leaves_pruned:
-                raise ValueError(
-                    f"{name} leaves no pruned tokens behind that {type(self.fusion).__name__} could bring back; use "
-                    "fusion 'none'"
-                )
-            if self.dense and reducer.slots:
-                raise ValueError(
-                    f"{name} mixes all patches into slots without a place, and this model makes a prediction per "
-                    "patch; use a method that prunes or merges"
-                )
-            self.backbone.verify_reducer(reducer, self.fusion)
-
-    def _counts_now(self, num_patches: int) -> tuple[int, ...]:
-        """As ``counts``, or in training, the part of the schedule that is in force. The number of slots is fixed."""
-        fixed = any(cast(Reducer, reducer).slots for reducer in self.reducers.values())
-        if self._share is None or not self.training or fixed:
-            return self.counts(num_patches)
-        return self._resolve(num_patches, self._share)
-
-    def _resolve(self, num_patches: int, share: Fraction) -> tuple[int, ...]:
-        fused, prefix = self.fuses_early, self.backbone.prefix
-        counts = self.schedule.resolve(num_patches, self.backbone.depth, fused, prefix, share)
-        self.backbone.verify_counts(attended(counts, num_patches, fused))
-        return counts
+        name, back = type(reducer).__name__, type(self.fusion).__name__
+        if self.fusion is not None and self.fusion.place == "after_head" and not self.dense:
+            problem = f"{back} fuses predictions per patch, and this model makes one an image"
+            raise ValueError(f"{problem}; choose another fusion, such as 'llf'")
+        if reducer is None:
+            return
+        if self.fusion is not None and not reducer.leaves_pruned:
+            raise ValueError(f"{name} leaves no pruned tokens behind that {back} could bring back; use fusion 'none'")
+        if self.dense and reducer.slots:
+            problem = (
+                f"{name} mixes all patches into slots without a place, and this model makes a prediction per patch"
+            )
+            raise ValueError(f"{problem}; use a method that prunes or merges")
+        self.backbone.verify_reducer(reducer, self.fusion)
 
     def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:
         """Logits from tokens after the last norm; ``pruned`` are those set aside, by block."""
@@ -213,11 +197,8 @@ class PrunedViT(nn.Module):
         return tokens if self.fusion is None or self.fusion.place != place else self.fusion(tokens, pruned)
 
     def deploy(self) -> DeployedViT:
-        """The inference form: queries folded to one vector a block, training-only weights gone.
-
-        It shares no memory with this model and is in eval mode; it keeps the same tokens and gives the same logits
-        as this model in eval mode.
-        """
+        """The inference form, in eval mode: queries folded to one vector a block, training-only weights gone. It shares
+        no memory with this model, keeps the same tokens and gives the same logits."""
         return DeployedViT(type(self)(*self._inference_parts())).requires_grad_(False).eval()
 
     def _inference_parts(self) -> tuple[Backbone, Schedule, dict[int, Reducer], Fusion | None]:
@@ -256,23 +237,21 @@ def prune(
     """Add token pruning to a Vision Transformer of a host library.
 
     Args:
-        host: a model that has an adapter (docs/hosts.md), or an adapter around one, as
-            ``cropr.pruning.backbones.windowed`` makes; it is used as it is, not copied.
+        host: a model that has an adapter (docs/hosts.md), or an adapter, as ``windowed`` makes one; it is not copied.
         schedule: how many patch tokens are pruned after each block.
         reducer, fusion: names of ``cropr.pruning.methods.REDUCERS`` and ``FUSIONS``.
         reducer_options: keyword arguments of the reducer, over those of ``kind``.
         num_outputs: outputs of the auxiliary heads; the host's classes unless given.
         kind: what to make: a model for images, or a task's own, such as a segmenter.
 
-    Raises:
-        TypeError: a host or block type that has no adapter.
-        ValueError: an impossible schedule, an unknown name or option.
+    Raises TypeError for a host or block type without adapter, ValueError for an impossible schedule and for an unknown
+    name or option.
     """
     backbone = host if isinstance(host, Backbone) else adapt(host)
-    choose(FUSIONS, "fusion", fusion)
-    sites = schedule.sites(backbone.depth, before_last_block(fusion))
+    method, fused = choose(FUSIONS, "fusion", fusion), before_last_block(fusion)
+    sites = schedule.sites(backbone.depth, fused)
     outputs: int = num_outputs or backbone.num_classes
-    bring_back = create_fusion(fusion, backbone.dim, outputs, sites)
+    bring_back = method.load()(backbone.dim, outputs, sites) if method.path else None
     if reducer == "none":
         if sites:
             raise ValueError(f"reducer 'none' with a schedule that prunes ({schedule}); use rate 0 or name a reducer")
@@ -280,8 +259,7 @@ def prune(
     if not outputs:
         raise ValueError("the host has no classes: name num_outputs for the auxiliary heads")
     options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
-    fused, patches = before_last_block(fusion), backbone.num_patches
-    counts = schedule.resolve(patches, backbone.depth, fused, backbone.prefix)
+    counts = schedule.resolve(backbone.num_patches, backbone.depth, fused, backbone.prefix)
     modules = {
         block: create(reducer, backbone.dim, outputs, keep=counts[block - 1], depth=block / backbone.depth, **options)
         for block in sites

@@ -61,10 +61,8 @@ class Schedule:
 
     @classmethod
     def constant(cls, rate: int, first_extra: int = 1, align: int = 1) -> Schedule:
-        """Prune ``rate`` tokens after every block; the first module ``first_extra`` more (paper, section 4.1).
-
-        Rate 0 is the unpruned model: the extra token is then left in place.
-        """
+        """Prune ``rate`` tokens after every block; the first module ``first_extra`` more (paper, section 4.1). Rate 0
+        is the unpruned model: the extra token is then left in place."""
         return cls(rule="constant", rate=rate, first_extra=first_extra if rate else 0, align=align)
 
     @classmethod
@@ -89,22 +87,17 @@ class Schedule:
 
     @classmethod
     def for_speedup(cls, speedup: float, model: Any, *, fusion: str = "none", align: int = 1) -> Schedule:
-        """The schedule that divides a model's multiply-adds by ``speedup`` or more and prunes the fewest tokens.
-
-        Tried are constant rates, then, if none reaches it, shares of the tokens that go at once after block 3 (the
-        paper's early schedule). Of the first of the two that reaches it, the smallest number is taken.
-        Counted is the deployed model with Cropr's scorers. Time does not follow multiply-adds exactly:
+        """The schedule that divides a model's multiply-adds by ``speedup`` or more and prunes the fewest tokens: the
+        smallest constant rate, or, if none reaches it, the smallest share that goes at once after block 3 (the paper's
+        early schedule). Counted is the deployed model with Cropr's scorers. Time does not follow multiply-adds exactly:
         ``python -m cropr plan --verify`` measures and corrects.
 
         Args:
             speedup: unpruned over pruned multiply-adds, 1 or more.
-            model: a timm model or a backbone; or ``cropr.pruning.flops.Cost``, which saves counting again.
+            model: a model of a host library, its adapter, or ``cropr.pruning.flops.Cost``, which saves counting again.
             fusion: one that brings pruned tokens back before the last block, or ``none``.
-            align: as of the other constructors.
 
-        Raises:
-            ValueError: out of reach, with the limit.
-            TypeError: no adapter for this model.
+        Raises ValueError for a speed-up out of reach, with the limit, TypeError for a model without adapter.
         """
         place = choose(FUSIONS, "fusion", fusion).place
         if not 1 <= speedup < float("inf"):
@@ -136,25 +129,19 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Read ``{"constant": {"rate": 8}}`` or ``{"stages": {"at": {6: 50}}}``, as the YAML files write it.
-
-        Raises:
-            ValueError: unknown rule or argument, with the ones that exist.
-        """
-        allowed_for = {rule: {"at", "align"} for rule in ("fraction", "kept", "stages")}
-        allowed_for |= {"constant": {"rate", "first_extra", "align"}, "squares": {"at"}}
+        """Read ``{"constant": {"rate": 8}}`` or ``{"stages": {"at": {6: 50}}}``, as the YAML files write it. Raises
+        ValueError for an unknown rule or argument, with the ones that exist."""
+        allowed_for: dict[str, tuple[str, ...]] = dict.fromkeys(("fraction", "kept", "stages"), ("at", "align"))
+        allowed_for |= {"constant": ("rate", "first_extra", "align"), "squares": ("at",)}
         if len(config) != 1 or (rule := next(iter(config))) not in allowed_for:
             raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(allowed_for)}")
-        allowed = allowed_for[rule]
+        first, allowed = allowed_for[rule][0], sorted(allowed_for[rule])
         arguments = dict(config[rule] or {})
-        if unknown := set(arguments) - allowed:
-            raise ValueError(f"schedule {rule}: unknown {sorted(unknown)}; allowed: {sorted(allowed)}")
-        if missing := {"rate" if rule == "constant" else "at"} - set(arguments):
-            raise ValueError(f"schedule {rule}: {sorted(missing)} is missing; allowed: {sorted(allowed)}")
-        if rule == "constant":
-            return cls.constant(**arguments)
-        schedule: Schedule = getattr(cls, rule)(arguments.pop("at"), **arguments)
-        return schedule
+        if unknown := sorted(set(arguments) - set(allowed)):
+            raise ValueError(f"schedule {rule}: unknown {unknown}; allowed: {allowed}")
+        if first not in arguments:
+            raise ValueError(f"schedule {rule}: {[first]} is missing; allowed: {allowed}")
+        return getattr(cls, rule)(arguments.pop(first), **arguments)
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of ``from_config``, with plain JSON types."""
@@ -163,10 +150,8 @@ class Schedule:
         return {self.rule: {"at": {str(block): number for block, number in self.at}, "align": self.align}}
 
     def describe(self) -> str:
-        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept.
-
-        ``R=8 +5 @ 1``: the first module prunes 5 more. Three or more blocks in a row are a range, ``R=9 @ 1-6``.
-        """
+        """As the paper writes it: ``R=8``, ``R=50 @ 6,12,18``, ``80% @ 3``; ``K=`` before counts that are kept. In
+        ``R=8 +5 @ 1`` the first module prunes 5 more. Three or more blocks in a row are a range, ``R=9 @ 1-6``."""
         if self.rule == "constant":
             extra = f" +{self.first_extra} @ 1" if self.first_extra > 1 else ""
             return f"R={self.rate}{extra}" if self.rate else "none"
@@ -181,19 +166,13 @@ class Schedule:
         """Patch tokens alive after each block and its reducer.
 
         Args:
-            num_patches: patch tokens that enter block 1.
-            depth: blocks of the model.
-            fusion: pruned tokens come back before the last block, which then holds all of them; pruning after the
-                last but one block would be undone at once, so it stops one block earlier.
+            num_patches, depth: patch tokens that enter block 1; blocks of the model.
+            fusion: pruned tokens come back before the last block, so that pruning stops one block earlier.
             prefix: tokens that are never pruned; counted by ``align`` only.
             share: how much of the schedule is in force (see ``ramp``); numbers to prune are scaled by it and rounded
                 down, and share 0 prunes nothing.
 
-        Returns:
-            ``depth`` counts; the last is ``num_patches`` with fusion.
-
-        Raises:
-            ValueError: nothing would be left, or a block is out of range: value, limit and fix.
+        Raises ValueError if nothing would be left or a block is out of range, with the limit.
         """
         last = depth - 2 if fusion else depth - 1
         wanted = self._wanted(num_patches, max(last, 0), share)
@@ -230,10 +209,8 @@ class Schedule:
         wanted, alive = {}, num_patches
         for block, number in self.at:
             if block > last:
-                raise ValueError(
-                    f"prune after block {block}: the last block to prune after is {last} here "
-                    f"(one block must follow, two with fusion)"
-                )
+                reason = f"the last block to prune after is {last} here (one block must follow, two with fusion)"
+                raise ValueError(f"prune after block {block}: {reason}")
             before = alive
             if self.rule == "stages":
                 alive -= int(number)
@@ -242,10 +219,8 @@ class Schedule:
             else:
                 alive = int(number)
             if not 1 <= alive <= before:
-                raise ValueError(
-                    f"{self.rule} {number:g} after block {block} would leave {alive} of {before} patch tokens; "
-                    f"it must leave 1 to {before}"
-                )
+                left = f"{self.rule} {number:g} after block {block} would leave {alive} of {before} patch tokens"
+                raise ValueError(f"{left}; it must leave 1 to {before}")
             wanted[block] = alive
         return {block: num_patches - floor((num_patches - count) * share) for block, count in wanted.items()}
 

@@ -20,8 +20,8 @@ class Scorer(nn.Module):
     Args:
         num_queries: Q; one for an image-level task, one a patch for segmentation.
         num_heads: H; must divide ``dim``. More than one only matters to the aggregator: scores sum over heads.
-        qkv_proj: linear projections of queries, keys and values (ablation; the paper's module has none).
-        norm: LayerNorm before keys and values (ablation; the paper's module has none).
+        qkv_proj, norm: linear projections of queries, keys and values; LayerNorm before keys and values (ablations; the
+            paper's module has neither).
     """
 
     def __init__(
@@ -64,9 +64,8 @@ class Scorer(nn.Module):
 class FoldedScorer(nn.Module):
     """Token scores at inference: one dot product a token, O(L C) whatever the number of queries.
 
-    Args:
-        weight: [C], the summed queries with projections and norm weight multiplied in.
-        eps: epsilon of the LayerNorm whose centring and scaling remain; None without one.
+    ``weight`` [C] is the sum of the queries with projections and norm weight multiplied in; ``eps`` is that of the
+    LayerNorm whose centring and scaling remain, None without one.
     """
 
     weight: Tensor
@@ -88,11 +87,8 @@ class FoldedScorer(nn.Module):
 class Aggregator(nn.Module):
     """Attention-weighted sum of the tokens, one vector a query: Z + MLP(LN(Z)). Training only.
 
-    Args:
-        num_heads: as in the scorer; more than one adds an output projection.
-        qkv_proj: project the values.
-        mlp: the residual MLP (paper: +0.3 points with it).
-        mlp_ratio: hidden width over C.
+    ``num_heads`` is the scorer's, and more than one adds an output projection; ``qkv_proj`` projects the values. The
+    residual MLP (``mlp``; paper: +0.3 points with it) has the hidden width ``mlp_ratio`` times C.
     """
 
     def __init__(
@@ -102,11 +98,8 @@ class Aggregator(nn.Module):
         self.v_proj = nn.Linear(dim, dim) if qkv_proj else nn.Identity()
         self.out_proj = nn.Linear(dim, dim) if num_heads > 1 else nn.Identity()
         hidden = int(dim * mlp_ratio)
-        self.mlp = (
-            nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-            if mlp
-            else None
-        )
+        layers = (nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)) if mlp else ()
+        self.mlp = nn.Sequential(*layers) if mlp else None
 
     def initialise(self, std: float) -> None:
         """Start the MLP from a truncated normal and zero biases, not from torch's default."""

@@ -69,22 +69,17 @@ class Tokens:
         """The patch tokens at these positions [B, R] alone, without prefix: what a pruner sets aside."""
         return replace(self._pick(position, take(self.x, position + self.prefix)), prefix=0, source=None)
 
-    def merge(self, x: Tensor, index: Tensor, assignment: Tensor, size: Tensor | None = None) -> Tokens:
-        """The prefix and K new patch tokens.
-
-        Args:
-            x: [B, K, C], their values.
-            index: [B, K] int64, the places that they take for rotary positions and for dense tasks.
-            assignment: [B, N] int64: which of the K each present patch token went into; -1 for none.
-            size: [B, K] float32, as of the field.
-        """
+    def merge(self, x: Tensor, centre: Tensor, assignment: Tensor, size: Tensor | None = None) -> Tokens:
+        """The prefix and K new patch tokens, of values x [B, K, C] and ``size`` [B, K]. They take the places in the
+        image of the tokens at the positions ``centre`` [B, K]; ``assignment`` [B, N] int64 says which of the K each
+        present patch token went into, -1 for none."""
+        assert self.index is not None
         source = self.source
         if source is None:  # all N0 patches are present: nothing was merged or pruned before
-            assert self.index is not None
             position = torch.arange(self.num_patches, device=x.device).expand_as(self.index)
             source = torch.empty_like(self.index).scatter(1, self.index, position)
         x = torch.cat((self.x[:, : self.prefix], x), dim=1)
-        return replace(self, x=x, index=index, size=size, source=_follow(source, assignment))
+        return replace(self, x=x, index=self.index.gather(1, centre), size=size, source=_follow(source, assignment))
 
     @property
     def weight(self) -> Tensor | None:
@@ -97,9 +92,7 @@ class Tokens:
         padding; None for no effect. Equal to attending to ``size`` copies of it (ToMe)."""
         if self.size is None and self.valid is None:
             return None
-        found = (
-            torch.zeros_like(self.x[:, self.prefix :, 0], dtype=torch.float32) if self.size is None else self.size.log()
-        )
+        found = self.patches.new_zeros(1, dtype=torch.float32) if self.size is None else self.size.log()
         if self.valid is not None:
             found = found.masked_fill(~self.valid, float("-inf"))
         return F.pad(found, (self.prefix, 0))[:, None, None].to(dtype)
@@ -130,10 +123,8 @@ def _follow(source: Tensor, where: Tensor) -> Tensor:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """x[b, rows[b]]: [B, M, C] of x [B, L, C] and rows [B, M].
-
-    One row copy per token: as fast as memory allows, where a gather with an expanded index moves single numbers.
-    """
+    """x[b, rows[b]]: [B, M, C] of x [B, L, C] and rows [B, M]. One row copy per token: as fast as memory allows, where
+    a gather with an expanded index moves single numbers."""
     batch, length, channels = x.shape
     start = torch.arange(batch, device=x.device).mul(length).unsqueeze(1)
     flat = x.reshape(batch * length, channels).index_select(0, (rows + start).flatten())

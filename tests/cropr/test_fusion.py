@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 import cropr
-from cropr.pruning import fusion as fusions
-from cropr.pruning.methods import before_last_block
+from cropr.pruning.methods import FUSIONS, before_last_block
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
 from cropr.tasks.segmentation.run import PrunedSegmenter
 
-BACK = [name for name in fusions.FUSIONS if name != "none"]
+BACK = [name for name in FUSIONS if name != "none"]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
 NAMES = {"vit": "vit_tiny_patch16_224", "eva": "eva02_tiny_patch14_224"}
 
@@ -60,7 +59,7 @@ def parts(batch=2, dim=32):
 
 
 def test_entries_name_the_place_of_their_class():
-    for method in fusions.FUSIONS.values():
+    for method in FUSIONS.values():
         assert method.place == (method.load().place if method.path else None)
 
 
@@ -77,7 +76,7 @@ def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
 @pytest.mark.parametrize("name", BACK)
 def test_every_place_comes_back_once(name):
     full, alive, pruned = parts()
-    fusion = fusions.create(name, 32, 32, (1, 2))
+    fusion = FUSIONS[name].load()(32, 32, (1, 2))
     fused = fusion(alive, pruned)
     assert torch.equal(fused.index.sort(dim=1).values, full.index)
     assert torch.equal(fused.x[:, :5], alive.x)  # what is alive stays in front, as it is
@@ -91,7 +90,7 @@ def test_every_place_comes_back_once(name):
 @pytest.mark.parametrize("pruned", [{}, {1: Tokens(torch.zeros(2, 0, 32), torch.zeros(2, 0, dtype=torch.int64), 0)}])
 def test_nothing_pruned_is_nothing_changed(name, pruned):
     full, _, _ = parts()
-    fusion = fusions.create(name, 32, 32, (1, 2))
+    fusion = FUSIONS[name].load()(32, 32, (1, 2))
     randomise(fusion)
     fused = fusion(full, pruned)
     assert torch.equal(fused.x, full.x)
@@ -102,7 +101,7 @@ def test_nothing_pruned_is_nothing_changed(name, pruned):
 
 
 @pytest.mark.parametrize("host", NAMES)
-@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_rate_zero_is_the_host_patch_by_patch(host, fusion):
     model = segmenter(fusion, host, Schedule.constant(0), global_pool="avg")
     plain = model.backbone.host
@@ -113,7 +112,7 @@ def test_rate_zero_is_the_host_patch_by_patch(host, fusion):
 
 
 @pytest.mark.parametrize("host", NAMES)
-@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_deployed_is_the_trained_model_in_eval_mode_in_any_batch(host, fusion):
     model = segmenter(fusion, host)
     fast = model.deploy()
@@ -144,7 +143,7 @@ def test_in_training_at_share_zero_every_parameter_has_a_gradient(fusion):
     assert missing == set()
 
 
-@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_block_stays_on_fused_attention(fusion, monkeypatch):
     calls = []
     fused = torch.nn.functional.scaled_dot_product_attention
@@ -158,7 +157,7 @@ def test_every_block_stays_on_fused_attention(fusion, monkeypatch):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("fusion", fusions.FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_deployed_is_one_graph_and_exports(fusion):
     torch._dynamo.reset()
     fast = segmenter(fusion).deploy()
@@ -175,7 +174,7 @@ def test_mask_by_hand():
     """One prefix token, two survivors, two pruned."""
     full = Tokens.full(torch.zeros(1, 5, 32), prefix=1)
     alive, pruned = full.keep(torch.tensor([[0, 1]])), {1: full.cut(torch.tensor([[2, 3]]))}
-    fusion = fusions.create("llf_no_self", 32, 5, (1,))
+    fusion = FUSIONS["llf_no_self"].load()(32, 5, (1,))
     assert fusion.mask(alive, fusion(alive, pruned)).int().tolist() == [
         [1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1],
@@ -205,7 +204,7 @@ def test_pruned_tokens_do_not_see_each_other_in_the_last_block(host):
 
 def test_cross_attention_reads_survivors_and_prefix_only():
     _, alive, pruned = parts()
-    cross = fusions.create("cross", 32, 5, (1, 2))
+    cross = FUSIONS["cross"].load()(32, 5, (1, 2))
     randomise(cross)
     before = cross(alive, pruned).x
     other = {**pruned, 2: pruned[2].replace(pruned[2].x + torch.randn(32))}

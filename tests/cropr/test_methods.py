@@ -38,7 +38,7 @@ def slow_merge(reducer, tokens, context, keep):
         sources = [j for j in range(count) if (prefix + j) % 2 == 0]
         targets, others = [j for j in range(count) if (prefix + j) % 2], []
         if name == "PiToMe":
-            margin = reducer.margin
+            margin = 0.9 * (1 - reducer.depth)
             energy = [sum(s if s >= margin else math.exp(s - margin) - 1 for s in line) for line in like]
             order = sorted(range(count), key=lambda j: -energy[j])
             sources, targets, others = order[: 2 * gone : 2], order[1 : 2 * gone : 2], sorted(order[2 * gone :])
@@ -50,7 +50,9 @@ def slow_merge(reducer, tokens, context, keep):
             size = sum(s for _, _, s in members)
             value = sum(s * x for _, x, s in members) / size
             if name == "ToFu" and len(members) > 1:
-                value = value / value.norm() * max(x.norm() for _, x, _ in members) if reducer.merges else rows[j][1]
+                value = (
+                    value / value.norm() * max(x.norm() for _, x, _ in members) if reducer.depth > 0.5 else rows[j][1]
+                )
             new.append((rows[j][0], value, size))
         rows = new
     return [x for _, x, _ in rows]

@@ -83,7 +83,7 @@ def test_the_scorer_concerns_the_reducers_that_score(before: dict[str, str], edi
 
 
 def test_a_reducer_concerns_its_own_rows_and_its_label_none(before: dict[str, str], edit: Edit) -> None:
-    edit("cropr/pruning/reducers/select.py", '"label": "Variance"', '"label": "Pixel variance"')
+    edit("cropr/pruning/reducers/select.py", '"colour": "#009e73"', '"colour": "#000000"')
     assert digests() == before
     edit("cropr/pruning/reducers/select.py", "class Variance(", "@str\nclass Variance(")
     assert changed(before)["classification"] == {"variance"}

@@ -31,11 +31,8 @@ class Backbone(nn.Module):
     gives ``_part`` (and ``_turn`` for rotary positions), for those that act within a block ``_attended`` and
     ``_transformed``; what it does not give is refused by name.
 
-    Args:
-        host: the model; kept as it is, its parameters keep their names below ``host``.
-
-    Raises:
-        TypeError: a feature of the host that pruning would silently break, by name.
+    ``host`` is kept as it is, and its parameters keep their names below ``host``. Raises TypeError for a feature of it
+    that pruning would silently break, by name.
     """
 
     path: str  # name of the blocks in the host
@@ -91,7 +88,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def run(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> Tokens:
-        """Run one block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
+        """Run a block of the host; blocks count from 1. ``mask`` is a fusion's, for the last block."""
         if tokens.gate is not None:
             return self.mlp(block, self.attend(block, tokens, position))
         found = self._call(self.blocks[block - 1], tokens.x, **self._arguments(block, tokens, position, mask))
@@ -99,25 +96,22 @@ class Backbone(nn.Module):
 
     def attend(self, block: int, tokens: Tokens, position: Any) -> Tokens:
         """The first half of a block: attention, added to its input. ``verify_reducer`` refuses hosts that cannot."""
-
-        def half(x: Tensor) -> Tensor:
-            return self._attended(self.blocks[block - 1], x, block, tokens, position)
-
+        half = partial(self._attended, block, tokens=tokens, position=position)
         return tokens.replace(self._call(half, tokens.x))
 
     def mlp(self, block: int, tokens: Tokens) -> Tokens:
         """The second half: MLP, added to its input. Both halves equal the block to the bit."""
-        return tokens.replace(self._call(partial(self._transformed, self.blocks[block - 1]), tokens.x))
+        return tokens.replace(self._call(partial(self._transformed, block), tokens.x))
 
     def _arguments(self, block: int, tokens: Tokens, position: Any, mask: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments of a block, and of its attention: the mask of a fusion or the bias of the tokens."""
         return {} if not self.masks else {"attn_mask": tokens.bias(_compute_dtype(tokens.x)) if mask is None else mask}
 
-    def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """x [B, L, C] and its attention in a block, ``module``; the other arguments are as of ``attend``."""
+    def _attended(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
+        """x [B, L, C], the values of ``tokens``, and its attention in a block."""
         raise NotImplementedError
 
-    def _transformed(self, module: Any, x: Tensor) -> Tensor:
+    def _transformed(self, block: int, x: Tensor) -> Tensor:
         """x [B, L, C] and its MLP in a block."""
         raise NotImplementedError
 
@@ -140,60 +134,36 @@ class Backbone(nn.Module):
         return tokens
 
     def verify_counts(self, entering: Sequence[int]) -> None:
-        """Refuse a schedule that leaves a block with a count that it cannot take.
-
-        Args:
-            entering: patch tokens that enter each block.
-
-        Raises:
-            ValueError: count, block and counts that fit.
-        """
+        """Refuse numbers of patch tokens that enter the blocks: ValueError with the block and numbers that fit it."""
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Attention that the CLS query pays to each patch in this block, [B, H, N] float32.
-
-        ``tokens`` are the block's input, here and below. Only this row is computed; the block itself stays on fused
-        attention.
-        """
+        """This and the next three give the fields of ``reducers.base.Context`` of their names, from the block's input.
+        Only what is read is computed, beside the block, which stays on fused attention."""
         x = self._normed(block, tokens)
         key = self._turn(block, self._part(block, 1, x), tokens, position)
-        return cls_row((self._part(block, 0, x[:, :1]) @ key.transpose(2, 3)).squeeze(2), tokens)
+        return patch_attention(self._part(block, 0, x[:, :1]) @ key.transpose(2, 3), tokens).squeeze(2)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Keys before rotary positions, averaged over heads: [B, L, d]."""
         return self._part(block, 1, self._normed(block, tokens)).mean(dim=1)
 
     def value_norms(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Euclidean norm of each patch's value, [B, H, N] float32."""
         return self._part(block, 2, self._normed(block, tokens)[:, self.prefix :]).float().norm(dim=3)
 
     def column_sums(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        """Attention that each patch receives, summed over heads and queries: [B, N] float32. Computes all of it."""
         with torch.no_grad():
             query, key, _ = self._project(block, self._normed(block, tokens), tokens, position)
-            logits = (query @ key.transpose(2, 3)).float()
-            bias = tokens.bias(torch.float32)
-            rows = (logits if bias is None else logits + bias).softmax(dim=3)
-            return rows.sum(dim=(1, 2))[:, self.prefix :]
+            return patch_attention(query @ key.transpose(2, 3), tokens).sum(dim=(1, 2))
 
     def reading_macs(self, field: str, tokens: int) -> int:
         """Multiply-adds of one image for a field of ``Context``; ``tokens`` with prefix."""
-        dim = self.dim
-        cost = {
-            "pixels": 0,
-            "cls_attention": (1 + tokens) * dim * dim + tokens * dim,
-            "mean_key": tokens * dim * dim,
-            "value_norms": (tokens - self.prefix) * dim * dim,
-            "column_sums": 3 * tokens * dim * dim + tokens**2 * dim,
-        }
+        dim, projection = self.dim, tokens * self.dim**2
+        cost = {"pixels": 0, "mean_key": projection, "cls_attention": dim * dim + projection + tokens * dim}
+        cost |= {"value_norms": projection - self.prefix * dim * dim, "column_sums": 3 * projection + tokens**2 * dim}
         return cost[field]
 
     def verify_reducer(self, reducer: Any, fusion: Fusion | None = None) -> None:
-        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) or a fusion that needs what this host cannot do.
-
-        Raises:
-            TypeError: what is missing or not supported, by name.
-        """
+        """Refuse a reducer (``cropr.pruning.reducers.Reducer``) or a fusion that needs what this host cannot do:
+        TypeError with the name of what is missing."""
         name, gate = type(reducer).__name__, "gate" in reducer.sets
         if "cls_attention" in reducer.reads and not self.has_cls:
             raise self._refuse(f"no class token, for {name}, which reads its attention,")
@@ -226,7 +196,7 @@ class Backbone(nn.Module):
 
     def head(self, tokens: Tokens) -> Tensor:
         """The host's own pooling and classifier: [B, classes]; of hosts without classes, the pooled [B, channels]. A
-        mean weighs tokens by size, validity and gate."""
+        mean weighs tokens by ``Tokens.weight``."""
         raise NotImplementedError
 
     def _mean(self, tokens: Tokens, lead: int = 0) -> Tensor:
@@ -243,11 +213,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def verify_predict(self) -> None:
-        """Refuse hosts without a classifier that suits single tokens.
-
-        Raises:
-            TypeError: what stands against it, by name.
-        """
+        """Refuse hosts without a classifier that suits single tokens: TypeError with what stands against it."""
         raise self._refuse("this head, for a prediction per patch,")
 
     def _normed(self, block: int, tokens: Tokens) -> Tensor:
@@ -274,19 +240,14 @@ class Backbone(nn.Module):
 
 
 def adapt(host: nn.Module) -> Backbone:
-    """The adapter for a model of a host library.
-
-    Raises:
-        TypeError: no adapter for this model or its blocks, with the supported ones.
-    """
+    """The adapter for a model of a host library; TypeError for a model without, with the supported ones."""
+    adapters = _adapters()
     for kind in type(host).__mro__:
-        names = (f"{kind.__module__}.{kind.__qualname__}", kind.__module__)
-        for module, adapter in (_adapters()[name] for name in names if name in _adapters()):
-            backbone: Backbone = getattr(import_module(module), adapter)(host)
-            return backbone
-    supported = [
-        f"{name.partition('.')[0]} {name.rpartition('.')[2].removeprefix('modeling_')}" for name in _adapters()
-    ]
+        for name in (f"{kind.__module__}.{kind.__qualname__}", kind.__module__):
+            if name in adapters:
+                module, adapter = adapters[name]
+                return getattr(import_module(module), adapter)(host)
+    supported = [f"{name.partition('.')[0]} {name.rpartition('.')[2].removeprefix('modeling_')}" for name in adapters]
     raise TypeError(f"no adapter for {type(host).__name__}; supported: {supported}")
 
 
@@ -297,11 +258,11 @@ def _adapters() -> dict[str, tuple[str, str]]:
     return {host: (module, name) for file in files for module, host, name in declared(file, "ADAPTERS")}
 
 
-def cls_row(logits: Tensor, tokens: Tokens) -> Tensor:
-    """Attention of the CLS query to the patches, [B, H, N], from its scaled logits [B, H, L]."""
+def patch_attention(logits: Tensor, tokens: Tokens) -> Tensor:
+    """Attention [B, H, Q, N] float32 of Q queries to the patches, from its scaled logits [B, H, Q, L]."""
     bias = tokens.bias(torch.float32)
-    logits = logits.float() if bias is None else logits.float() + bias.squeeze(2)
-    return logits.softmax(dim=-1)[:, :, tokens.prefix :]
+    logits = logits.float() if bias is None else logits.float() + bias
+    return logits.softmax(dim=3)[:, :, :, tokens.prefix :]
 
 
 def gated_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, prefix: int) -> Tensor:

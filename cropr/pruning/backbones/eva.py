@@ -41,11 +41,8 @@ class EvaBackbone(TimmBackbone):
         if position is None:
             return None
         assert tokens.index is not None
-        table = (
-            position[block - 1]
-            if any(getattr(self.host, name, False) for name in ("rope_mixed", "rope_is_mixed"))
-            else position
-        )
+        mixed = any(getattr(self.host, name, False) for name in ("rope_mixed", "rope_is_mixed"))
+        table = position[block - 1] if mixed else position
         rows = apply_keep_indices_nlc(tokens.x, table, tokens.index)
         return rows.unsqueeze(1) if table.ndim == 2 else rows
 

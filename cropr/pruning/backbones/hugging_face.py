@@ -1,8 +1,6 @@
 """Hugging Face transformers 4.57 and 5: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
-SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention.
-
-``Output.logits`` of a bare model is its ``pooler_output``, and ``Output.tokens.x`` is ``last_hidden_state`` of the
-tokens alive. ``cropr.as_host`` gives a model of the host's own class, for pipelines and for models that contain it.
+SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention. docs/hosts.md says what their
+outputs mean.
 """
 
 from __future__ import annotations
@@ -99,12 +97,14 @@ class HuggingFaceBackbone(Backbone):
             return body.head(x) if hasattr(body, "head") else self._mean(tokens)
         return body.pooler(x) if getattr(body, "pooler", None) is not None else x[:, 0]
 
-    def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
+    def _attended(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
+        module = self.blocks[block - 1]
         normed = _first(module, *_NORMS[0])(x)
         found = _first(module, "self_attn", "attention")(normed, **self._arguments(block, tokens, position))
         return x + _scaled(module, 1, found[0] if isinstance(found, tuple) else found)
 
-    def _transformed(self, module: Any, x: Tensor) -> Tensor:
+    def _transformed(self, block: int, x: Tensor) -> Tensor:
+        module = self.blocks[block - 1]
         return x + _scaled(module, 2, module.mlp(_first(module, *_NORMS[1])(x)))
 
     def _normed(self, block: int, tokens: Tokens) -> Tensor:

@@ -16,6 +16,8 @@ from cropr.pruning.tokens import Tokens
 class NaFlexBackbone(TimmBackbone):
     """What differs from timm's other models: the embedding, and where the sizes stand. Made by ``naflex``."""
 
+    host_type: ClassVar[Any] = NaFlexVit
+
     def _read_sizes(self) -> None:
         embeds = self.host.embeds
         if embeds.pos_embed_grid_size is None:
@@ -32,13 +34,9 @@ class NaFlexBackbone(TimmBackbone):
 class NaFlexPlain(NaFlexBackbone, ViTBackbone):
     """With the blocks of ``VisionTransformer``."""
 
-    host_type: ClassVar[Any] = NaFlexVit
-
 
 class NaFlexEva(NaFlexBackbone, EvaBackbone):
     """With the blocks of ``Eva``."""
-
-    host_type: ClassVar[Any] = NaFlexVit
 
 
 def naflex(host: nn.Module) -> NaFlexBackbone:

@@ -13,7 +13,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.pruning.backbones.base import Backbone, cls_row, gated_attention
+from cropr.pruning.backbones.base import Backbone, gated_attention, patch_attention
 from cropr.pruning.tokens import Tokens
 
 
@@ -51,11 +51,13 @@ class TimmBackbone(Backbone):
         if host.global_pool != "avg":
             raise self._refuse(f"pooling {host.global_pool!r}, for tokens that differ in weight,")
         lead = self.prefix if getattr(host, "pool_include_prefix", False) else 0
-        return host.head(host.head_drop(host.fc_norm(self._mean(tokens, lead))))
+        return self._classify(self._mean(tokens, lead))
 
     def predict(self, tokens: Tokens) -> Tokens:
-        host = self.host
-        return tokens.replace(host.head(host.head_drop(host.fc_norm(tokens.x))))
+        return tokens.replace(self._classify(tokens.x))
+
+    def _classify(self, x: Tensor) -> Tensor:
+        return self.host.head(self.host.head_drop(self.host.fc_norm(x)))
 
     def verify_predict(self) -> None:
         if self.pools_by_attention:
@@ -65,7 +67,8 @@ class TimmBackbone(Backbone):
         if not isinstance(self.host.head, nn.Linear):
             raise self._refuse("no classes (num_classes=0), for a prediction per patch,")
 
-    def _attended(self, module: Any, x: Tensor, block: int, tokens: Tokens, position: Any) -> Tensor:
+    def _attended(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
+        module = self.blocks[block - 1]
         normed, attention = module.norm1(x), module.attn
         if tokens.gate is None:
             found = attention(normed, **self._arguments(block, tokens, position))
@@ -77,7 +80,8 @@ class TimmBackbone(Backbone):
             found = attention.proj_drop(attention.proj(found))
         return x + module.drop_path1(self._scale(module, 1, found))
 
-    def _transformed(self, module: Any, x: Tensor) -> Tensor:
+    def _transformed(self, block: int, x: Tensor) -> Tensor:
+        module = self.blocks[block - 1]
         return x + module.drop_path2(self._scale(module, 2, module.mlp(module.norm2(x))))
 
     def _scale(self, module: Any, half: int, x: Tensor) -> Tensor:
@@ -121,12 +125,7 @@ class ViTBackbone(TimmBackbone):
     """Plain blocks without positions of their own: a token's place matters in the embedding only."""
 
     host_type: ClassVar[Any] = timm_vit.VisionTransformer
-    block_types = (
-        timm_vit.Block,
-        timm_vit.ResPostBlock,
-        timm_vit.ParallelScalingBlock,
-        timm_vit.ParallelThingsBlock,
-    )
+    block_types = (timm_vit.Block, timm_vit.ResPostBlock, timm_vit.ParallelScalingBlock, timm_vit.ParallelThingsBlock)
     halved_types = (timm_vit.Block,)
     attention_type = Attention
 
@@ -136,24 +135,25 @@ class ViTBackbone(TimmBackbone):
         return Tokens.full(x, self.prefix), None
 
     def cls_attention(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        attention = self.host.blocks[block - 1].attn
-        if not isinstance(attention.k_norm, nn.Identity):
+        attn = self.blocks[block - 1].attn
+        if not isinstance(attn.k_norm, nn.Identity):
             return super().cls_attention(block, tokens, position)
         # q (W x) = (W^T q) x: one vector a head instead of a projection of every token. The bias of the keys adds the
         # same to all logits of a head, which softmax does not see.
         x = self._normed(block, tokens)
         query = self._part(block, 0, x[:, :1]).squeeze(2)  # [B, H, d]
-        weight = attention.qkv.weight.unflatten(0, (3, attention.num_heads, -1))[1]  # [H, d, C]
-        return cls_row(torch.einsum("bhd,hdc->bhc", query, weight) @ x.transpose(-2, -1), tokens)
+        weight = attn.qkv.weight.unflatten(0, (3, attn.num_heads, -1))[1]  # [H, d, C]
+        logits = torch.einsum("bhd,hdc->bhc", query, weight) @ x.transpose(-2, -1)
+        return patch_attention(logits.unsqueeze(2), tokens).squeeze(2)
 
     def mean_key(self, block: int, tokens: Tokens, position: Any) -> Tensor:
-        attention = self.host.blocks[block - 1].attn
-        if not isinstance(attention.k_norm, nn.Identity):
+        attn = self.blocks[block - 1].attn
+        if not isinstance(attn.k_norm, nn.Identity):
             return super().mean_key(block, tokens, position)
         # The mean of projections is the projection by the mean.
-        heads = (3, attention.num_heads, -1)
-        bias = None if attention.qkv.bias is None else attention.qkv.bias.unflatten(0, heads)[1].mean(dim=0)
-        return F.linear(self._normed(block, tokens), attention.qkv.weight.unflatten(0, heads)[1].mean(dim=0), bias)
+        heads = (3, attn.num_heads, -1)
+        bias = None if attn.qkv.bias is None else attn.qkv.bias.unflatten(0, heads)[1].mean(dim=0)
+        return F.linear(self._normed(block, tokens), attn.qkv.weight.unflatten(0, heads)[1].mean(dim=0), bias)
 
     def reading_macs(self, field: str, tokens: int) -> int:
         attention = self.blocks[0].attn

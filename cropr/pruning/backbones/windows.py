@@ -1,15 +1,13 @@
 """Hosts whose blocks attend within windows of the image, a few of them globally: the plain ViT of a detector.
 
 Patch tokens run in window-major order: window after window, raster order inside each. Reducers keep the order of what
-they leave, so after pruning a windowed block cuts the survivors into equal chunks of one window's length: neighbours in
-the image as far as survivors are, no mask, no padding, fused attention. Without pruning the chunks are the windows
-themselves. This reading of "windows and pruned tokens" is ours; the paper does not spell its own out. It fits the
-paper's numbers (see ``tests/cropr/test_flops.py``).
+they leave, so after pruning a windowed block cuts the survivors into equal chunks of one window's length, without mask
+or padding, on fused attention. Without pruning the chunks are the windows themselves. This reading of "windows and
+pruned tokens" is ours (docs/detection.md).
 
-Rotary positions: EVA-02 has two tables, one with coordinates counted within a window, one for the whole grid. Rotary
-attention sees differences of positions only, so coordinates counted over the whole image at the window's scale give
-the same attention inside a window, and stay meaningful for a chunk that spans several. Both tables are gathered by
-original place.
+EVA-02 has two rotary tables: of a window and of the whole grid. Rotary attention sees differences of positions only, so
+the window's coordinates, counted on over the whole image, give the same attention inside a window, and stay meaningful
+for a chunk that spans several. Both tables are gathered by original place.
 
 B batch, N patch tokens, W tokens of a window, C channels.
 """
@@ -34,14 +32,24 @@ class WindowedBackbone(TimmBackbone):
 
     def __init__(self, host: nn.Module, window: int, global_blocks: Iterable[int]) -> None:
         super().__init__(host)
-        self.window = window
+        self.window, self.window_tokens = window, window * window  # patches a side, W
         self.global_blocks = frozenset(global_blocks)
-        self._verify_windows()
-
-    @property
-    def window_tokens(self) -> int:
-        """W: tokens of a window."""
-        return self.window * self.window
+        if self.prefix:
+            raise self._refuse(f"{self.prefix} prefix tokens, which belong to no window (build it class_token=False),")
+        if window < 1:
+            raise ValueError(f"window={window} must be 1 or more patches a side, for example 16")
+        if outside := sorted(block for block in self.global_blocks if not 1 <= block <= self.depth):
+            raise ValueError(f"global blocks {outside}: blocks count from 1 to {self.depth}")
+        if self.depth not in self.global_blocks:
+            raise ValueError(
+                f"global blocks {sorted(self.global_blocks)} lack the last one, {self.depth}: tokens that are fused "
+                "back before it come from all over the image; add it"
+            )
+        rope = getattr(host, "rope", None)
+        if rope is not None and (
+            type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.grid_type != "index" or rope.aug_active
+        ):
+            raise self._refuse(f"{type(rope).__name__} with these settings, which has no form within windows,")
 
     def keys(self, block: int, tokens: int) -> int:
         return tokens if block in self.global_blocks else self.window_tokens
@@ -58,11 +66,15 @@ class WindowedBackbone(TimmBackbone):
                 )
 
     def embed(self, images: Tensor) -> tuple[Tokens, tuple[Tensor | None, Tensor | None]]:
-        """Tokens in window-major order; rotary tables [grid, 2 d], or None, for global and for windowed blocks.
-
-        Raises ValueError for images that do not hold whole windows.
-        """
-        self._verify_size(images)
+        """Tokens in window-major order; rotary tables [grid, 2 d], or None, for global and for windowed blocks. Raises
+        ValueError for images that do not hold whole windows."""
+        height, width = images.shape[-2:]
+        down, across = (self.window * edge for edge in self.patch_size)
+        if height % down or width % across:
+            raise ValueError(
+                f"images of {height} x {width} px do not hold whole windows of {down} x {across} px: "
+                f"pad them to {-(-height // down) * down} x {-(-width // across) * across}"
+            )
         rows, columns = self.grid(images)
         tokens, table = super().embed(images)
         order = window_order(rows, columns, self.window, images.device)
@@ -91,44 +103,9 @@ class WindowedBackbone(TimmBackbone):
         if reference is not None:
             # The host squeezes any grid onto ``reference`` positions: a window here, the whole image in its own table.
             reference = [reference[0] * rows / self.window, reference[1] * columns / self.window]
-        sine, cosine = build_rotary_pos_embed(
-            [rows, columns],
-            bands=rope.bands,
-            in_pixels=False,
-            ref_feat_shape=reference,
-            grid_offset=rope.grid_offset,
-            grid_indexing=rope.grid_indexing,
-            rotate_half=rope.rotate_half,
-        )
-        return torch.cat((sine, cosine), dim=-1)
-
-    def _verify_windows(self) -> None:
-        if self.prefix:
-            raise self._refuse(f"{self.prefix} prefix tokens, which belong to no window (build it class_token=False),")
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be 1 or more patches a side, for example 16")
-        if outside := sorted(block for block in self.global_blocks if not 1 <= block <= self.depth):
-            raise ValueError(f"global blocks {outside}: blocks count from 1 to {self.depth}")
-        if self.depth not in self.global_blocks:
-            raise ValueError(
-                f"global blocks {sorted(self.global_blocks)} lack the last one, {self.depth}: tokens that are fused "
-                "back before it come from all over the image; add it"
-            )
-        rope = getattr(self.host, "rope", None)
-        if rope is not None and (
-            type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.grid_type != "index" or rope.aug_active
-        ):
-            raise self._refuse(f"{type(rope).__name__} with these settings, which has no form within windows,")
-
-    def _verify_size(self, images: Tensor) -> None:
-        height, width = images.shape[-2:]
-        rows, columns = (self.window * edge for edge in self.patch_size)
-        if height % rows or width % columns:
-            fit = -(-height // rows) * rows, -(-width // columns) * columns
-            raise ValueError(
-                f"images of {height} x {width} px do not hold whole windows of {rows} x {columns} px: "
-                f"pad them to {fit[0]} x {fit[1]}"
-            )
+        same = {name: getattr(rope, name) for name in ("bands", "grid_offset", "grid_indexing", "rotate_half")}
+        table = build_rotary_pos_embed([rows, columns], in_pixels=False, ref_feat_shape=reference, **same)
+        return torch.cat(table, dim=-1)
 
 
 class WindowedViT(WindowedBackbone, ViTBackbone):
@@ -148,9 +125,7 @@ def windowed(host: nn.Module, window: int, global_blocks: Iterable[int]) -> Wind
         window: patches a side. EVA-02's detectors have 16.
         global_blocks: blocks (from 1) that attend over all tokens; the last must be one. EVA-02-L: 3, 6, ..., 24.
 
-    Raises:
-        TypeError: no adapter for this model or a feature of it, by name.
-        ValueError: window or blocks out of range.
+    Raises TypeError for a model, or a feature of it, without adapter, ValueError for a window or blocks out of range.
     """
     adapters: tuple[type[WindowedBackbone], ...] = (WindowedViT, WindowedEva)
     for adapter in adapters:

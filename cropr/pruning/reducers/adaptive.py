@@ -7,58 +7,38 @@ B batch, H heads, N patch tokens, K kept at most, C channels.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropr.pruning.methods import Place
-from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected, select
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled, select
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
-    "ats": {
-        "class": "ATS",
-        "label": "ATS",
-        "colour": "#ff7f0e",
-        "marker": "P",
-        "options": ("place", "rule"),
-        "place": "after_attention",
-        "family": "adaptive",
-    },
-    "dynamic_vit": {
-        "class": "DynamicViT",
-        "label": "DynamicViT",
-        "colour": "#e377c2",
-        "marker": "P",
-        "options": ("ratio_weight",),
-        "family": "adaptive",
-        "trained": True,
-    },
+    "*": {"marker": "P", "family": "adaptive"},
+    "ats": {"class": "ATS", "colour": "#ff7f0e", "options": ("place", "rule"), "place": "after_attention"},
+    "dynamic_vit": {"class": "DynamicViT", "colour": "#e377c2", "options": ("ratio_weight",), "trained": True},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
-class ATS(Reducer):
+class ATS(Ruled):
     """Adaptive token sampling (Fayyaz et al., 2022): inverse transform sampling of attention times value norm.
 
     K fixed points of the cumulative score pick tokens; a token that several points pick is kept once. Fewer than K
     tokens are then valid, and padding, which no token attends to, fills the rest, so that an image does not depend on
     the batch.
 
-    Args:
-        rule: which token a point picks. ``corrected``: the first whose cumulative score reaches it; ``reference``: that
-            of the nearest cumulative score, which also picks neighbours of important tokens.
+    A point picks, by rule ``corrected``, the first token whose cumulative score reaches it; by ``reference``, that of
+    the nearest cumulative score, which also picks neighbours of important tokens.
     """
 
     places: ClassVar[tuple[Place, ...]] = ("after_attention", "after_block")
     reads = frozenset({"cls_attention", "value_norms"})
     sets: ClassVar[frozenset[str]] = frozenset({"valid"})
-
-    def __init__(self, *args: Any, rule: Literal["reference", "corrected"] = "reference", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.corrected = is_corrected(rule)
 
     @torch.no_grad()
     def sample(self, score: Tensor, valid: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
@@ -88,11 +68,8 @@ class DynamicViT(Reducer):
     """A predictor decides which patches stay (Rao et al., 2021), trained by the main loss and a loss of the ratio.
 
     In training nothing is removed: dropped patches are masked from the attention of others, by straight-through
-    Gumbel softmax, and the squared difference between the share that stays and K / N0 is a loss. In evaluation the K
-    patches of highest probability stay.
-
-    Args:
-        ratio_weight: weight of that loss.
+    Gumbel softmax, and the squared difference between the share that stays and K / N0 is a loss, of weight
+    ``ratio_weight``. In evaluation the K patches of highest probability stay.
     """
 
     sets: ClassVar[frozenset[str]] = frozenset({"gate"})
@@ -107,9 +84,8 @@ class DynamicViT(Reducer):
             raise ValueError(f"DynamicViT splits the channels into halves; the width {dim} is odd")
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         half, quarter = dim // 2, dim // 4
-        self.decide = nn.Sequential(
-            nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
-        )
+        layers = nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
+        self.decide = nn.Sequential(*layers)
 
     def logits(self, x: Tensor, gate: Tensor | None) -> Tensor:
         """[B, N, 2] float32, stay and go, of patches [B, N, C]; the mean of all is over those that ``gate`` leaves."""

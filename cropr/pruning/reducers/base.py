@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cropr.pruning.methods import REDUCERS, Place, choose
-from cropr.pruning.tokens import Tokens, take
+from cropr.pruning.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Reducer(nn.Module):
 
     Args:
         dim, num_outputs: channels of the tokens; outputs of an auxiliary head.
-        place: ``after_block``, or ``after_attention``: between attention and MLP of the block, which then computes
-            on the kept tokens. By default the method's own.
+        place: ``after_block``, or ``after_attention``, where the block's MLP runs on the kept tokens; by default the
+            method's own.
     """
 
     places: ClassVar[tuple[Place, ...]] = ("after_block",)
@@ -79,21 +79,14 @@ class Reducer(nn.Module):
             raise ValueError(f"place={place!r}: {type(self).__name__} acts at {' or '.join(self.places)}")
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
-        """Reduce to ``keep`` patch tokens.
-
-        Args:
-            tokens: the output of the block, or of its attention; N patch tokens.
-            keep: K, with 1 <= K < N; K = N for one that learns, in training.
-            context: the fields that it reads.
-            want_pruned: whether a fusion will use the pruned tokens.
-        """
+        """Reduce ``tokens``, the output of the block or of its attention, to ``keep`` patch tokens: 1 <= K < N; K = N
+        for one that learns, in training. ``context`` has the fields that it reads; ``want_pruned``: a fusion will use
+        the pruned tokens."""
         raise NotImplementedError
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        """Multiply-adds of one call on one image in its deployed form, without what it reads.
-
-        ``tokens`` and ``patches`` are those that enter, with and without prefix; ``head`` is d.
-        """
+        """Multiply-adds of one call on one image in its deployed form, without what it reads. ``tokens`` and
+        ``patches`` are those that enter, with and without prefix; ``head`` is d."""
         return 0
 
     def deploy(self) -> Reducer:
@@ -101,9 +94,20 @@ class Reducer(nn.Module):
         return copy.deepcopy(self)
 
 
+class Ruled(Reducer):
+    """A method whose published code departs from its paper or from sound arithmetic; ``rule`` is that of the code,
+    ``reference``, or ``corrected`` (docs/reducers.md)."""
+
+    def __init__(self, *args: Any, rule: str = "reference", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if rule not in ("reference", "corrected"):
+            allowed = "'reference' (the published code) or 'corrected' (docs/reducers.md)"
+            raise ValueError(f"rule={rule!r}; choose {allowed}")
+        self.corrected = rule == "corrected"
+
+
 class ScoreReducer(Reducer):
-    """Keeps the K patch tokens of highest score, in their present order. A method without weights defines ``score``
-    alone; ``dim`` and ``num_outputs`` are for those that have weights."""
+    """Keeps the K patch tokens of highest score, in their present order. A subclass defines ``score``."""
 
     leaves_pruned: ClassVar[bool] = True
 
@@ -144,36 +148,12 @@ def pool(x: Tensor, assignment: Tensor, keep: int) -> Tensor:
     return empty.index_add(0, (assignment + start).flatten(), x.flatten(0, 1)).view(batch, keep, channels)
 
 
-def represent(tokens: Tokens, centre: Tensor, assignment: Tensor) -> Tokens:
-    """One token for each cluster: its centre, unchanged. ``centre`` [B, K] are positions, ``assignment`` is [B, N]."""
-    assert tokens.index is not None
-    return tokens.merge(take(tokens.patches, centre), tokens.index.gather(1, centre), assignment)
-
-
-def is_corrected(rule: str) -> bool:
-    """Read the option ``rule``; ValueError unless it is ``reference`` or ``corrected``."""
-    if rule not in ("reference", "corrected"):
-        raise ValueError(f"rule={rule!r}; choose 'reference' (the published code) or 'corrected' (docs/reducers.md)")
-    return rule == "corrected"
-
-
 def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float = 0.5, **options: Any) -> Reducer:
-    """Make the reducer of one block.
-
-    Args:
-        name: one of ``cropr.pruning.methods.REDUCERS`` but ``none``.
-        dim, num_outputs: channels of the tokens; outputs of an auxiliary head, where it has one.
-        keep, depth: of the site, for methods that must know (``Reducer.told``).
-        options: keyword arguments of the reducer.
-
-    Raises:
-        ValueError: unknown name or option, with the known ones.
-    """
+    """Make the reducer of one block from its name in ``cropr.pruning.methods.REDUCERS`` and its options. ``keep`` and
+    ``depth`` are for methods that must know (``Reducer.told``). Raises ValueError for an unknown name or option."""
     method = choose(REDUCERS, "reducer", name)
     if unknown := sorted(set(options) - set(method.options)):
         allowed = ", ".join(method.options) or "none"
         raise ValueError(f"reducer {name!r} has no option {', '.join(unknown)}; it has {allowed}")
-    kind = method.load()
-    site = {"keep": keep, "depth": depth}
-    reducer: Reducer = kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
-    return reducer
+    kind, site = method.load(), {"keep": keep, "depth": depth}
+    return kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)

@@ -6,41 +6,36 @@ B batch, N patch tokens, K clusters, C channels.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropr.pruning.methods import Place
-from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected, pool, represent
+from cropr.pruning.reducers.base import Context, Reduction, Ruled, pool
 from cropr.pruning.tokens import Tokens, take
 
 METHODS = {
+    "*": {"marker": "v", "family": "merger"},
     "k_medoids": {
         "class": "KMedoids",
         "label": "K-Medoids",
         "colour": "#9467bd",
-        "marker": "v",
         "options": ("place", "rule", "weights", "iterations"),
-        "family": "merger",
     },
     "dpc_knn": {
         "class": "DpcKnn",
         "label": "DPC-KNN",
         "colour": "#17becf",
-        "marker": "v",
         "options": ("place", "rule", "weights", "neighbours"),
-        "family": "merger",
         "trained": True,
     },
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
-
-Rule = Literal["reference", "corrected"]
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
-class KMedoids(Reducer):
+class KMedoids(Ruled):
     """Clusters the patches around K of them, which stay unchanged (Marin et al., 2023, weighted K-Medoids).
 
     The first medoids are the K patches of largest weight, or with equal weights those at even steps of the sequence;
@@ -55,21 +50,14 @@ class KMedoids(Reducer):
 
     places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
 
-    def __init__(
-        self,
-        *args: Any,
-        rule: Rule = "reference",
-        weights: Literal["attention", "cls", "equal"] = "attention",
-        iterations: int = 3,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, weights: str = "attention", iterations: int = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         fields = {"attention": {"column_sums"}, "cls": {"cls_attention"}, "equal": set()}
         if weights not in fields:
             raise ValueError(f"weights={weights!r}; choose one of {', '.join(fields)}")
         if iterations < 0:
             raise ValueError(f"iterations={iterations} must be 0 or more")
-        self.corrected, self.iterations, self.reads = is_corrected(rule), iterations, frozenset(fields[weights])
+        self.iterations, self.reads = iterations, frozenset(fields[weights])
 
     @torch.no_grad()
     def clusters(self, x: Tensor, weight: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
@@ -98,13 +86,14 @@ class KMedoids(Reducer):
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
         row = context.cls_attention
         weight = context.column_sums if row is None else row.mean(dim=1)
-        return Reduction(represent(tokens, *self.clusters(tokens.patches, weight, keep)))
+        medoids, assignment = self.clusters(tokens.patches, weight, keep)
+        return Reduction(tokens.merge(take(tokens.patches, medoids), medoids, assignment))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
         return patches**2 * dim
 
 
-class DpcKnn(Reducer):
+class DpcKnn(Ruled):
     """Clusters the patches by density peaks and averages each cluster (Du et al., 2016; as in TCFormer).
 
     A centre has many patches nearby and is far from every denser patch.
@@ -118,22 +107,13 @@ class DpcKnn(Reducer):
 
     places: ClassVar[tuple[Place, ...]] = ("after_block", "after_attention")
 
-    def __init__(
-        self,
-        dim: int,
-        num_outputs: int,
-        *,
-        rule: Rule = "reference",
-        weights: Literal["learned", "equal"] = "learned",
-        neighbours: int = 5,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(dim, num_outputs, **kwargs)
+    def __init__(self, dim: int, *args: Any, weights: str = "learned", neighbours: int = 5, **kwargs: Any) -> None:
+        super().__init__(dim, *args, **kwargs)
         if weights not in ("learned", "equal"):
             raise ValueError(f"weights={weights!r}; choose 'learned' or 'equal'")
         if neighbours < 1:
             raise ValueError(f"neighbours={neighbours} must be 1 or more")
-        self.corrected, self.neighbours = is_corrected(rule), neighbours
+        self.neighbours = neighbours
         self.weight = nn.Linear(dim, 1) if weights == "learned" else None
         if self.weight is not None:
             nn.init.trunc_normal_(self.weight.weight, std=0.02)
@@ -158,7 +138,6 @@ class DpcKnn(Reducer):
         return centres, assignment.scatter(1, centres, rank)
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
-        assert tokens.index is not None
         patches = tokens.patches
         centres, assignment = self.clusters(patches, keep)
         with torch.autocast(patches.device.type, enabled=False):
@@ -173,7 +152,7 @@ class DpcKnn(Reducer):
                 weight = logit.exp()
             total = pool(weight, assignment, keep)
             merged = pool(x * weight, assignment, keep) / (total if self.corrected else total + 1e-6)
-        return Reduction(tokens.merge(merged.to(patches.dtype), tokens.index.gather(1, centres), assignment))
+        return Reduction(tokens.merge(merged.to(patches.dtype), centres, assignment))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
         return patches**2 * dim + (0 if self.weight is None else patches * dim)

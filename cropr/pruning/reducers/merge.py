@@ -6,76 +6,38 @@ B batch, P prefix tokens, N patch tokens, K kept, R = N - K, C channels.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cropr.pruning.methods import Place
-from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected, pool, split
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled, pool, split
 from cropr.pruning.tokens import Tokens, take
 
 METHODS = {
-    "evit": {
-        "class": "EViT",
-        "label": "EViT",
-        "colour": "#e69f00",
-        "marker": "^",
-        "options": ("place", "rule"),
-        "place": "after_attention",
-        "family": "merger",
-    },
-    "tome": {
-        "class": "ToMe",
-        "label": "ToMe",
-        "colour": "#8c564b",
-        "marker": "^",
-        "options": ("place",),
-        "place": "after_attention",
-        "family": "merger",
-    },
-    "pitome": {
-        "class": "PiToMe",
-        "label": "PiToMe",
-        "colour": "#7f7f7f",
-        "marker": "^",
-        "options": ("place",),
-        "place": "after_attention",
-        "family": "merger",
-    },
-    "tofu": {
-        "class": "ToFu",
-        "label": "ToFu",
-        "colour": "#bcbd22",
-        "marker": "^",
-        "options": ("place",),
-        "place": "after_attention",
-        "family": "merger",
-    },
+    "*": {"marker": "^", "family": "merger", "place": "after_attention"},
+    "evit": {"class": "EViT", "colour": "#e69f00", "options": ("place", "rule")},
+    "tome": {"class": "ToMe", "colour": "#8c564b", "options": ("place",)},
+    "pitome": {"class": "PiToMe", "colour": "#7f7f7f", "options": ("place",)},
+    "tofu": {"class": "ToFu", "colour": "#bcbd22", "options": ("place",)},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
-class EViT(Reducer):
-    """Keeps the K - 1 patches that the CLS token attends to most, and fuses the others into one token (Liang et al.,
-    2022).
+class EViT(Ruled):
+    """Keeps the K - 1 patches that the CLS token attends to most and fuses the others into one (Liang et al., 2022).
 
-    Args:
-        rule: ``reference``: the fused token is the sum of the others weighted by their attention, which is close to 0;
-            ``corrected``: divided by the sum of the weights.
+    Rule ``reference``: the fused token is the sum of the others weighted by their attention, which is close to 0;
+    ``corrected``: divided by the sum of the weights.
     """
 
     places: ClassVar[tuple[Place, ...]] = ("after_attention", "after_block")
     reads = frozenset({"cls_attention"})
 
-    def __init__(self, *args: Any, rule: Literal["reference", "corrected"] = "reference", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.corrected = is_corrected(rule)
-
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
         assert context.cls_attention is not None
-        assert tokens.index is not None
         score = context.cls_attention.mean(dim=1)
         kept, rest = split(score.detach(), keep - 1)
         weight = score.gather(1, rest)
@@ -84,11 +46,10 @@ class EViT(Reducer):
         others = take(tokens.patches, rest)
         fused = weight.to(others.dtype).unsqueeze(1) @ others
         # The fused token stands where the most attended of the others stood.
-        centre = rest.gather(1, weight.argmax(dim=1, keepdim=True))
+        centre = torch.cat((kept, rest.gather(1, weight.argmax(dim=1, keepdim=True))), dim=1)
         ranks = torch.arange(keep - 1, device=kept.device).expand_as(kept)
-        assignment = torch.full_like(tokens.index, keep - 1).scatter(1, kept, ranks)
-        index = tokens.index.gather(1, torch.cat((kept, centre), dim=1))
-        return Reduction(tokens.merge(torch.cat((take(tokens.patches, kept), fused), dim=1), index, assignment))
+        assignment = torch.full_like(score, keep - 1, dtype=torch.int64).scatter(1, kept, ranks)
+        return Reduction(tokens.merge(torch.cat((take(tokens.patches, kept), fused), dim=1), centre, assignment))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
         return (patches - keep + 1) * dim
@@ -105,6 +66,11 @@ class ToMe(Reducer):
     places: ClassVar[tuple[Place, ...]] = ("after_attention", "after_block")
     reads = frozenset({"mean_key"})
     sets: ClassVar[frozenset[str]] = frozenset({"size"})
+    told: ClassVar[tuple[str, ...]] = ("depth",)
+
+    def __init__(self, *args: Any, depth: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.depth = depth  # of the block, for the subclasses
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
         assert context.mean_key is not None
@@ -120,21 +86,17 @@ class ToMe(Reducer):
 
     def groups(self, metric: Tensor, prefix: int, gone: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions of the patches that may be merged away, of those that they go into, and of the others, [B, ...].
-
-        ``metric`` is [B, N, d] of length 1; ``gone`` patches must go.
-        """
+        ``metric`` is [B, N, d] of length 1; ``gone`` patches must go."""
         place = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
         first = prefix % 2
         return place[:, first::2], place[:, 1 - first :: 2], place[:, :0]
 
     def join(self, tokens: Tokens, centre: Tensor, assignment: Tensor) -> Tokens:
         """Average what goes into one token, weighted by size."""
-        assert tokens.index is not None
-        size = torch.ones_like(tokens.index, dtype=torch.float32) if tokens.size is None else tokens.size
+        size = torch.ones_like(assignment, dtype=torch.float32) if tokens.size is None else tokens.size
         total = pool(size.unsqueeze(2), assignment, centre.shape[1])
         x = pool(tokens.patches * size.unsqueeze(2).to(tokens.x.dtype), assignment, centre.shape[1])
-        index = tokens.index.gather(1, centre)
-        return tokens.merge(x / total.to(x.dtype), index, assignment, total.squeeze(2))
+        return tokens.merge(x / total.to(x.dtype), centre, assignment, total.squeeze(2))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
         total = 0
@@ -155,15 +117,9 @@ class PiToMe(ToMe):
     falls with depth, 0.9 (1 - block / depth), and exp(s - margin) - 1 below.
     """
 
-    told: ClassVar[tuple[str, ...]] = ("depth",)
-
-    def __init__(self, *args: Any, depth: float = 0.5, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.margin = 0.9 * (1 - depth)
-
     def groups(self, metric: Tensor, prefix: int, gone: int) -> tuple[Tensor, Tensor, Tensor]:
-        similarity = metric @ metric.transpose(1, 2)
-        energy = torch.where(similarity >= self.margin, similarity, torch.expm1(similarity - self.margin)).mean(dim=2)
+        similarity, margin = metric @ metric.transpose(1, 2), 0.9 * (1 - self.depth)
+        energy = torch.where(similarity >= margin, similarity, torch.expm1(similarity - margin)).mean(dim=2)
         others, similar = split(-energy, max(metric.shape[1] - 2 * gone, 0))
         order = similar.gather(1, energy.gather(1, similar).topk(similar.shape[1], dim=1).indices)
         return order[:, ::2], order[:, 1::2], others
@@ -184,15 +140,9 @@ class ToFu(ToMe):
     and gets the largest norm of its members (MLERP). The split at half the depth is our reading.
     """
 
-    told: ClassVar[tuple[str, ...]] = ("depth",)
-
-    def __init__(self, *args: Any, depth: float = 0.5, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.merges = depth > 0.5
-
     def join(self, tokens: Tokens, centre: Tensor, assignment: Tensor) -> Tokens:
         joined = super().join(tokens, centre, assignment)
-        if self.merges:
+        if self.depth > 0.5:
             norms = tokens.patches.float().norm(dim=2)
             largest = norms.new_zeros(centre.shape).scatter_reduce(1, assignment, norms, "amax")
             x = F.normalize(joined.patches, dim=2) * largest.unsqueeze(2)
@@ -204,13 +154,9 @@ class ToFu(ToMe):
 def match(metric: Tensor, source: Tensor, target: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching: the ``count`` sources that are closest to a target go into it.
 
-    Args:
-        metric: [B, N, d], of length 1.
-        source, target, others: positions [B, n], [B, m] and [B, N - n - m], each position once.
-
-    Returns:
-        centre: [B, N - count] positions of the tokens that stay: others, sources, targets.
-        assignment: [B, N]: which of these each token goes into.
+    ``metric`` is [B, N, d] of length 1; ``source``, ``target`` and ``others`` are positions, each once. Returns the
+    positions [B, N - count] of the tokens that stay (others, sources, targets), and which of these each token goes
+    into, [B, N].
     """
     closest = (take(metric, source) @ take(metric, target).transpose(1, 2)).max(dim=2)
     stay, gone = split(-closest.values, source.shape[1] - count)

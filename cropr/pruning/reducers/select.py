@@ -18,34 +18,35 @@ from cropr.pruning.scorer import Aggregator, AuxiliaryHead, FoldedScorer, Scorer
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
+    "*": {"marker": "o"},
     "cropr": {
         "class": "Cropr",
-        "label": "Cropr",
         "colour": "#d55e00",
-        "marker": "o",
         "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
         # All but the norm, which scales every token.
         "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
     },
-    "non_salient": {
-        "class": "NonSalient",
-        "label": "Non-salient",
-        "colour": "#56b4e9",
-        "marker": "o",
-        "options": ("num_queries", "num_heads", "qkv_proj", "norm", "mlp", "mlp_ratio", "selector", "stop_gradient"),
-        "training_only": ("num_queries", "num_heads", "qkv_proj", "mlp", "mlp_ratio", "selector", "stop_gradient"),
-    },
-    "random": {"class": "Random", "label": "Random", "colour": "#0072b2", "marker": "o"},
-    "variance": {"class": "Variance", "label": "Variance", "colour": "#009e73", "marker": "o"},
-    "attn_topk": {
-        "class": "AttentionTopK",
-        "label": "Attn Top-K",
-        "colour": "#cc79a7",
-        "marker": "o",
-        "options": ("place",),
-    },
+    "non_salient": {"like": "cropr", "class": "NonSalient", "label": "Non-salient", "colour": "#56b4e9"},
+    "random": {"class": "Random", "colour": "#0072b2"},
+    "variance": {"class": "Variance", "colour": "#009e73"},
+    "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "options": ("place",)},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
+
+
+class FoldedCropr(ScoreReducer):
+    """Cropr at inference: one vector for scoring."""
+
+    def __init__(self, scorer: FoldedScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def score(self, tokens: Tokens, context: Context) -> Tensor:
+        # The prefix is scored, too, and cut off: leaving it out first would copy all tokens.
+        return self.scorer(tokens.x)[:, tokens.prefix :]
+
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return tokens * dim
 
 
 class Cropr(Reducer):
@@ -81,17 +82,16 @@ class Cropr(Reducer):
         super().__init__()
         if selector not in ("topk", "sample"):
             raise ValueError(f"unknown selector {selector!r}; choose 'topk' or 'sample'")
-        self.selector = selector
-        self.stop_gradient = stop_gradient
+        self.selector, self.stop_gradient = selector, stop_gradient
         self.scorer = Scorer(dim, num_queries, num_heads, qkv_proj, norm)
         self.aggregator = Aggregator(dim, num_heads, qkv_proj, mlp, mlp_ratio)
         self.head = AuxiliaryHead(dim, num_outputs)
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
-        # Selection runs the deployed arithmetic in every mode, in float32 under any autocast, so that training,
-        # evaluation and deployment keep the same tokens. No gradient passes a Top-K.
+        # The deployed form scores in every mode, in float32 under any autocast, so that training, evaluation and
+        # deployment keep the same tokens. No gradient passes a Top-K.
         with torch.no_grad():
-            score = self.sign * _score_patches(self.scorer.fold(), tokens)
+            score = self.deploy().score(tokens, context)
         if not self.training:
             return select(tokens, score, keep, want_pruned)
         if self.selector == "sample":
@@ -104,7 +104,7 @@ class Cropr(Reducer):
         return tokens * dim
 
     @torch.no_grad()
-    def deploy(self) -> Reducer:
+    def deploy(self) -> FoldedCropr:
         scorer = self.scorer.fold()
         return FoldedCropr(FoldedScorer((self.sign * scorer.weight).clone(), scorer.eps))
 
@@ -115,25 +115,6 @@ class NonSalient(Cropr):
     sign: ClassVar[int] = -1
 
 
-class FoldedCropr(ScoreReducer):
-    """Cropr at inference: one vector for scoring."""
-
-    def __init__(self, scorer: FoldedScorer) -> None:
-        super().__init__()
-        self.scorer = scorer
-
-    def score(self, tokens: Tokens, context: Context) -> Tensor:
-        return _score_patches(self.scorer, tokens)
-
-    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        return tokens * dim
-
-
-def _score_patches(scorer: FoldedScorer, tokens: Tokens) -> Tensor:
-    """[B, N]. The prefix is scored, too, and cut off: leaving it out first would copy all tokens."""
-    return scorer(tokens.x)[:, tokens.prefix :]
-
-
 class Random(ScoreReducer):
     """Uniform scores, fresh for every image, block and call, from torch's global generator."""
 
@@ -142,10 +123,8 @@ class Random(ScoreReducer):
 
 
 class Variance(ScoreReducer):
-    """Variance of the patch's input pixels over its area and channels; static over the blocks.
-
-    Our reading of the paper's "Variance [43]" row: no public code defines it (docs/reducers.md).
-    """
+    """Variance of the patch's input pixels over its area and channels; static over the blocks. Our reading of the
+    paper's "Variance [43]" row: no public code defines it (docs/reducers.md)."""
 
     reads = frozenset({"pixels"})
 

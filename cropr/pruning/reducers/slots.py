@@ -6,44 +6,22 @@ B batch, N patch tokens, K slots, C channels.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropr.pruning.reducers.base import Context, Reducer, Reduction, is_corrected
+from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled
 from cropr.pruning.tokens import Tokens
 
 METHODS = {
-    "sit": {
-        "class": "SiT",
-        "label": "SiT",
-        "colour": "#1f77b4",
-        "marker": "D",
-        "family": "slots",
-        "trained": True,
-    },
-    "sinkhorn": {
-        "class": "Sinkhorn",
-        "label": "Sinkhorn",
-        "colour": "#2ca02c",
-        "marker": "D",
-        "options": ("epsilon", "iterations"),
-        "family": "slots",
-        "trained": True,
-    },
-    "patch_merger": {
-        "class": "PatchMerger",
-        "label": "PatchMerger",
-        "colour": "#d62728",
-        "marker": "D",
-        "options": ("rule",),
-        "family": "slots",
-        "trained": True,
-    },
+    "*": {"marker": "D", "family": "slots", "trained": True},
+    "sit": {"class": "SiT", "colour": "#1f77b4"},
+    "sinkhorn": {"class": "Sinkhorn", "colour": "#2ca02c", "options": ("epsilon", "iterations")},
+    "patch_merger": {"class": "PatchMerger", "colour": "#d62728", "options": ("rule",)},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
+"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class Slots(Reducer):
@@ -63,12 +41,13 @@ class Slots(Reducer):
 
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
         if keep != self.keep:
-            raise ValueError(
-                f"{type(self).__name__} was made for {self.keep} tokens and is asked for {keep}: use images of the "
-                "size that the model was built for"
-            )
+            made = f"{type(self).__name__} was made for {self.keep} tokens and is asked for {keep}"
+            raise ValueError(f"{made}: use images of the size that the model was built for")
         x = torch.cat((tokens.x[:, : tokens.prefix], self.mix(tokens.patches).to(tokens.x.dtype)), dim=1)
         return Reduction(Tokens(x, None, tokens.prefix))
+
+    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
+        return 2 * patches * keep * dim
 
 
 class SiT(Slots):
@@ -89,11 +68,8 @@ class SiT(Slots):
 class Sinkhorn(Slots):
     """Optimal transport to learned prototypes (Haurum et al., 2022): unit tokens, summed by the transport plan.
 
-    Both marginals ask for 1 / (K + N), which cannot hold together; columns sum to 1, rows to N / K.
-
-    Args:
-        epsilon: entropy; small makes assignments hard.
-        iterations: row and column scalings.
+    Both marginals ask for 1 / (K + N), which cannot hold together; columns sum to 1, rows to N / K. A small entropy
+    ``epsilon`` makes assignments hard; ``iterations`` are scalings of rows and columns.
     """
 
     def __init__(self, dim: int, num_outputs: int, *, keep: int, epsilon: float = 1.0, iterations: int = 3) -> None:
@@ -118,29 +94,20 @@ class Sinkhorn(Slots):
             x = F.normalize(x.float(), dim=2)
             return self.plan(x) @ x
 
-    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        return 2 * patches * keep * dim
 
-
-class PatchMerger(Slots):
+class PatchMerger(Ruled, Slots):
     """Learned queries attend to the normalised tokens (Renggli et al., 2022).
 
-    Args:
-        rule: ``reference``: logits without a scale, which makes the softmax almost one-hot for wide models;
-            ``corrected``: divided by the root of C.
+    Rule ``reference``: logits without a scale, which makes the softmax almost one-hot for wide models; ``corrected``:
+    divided by the root of C.
     """
 
-    def __init__(
-        self, dim: int, num_outputs: int, *, keep: int, rule: Literal["reference", "corrected"] = "reference"
-    ) -> None:
-        super().__init__(dim, num_outputs, keep=keep)
-        self.scale = dim**-0.5 if is_corrected(rule) else 1.0
+    def __init__(self, dim: int, num_outputs: int, **kwargs: Any) -> None:
+        super().__init__(dim, num_outputs, **kwargs)
+        self.scale = dim**-0.5 if self.corrected else 1.0
         self.norm = nn.LayerNorm(dim)
-        self.queries = nn.Parameter(torch.randn(keep, dim))
+        self.queries = nn.Parameter(torch.randn(self.keep, dim))
 
     def mix(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return (self.queries @ x.transpose(1, 2) * self.scale).softmax(dim=2) @ x
-
-    def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
-        return 2 * patches * keep * dim
