@@ -8,8 +8,6 @@
 ``cropr.pruning.methods``.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

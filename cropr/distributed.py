@@ -4,8 +4,6 @@ python -m cropr train ...                                      one process
 torchrun --nproc-per-node 8 -m cropr train ...                 one process a GPU
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -139,7 +137,7 @@ class StopRequest:
     def name(self) -> str:
         return signal.Signals(self.requested).name if self.requested else "another process"
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

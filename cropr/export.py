@@ -8,8 +8,6 @@ some methods that merge (docs/reducers.md). TensorRT limits both; it is not run 
 B batch, K kept, R pruned.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import tempfile

@@ -1,7 +1,5 @@
 """What users of a host library do with a pruned model: use it in the host's place, and time it."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from types import MethodType

@@ -3,8 +3,6 @@
 A record that exists is complete: it is written under a temporary name and renamed. No torch is imported here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -119,7 +117,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def make_record(kind: str, spec: Spec, started: float, found: dict[str, Any], **origin: Any) -> dict[str, Any]:
+def make_record(kind: str, spec: "Spec", started: float, found: dict[str, Any], **origin: Any) -> dict[str, Any]:
     """The record of a job: kind, id, spec and provenance (``started`` and ``origin``) around what it found."""
     told = provenance(started, **{"precision": getattr(spec, "precision", None), **origin})
     return {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), **found, "provenance": told}

@@ -7,8 +7,6 @@ Patches that are never pruned show the plain image. The colour of a pruned patch
 bright for the last. B batch, H x W pixels, h x w patches.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

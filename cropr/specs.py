@@ -3,13 +3,11 @@
 Pure Python and pydantic, no torch: the workflow and the command line read and write these.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import shorten
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -69,7 +67,7 @@ class PruneSpec(Spec):
         return Schedule.from_config(value).to_config()
 
     @model_validator(mode="after")
-    def _known(self) -> PruneSpec:
+    def _known(self) -> Self:
         allowed = choose(REDUCERS, "reducer", self.reducer).options
         choose(FUSIONS, "fusion", self.fusion)
         if unknown := sorted(set(self.options) - set(allowed)):
@@ -104,7 +102,7 @@ class ScenesSpec(Spec):
         return range(0, self.image_size - side + 1, -(-side // 8) * 8)
 
     @model_validator(mode="after")
-    def _possible(self) -> ScenesSpec:
+    def _possible(self) -> Self:
         for name, (fewest, most) in (("objects", self.objects), ("distractors", self.distractors)):
             if not 0 <= fewest <= most:
                 raise ValueError(f"{name} {(fewest, most)} is not an increasing pair of counts")

@@ -5,8 +5,6 @@ The root is ``ADEChallengeData2016`` or the folder that holds it. The annotation
 Maps that leave this module count classes from 0 and have ``IGNORE`` where there is no label.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache

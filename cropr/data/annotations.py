@@ -4,8 +4,6 @@ A wrong id, size, box or segmentation is a finding that names the file and the i
 Instances without area are counted and left out. Crowd regions are left out.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +45,7 @@ class Annotations:
     images: tuple[CocoImage, ...]
     categories: tuple[tuple[int, str], ...]
     skipped: int
-    instances: Packed = field(repr=False)
+    instances: "Packed" = field(repr=False)
 
     @property
     def category_ids(self) -> tuple[int, ...]:

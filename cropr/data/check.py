@@ -1,7 +1,5 @@
 """The whole-set check: reads every image of a folder, and what belongs to it, and lists all that cannot be used."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

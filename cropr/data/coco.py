@@ -20,8 +20,6 @@ counted; COCO 2017 has a few. Crowd regions are no targets either. Training leav
 the reference recipe does; evaluation keeps them.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@
 The transforms are timm's. H and W are the image size of the spec.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ One spec gives the same images in every layout. Files do not depend on the numbe
 No torch is imported here.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import shutil

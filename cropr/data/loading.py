@@ -7,8 +7,6 @@ one of (seed, epoch): neither the number of workers nor a resumption changes a s
 B images of a batch of this process, H and W their size.
 """
 
-from __future__ import annotations
-
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence

@@ -10,8 +10,6 @@ has a black background: every other pixel belongs to the class. Pixels of the cl
 instance of an image, and the truth of the validation images (``cropr.data.scenes.object_mask``).
 """
 
-from __future__ import annotations
-
 import gzip
 import os
 import re

@@ -12,8 +12,6 @@ Pixels depend on (seed, split, index) alone. Digits and photos are those that sc
 No torch is imported here. ``cropr.data.layouts`` writes scenes to disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

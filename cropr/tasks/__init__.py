@@ -1,8 +1,6 @@
 """Tasks by name, and the specification of a training run. A task is a package here; its ``__init__`` holds its entry,
 ``TASK``, and imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -94,7 +92,7 @@ class TrainSpec(Spec):
         return value if isinstance(value, kind) else check(kind, {} if value is None else value, kind.__name__)
 
 
-def open_task(spec: TrainSpec, root: Path | None) -> TaskRun:
+def open_task(spec: TrainSpec, root: Path | None) -> "TaskRun":
     """The run of a specification, with its images; raises what ``TaskRun`` raises. Imports torch."""
     task = TASKS[spec.task]
     work: TaskRun = task.load(task.run)(spec, root)

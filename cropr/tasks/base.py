@@ -1,7 +1,5 @@
 """What a training run needs of its task: images, model, losses, evaluation. A task is a subclass of ``TaskRun``."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,11 +20,11 @@ from cropr.pruning.backbones.base import adapt
 from cropr.pruning.model import Model, PrunedViT, prune
 from cropr.pruning.schedule import Schedule
 from cropr.records import RECORD, read_record, replacing
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks import TrainSpec
 
 if TYPE_CHECKING:
     from cropr.data.loading import TrainBatches
-    from cropr.specs import ModelSpec, PruneSpec
-    from cropr.tasks import TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +142,7 @@ class TaskRun(BatchTask):
         return False
 
     @abstractmethod
-    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
+    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> "TrainBatches":
         """Training batches of this process; ``workers`` processes decode them."""
 
     @abstractmethod

@@ -3,8 +3,6 @@
 B images, N patches of the grid, n patches alive before a module, K kept by it, H heads, Q queries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -5,8 +5,6 @@ A run keeps one checkpoint, ``<out>/checkpoint/step_<n>/``: ``model.safetensors`
 when it is complete.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

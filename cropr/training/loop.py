@@ -4,8 +4,6 @@ All randomness of a step is a function of (seed, step, process), and all that a 
 that was killed and resumed ends with the weights of an undisturbed one, bit for bit on the CPU.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
@@ -244,7 +242,7 @@ class _Run:
             self.events = SummaryWriter(str(settings.out / EVENTS), purge_step=self.step)
         self._saved = time.monotonic()
 
-    def train_epoch(self, stop: StopRequest, progress: Progress) -> None:
+    def train_epoch(self, stop: StopRequest, progress: "Progress") -> None:
         """The rest of the current epoch, or of the run; a line of the log a step."""
         self.model.train()
         epoch, first = divmod(self.step, len(self.loader))

@@ -5,8 +5,6 @@ A model of depth L has L + 2 levels: the stem (patch embedding, positions, prefi
 all else level L + 1 with scale 1: final norms, head, and what pruning adds for training.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 B batch, N patch tokens, K kept, Q queries, M Cropr modules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -10,8 +10,6 @@ Two kinds of tensors change: the position table (without the row of the class to
 classifiers of the box stages, whose background class moves from the last place to the first.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re

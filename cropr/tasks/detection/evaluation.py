@@ -6,8 +6,6 @@
 A result file can be scored alone: ``python -m cropr evaluate --predictions FILE --annotations FILE``.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence

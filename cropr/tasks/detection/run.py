@@ -1,7 +1,5 @@
 """Object detection as a training run asks for it: COCO's layout, the detector, box and mask AP."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast

@@ -4,8 +4,6 @@ B batch, P prefix tokens, N = h w patches, K survivors, C classes, Q queries, M 
 are normalised, so that padding with zeros is padding with the mean colour.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -52,7 +50,7 @@ class Segmentation(TaskRun):
     def folder_fingerprint(self) -> str:
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.images))
 
-    def build(self, pretrained: bool = False) -> PrunedSegmenter:
+    def build(self, pretrained: bool = False) -> "PrunedSegmenter":
         shape = self.data.num_classes, self.data.image_size
         return build_model(self.spec.model, self.spec.prune, *shape, pretrained, PrunedSegmenter)
 
@@ -64,7 +62,7 @@ class Segmentation(TaskRun):
         return losses(output, targets, self.spec.prune.aux_weight, self.spec.recipe.aux_ignore)
 
     @torch.no_grad()
-    def evaluate(self, model: PrunedSegmenter | DeployedViT, settings: EvaluationSettings = DEFAULT) -> Evaluation:
+    def evaluate(self, model: "PrunedSegmenter | DeployedViT", settings: EvaluationSettings = DEFAULT) -> Evaluation:
         """Metrics ``miou``, ``macc``, ``aacc`` (percent) from the pixels of all images; series ``iou`` by class, None
         for classes that are neither labelled nor predicted, and ``scoring`` (``cropr.tasks.scoring``). Images:
         ``pixels`` [n, 3, C] of ``count_pixels``."""

@@ -1,7 +1,5 @@
 """Label maps of single images, for pruning maps (``cropr.show``). S side of the model's window."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
