@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -51,9 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def claimed(folder: Path) -> Iterator[None]:
     """Make a folder for one process alone. If the body fails, folders made here that hold no content are removed.
 
-    Raises:
-        ValueError: another process runs there; the message names it.
-    """
+    Raises ValueError: another process runs there; the message names it."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -97,7 +95,8 @@ def write_text(path: str | Path, text: str) -> None:
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write ``record`` as JSON with sorted keys, whole or not at all. Raises ValueError: a number is NaN or infinite;
     the message names its key; TypeError: a value is not JSON (a tensor, a path)."""
-    if bad := [key for key, number in _numbers(record, "record") if not math.isfinite(number)]:
+    values = leaves(record, "record", lists=True)
+    if bad := [key for key, value in values if isinstance(value, float) and not math.isfinite(value)]:
         raise ValueError(f"{path}: {', '.join(bad)} is not a finite number; a record holds results, not failures")
     write_text(path, json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
@@ -123,20 +122,10 @@ def make_record(kind: str, spec: "Spec", started: float, found: dict[str, Any], 
     return {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), **found, "provenance": told}
 
 
-def provenance(
-    started: float,
-    *,
-    device: str = "cpu",
-    precision: str | None = None,
-    data_fingerprint: str | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Where the numbers of a record come from.
-
-    ``started`` is ``time.time()`` at the start of the job, ``device`` torch's name, ``precision`` None where the job
-    computes no network. An entry of ``more`` with a name from above replaces it. Megabytes are 10^6 bytes: the peak of
-    the allocator on CUDA, else of this process's resident size. Outside a checkout, commit and dirty are None.
-    """
+def provenance(started: float, *, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """Where the numbers of a record come from: ``started`` is ``time.time()`` when the job began, ``device`` torch's
+    name. An entry of ``more`` replaces the one of its name: ``precision`` is None where the job computes no network.
+    Outside a checkout, commit and dirty are None."""
     commit, dirty = _checkout()
     return {
         "commit": commit,
@@ -147,19 +136,19 @@ def provenance(
         "device": sys.modules["torch"].cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "cpu": cpu_model(),
         "threads": _threads(),
-        "precision": precision,
+        "precision": None,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "wall_s": round(time.time() - started, 2),
         "peak_memory_mb": round(peak_memory_mb(device), 1),
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": None,
         **more,
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Installed versions of ``PACKAGES``, read without importing them."""
+def package_versions(*more: str) -> dict[str, str]:
+    """Installed versions of ``PACKAGES`` and ``more``, read without importing them."""
     versions = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
@@ -213,11 +202,13 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """All floats below ``value`` with their dotted key."""
-    if isinstance(value, float):
+def leaves(value: Any, key: str = "", lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings, and of ``lists`` within if asked for; an empty mapping is a value."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}".lstrip("."), lists)
+    elif lists and isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from leaves(item, f"{key}[{place}]", lists)
+    else:
         yield key, value
-    elif isinstance(value, dict | list | tuple):
-        items, form = (value.items(), "{}.{}") if isinstance(value, dict) else (enumerate(value), "{}[{}]")
-        for name, item in items:
-            yield from _numbers(item, form.format(key, name))

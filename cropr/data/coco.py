@@ -14,10 +14,8 @@ dictionaries, one an image of n instances, with torchvision's keys and conventio
     seed: int, of what the detector draws for this image
 
 Evaluation has the id and the sizes alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
-
-Instances whose box has no area within the image, or whose polygons all have fewer than three points, are skipped and
-counted; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images without an instance, as
-the reference recipe does; evaluation keeps them.
+Training leaves out images without an instance, as the reference recipe does; evaluation keeps them. What counts as one:
+``cropr.data.annotations``.
 """
 
 import hashlib
@@ -64,12 +62,8 @@ class CocoSplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def folder(self) -> Path:
-        return self.root / f"{self.name}2017"
-
     def path(self, index: int) -> Path:
-        return self.folder / self.images[index].file
+        return self.root / f"{self.name}2017" / self.images[index].file
 
     def instances(self, index: int) -> list[Instance]:
         """Of an image; neither crowd regions nor what is skipped."""
@@ -79,10 +73,9 @@ class CocoSplit:
 def load_coco(
     root: str | Path, num_classes: int | None = None, problems: list[str] | None = None
 ) -> tuple[CocoSplit, CocoSplit]:
-    """Read the annotations of training and validation images. Nothing is decoded. What is wrong joins ``problems``, if
-    that is given. Raises FileNotFoundError: the root, a folder or an annotation file is missing; ValueError: an
-    annotation file that is not JSON, or a generated set whose writing was interrupted; what ``read_annotations`` finds;
-    images without a file; categories that differ between the splits or whose number is not ``num_classes``."""
+    """Read the annotations of both splits; nothing is decoded. What is wrong joins ``problems``, if that is given.
+    Raises FileNotFoundError: the root, a folder or an annotation file is missing; ValueError: what ``read_annotations``
+    finds, images without a file, other categories in the splits or another number of them than ``num_classes``."""
     root, findings, splits = Path(root), list[str](), []
     require_folders(root, TASK)
     for name in ("train", "val"):
@@ -99,11 +92,12 @@ def load_coco(
 
 def _missing_files(split: CocoSplit) -> list[str]:
     """One listing instead of a look at every file; what it lacks may still lie in a folder below."""
-    there = {entry.name for entry in split.folder.iterdir()}
+    there = {entry.name for entry in (split.root / f"{split.name}2017").iterdir()}
+    absent = [index for index, image in enumerate(split.images) if image.file not in there]
     return [
-        f"{split.folder / image.file}: no such file; {split.annotations.path} lists it as image {image.id}"
-        for image in split.images
-        if image.file not in there and not (split.folder / image.file).is_file()
+        f"{split.path(index)}: no such file; {split.annotations.path} lists it as image {split.images[index].id}"
+        for index in absent
+        if not split.path(index).is_file()
     ]
 
 
@@ -118,10 +112,8 @@ def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
     listed, path = split.images[index], split.path(index)
     image = F.to_image(decode(path))
     if (found := tuple(image.shape[-2:])) != (listed.height, listed.width):
-        raise ImageError(
-            f"{path}: is {found[1]} x {found[0]} px; {split.annotations.path} says {listed.width} x {listed.height} "
-            f"of image {listed.id}"
-        )
+        says = f"{split.annotations.path} says {listed.width} x {listed.height} of image {listed.id}"
+        raise ImageError(f"{path}: is {found[1]} x {found[0]} px; {says}")
     return image
 
 
@@ -133,9 +125,8 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
         try:
             mask[:] = coco_mask.decode(to_rle(instance.segmentation, image.height, image.width))
         except Exception as error:  # its C code raises what it likes
-            raise ImageError(
-                f"{split.annotations.path}: annotation {instance.id}: its segmentation cannot be decoded: {error}"
-            ) from None
+            where = f"{split.annotations.path}: annotation {instance.id}"
+            raise ImageError(f"{where}: its segmentation cannot be decoded: {error}") from None
     return tv_tensors.Mask(torch.from_numpy(masks))
 
 
@@ -161,9 +152,9 @@ class EvalImages(Samples):
 
     def _with_sizes(self, seen: Tensor, index: int) -> tuple[Tensor, Target]:
         """What is seen of an image, uint8 [3, h, w], as [3, S, S], and its sizes."""
-        listed, size = self.split.images[index], (seen.shape[-2], seen.shape[-1])
-        original = listed.height, listed.width
-        return normalise(seen, self.spec), {"image_id": listed.id, "size": size, "original_size": original}
+        number, _, *original = self.split.images[index]
+        sizes: Any = {"size": (seen.shape[-2], seen.shape[-1]), "original_size": tuple(original)}
+        return normalise(seen, self.spec), {"image_id": number, **sizes}
 
 
 class TrainImages(EvalImages):
@@ -221,8 +212,8 @@ def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec:
     """Large-scale jitter of an image uint8 [3, H, W], boxes [n, 4] float32 (left, top, right, bottom, within the image)
     and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S.
 
-    A box that the crop cuts is drawn anew around what is left of its mask: the rest of the annotated box may be larger
-    than the rest of the object. Four numbers are drawn from torch's global generator, whatever they decide.
+    A box that the crop cuts is drawn anew around what is left of its mask. Four numbers are drawn from torch's global
+    generator, whatever they decide.
     """
     flip, scale, down, right = torch.rand(4).tolist()
     marks = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
@@ -248,8 +239,8 @@ def view_window(size: tuple[int, int], side: int, factor: float, offset: tuple[f
     """The part of an image of ``size`` H, W that is seen, at most ``side`` pixels each way, when it is resized by
     ``factor`` (1: the longer side becomes ``side``) and then cropped, at ``offset`` in [0, 1] from top and left.
 
-    The crop is taken from the file's pixels and resized afterwards: the same view, up to the rounding of the crop to
-    whole pixels, without the enlarged image and its masks, which would take up to a gigabyte.
+    The crop is taken from the file's pixels and resized afterwards, rounded to whole pixels: the enlarged image and its
+    masks would take up to a gigabyte.
     """
     scale = factor * side / max(size)
     starts, lengths, seen = [], [], []

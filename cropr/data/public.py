@@ -41,18 +41,13 @@ _FOLDERS = {"fashion": "FashionMNIST/raw", "pets": "oxford-iiit-pet"}
 def write(
     name: str, out: str | Path, source: Path | None = None, progress: Callable[[int, int], object] = lambda *_: None
 ) -> dict[str, int]:
-    """Write a set in all its layouts, below ``out``, where an earlier one is replaced; returns images by split.
+    """Write the set ``name`` of ``PUBLIC`` in all its layouts, below ``out``, where an earlier one is replaced; returns
+    images by split. ``progress`` is called with the images of a split that are done and all.
 
-    Args:
-        name: key of ``PUBLIC``.
-        source: folder that holds the archives, or torchvision's root; None: they are downloaded into ``out/downloads``,
-            and torchvision verifies their sums. Fashion-MNIST's of ``source`` are not verified: distributions compress
-            the same files again.
-        progress: called with the images of a split that are done and all.
-
-    Raises:
-        ValueError: nothing to download from, a wrong sum, a file that is missing; or ``out`` holds something else.
-        FileNotFoundError: no folder ``source``.
+    ``source`` is a folder that holds the archives, or torchvision's root; if None, they are downloaded into
+    ``out/downloads``, and torchvision verifies their sums. Fashion-MNIST's of ``source`` are not verified:
+    distributions compress the same files again. Raises ValueError: nothing to download from, a wrong sum, a file that
+    is missing, or ``out`` holds something else; FileNotFoundError: no folder ``source``.
     """
     started, out = time.time(), Path(out)
     root, metrics = _root(name, out, source), dict[str, int]()

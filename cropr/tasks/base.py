@@ -19,7 +19,7 @@ from cropr.distributed import ALONE, World
 from cropr.pruning.backbones.base import adapt
 from cropr.pruning.model import Model, PrunedViT, prune
 from cropr.pruning.schedule import Schedule
-from cropr.records import RECORD, read_record, replacing
+from cropr.records import RECORD, leaves, read_record, replacing
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks import TrainSpec
 
@@ -227,14 +227,6 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], words: str = "was {}, is {}") -> list[str]:
     """Dotted keys in which two nested mappings differ, each with both values."""
-    old, new = _leaves(theirs), _leaves(ours)
+    old, new = dict(leaves(theirs)), dict(leaves(ours))
     keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     return [f"{key} {words.format(old.get(key), new.get(key))}" for key in keys]
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted keys and values of nested mappings."""
-    if not isinstance(value, Mapping) or not value:
-        return {key: value}
-    parts = (_leaves(item, f"{key}.{name}".lstrip(".")) for name, item in value.items())
-    return {name: leaf for part in parts for name, leaf in part.items()}

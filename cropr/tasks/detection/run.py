@@ -43,12 +43,12 @@ class Detection(TaskRun):
 
     def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         images = TrainImages(self.splits[0], self.data, seed)
-        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate, world, workers)
+        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate=collate, world=world, workers=workers)
 
     def evaluate(self, model: Detector, settings: EvaluationSettings = DEFAULT) -> Evaluation:
         """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
-        images = EvalImages(self.splits[1], self.data)
-        batches = EvalBatches(images, settings.batch_size, collate, settings.world, settings.workers)
+        images, how = EvalImages(self.splits[1], self.data), {"world": settings.world, "workers": settings.workers}
+        batches = EvalBatches(images, settings.batch_size, collate=collate, **how)
         return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
