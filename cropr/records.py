@@ -3,6 +3,7 @@
 A record that exists is complete: it is written under a temporary name and renamed. No torch is imported here.
 """
 
+import csv
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -92,6 +93,14 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
+    """Write rows as CSV, whole or not at all; ``columns`` are those of a table without rows."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0] if rows else columns))
+        table.writeheader()
+        table.writerows(rows)
+
+
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write ``record`` as JSON with sorted keys, whole or not at all. Raises ValueError: a number is NaN or infinite;
     the message names its key; TypeError: a value is not JSON (a tensor, a path)."""
@@ -126,16 +135,17 @@ def provenance(started: float, *, device: str = "cpu", **more: Any) -> dict[str,
     """Where the numbers of a record come from: ``started`` is ``time.time()`` when the job began, ``device`` torch's
     name. An entry of ``more`` replaces the one of its name: ``precision`` is None where the job computes no network.
     Outside a checkout, commit and dirty are None."""
-    commit, dirty = _checkout()
+    (commit, dirty), torch = _checkout(), sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
     return {
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
         "packages": package_versions(),
         "platform": platform.platform(),
-        "device": sys.modules["torch"].cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(device) if torch and device.startswith("cuda") else "cpu",
         "cpu": cpu_model(),
-        "threads": _threads(),
+        "threads": int(threads),
         "precision": None,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "wall_s": round(time.time() - started, 2),
@@ -173,13 +183,6 @@ def peak_memory_mb(device: str = "cpu") -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB on Linux
-
-
-def _threads() -> int:
-    """Threads of one operation: torch's setting if the job loaded torch, else what the environment asks for."""
-    if torch := sys.modules.get("torch"):
-        return int(torch.get_num_threads())
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 @cache

@@ -281,11 +281,8 @@ def origin(record: Mapping[str, Any]) -> str:
 
 
 def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to.
-
-    If it is written, it also says what the device cannot run, so that a table of several precisions is complete on any
-    device; else that is an error.
-    """
+    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to, also
+    where the device cannot run it, so that a table of several precisions is complete on any device; else an error."""
     import torch
 
     from cropr.distributed import set_threads

@@ -106,8 +106,7 @@ def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, 
 
 
 class EvalImages(Samples):
-    """Images [3, h, w] and maps [H, W] uint8; h, w are H, W with sliding windows, else the longer is the image size of
-    the spec."""
+    """Images [3, h, w] and maps [H, W] uint8; without sliding windows the longer of h, w is the spec's image size."""
 
     layout = TASK.layout
 
@@ -163,8 +162,7 @@ def _scaled(image: Tensor, factor: float) -> list[int]:
 
 
 def random_size(image: Tensor, spec: SegDataSpec) -> list[int]:
-    """Height and width with the aspect ratio kept: the shorter side a random multiple of the image size, the longer at
-    most ``LONGEST`` times that."""
+    """Height and width, in the image's ratio: the shorter side is random, the longer at most ``LONGEST`` times it."""
     low, high = spec.resize
     target = spec.image_size * (low + (high - low) * torch.rand(()).item())
     short, long = sorted(image.shape[-2:])

@@ -1,7 +1,8 @@
 """COCO's annotation files (``instances_*.json``): reading, checking, and compact storage.
 
 A wrong id, size, box or segmentation is a finding that names the file and the id; all findings of a file come at once.
-Instances without area are counted and left out. Crowd regions are left out.
+Crowd regions, and instances without area (a box outside of the image, polygons of fewer than three points), are left
+out; the latter are counted.
 """
 
 import json

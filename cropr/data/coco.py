@@ -1,7 +1,5 @@
 """Detection in COCO 2017's layout: ``train2017/``, ``val2017/`` and ``annotations/instances_{train,val}2017.json``.
 
-    train, val = load_coco(root, num_classes=80)
-    batches = TrainBatches(TrainImages(train, spec, seed=0), 64, seed=0, collate=collate)
 
 Images [B, 3, S, S] are normalised and padded with zeros on the right and at the bottom. Targets are a list of
 dictionaries, one an image of n instances, with torchvision's keys and conventions:
@@ -14,8 +12,7 @@ dictionaries, one an image of n instances, with torchvision's keys and conventio
     seed: int, of what the detector draws for this image
 
 Evaluation has the id and the sizes alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
-Training leaves out images without an instance, as the reference recipe does; evaluation keeps them. What counts as one:
-``cropr.data.annotations``.
+Training leaves out images without an instance (``cropr.data.annotations``), as the reference recipe does.
 """
 
 import hashlib
@@ -33,7 +30,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
+from cropr.data.annotations import Annotations, CocoImage, Instance, read_annotations
 from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, settle, standardise, wrong_count
 from cropr.tasks.detection import TASK, DetDataSpec
 
@@ -122,8 +119,11 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
     image = split.images[index]
     masks = np.zeros((split.annotations.instances.count(image.id), image.height, image.width), np.uint8)
     for mask, instance in zip(masks, split.instances(index), strict=True):
+        code: Any = instance.segmentation
         try:
-            mask[:] = coco_mask.decode(to_rle(instance.segmentation, image.height, image.width))
+            if isinstance(code, list) or isinstance(code["counts"], list):  # polygons, or run lengths
+                code = coco_mask.frPyObjects(code, image.height, image.width)
+            mask[:] = coco_mask.decode(coco_mask.merge(code) if isinstance(code, list) else code)
         except Exception as error:  # its C code raises what it likes
             where = f"{split.annotations.path}: annotation {instance.id}"
             raise ImageError(f"{where}: its segmentation cannot be decoded: {error}") from None
@@ -132,14 +132,6 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
 
 def read_pair(split: CocoSplit, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     return read_image(split, index), read_masks(split, index)
-
-
-def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """Compressed RLE of any form of a COCO segmentation."""
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
-    rle = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.merge(rle) if isinstance(rle, list) else rle
 
 
 class EvalImages(Samples):
@@ -158,8 +150,7 @@ class EvalImages(Samples):
 
 
 class TrainImages(EvalImages):
-    """Images with large-scale jitter, and all targets; the jitter may leave no instance. Raises ValueError: no image
-    has an instance."""
+    """Images with large-scale jitter, which may leave no instance. Raises ValueError: no image has an instance."""
 
     def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
         occupied = tuple(image for image in split.images if split.annotations.instances.count(image.id))
@@ -210,10 +201,8 @@ class Window(NamedTuple):
 
 def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec: DetDataSpec) -> View:
     """Large-scale jitter of an image uint8 [3, H, W], boxes [n, 4] float32 (left, top, right, bottom, within the image)
-    and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S.
-
-    A box that the crop cuts is drawn anew around what is left of its mask. Four numbers are drawn from torch's global
-    generator, whatever they decide.
+    and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S. A box
+    that the crop cuts is drawn anew around what is left of its mask. Always draws four numbers from torch's generator.
     """
     flip, scale, down, right = torch.rand(4).tolist()
     marks = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
@@ -239,8 +228,7 @@ def view_window(size: tuple[int, int], side: int, factor: float, offset: tuple[f
     """The part of an image of ``size`` H, W that is seen, at most ``side`` pixels each way, when it is resized by
     ``factor`` (1: the longer side becomes ``side``) and then cropped, at ``offset`` in [0, 1] from top and left.
 
-    The crop is taken from the file's pixels and resized afterwards, rounded to whole pixels: the enlarged image and its
-    masks would take up to a gigabyte.
+    The crop is taken from the file's pixels, then resized: the whole enlarged image would take up to a gigabyte.
     """
     scale = factor * side / max(size)
     starts, lengths, seen = [], [], []

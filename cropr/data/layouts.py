@@ -1,11 +1,5 @@
-"""Scenes on disk, in the layouts of ImageNet, ADE20k and COCO 2017.
-
-    write(ScenesSpec(), "results/laptop/data/imagenet")
-    write(ScenesSpec(objects=(1, 2)), "results/laptop/data/ade20k", "ade20k")
-
-One spec gives the same images in every layout. Files do not depend on the number of processes that write them.
-No torch is imported here.
-"""
+"""Scenes on disk, in the layouts of ImageNet, ADE20k and COCO 2017. One spec gives the same images in every layout.
+Files do not depend on the number of processes that write them. No torch is imported here."""
 
 import json
 import multiprocessing
@@ -47,23 +41,23 @@ def _imagenet(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     """{train,val}/digit_<label>/<index>.png, and the masks of ``Scene.mask`` as truth/val/digit_<label>/<index>.png."""
     name = f"{split}/digit_{scene.label}/{index:06d}.png"
     if split == "val":
-        _save(scene.mask, root / "truth" / name)
-    _save(scene.image, root / name)
+        save(scene.mask, root / "truth" / name)
+    save(scene.image, root / name)
     return {}
 
 
 def _ade20k(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     """Images, and maps of ``Scene.semantic``: ADEChallengeData2016/{images,annotations}/{training,validation}."""
     name, top = f"{'training' if split == 'train' else 'validation'}/{index:06d}.png", root / "ADEChallengeData2016"
-    _save(scene.image, top / "images" / name)
-    _save(scene.semantic, top / "annotations" / name)
+    save(scene.image, top / "images" / name)
+    save(scene.semantic, top / "annotations" / name)
     return {}
 
 
 def _coco(scene: Scene, split: Split, index: int, root: Path) -> Entry:
     """{train,val}2017/<index>.png, and the entry of annotations/instances_{train,val}2017.json (``coco_entry``)."""
     name = f"{index:012d}.png"
-    _save(scene.image, root / f"{split}2017" / name)
+    save(scene.image, root / f"{split}2017" / name)
     regions = [(CATEGORIES[instance.label], instance.region, instance.box) for instance in scene.instances]
     return coco_entry(index, name, scene.image.shape[:2], regions)
 
@@ -87,8 +81,7 @@ def coco_entry(number: int, name: str, size: tuple[int, ...], regions: Sequence[
 
 
 def coco_index(root: Path, split: str, entries: list[Entry], categories: Mapping[int, str], description: str) -> None:
-    """Write the file of instances; ``categories``: name by id. Ids begin at 1: pycocotools takes a match with 0 for
-    none."""
+    """Write the file of instances; ``categories``: name by id. Ids begin at 1: pycocotools takes 0 for none."""
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
     content = {
         "info": {"description": description},
@@ -174,7 +167,7 @@ def _write_one(spec: ScenesSpec, layout: str, root: Path, place: Place) -> Entry
     return LAYOUTS[layout](compose(spec, *place), *place, root)
 
 
-def _save(pixels: Array, path: Path) -> None:
+def save(pixels: Array, path: Path) -> None:
     """PNG: lossless, so that every machine trains on the same pixels; level 1 reads as fast as JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=1)
+    Image.fromarray(pixels).save(path.with_suffix(".png"), compress_level=1)

@@ -83,8 +83,7 @@ def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
 
 def require_folders(root: Path, task: Task, inner: str = "") -> Path:
     """``root``, or its folder ``inner`` if there is one, after a check that it holds the folders of a task's layout.
-    Raises FileNotFoundError: the root or a folder is missing; ValueError: generated images whose writing was
-    interrupted."""
+    Raises FileNotFoundError: the root or a folder is missing; ValueError: a set whose writing was interrupted."""
     if (root / INCOMPLETE).exists():
         raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
     top = root / inner if (root / inner).is_dir() else root
@@ -95,8 +94,7 @@ def require_folders(root: Path, task: Task, inner: str = "") -> Path:
 
 
 def settle(splits: Splits, found: Sequence[str], problems: list[str] | None) -> Splits:
-    """The splits, if nothing was found wrong with them or ``problems`` is given, which it then joins. Raises ValueError
-    with the findings otherwise."""
+    """The splits, if nothing was found wrong or the findings can join ``problems``; else ValueError with all."""
     if problems is None and found:
         raise ValueError(some(found, "\n  "))
     if problems is not None:
@@ -143,8 +141,7 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
 
     @abstractmethod
     def sample(self, index: int) -> tuple[Tensor, Any]:
-        """One image and its target. May draw from the global generators of Python, numpy and torch. Raises ImageError:
-        a file of this sample cannot be used."""
+        """One image and its target. May draw from the global generators. Raises ImageError: a file cannot be used."""
 
     def kind(self, index: int) -> Hashable:
         """Evaluation puts only images of one kind into a batch; for example, those of equal size can be stacked."""
@@ -185,18 +182,14 @@ class TrainBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:
         """Images [B, 3, H, W] and targets of the batches from ``start`` on; what lies before is not decoded."""
-        order = self.order(epoch)
+        order, rank = self.order(epoch), self.world.rank
         batches = (order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self)))
-        return self._loader.run(
-            [[(epoch, int(i)) for i in batch[self.world.rank :: self.world.size]] for batch in batches]
-        )
+        return self._loader.run([[(epoch, int(i)) for i in batch[rank :: self.world.size]] for batch in batches])
 
 
 class EvalBatches:
-    """This process's part of a set: batches of at most ``batch_size`` images; ``how`` is as of ``Loader``.
-
-    Over all processes every image is seen exactly once, so that counts can be summed. Images come in order, but those
-    of one kind (``Samples.kind``) together.
+    """This process's part of a set: batches of at most ``batch_size`` images; ``how`` is as of ``Loader``. Over all
+    processes every image is seen exactly once. Images come in order, but those of one kind (``Samples.kind``) together.
     """
 
     def __init__(self, samples: Samples, batch_size: int, **how: Any) -> None:
@@ -205,9 +198,7 @@ class EvalBatches:
         kinds: dict[Hashable, list[int]] = {}
         for index in range(self._loader.world.rank, len(samples), self._loader.world.size):
             kinds.setdefault(samples.kind(index), []).append(index)
-        self._batches = [
-            alike[start : start + batch_size] for alike in kinds.values() for start in range(0, len(alike), batch_size)
-        ]
+        self._batches = [own[at : at + batch_size] for own in kinds.values() for at in range(0, len(own), batch_size)]
 
     @property
     def indices(self) -> list[int]:

@@ -6,8 +6,6 @@ distractors, which are handwritten digits whose four quadrants are shuffled: as 
 so that neither ink nor pixel variance tells where a digit is. Photos are dimmed by a random factor and the number of
 distractors is random, so there are easy and hard scenes, as in any real set.
 
-    scene = compose(ScenesSpec(), "train", 0)
-
 Pixels depend on (seed, split, index) alone. Digits and photos are those that scikit-learn ships; nothing is downloaded.
 ``cropr.data.layouts`` writes scenes to disk.
 """
@@ -95,11 +93,8 @@ class Scene:
 
 
 def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
-    """Scene ``index`` of a split. The label of its first digit is ``index % 10``, others are random.
-
-    Each call draws from a generator of its own, seeded by (``spec.seed``, split, index). Training and validation scenes
-    use different handwritten digits.
-    """
+    """Scene ``index`` of a split, by a generator of its own, seeded by (``spec.seed``, split, index). The label of
+    the first digit is ``index % 10``. Training and validation scenes use different handwritten digits."""
     random = np.random.default_rng(np.random.SeedSequence([spec.seed, SPLITS.index(split), index]))
     digits = _digits()[split]
     canvas = _background(spec.image_size, random)

@@ -132,8 +132,7 @@ class TaskRun(BatchTask):
         needs begin with ``reducers.``, those of the encoder with ``backbone.host.``."""
 
     def teach(self) -> nn.Module:
-        """The unpruned model that the task learns from, which the caller loads weights into. Raises ValueError if the
-        task has no distillation."""
+        """The unpruned model that the task learns from, without its weights. Raises ValueError: no distillation."""
         raise ValueError(f"spec.teacher = {self.spec.teacher}: {self.spec.task} has no distillation; leave it out")
 
     def load_published(self, model: Any, path: Path) -> bool:
@@ -158,11 +157,8 @@ def build_model(
     pretrained: bool = False,
     kind: type[Model] = PrunedViT,  # type: ignore[assignment]
 ) -> Model:
-    """The model of a training or benchmark spec; ``kind`` as of ``prune``.
-
-    The last block has no drop path where tokens are pruned (paper, section 4.1; the authors' code); in dense models,
-    it never has (the authors' code).
-    """
+    """The model of a training or benchmark spec; ``kind`` as of ``prune``. The last block has no drop path where tokens
+    are pruned (paper, section 4.1; the authors' code); in dense models, it never has (the authors' code)."""
     arguments = {"num_classes": num_classes, "drop_path_rate": model.drop_path, "img_size": image_size, **model.args}
     try:
         host: Any = timm.create_model(require_known(model.name), pretrained, **arguments)

@@ -1,8 +1,7 @@
 """Weights and training state on disk: safetensors for tensors, JSON for the rest. Nothing is unpickled.
 
 A run keeps one checkpoint, ``<out>/checkpoint/step_<n>/``: ``model.safetensors``, ``optimizer.safetensors``,
-``state.json``, and ``average.safetensors`` where the recipe averages weights. The directory appears under its name only
-when it is complete.
+``state.json``, and ``average.safetensors`` where the recipe averages weights. A directory of this name is complete.
 """
 
 import hashlib
@@ -47,11 +46,9 @@ _LOG = logging.getLogger(__name__)
 def save_checkpoint(
     root: Path, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], average: Any = None
 ) -> Path:
-    """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory.
-
-    ``step`` counts the optimizer steps done; ``state`` is JSON, whatever else the loop needs to go on; ``average`` is a
-    model with the averaged weights. The groups of the optimizer carry ``names`` (``create_optimizer``).
-    """
+    """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory. ``step``
+    counts the optimizer steps done; ``state`` is JSON, whatever else the loop needs to go on; ``average`` is a model
+    with the averaged weights. The groups of the optimizer carry ``names`` (``create_optimizer``)."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp_*"):
         shutil.rmtree(leftover)
@@ -185,14 +182,11 @@ def multiply_adds(model: nn.Module) -> dict[str, float]:
 
 
 def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:
-    """Start from the host weights of another run, or from a file with the names of a timm model.
-
-    Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
-    file has them. Positions are interpolated to the patch grid; the classifier starts fresh if the number of classes
-    differs. A class token or a classifier that the model lacks is ignored. ``FINAL_NORMS`` may be missing from either.
-    All else must match; raises what ``load_weights`` raises. Returns names: ``loaded``, ``interpolated`` (of these),
-    ``fresh``, ``ignored``.
-    """
+    """Start from the host weights of another run, or from a file with the names of a timm model. Reducers start fresh;
+    so do other parts beside the host, unless the model's class lists them in ``inherits`` and the file has them.
+    Positions are interpolated to the patch grid; the classifier starts fresh if the number of classes differs. A class
+    token or a classifier that the model lacks is ignored. ``FINAL_NORMS`` may be missing from either. All else must
+    match; raises what ``load_weights`` raises. Returns names: ``loaded``, ``interpolated``, ``fresh``, ``ignored``."""
     tensors = _read(path)
     if wrong := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
         raise ValueError(f"{path}: values are not finite in {some(wrong, ', ', limit=3)}; start from other weights")

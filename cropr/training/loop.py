@@ -4,7 +4,6 @@ All randomness of a step is a function of (seed, step, process), and all that a 
 that was killed and resumed ends with the weights of an undisturbed one, bit for bit on the CPU.
 """
 
-import csv
 import json
 import logging
 import math
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,7 +29,7 @@ import cropr.training.checkpoint as store
 import cropr.training.optim as optim
 from cropr.data.loading import TrainBatches, some
 from cropr.distributed import StopRequest, World
-from cropr.records import RECORD, make_record, read_record, replacing, write_record
+from cropr.records import RECORD, make_record, read_record, write_record, write_table
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
@@ -98,13 +96,11 @@ def train(
     model.to(world.device)
     store.load_teacher(task, teacher, world.device)
     size = max(1, recipe.batch_size // (recipe.accumulate * world.size))
-    how: dict[str, Any] = {"batch_size": size, "precision": recipe.precision, "seed": seed}
-    evaluation = EvaluationSettings(world=world, workers=workers, **how)
-    evaluate = partial(task.evaluate, settings=evaluation)
+    how = EvaluationSettings(world=world, workers=workers, batch_size=size, precision=recipe.precision, seed=seed)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
     how_run, batches = Settings(out, identity, **settings), task.batches(seed, world, workers)
-    history = fit(model, task, batches, recipe, seed, how_run, world, lambda own: evaluate(own).metrics)
-    result = evaluate(model)
+    history = fit(model, task, batches, recipe, seed, how_run, world, lambda own: task.evaluate(own, how).metrics)
+    result = task.evaluate(model, how)
     found = {
         "seed": seed,
         "metrics": {**result.metrics, **store.parameters(model), **store.multiply_adds(model)},
@@ -245,7 +241,7 @@ class _Run:
         self._saved = time.monotonic()
         if self.world.leads:
             os.fsync(self.log.fileno())  # a checkpoint is never ahead of its log
-            write_table(self.settings.out / LOG)
+            write_table(self.settings.out / TABLE, _lines(self.settings.out / LOG))
             if self.events:
                 self.events.flush()
             scaler = self.stepper.scaler.state_dict()
@@ -349,12 +345,3 @@ class Progress(Bar):
             place = f"step {step} of {self._total}, epoch {line['epoch'] + 1}"
             _LOG.info("%s: %s, %s left%s", place, numbers, left, held)
             self._times[:] = 0
-
-
-def write_table(log: Path) -> None:
-    """The log of a run as CSV, beside it."""
-    lines = _lines(log)
-    with replacing(log.with_name(TABLE)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(lines[0]) if lines else [])
-        table.writeheader()
-        table.writerows(lines)

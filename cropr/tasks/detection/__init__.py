@@ -60,9 +60,8 @@ class DetModelSpec(Spec):
     @model_validator(mode="after")
     def _levels(self) -> Self:
         if len(self.anchor_sizes) != len(self.scales) + 1:
-            raise ValueError(
-                f"{len(self.anchor_sizes)} anchor_sizes for {len(self.scales)} scales: give one a scale, and one more"
-            )
+            counts = f"{len(self.anchor_sizes)} anchor_sizes for {len(self.scales)} scales"
+            raise ValueError(f"{counts}: give one a scale, and one more")
         return self
 
 

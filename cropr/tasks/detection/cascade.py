@@ -1,8 +1,7 @@
 """Proposals, and Cascade Mask R-CNN (Cai and Vasconcelos, 2018): stages with rising IoU thresholds, each on the boxes
 of the previous. With one stage it is Mask R-CNN with class-agnostic boxes, which needs less memory and time.
 
-R regions, D channels of the pyramid, G objects of an image, M detections, K classes without background. Labels run from
-1 to K; 0 is background.
+R regions, D channels of the pyramid, G objects of an image, M detections, K classes labelled from 1; 0 is background.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ SMALLEST = 0.01
 
 
 class Regions(NamedTuple):
-    """Regions of an image: boxes [R, 4] and labels [R]; of the object that each overlaps most, the number [R] and the
-    box [R, 4], zeros without objects."""
+    """Regions of an image: boxes [R, 4], labels [R]; number [R] and box [R, 4] of the object each overlaps most."""
 
     boxes: Tensor
     labels: Tensor

@@ -95,9 +95,8 @@ class Detector(Encoder):
     ) -> DetectionOutput:
         """Losses in training mode, detections in evaluation mode, of images [B, 3, H, W] or B times [3, H_b, W_b].
 
-        ``targets`` are torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W];
-        needed in training, and only there. ``sizes``: height and width of each image without padding, by default the
-        targets' ``size``, else H and W.
+        ``targets``, in training alone, are torchvision's: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W].
+        ``sizes``: height and width of each image without padding, by default the targets' ``size``, else H and W.
         """
         if self.training and targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() before you detect")

@@ -52,16 +52,15 @@ class Detection(TaskRun):
         return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return [cast(Target, {key: moved(value) for key, value in target.items()}) for target in targets]
+        return [
+            cast(Target, {k: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in own.items()})
+            for own in targets
+        ]
 
     def split(self, targets: list[Target], parts: int) -> Sequence[list[Target]]:
         return [[targets[place] for place in part] for part in torch.arange(len(targets)).tensor_split(parts)]
 
     def forward(self, model: Any, images: Tensor, targets: list[Target]) -> DetectionOutput:
-        """See ``BatchTask``; the detector computes its losses itself."""
         return cast(DetectionOutput, model(images, targets))
 
     def loss(self, output: DetectionOutput, targets: list[Target]) -> Losses:
