@@ -4,11 +4,8 @@
     fast = model.deploy()
     maps = cropr.show.show(fast, images)
 
-``import cropr`` does not load torch; the names below load it at first use. Reducers and fusions are listed in
-``cropr.pruning.methods``.
+``import cropr`` does not load torch; these names do, when first used. ``cropr.pruning.methods`` lists the methods.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -30,10 +27,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'cropr' has no attribute {name!r}; it has {sorted(__all__)}")
     if name == "show":
         return import_module("cropr.show")
-    module = {"Tokens": "cropr.pruning.tokens", "as_host": "cropr.hosts", "speedup": "cropr.hosts"}.get(
-        name, "cropr.pruning.model"
-    )
-    return getattr(import_module(module), name)
+    module = {"Tokens": "pruning.tokens", "as_host": "hosts", "speedup": "hosts"}.get(name, "pruning.model")
+    return getattr(import_module(f"cropr.{module}"), name)
 
 
 def __dir__() -> list[str]:

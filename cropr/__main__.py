@@ -1,7 +1,5 @@
 """The command line, ``python -m cropr``: one module a verb in ``cropr.cli``, loaded when it is called for."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

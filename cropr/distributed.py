@@ -1,10 +1,4 @@
-"""One process or many: what ``torchrun`` sets up, and the few collectives that training needs.
-
-python -m cropr train ...                                      one process
-torchrun --nproc-per-node 8 -m cropr train ...                 one process a GPU
-"""
-
-from __future__ import annotations
+"""One process or many: what ``torchrun --nproc-per-node 8 -m cropr train`` sets up, and what training needs of it."""
 
 import ctypes
 import os
@@ -14,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -35,10 +29,8 @@ class World:
         return self.rank == 0
 
     def wrap(self, model: nn.Module, idle: bool = False) -> nn.Module:
-        """The model with gradients averaged over processes; the model itself when alone.
-
-        ``idle``: there are steps in which some weights have no part. Torch then looks for these, and refuses them else.
-        """
+        """The model with gradients averaged over processes; the model itself when alone. ``idle``: there are steps in
+        which some weights have no part; torch then looks for these, and refuses them else."""
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -116,8 +108,8 @@ def reuse_freed_memory() -> bool:
     """Let the C allocator keep large freed blocks for the next allocation; False without glibc, where nothing changes.
 
     glibc may otherwise map large tensors afresh in every pass, and the kernel zeroes their pages again: more of them
-    for the larger activations of an unpruned model, which would flatter pruning. Measured on six blocks of a ViT-B/16
-    with batches of 4: 16,500 minor page faults a pass unpruned and 9,400 pruned without these settings, none with them.
+    for the larger activations of an unpruned model, which would flatter pruning. Six blocks of a ViT-B/16, batches of
+    4: 16,500 minor page faults a pass unpruned and 9,400 pruned; none with these settings.
     """
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # M_MMAP_THRESHOLD and so on in glibc's malloc.h
     try:
@@ -139,7 +131,7 @@ class StopRequest:
     def name(self) -> str:
         return signal.Signals(self.requested).name if self.requested else "another process"
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

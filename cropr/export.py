@@ -4,11 +4,7 @@ The graph has a dynamic batch and a fixed image size. Its outputs are the logits
 indices of the patches alive after it: ``logits``, ``kept_1``, ``kept_2``, ... All shapes but the batch are static. A
 pruner finds the R tokens of every image that go with one Top-K whose k is R, and scatters without a reduction, unlike
 some methods that merge (docs/reducers.md). TensorRT limits both; it is not run here.
-
-B batch, K kept, R pruned.
 """
-
-from __future__ import annotations
 
 import io
 import logging
@@ -53,19 +49,19 @@ def export(
     """Write ``model.pt2`` and ``model.onnx``, check the latter against PyTorch, and time both.
 
     ``model`` is deployed, float32, on the CPU; ``batch_size`` images are checked and timed. With ``against_unpruned``
-    the unpruned host is also exported, to a file that is deleted again, and timed in turn.
-
-    Returns ``metrics`` (sizes in MB, medians in ms a batch, ``same_tokens`` of ``images``, largest difference of a
-    logit, largest k of a Top-K; with ``against_unpruned`` throughput and speed-up), ``operators`` by type, and
-    ``series`` (seconds a batch, round by round). Raises ValueError: a reducer that cannot be exported, a missing
-    package, or a file that does not agree with PyTorch.
+    the unpruned host is exported, too, and timed in turn. Returns ``metrics`` (sizes in MB, medians in ms a batch,
+    ``same_tokens`` of ``images``, largest difference of a logit, largest k of a Top-K; throughput and speed-up),
+    ``operators`` by type, and ``series`` (seconds a batch, round by round). Raises ValueError: a reducer that cannot be
+    exported, a missing package, or a file that does not agree with PyTorch.
     """
     exportable, host = Exportable(model), model.model.backbone.host
     size, generator = host.patch_embed.img_size[0], torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, size, size, generator=generator)
     tell("torch.export")
     program = to_program(exportable, size)
-    _save(program, folder / PT2)
+    torch.export.save(program, buffer := io.BytesIO())
+    with replacing(folder / PT2) as temporary:  # on a full disk, torch's own writer would abort the process
+        temporary.write_bytes(buffer.getbuffer())
     tell("ONNX")
     to_onnx(program, folder / ONNX, exportable.names)
     operators, of_graph = inspect(folder / ONNX)
@@ -73,10 +69,8 @@ def export(
     session = open_session(folder / ONNX, torch.get_num_threads())
     same, difference = compare(exportable, session, images)
     if same < batch_size or difference > TOLERANCE:
-        raise ValueError(
-            f"{folder / ONNX} does not agree with PyTorch: the same tokens for {same} of {batch_size} images, logits "
-            f"differ by up to {difference:.2g}; do not deploy it"
-        )
+        found = f"the same tokens for {same} of {batch_size} images, logits differ by up to {difference:.2g}"
+        raise ValueError(f"{folder / ONNX} does not agree with PyTorch: {found}; do not deploy it")
     inputs = {"images": images.numpy()}
     passes = {"onnx": partial(session.run, ["logits"], inputs), "torch": partial(model, images)}
     if against_unpruned:
@@ -98,13 +92,6 @@ def export(
     return {"metrics": metrics, "operators": operators, "series": seconds}
 
 
-def _save(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a program whole or not at all; on a full disk, torch's own writer would abort the process."""
-    torch.export.save(program, buffer := io.BytesIO())
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
 def _unpruned_session(model: DeployedViT, size: int, tell: Tell) -> Any:
     """The host alone in onnxruntime; its file is deleted when this returns."""
     base = Exportable(DeployedViT(prune(model.model.backbone.host, Schedule.constant(0), "none")).eval())
@@ -121,10 +108,8 @@ class Exportable(nn.Module):
     def __init__(self, model: DeployedViT) -> None:
         super().__init__()
         if any(isinstance(reducer, Random) for reducer in model.model.reducers.values()):
-            raise ValueError(
-                "reducer 'random' cannot be exported: it draws from torch's generator, which no other program has; "
-                "export a reducer that scores tokens, such as 'cropr'"
-            )
+            why = "it draws from torch's generator, which no other program has"
+            raise ValueError(f"reducer 'random' cannot be exported: {why}; export one that scores tokens, as 'cropr'")
         self.model = model
 
     @property
@@ -137,7 +122,7 @@ class Exportable(nn.Module):
         return ["logits", *(f"kept_{b}" for b in map(int, inner.reducers) if alive[b] < alive[b - 1])]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, 3, H, W] to logits [B, classes] and kept indices [B, K] int64, a block each."""
+        """Images [B, 3, H, W] to logits [B, classes] and the indices kept, int64, a block each."""
         output = self.model.detailed(images)
         return (output.logits, *output.kept.values())
 
@@ -153,13 +138,11 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[s
     """Write a program of ``to_program`` as ONNX, with input ``images`` and the named outputs; weights over 2 GB go to a
     file beside it. Raises what ``need`` raises."""
     need()
-    before = logging.root.manager.disable
+    before, how = logging.root.manager.disable, dict[str, Any](dynamo=True, optimize=True, verbose=False)
     logging.disable(logging.WARNING)  # the exporter warns of its own parts
     try:
         with warnings.catch_warnings(action="ignore"):
-            converted = torch.onnx.export(
-                program, input_names=["images"], output_names=list(names), dynamo=True, optimize=True, verbose=False
-            )
+            converted = torch.onnx.export(program, input_names=["images"], output_names=list(names), **how)
     finally:
         logging.disable(before)
     assert converted is not None
@@ -209,8 +192,8 @@ def open_session(path: Path, threads: int) -> Any:
 
 @torch.inference_mode()
 def compare(model: Exportable, session: Any, images: Tensor) -> tuple[int, float]:
-    """Images, of [B, 3, H, W], for which PyTorch and an onnxruntime session keep the same tokens after every block, and
-    the largest absolute difference of a logit."""
+    """Number of images [B, 3, H, W] for which PyTorch and an onnxruntime session keep the same tokens in every block,
+    and the largest absolute difference of a logit."""
     expected = [output.numpy() for output in model(images)]
     actual = session.run(model.names, {"images": images.numpy()})
     same = np.ones(len(images), dtype=bool)

@@ -1,7 +1,5 @@
 """What users of a host library do with a pruned model: use it in the host's place, and time it."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from types import MethodType
@@ -12,16 +10,11 @@ from torch import Tensor, nn
 
 
 def as_host(model: Any) -> Any:
-    """A model of the host's own class around a pruned one: for pipelines, and for models that contain the host.
+    """A model of the host's own class around a ``PrunedViT`` or ``DeployedViT`` with a Hugging Face host: for pipelines
+    and models that contain the host. Weights are shared, not copied.
 
     It takes ``pixel_values`` and gives the output of the host's class; ``last_hidden_state`` holds the tokens alive, in
-    raster order, and of ``hidden_states`` there is the last alone (``hidden_states[-1]``).
-
-    Args:
-        model: a ``PrunedViT`` or ``DeployedViT`` around a Hugging Face host. Weights are shared, not copied.
-
-    Raises:
-        TypeError: a model around another host.
+    raster order, and of ``hidden_states`` there is the last alone. Raises TypeError: a model around another host.
     """
     backbone = getattr(model, "model", model).backbone
     if not hasattr(backbone, "body"):
@@ -51,17 +44,11 @@ def _forward(
 
 
 def speedup(base: nn.Module, model: nn.Module, images: Tensor, rounds: int = 20) -> dict[str, float]:
-    """How many times faster a model is than its host, on the device of the images.
+    """How many times faster ``model``, a ``DeployedViT``, is than ``base``, its host in eval mode, on the device of the
+    images [B, 3, H, W], whose size is that of the host. Both run in every round, in random order.
 
-    Args:
-        base: the host, in eval mode.
-        model: a ``DeployedViT``.
-        images: [B, 3, H, W], of the size that the host was built for.
-        rounds: readings; both models run in every round, in random order.
-
-    Returns:
-        ``speedup``, the median over rounds, with its 95 % interval ``speedup_low`` to ``speedup_high``, and
-        ``mac_ratio``, how many times fewer multiply-adds an image takes.
+    Returns ``speedup``, the median over rounds, with its 95 % interval ``speedup_low`` to ``speedup_high``, and
+    ``mac_ratio``, how many times fewer multiply-adds an image takes.
     """
     from cropr.bench.timing import against, time_passes
     from cropr.pruning.flops import macs

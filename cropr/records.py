@@ -3,8 +3,7 @@
 A record that exists is complete: it is written under a temporary name and renamed. No torch is imported here.
 """
 
-from __future__ import annotations
-
+import csv
 import hashlib
 import json
 import math
@@ -14,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -54,9 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def claimed(folder: Path) -> Iterator[None]:
     """Make a folder for one process alone. If the body fails, folders made here that hold no content are removed.
 
-    Raises:
-        ValueError: another process runs there; the message names it.
-    """
+    Raises ValueError: another process runs there; the message names it."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -97,10 +94,19 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
+    """Write rows as CSV, whole or not at all; ``columns`` are those of a table without rows."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0] if rows else columns))
+        table.writeheader()
+        table.writerows(rows)
+
+
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write ``record`` as JSON with sorted keys, whole or not at all. Raises ValueError: a number is NaN or infinite;
     the message names its key; TypeError: a value is not JSON (a tensor, a path)."""
-    if bad := [key for key, number in _numbers(record, "record") if not math.isfinite(number)]:
+    values = leaves(record, "record", lists=True)
+    if bad := [key for key, value in values if isinstance(value, float) and not math.isfinite(value)]:
         raise ValueError(f"{path}: {', '.join(bad)} is not a finite number; a record holds results, not failures")
     write_text(path, json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
@@ -120,47 +126,38 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def make_record(kind: str, spec: Spec, started: float, found: dict[str, Any], **origin: Any) -> dict[str, Any]:
+def make_record(kind: str, spec: "Spec", started: float, found: dict[str, Any], **origin: Any) -> dict[str, Any]:
     """The record of a job: kind, id, spec and provenance (``started`` and ``origin``) around what it found."""
     told = provenance(started, **{"precision": getattr(spec, "precision", None), **origin})
     return {"kind": kind, "id": spec.digest(), "spec": spec.model_dump(mode="json"), **found, "provenance": told}
 
 
-def provenance(
-    started: float,
-    *,
-    device: str = "cpu",
-    precision: str | None = None,
-    data_fingerprint: str | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Where the numbers of a record come from.
-
-    ``started`` is ``time.time()`` at the start of the job, ``device`` torch's name, ``precision`` None where the job
-    computes no network. An entry of ``more`` with a name from above replaces it. Megabytes are 10^6 bytes: the peak of
-    the allocator on CUDA, else of this process's resident size.
-    """
+def provenance(started: float, *, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """Where the numbers of a record come from: ``started`` is ``time.time()`` when the job began, ``device`` torch's
+    name. An entry of ``more`` replaces the one of its name: ``precision`` is None where the job computes no network."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
     return {
         **code_origin(),
         "python": platform.python_version(),
         "packages": package_versions(),
         "platform": platform.platform(),
-        "device": sys.modules["torch"].cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(device) if torch and device.startswith("cuda") else "cpu",
         "cpu": cpu_model(),
-        "threads": _threads(),
-        "precision": precision,
+        "threads": int(threads),
+        "precision": None,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "wall_s": round(time.time() - started, 2),
         "peak_memory_mb": round(peak_memory_mb(device), 1),
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": None,
         **more,
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Installed versions of ``PACKAGES``, read without importing them."""
+def package_versions(*more: str) -> dict[str, str]:
+    """Installed versions of ``PACKAGES`` and ``more``, read without importing them."""
     versions = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
@@ -187,13 +184,6 @@ def peak_memory_mb(device: str = "cpu") -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB on Linux
 
 
-def _threads() -> int:
-    """Threads of one operation: torch's setting if the job loaded torch, else what the environment asks for."""
-    if torch := sys.modules.get("torch"):
-        return int(torch.get_num_threads())
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-
-
 @cache
 def code_origin() -> dict[str, Any]:
     """Commit of the checkout that this package runs from, whether it has changes, both None when it is installed; and
@@ -217,11 +207,13 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """All floats below ``value`` with their dotted key."""
-    if isinstance(value, float):
+def leaves(value: Any, key: str = "", lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings, and of ``lists`` within if asked for; an empty mapping is a value."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}".lstrip("."), lists)
+    elif lists and isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from leaves(item, f"{key}[{place}]", lists)
+    else:
         yield key, value
-    elif isinstance(value, dict | list | tuple):
-        items, form = (value.items(), "{}.{}") if isinstance(value, dict) else (enumerate(value), "{}[{}]")
-        for name, item in items:
-            yield from _numbers(item, form.format(key, name))

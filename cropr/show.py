@@ -1,13 +1,10 @@
 """Pruning maps: over each image, the block after which each patch was pruned.
 
-    maps = cropr.show.show(model, images)              # uint8 [B, 3, H, W]
-    torchvision.io.write_png(maps[0], "map.png")
+    torchvision.io.write_png(cropr.show.show(model, images)[0], "map.png")
 
 Patches that are never pruned show the plain image. The colour of a pruned patch tells the block: dark for the first,
 bright for the last. B batch, H x W pixels, h x w patches.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -57,12 +54,7 @@ def grid_map(output: Output) -> Tensor:
     return output.pruned_after(output.grid[0] * output.grid[1]).unflatten(1, output.grid)
 
 
-def show(
-    model: PrunedViT | DeployedViT,
-    images: Tensor,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Tensor:
+def show(model: PrunedViT | DeployedViT, images: Tensor, mean: Any = None, std: Any = None) -> Tensor:
     """Pruning maps, drawn over the images: uint8 [B, 3, H, W], on the CPU; arguments as of ``pruned_after``. The images
     were normalised with ``mean`` and ``std``, by default those of the timm model."""
     vit = model.model if isinstance(model, DeployedViT) else model
@@ -84,8 +76,8 @@ def draw_map(image: Tensor, after: Tensor, depth: int) -> Tensor:
     blocks = [block for block in range(1, depth + 1) if (pixels == block).any()]
     if not blocks:
         return image
-    masks = torch.stack([pixels == block for block in blocks])
-    return draw_segmentation_masks(image, masks, alpha=OPACITY, colors=[block_colour(block, depth) for block in blocks])
+    colours = [block_colour(block, depth) for block in blocks]
+    return draw_segmentation_masks(image, torch.stack([pixels == block for block in blocks]), OPACITY, colours)
 
 
 def block_colour(block: int, depth: int) -> Colour:

@@ -3,13 +3,11 @@
 Pure Python and pydantic, no torch: the workflow and the command line read and write these.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import shorten
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -32,10 +30,8 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def digest(self) -> str:
-        """Ten hex digits of the content: equal specs share a digest, on every machine.
-
-        Values that are the default do not enter, so that a new key, off by default, leaves all earlier names alone.
-        """
+        """Ten hex digits of the content: equal specs share a digest, on every machine. Values that are the default do
+        not enter, so that a new key, off by default, leaves all earlier names alone."""
         text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -69,13 +65,12 @@ class PruneSpec(Spec):
         return Schedule.from_config(value).to_config()
 
     @model_validator(mode="after")
-    def _known(self) -> PruneSpec:
+    def _known(self) -> Self:
         allowed = choose(REDUCERS, "reducer", self.reducer).options
         choose(FUSIONS, "fusion", self.fusion)
         if unknown := sorted(set(self.options) - set(allowed)):
-            raise ValueError(
-                f"reducer {self.reducer!r} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}"
-            )
+            has = ", ".join(allowed) or "none"
+            raise ValueError(f"reducer {self.reducer!r} has no option {', '.join(unknown)}; it has {has}")
         return self
 
 
@@ -104,20 +99,17 @@ class ScenesSpec(Spec):
         return range(0, self.image_size - side + 1, -(-side // 8) * 8)
 
     @model_validator(mode="after")
-    def _possible(self) -> ScenesSpec:
+    def _possible(self) -> Self:
         for name, (fewest, most) in (("objects", self.objects), ("distractors", self.distractors)):
             if not 0 <= fewest <= most:
                 raise ValueError(f"{name} {(fewest, most)} is not an increasing pair of counts")
         digits = f"at scale {self.scale[1]} in an image of {self.image_size} px"
         if not (room := len(self.places) ** 2):
-            raise ValueError(
-                f"no digit fits {digits}; lower scale to at most {self.image_size / 8:g} or raise image_size"
-            )
+            fix = f"lower scale to at most {self.image_size / 8:g} or raise image_size"
+            raise ValueError(f"no digit fits {digits}; {fix}")
         if self.objects[1] > room:
-            raise ValueError(
-                f"up to {self.objects[1]} digits {digits}, which has room for {room}; lower objects or scale, or raise "
-                "image_size"
-            )
+            fix = "lower objects or scale, or raise image_size"
+            raise ValueError(f"up to {self.objects[1]} digits {digits}, which has room for {room}; {fix}")
         return self
 
 
@@ -210,8 +202,7 @@ class Refused(ValueError):
 
 def check(model: type[Model], values: Any, where: str, name: Namer = lambda _: None) -> Model:
     """Validate values, which stand ``where`` an error begins with, such as a file. ``name`` gives a reader's name for
-    what a dotted key stands in, such as a row of a list. Raises Refused: a line for every problem: where, key, value,
-    and what is allowed."""
+    what a dotted key stands in, such as a row of a list. Raises Refused, with a line for every problem."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -1,8 +1,7 @@
 """In which precision and with which attention kernel a device computes, the refusal of what it cannot, and memory.
 
 A precision is a cast of model and images (``fp32``, ``bf16``, ``fp16``) or mixed (``amp_bf16``, ``amp_fp16``): weights
-in fp32 under torch's autocast, which is the paper's AMP. Autocast is entered anew for every forward pass and casts
-every weight on the way, as programs do that enter it once a batch; a cast model pays for that once.
+in fp32 under torch's autocast, the paper's AMP, which is entered, and casts every weight, in every forward pass.
 """
 
 import ctypes
@@ -11,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,8 +66,7 @@ def check(precision: str, device: str) -> None:
     kind, dtype = kind_of(device), arithmetic_dtype(precision)
     if kind == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise Unsupported(f"precision {precision}: this GPU has no bfloat16 arithmetic; use fp32 or fp16")
-    # torch computes either through oneDNN, and far slower where the processor has no units for it. Builds without
-    # oneDNN (Apple's processors) use other code, which cannot be asked.
+    # torch computes either through oneDNN, far slower without units for it; other code (Apple's) cannot be asked.
     if kind != "cpu" or dtype == torch.float32 or not torch.backends.mkldnn.is_available():
         return
     if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision.removeprefix('amp_')}_supported")():
@@ -84,8 +82,7 @@ def noise(batch_size: int, shape: Sequence[int], device: str, precision: str, ch
 
 
 def largest_batch(batch_size: int, attempt: Callable[[int], Result]) -> tuple[int, Result]:
-    """The batch size, halved until the device has the memory for it, and what ``attempt`` gives with it. Raises:
-    Unsupported: not even one image fits."""
+    """The batch size, halved until it fits, and what ``attempt`` gives. Raises Unsupported: not even one image fits."""
     while True:
         try:
             return batch_size, attempt(batch_size)
@@ -169,16 +166,10 @@ def run_forced(forward: Callable[[], Result], attention: str, compiled: bool = F
             raise
         raise Unsupported(f"attention {attention}: torch has no such kernel here: {first_line(error)}") from None
     ran = dict(Counter(match[1] for event in profile.function_events if (match := _KERNEL_CALL.match(event.name))))
-    verify(ran, attention, compiled)
-    return result, ran
-
-
-def verify(ran: Mapping[str, int], attention: str, compiled: bool = False) -> None:
-    """Raises: Unsupported: the forced kernel was not the one that ran; with what ran instead."""
     # Compiled, the math kernel is a few products without a name of their own.
     nameless = compiled and attention == "math" and not ran
     if attention == "auto" or nameless or set(ran) == {attention}:
-        return
+        return result, ran
     instead = ", ".join(f"{count} calls of {name}" for name, count in ran.items()) or "no attention kernel at all"
     how = " after torch.compile" if compiled else ""
     raise Unsupported(f"attention {attention}: forced, but {instead} ran{how}")

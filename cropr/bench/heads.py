@@ -1,8 +1,8 @@
 """What follows the encoder of a detector: pyramid, proposals, box and mask heads, with random weights.
 
-The encoder's output has the same shape with and without pruning, so that one measurement serves both: a whole model's
-time is its encoder's plus that of the heads. Heads get as many proposals, candidate boxes and masks as an image can
-have, so that the whole model's speed-up is rather too low than too high. Masks are not pasted into the image.
+A whole model's time is its encoder's plus that of the heads, for which one measurement serves. They get as many
+proposals, candidate boxes and masks as an image can have, so that the whole model's speed-up is rather too low than too
+high. Masks are not pasted into the image.
 
 B batch, C channels of the encoder, M detections of the batch.
 """

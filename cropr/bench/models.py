@@ -1,8 +1,5 @@
-"""Models to time: random weights, made without timm's initialisation, which takes ten seconds on a ViT-L.
-
-Speed does not depend on the weights. The unpruned model is the very host inside the pruned ones: same weights, same
-memory, so that nothing but pruning differs and a ViT-L with its variants takes the memory of one.
-"""
+"""Models to time: random weights, made without timm's initialisation, which takes ten seconds on a ViT-L. The unpruned
+model is the very host inside the pruned ones, so that a ViT-L with its variants takes the memory of one."""
 
 import math
 import time
@@ -39,17 +36,10 @@ def build_variants(
     channels_last: bool = False,
     detector: DetModelSpec | None = None,
 ) -> dict[str, nn.Module]:
-    """The unpruned model and its deployed variants, all around one host with random weights, in eval mode.
-
-    ``channels_last`` is the memory layout of the patch embedding's weights. With a ``detector``, they are its encoders.
-
-    Returns:
-        ``UNPRUNED`` first (the timm model; for a detector the encoder without reducers, since timm's blocks know no
-        windows), then the variants (``DeployedViT``) in the order given.
-
-    Raises:
-        ValueError: timm has no such model; an impossible schedule or reducer.
-    """
+    """The unpruned model and its deployed variants, all around one host with random weights, in eval mode:
+    ``UNPRUNED`` (the timm model; for a ``detector`` the encoder without reducers, since timm's blocks know no windows),
+    then the variants (``DeployedViT``; of a detector its encoders). ``channels_last`` is the memory layout of the patch
+    embedding's weights. Raises ValueError: timm has no such model; an impossible schedule or reducer."""
     unpruned = build_on_meta(model, PruneSpec(), image_size, detector)
     host = unpruned.backbone
     random_weights(host, device, dtype)
@@ -86,11 +76,9 @@ def build_on_meta(
 
 @torch.no_grad()
 def random_weights(model: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Give memory and values to tensors on the meta device, and move the model; other values stay.
-
-    Biases are 0, other vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02: a
-    million numbers, repeated, since drawing all 300 million of a ViT-L takes longer than measuring it.
-    """
+    """Give memory and values to tensors on the meta device, and move the model; other values stay. Biases are 0, other
+    vectors (norm and LayerScale) 1, matrices uniform with timm's standard deviation of 0.02: a million numbers,
+    repeated, since drawing all 300 million of a ViT-L takes longer than measuring it."""
     generator = torch.Generator().manual_seed(0)
     pattern = ((torch.rand(2**20 - 3, generator=generator) - 0.5) * (0.02 * math.sqrt(12))).to(device, dtype)
     values = {}

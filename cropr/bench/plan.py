@@ -1,8 +1,7 @@
 """From target speed-ups to schedules: by multiply-adds, then corrected by measuring until the device reaches them.
 
-Time is not proportional to multiply-adds, and by how much it deviates depends on the device. So the ratio of
-multiply-adds that is asked of ``Schedule.for_speedup`` is multiplied by target over measured speed-up, and the new
-schedule is measured, until the two agree or no other schedule is found. No model of the device is needed.
+The ratio of multiply-adds that is asked of ``Schedule.for_speedup`` is multiplied by target over measured speed-up, and
+the new schedule is measured, until the two agree or no other schedule is found.
 """
 
 from bisect import bisect_left
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias
 from cropr.bench.device import weights_dtype
 from cropr.bench.models import build_on_meta, build_variants
 from cropr.bench.specs import PlanSpec
-from cropr.bench.timing import Case, Outcome, Tell, ratio, recorded, time_interleaved
+from cropr.bench.timing import Case, Tell, ratio, recorded, time_interleaved
 from cropr.pruning.flops import Cost
 from cropr.pruning.methods import before_last_block
 from cropr.pruning.schedule import Schedule
@@ -30,14 +29,9 @@ _Search: TypeAlias = Generator[Schedule, Any, dict[str, Any]]
 @recorded("plan")
 def measure(spec: PlanSpec, device: str, tick: Tell) -> dict[str, Any]:
     """Plan every target; with ``spec.verify``, measure and correct on a device by torch's name; ``tick`` is called with
-    each next step.
-
-    Returns:
-        The record: ``cells``, one a target: ``schedule`` as text, ``config`` as ``Schedule.from_config`` reads it,
-        ``predicted`` (its ratio of multiply-adds), ``metrics`` (measured ``speedup`` with its 95 % interval),
-        ``seconds`` (of a pass, round by round), ``rounds`` (how many schedules were measured), ``reached`` and, if not,
-        ``reason``.
-    """
+    each next step. Returns the record: ``cells``, one a target: ``schedule`` as text, ``config`` as
+    ``Schedule.from_config`` reads it, ``predicted`` (its ratio of multiply-adds), ``metrics`` (measured ``speedup``),
+    ``seconds`` of each round, ``rounds`` (schedules measured), ``reached`` and, if not, ``reason``."""
     tick("count multiply-adds")
     cost = Cost(build_on_meta(spec.model, PruneSpec(), spec.image_size).backbone)
     answers: dict[_Search, Any] = {_search(spec, cost, target): None for target in spec.targets}
@@ -123,11 +117,10 @@ def _measure(spec: PlanSpec, pending: dict[_Search, Schedule], device: str, tell
     shape = (3, spec.image_size, spec.image_size)
     cases = [Case(name=name, model=model, shape=shape, precision=spec.precision) for name, model in models.items()]
     _, (base, *outcomes) = time_interleaved(cases, spec.batch_size, spec.rounds, 1, device, tell)
-    return {search: _cell(base, outcome) for search, outcome in zip(pending, outcomes, strict=True)}
-
-
-def _cell(base: Outcome, outcome: Outcome) -> dict[str, Any]:
-    """What was measured of a schedule, or why it could not be."""
-    if reason := base.unsupported or outcome.unsupported:
-        return {"unsupported": reason}
-    return {"metrics": ratio("speedup", base.seconds, outcome.seconds), "seconds": outcome.seconds}
+    cells = dict[_Search, Any]()
+    for search, own in zip(pending, outcomes, strict=True):
+        if reason := base.unsupported or own.unsupported:
+            cells[search] = {"unsupported": reason}
+        else:
+            cells[search] = {"metrics": ratio("speedup", base.seconds, own.seconds), "seconds": own.seconds}
+    return cells

@@ -1,9 +1,5 @@
-"""Images per second of a pruned model beside the unpruned one.
-
-A record holds medians over rounds with their spread, the speed-up with a bootstrap interval beside the ratio of
-multiply-adds, memory, utilisation, and which attention kernels ran. Weights are random: speed does not depend on them.
-Timed is the forward pass alone, without loading of data.
-"""
+"""Images per second of a pruned model beside the unpruned one. Weights are random: speed does not depend on them. Timed
+is the forward pass alone, without loading of data."""
 
 from importlib import import_module
 from typing import Any
@@ -19,13 +15,12 @@ from cropr.pruning import flops
 def measure(spec: BenchSpec, device: str, tick: Tell) -> dict[str, Any]:
     """Measure one row of a throughput table on a device, by torch's name; ``tick`` is called with each next step.
 
-    Returns:
-        The record: ``metrics``, ``tokens`` of the pruned model, ``series`` (seconds per forward pass of either, round
-        by round), ``provenance`` with the attention kernels that ran. Metrics are medians over rounds, ``*_iqr`` their
-        interquartile ranges, ``*_low`` and ``*_high`` a 95 % interval, ``base_*`` those of the unpruned model;
-        ``working_memory_mb`` is the memory of a forward pass besides the weights, and ``batch_size`` the one that
-        fitted. Of a detector, all this is of its encoder; ``*_whole`` are with pyramid and heads, whose seconds are
-        added to either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
+    Returns the record: ``metrics``, ``tokens`` of the pruned model, ``series`` (seconds per forward pass, round by
+    round), ``provenance`` with the attention kernels that ran. Metrics are medians over rounds, ``*_iqr`` their
+    interquartile ranges, ``*_low`` and ``*_high`` a 95 % interval, ``base_*`` those of the unpruned model;
+    ``working_memory_mb`` is the memory of a forward pass besides the weights, and ``batch_size`` the one that fitted.
+    Of a detector, all this is of its encoder; ``*_whole`` are with pyramid and heads, whose seconds are added to
+    either. Where the device cannot run these, ``provenance.heads_unsupported`` is the reason.
     """
     check(spec.precision, device)
     tick("build")

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def collect(config: Path, results: Path) -> Report:
-    """Facts about this computer and this installation, as sections of plain JSON values; ``config`` and ``results`` of
-    the workflow may be missing. Nothing is written."""
+    """Facts about this computer and this installation, as JSON values; ``config`` and ``results`` may be missing."""
     here = provenance(time.time())
     software = {"cropr": __version__, "python": here["python"], **here["packages"]}
     software |= {name: version(name) for name in ("snakemake", "papermill") if find_spec(name)}
@@ -90,8 +89,7 @@ def find_problems(report: Report) -> Iterator[str]:
 
 
 def measure_loader(root: Path, layout: str, workers: int, seconds: float = 5) -> dict[str, Any]:
-    """Training images a second that the loader alone makes, augmented as in the paper's recipe. Raises what opening the
-    images raises."""
+    """Training images a second that the loader alone makes, augmented as in the paper's recipe."""
     from cropr.tasks import TASKS, TrainSpec, open_task
 
     task, data = next(task for task in TASKS.values() if task.layout == layout), dict[str, Any]()
@@ -122,11 +120,10 @@ def _torch() -> dict[str, Any]:
 
 def _folders(config: Path, results: Path) -> dict[str, Any]:
     existing = next(folder for folder in (results.absolute(), *results.absolute().parents) if folder.exists())
-    values, problem = {}, None
     try:
-        values = load_yaml(config.read_text(encoding="utf-8"), str(config))
+        values, problem = load_yaml(config.read_text(encoding="utf-8"), str(config)), None
     except (OSError, ValueError) as error:
-        problem = f"{config}: {error}"
+        values, problem = {}, f"{config}: {error}"
     roots = {name: values[name] for name in ("folder", *LAYOUTS) if values.get(name)}
     return {
         "config": str(config),

@@ -13,7 +13,6 @@ examples:
 
 import argparse
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         model = build_model(spec.model, spec.prune, 1000, spec.image_size)
     with progress() as tick:
         found = export(model.deploy(), args.out, args.batch_size, args.rounds, args.bench, tick)
-    packages = {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")} | package_versions()
+    packages = package_versions("onnx", "onnxruntime", "onnxscript")
     found["tokens"] = list(model.token_trace)
     record = make_record("export", spec, started, found, precision="fp32", packages=packages)
     write_record(args.out / RECORD, record)

@@ -9,7 +9,6 @@ examples:
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 import cropr.cli.spec_flags as flags
 from cropr.cli.show import to_arrays
-from cropr.records import read_record, replacing
+from cropr.records import read_record, write_table
 from cropr.tasks import TASKS
 
 SHOWN = 20
@@ -62,9 +61,6 @@ def run(args: argparse.Namespace) -> None:
                 picture = panels(to_arrays([shown], spec.task, answers.model.backbone.depth))
                 picture.save(args.pictures / f"{done:05d}_{file.stem}.png")
             tick("predicting", completed=done, total=len(files))
-    with replacing(args.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        table = csv.DictWriter(stream, rows[0] if rows else ["file", "rank", "class"])
-        table.writeheader()
-        table.writerows(rows)
+    write_table(args.out, rows, ("file", "rank", "class"))
     flags.show_table("first predictions", [row for row in rows if row["rank"] == 1][:SHOWN])
     flags.say(f"{len(files)} images: {args.out}" + f", pictures in {args.pictures}" * bool(args.pictures))

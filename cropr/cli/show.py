@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cropr.cli.spec_flags import add_machine_flags, add_run_flags, say, trained_run
-from cropr.records import replacing
 
 if TYPE_CHECKING:
     from cropr.show import Answers, Shown
@@ -42,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--image {file}: no such file")
     spec, weights, seed = trained_run(args)
 
-    import numpy as np
     import torch
 
     from cropr.distributed import start
     from cropr.show import choose, panels
     from cropr.tasks import TASKS
+    from cropr.tasks.base import write_arrays
     from cropr.training.checkpoint import load_weights
 
     task = TASKS[spec.task]
@@ -62,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             shown = [answers.show(item, world.device) for item in items]
     arrays = to_arrays(shown, spec.task, answers.model.backbone.depth)
-    with replacing(args.out) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_arrays(args.out, arrays)
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         panels(arrays).save(args.picture)
@@ -74,13 +72,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def to_arrays(shown: list["Shown"], task: str, depth: int) -> dict[str, Any]:
-    """What the file holds of n images.
-
-    Returns:
-        ``images`` and ``map`` uint8 [n, H, W, 3]; ``pruned_after`` int64 [n, patches] in raster order, 0 for never;
-        ``grid`` [2], rows and columns of patches; ``depth``, blocks; ``truth_text``, ``prediction_text`` [n], names of
-        classes; ``truth`` and ``prediction`` uint8 [n, H, W, 3], drawn, of dense tasks where known; ``task``.
-    """
+    """What the file holds of n images: ``images``, ``map`` uint8 [n, H, W, 3]; ``pruned_after`` int64 [n, patches] in
+    raster order, 0 for never; ``grid`` [2], rows and columns of patches; ``depth``, blocks; ``truth_text`` and
+    ``prediction_text`` [n]; ``truth`` and ``prediction`` uint8 [n, H, W, 3], drawn, of dense tasks; ``task``."""
     import numpy as np
     import torch
 

@@ -29,8 +29,6 @@ PRUNING = ("model", "patch_size", "depth", "reducer", "rate", "schedule", "fusio
 LAYOUTS = tuple(task.layout for task in TASKS.values())
 _LOG = logging.getLogger(__name__)
 
-# Flags --------------------------------------------------------------------------------------------------------------
-
 
 def add_fields(
     group: argparse._ActionsContainer,
@@ -153,15 +151,6 @@ def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --sp
     return {"model": {"name": args.model, **({"args": built} if built else {})}, "prune": prune}
 
 
-def keys(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """Dotted keys of nested values, as ``--set`` takes them; a dictionary without keys is one."""
-    for name, value in values.items():
-        yield from keys(value, f"{before}{name}.") if isinstance(value, dict) and value else [before + name]
-
-
-# Specifications -----------------------------------------------------------------------------------------------------
-
-
 def read_values(text: str) -> dict[str, Any]:
     """Keys and values of a spec, unchecked, from a JSON or YAML file, or from JSON itself."""
     if text.lstrip().startswith("{"):
@@ -212,9 +201,6 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     return make_spec(record["spec"]), folder / (BEST if "best" in asked else WEIGHTS), asked.get("seed", record["seed"])
 
 
-# Terminal -----------------------------------------------------------------------------------------------------------
-
-
 def say(text: str) -> None:
     """One line, whatever the width of the terminal."""
     Console().print(text, soft_wrap=True, highlight=False, markup=False)
@@ -250,9 +236,6 @@ def number(value: Any) -> str:
     if isinstance(value, list):
         return f"{value[0]} to {min(value)}"
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# Measurements -------------------------------------------------------------------------------------------------------
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser, kind: type[Spec], schedule: bool = True) -> None:
@@ -298,11 +281,8 @@ def origin(record: Mapping[str, Any]) -> str:
 
 
 def measured(args: argparse.Namespace, spec: Spec, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to.
-
-    If it is written, it also says what the device cannot run, so that a table of several precisions is complete on any
-    device; else that is an error.
-    """
+    """The record of a measurement with the flags ``--device``, ``--threads``, ``--out``; written if asked to, also
+    where the device cannot run it, so that a table of several precisions is complete on any device; else an error."""
     import torch
 
     from cropr.distributed import set_threads

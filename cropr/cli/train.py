@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import cropr.cli.spec_flags as flags
-from cropr.records import claimed
+from cropr.records import claimed, leaves
 from cropr.specs import ModelSpec, RecipeSpec
 from cropr.tasks import TASKS, TrainSpec
 
@@ -38,7 +38,7 @@ _PARTS = (*flags.PRUNING, "drop_path", *_RECIPE, "lr", "image_size", "auto_augme
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    keys = ", ".join(flags.keys(TrainSpec(model=ModelSpec(name="")).model_dump()))
+    keys = ", ".join(key for key, _ in leaves(TrainSpec(model=ModelSpec(name="")).model_dump()))
     data = "the images: train/<class>/* and val/<class>/*, or the layout of the spec's task"
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
     parser.add_argument("--spec", metavar="FILE", help="a TrainSpec as JSON or YAML file, or as JSON; instead of flags")

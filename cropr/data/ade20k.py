@@ -5,8 +5,6 @@ The root is ``ADEChallengeData2016`` or the folder that holds it. The annotation
 Maps that leave this module count classes from 0 and have ``IGNORE`` where there is no label.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -52,9 +50,8 @@ class Split:
 
 
 def load_splits(root: str | Path, problems: list[str] | None = None) -> tuple[Split, Split]:
-    """List training and validation images. Nothing is decoded. What is wrong joins ``problems``, if that is given.
-    Raises FileNotFoundError: the root or a folder is missing; ValueError: a split without images, images without
-    annotation, annotations without image, or a set of scenes whose writing was interrupted."""
+    """List training and validation images; nothing is decoded. What is wrong joins ``problems``, if that is given.
+    Raises FileNotFoundError: the root or a folder is missing; ValueError: a split without images, or without pairs."""
     inner, found = require_folders(Path(root), TASK, FOLDER), list[str]()
     training, validation = (_list(inner, name, found) for name in SPLITS)
     return settle((training, validation), found, problems)
@@ -93,10 +90,8 @@ def decode_map(path: str | Path, num_classes: int) -> NDArray[np.uint8]:
     if mode not in ("L", "P"):
         raise ImageError(f"{path}: an annotation has one 8-bit channel (Pillow's L or P); this is {mode}")
     if (highest := int(labels.max())) > num_classes:
-        raise ImageError(
-            f"{path}: label {highest}, but there are {num_classes} classes (labels 1 to {num_classes}, 0 for none); "
-            "correct num_classes or the file"
-        )
+        classes = f"{num_classes} classes (labels 1 to {num_classes}, 0 for none)"
+        raise ImageError(f"{path}: label {highest}, but there are {classes}; correct num_classes or the file")
     return labels - np.uint8(1)  # 0 wraps around to 255
 
 
@@ -111,8 +106,7 @@ def read_pair(split: Split, index: int, num_classes: int) -> tuple[Image.Image, 
 
 
 class EvalImages(Samples):
-    """Images [3, h, w] and maps [H, W] uint8; h, w are H, W with sliding windows, else the longer is the image size of
-    the spec."""
+    """Images [3, h, w] and maps [H, W] uint8; without sliding windows the longer of h, w is the spec's image size."""
 
     layout = TASK.layout
 
@@ -134,22 +128,15 @@ class TrainImages(EvalImages):
     """Images [3, S, S] and maps [S, S] uint8, S the image size of the spec; as in evaluation if nothing is random."""
 
     def __init__(self, split: Split, spec: SegDataSpec, seed: int) -> None:
-        super().__init__(split, spec, seed if is_random(spec) else None)
-
-
-def is_random(spec: SegDataSpec) -> bool:
-    """Whether training draws random numbers. Crops do not where scenes are as large as they."""
-    whole = spec.scenes is not None and spec.scenes.image_size == spec.image_size
-    return not whole or spec.resize != (1, 1) or spec.hflip > 0 or spec.photometric
+        whole = spec.scenes is not None and spec.scenes.image_size == spec.image_size  # so that crops are not random
+        random = not whole or spec.resize != (1, 1) or spec.hflip > 0 or spec.photometric
+        super().__init__(split, spec, seed if random else None)
 
 
 def train_view(image: tv_tensors.Image, labels: tv_tensors.Mask, spec: SegDataSpec) -> Pair:
-    """Resize, crop, flip, distort colours, normalise, pad: image [3, S, S] and labels [S, S].
-
-    The authors' pipeline, mmseg's, by torchvision (whose colour distortions and bilinear filter are not OpenCV's to the
-    last digit). Labels are resized by nearest neighbour. Padding is at the right and the bottom: 0 in the normalised
-    image, ``IGNORE`` in the labels.
-    """
+    """Resize, crop, flip, distort colours, normalise, pad: image [3, S, S] and labels [S, S]. The authors' pipeline,
+    mmseg's, by torchvision, whose colour distortions and bilinear filter differ in the last digit. Padding, at
+    the right and the bottom, is 0 in the normalised image, ``IGNORE`` in the labels."""
     size = random_size(image, spec)
     image, labels = F.resize(image, size), F.resize(labels, size)
     crop = capped_crop(labels, spec)
@@ -175,8 +162,7 @@ def _scaled(image: Tensor, factor: float) -> list[int]:
 
 
 def random_size(image: Tensor, spec: SegDataSpec) -> list[int]:
-    """Height and width with the aspect ratio kept: the shorter side a random multiple of the image size, the longer at
-    most ``LONGEST`` times that."""
+    """Height and width, in the image's ratio: the shorter side is random, the longer at most ``LONGEST`` times it."""
     low, high = spec.resize
     target = spec.image_size * (low + (high - low) * torch.rand(()).item())
     short, long = sorted(image.shape[-2:])
@@ -185,10 +171,7 @@ def random_size(image: Tensor, spec: SegDataSpec) -> list[int]:
 
 def capped_crop(labels: Tensor, spec: SegDataSpec) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random crop in which every class has less than ``cat_max_ratio`` of the labelled
-    pixels, if one of ten is such; else of the last.
-
-    Images that are smaller than the crop stay as small in that direction.
-    """
+    pixels, if one of ten is such; else of the last. Smaller images stay as small in that direction."""
     height, width = (min(spec.image_size, side) for side in labels.shape[-2:])
     free = labels.shape[-2] - height, labels.shape[-1] - width
     for _ in range(CROPS if spec.cat_max_ratio < 1 and any(free) else 1):

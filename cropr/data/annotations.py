@@ -1,10 +1,9 @@
 """COCO's annotation files (``instances_*.json``): reading, checking, and compact storage.
 
 A wrong id, size, box or segmentation is a finding that names the file and the id; all findings of a file come at once.
-Instances without area are counted and left out. Crowd regions are left out.
+Crowd regions, and instances without area (a box outside of the image, polygons of fewer than three points), are left
+out; the latter are counted.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -47,7 +46,7 @@ class Annotations:
     images: tuple[CocoImage, ...]
     categories: tuple[tuple[int, str], ...]
     skipped: int
-    instances: Packed = field(repr=False)
+    instances: "Packed" = field(repr=False)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
@@ -56,11 +55,8 @@ class Annotations:
 
 
 class Packed:
-    """Instances by image, in the order of the file, as text in one array.
-
-    COCO's 860,000 as Python objects take gigabytes, and every worker process that reads them gets a copy of its own,
-    since reading changes their reference counts.
-    """
+    """Instances by image, in the order of the file, as text in one array: COCO's 860,000 as Python objects take
+    gigabytes, and every worker process that reads them gets a copy, since reading changes their reference counts."""
 
     def __init__(self, instances: Mapping[int, Sequence[Instance]]) -> None:
         texts = [json.dumps(group, separators=(",", ":")).encode() for group in instances.values()]
@@ -80,15 +76,10 @@ class Packed:
         return [Instance(number, label, tuple(box), segmentation) for number, label, box, segmentation in group]
 
 
-def read_annotations(path: Path) -> tuple[Annotations, list[str]]:
+def read_annotations(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Annotations, list[str]]:
     """A file's content, and what is wrong with it, a line a finding; the content is of use if there is none. Raises
-    FileNotFoundError: no such file; ValueError: empty, not JSON, or without ``images``, ``annotations`` and
-    ``categories``."""
-    return parse(path, read_content(path))
-
-
-def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str]]:
-    """As ``read_annotations``, for a file that ``read_content`` has read."""
+    what ``read_content`` raises, which may have read it before."""
+    content = read_content(path) if content is None else content
     problems: list[str] = []
     kinds = {"categories": "category", "images": "image", "annotations": "annotation"}
     categories, images, annotations = (_by_id(key, content[key], problems) for key in kinds)
@@ -102,8 +93,7 @@ def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str
         if not wrong_images[number]
     }
     labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
-    packed: dict[int, list[Instance]] = {}
-    skipped = 0
+    packed, skipped = dict[int, list[Instance]](), 0
     for number, entry in annotations.items():
         if wrong := _wrong(entry, images, labels):
             problems.append(f"annotation {number}: {wrong}")
@@ -119,17 +109,16 @@ def parse(path: Path, content: Mapping[str, Any]) -> tuple[Annotations, list[str
 
 
 def read_content(path: Path) -> dict[str, Any]:
-    """The JSON of an annotation file; see ``read_annotations``."""
+    """The JSON of an annotation file. Raises FileNotFoundError: no such file; ValueError: empty, not JSON, or without
+    ``images``, ``annotations`` and ``categories``."""
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().strip()
+        content = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; COCO's annotations belong there") from None
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty; it should hold COCO's annotations as JSON")
-    try:
-        content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        reason = f"not JSON: {error}" if text else "the file is empty; it should hold COCO's annotations as JSON"
+        raise ValueError(f"{path}: {reason}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: no list {key!r}; a COCO file of instances has images, annotations, categories")

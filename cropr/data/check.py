@@ -1,8 +1,6 @@
 """The whole-set check: reads every image of a folder, and what belongs to it, and lists all that cannot be used."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -60,24 +58,19 @@ def check(
         num_classes = len(splits[0].annotations.categories)
         skipped = {split.name: split.annotations.skipped for split in splits}
         notes = tuple(f"{count} instances of {name} have no area" for name, count in skipped.items() if count)
-    images = {split.name: len(split) for split in splits}
-    return CheckReport(root, num_classes, images, tuple(problems), _failures(reads, progress), notes)
-
-
-def _failures(reads: Sequence[Callable[[], object]], progress: Progress | None) -> tuple[str, ...]:
-    """Call all; returns the messages of those that raise ``ImageError``."""
-
-    def failure(read: Callable[[], object]) -> str | None:
-        try:
-            read()
-        except ImageError as error:
-            return str(error)
-        return None
-
-    bad: list[str] = []
+    images, bad = {split.name: len(split) for split in splits}, list[str]()
     with ThreadPoolExecutor(4) as pool:
-        for done, message in enumerate(pool.map(failure, reads), start=1):
-            bad += [message] if message else []
+        for done, failure in enumerate(pool.map(_failure, reads), start=1):
+            bad += failure
             if progress and (done % 256 == 0 or done == len(reads)):
                 progress(done, len(reads))
-    return tuple(bad)
+    return CheckReport(root, num_classes, images, tuple(problems), tuple(bad), notes)
+
+
+def _failure(read: Callable[[], object]) -> list[str]:
+    """The message of an ``ImageError`` that a call raises, if it does."""
+    try:
+        read()
+    except ImageError as error:
+        return [str(error)]
+    return []

@@ -1,7 +1,5 @@
 """Detection in COCO 2017's layout: ``train2017/``, ``val2017/`` and ``annotations/instances_{train,val}2017.json``.
 
-    train, val = load_coco(root, num_classes=80)
-    batches = TrainBatches(TrainImages(train, spec, seed=0), 64, seed=0, collate=collate)
 
 Images [B, 3, S, S] are normalised and padded with zeros on the right and at the bottom. Targets are a list of
 dictionaries, one an image of n instances, with torchvision's keys and conventions:
@@ -14,13 +12,8 @@ dictionaries, one an image of n instances, with torchvision's keys and conventio
     seed: int, of what the detector draws for this image
 
 Evaluation has the id and the sizes alone: the truth is read by pycocotools (``cropr.tasks.detection.evaluation``).
-
-Instances whose box has no area within the image, or whose polygons all have fewer than three points, are skipped and
-counted; COCO 2017 has a few. Crowd regions are no targets either. Training leaves out images without an instance, as
-the reference recipe does; evaluation keeps them.
+Training leaves out images without an instance (``cropr.data.annotations``), as the reference recipe does.
 """
-
-from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -37,7 +30,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from cropr.data.annotations import Annotations, CocoImage, Instance, Segmentation, read_annotations
+from cropr.data.annotations import Annotations, CocoImage, Instance, read_annotations
 from cropr.data.loading import ImageError, Samples, decode, pad, require_folders, settle, standardise, wrong_count
 from cropr.tasks.detection import TASK, DetDataSpec
 
@@ -66,12 +59,8 @@ class CocoSplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def folder(self) -> Path:
-        return self.root / f"{self.name}2017"
-
     def path(self, index: int) -> Path:
-        return self.folder / self.images[index].file
+        return self.root / f"{self.name}2017" / self.images[index].file
 
     def instances(self, index: int) -> list[Instance]:
         """Of an image; neither crowd regions nor what is skipped."""
@@ -81,10 +70,9 @@ class CocoSplit:
 def load_coco(
     root: str | Path, num_classes: int | None = None, problems: list[str] | None = None
 ) -> tuple[CocoSplit, CocoSplit]:
-    """Read the annotations of training and validation images. Nothing is decoded. What is wrong joins ``problems``, if
-    that is given. Raises FileNotFoundError: the root, a folder or an annotation file is missing; ValueError: an
-    annotation file that is not JSON, or a generated set whose writing was interrupted; what ``read_annotations`` finds;
-    images without a file; categories that differ between the splits or whose number is not ``num_classes``."""
+    """Read the annotations of both splits; nothing is decoded. What is wrong joins ``problems``, if that is given.
+    Raises FileNotFoundError: the root, a folder or an annotation file is missing; ValueError: what ``read_annotations``
+    finds, images without a file, other categories in the splits or another number of them than ``num_classes``."""
     root, findings, splits = Path(root), list[str](), []
     require_folders(root, TASK)
     for name in ("train", "val"):
@@ -101,11 +89,12 @@ def load_coco(
 
 def _missing_files(split: CocoSplit) -> list[str]:
     """One listing instead of a look at every file; what it lacks may still lie in a folder below."""
-    there = {entry.name for entry in split.folder.iterdir()}
+    there = {entry.name for entry in (split.root / f"{split.name}2017").iterdir()}
+    absent = [index for index, image in enumerate(split.images) if image.file not in there]
     return [
-        f"{split.folder / image.file}: no such file; {split.annotations.path} lists it as image {image.id}"
-        for image in split.images
-        if image.file not in there and not (split.folder / image.file).is_file()
+        f"{split.path(index)}: no such file; {split.annotations.path} lists it as image {split.images[index].id}"
+        for index in absent
+        if not split.path(index).is_file()
     ]
 
 
@@ -120,10 +109,8 @@ def read_image(split: CocoSplit, index: int) -> tv_tensors.Image:
     listed, path = split.images[index], split.path(index)
     image = F.to_image(decode(path))
     if (found := tuple(image.shape[-2:])) != (listed.height, listed.width):
-        raise ImageError(
-            f"{path}: is {found[1]} x {found[0]} px; {split.annotations.path} says {listed.width} x {listed.height} "
-            f"of image {listed.id}"
-        )
+        says = f"{split.annotations.path} says {listed.width} x {listed.height} of image {listed.id}"
+        raise ImageError(f"{path}: is {found[1]} x {found[0]} px; {says}")
     return image
 
 
@@ -132,25 +119,19 @@ def read_masks(split: CocoSplit, index: int) -> tv_tensors.Mask:
     image = split.images[index]
     masks = np.zeros((split.annotations.instances.count(image.id), image.height, image.width), np.uint8)
     for mask, instance in zip(masks, split.instances(index), strict=True):
+        code: Any = instance.segmentation
         try:
-            mask[:] = coco_mask.decode(to_rle(instance.segmentation, image.height, image.width))
+            if isinstance(code, list) or isinstance(code["counts"], list):  # polygons, or run lengths
+                code = coco_mask.frPyObjects(code, image.height, image.width)
+            mask[:] = coco_mask.decode(coco_mask.merge(code) if isinstance(code, list) else code)
         except Exception as error:  # its C code raises what it likes
-            raise ImageError(
-                f"{split.annotations.path}: annotation {instance.id}: its segmentation cannot be decoded: {error}"
-            ) from None
+            where = f"{split.annotations.path}: annotation {instance.id}"
+            raise ImageError(f"{where}: its segmentation cannot be decoded: {error}") from None
     return tv_tensors.Mask(torch.from_numpy(masks))
 
 
 def read_pair(split: CocoSplit, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     return read_image(split, index), read_masks(split, index)
-
-
-def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """Compressed RLE of any form of a COCO segmentation."""
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
-    rle = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.merge(rle) if isinstance(rle, list) else rle
 
 
 class EvalImages(Samples):
@@ -163,14 +144,13 @@ class EvalImages(Samples):
 
     def _with_sizes(self, seen: Tensor, index: int) -> tuple[Tensor, Target]:
         """What is seen of an image, uint8 [3, h, w], as [3, S, S], and its sizes."""
-        listed, size = self.split.images[index], (seen.shape[-2], seen.shape[-1])
-        original = listed.height, listed.width
-        return normalise(seen, self.spec), {"image_id": listed.id, "size": size, "original_size": original}
+        number, _, *original = self.split.images[index]
+        sizes: Any = {"size": (seen.shape[-2], seen.shape[-1]), "original_size": tuple(original)}
+        return normalise(seen, self.spec), {"image_id": number, **sizes}
 
 
 class TrainImages(EvalImages):
-    """Images with large-scale jitter, and all targets; the jitter may leave no instance. Raises ValueError: no image
-    has an instance."""
+    """Images with large-scale jitter, which may leave no instance. Raises ValueError: no image has an instance."""
 
     def __init__(self, split: CocoSplit, spec: DetDataSpec, seed: int) -> None:
         occupied = tuple(image for image in split.images if split.annotations.instances.count(image.id))
@@ -221,10 +201,8 @@ class Window(NamedTuple):
 
 def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec: DetDataSpec) -> View:
     """Large-scale jitter of an image uint8 [3, H, W], boxes [n, 4] float32 (left, top, right, bottom, within the image)
-    and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S.
-
-    A box that the crop cuts is drawn anew around what is left of its mask: the rest of the annotated box may be larger
-    than the rest of the object. Four numbers are drawn from torch's global generator, whatever they decide.
+    and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S. A box
+    that the crop cuts is drawn anew around what is left of its mask. Always draws four numbers from torch's generator.
     """
     flip, scale, down, right = torch.rand(4).tolist()
     marks = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
@@ -250,8 +228,7 @@ def view_window(size: tuple[int, int], side: int, factor: float, offset: tuple[f
     """The part of an image of ``size`` H, W that is seen, at most ``side`` pixels each way, when it is resized by
     ``factor`` (1: the longer side becomes ``side``) and then cropped, at ``offset`` in [0, 1] from top and left.
 
-    The crop is taken from the file's pixels and resized afterwards: the same view, up to the rounding of the crop to
-    whole pixels, without the enlarged image and its masks, which would take up to a gigabyte.
+    The crop is taken from the file's pixels, then resized: the whole enlarged image would take up to a gigabyte.
     """
     scale = factor * side / max(size)
     starts, lengths, seen = [], [], []

@@ -1,14 +1,7 @@
 """Images in class folders, as ImageNet comes: ``<root>/train/<class>/*`` and ``<root>/val/<class>/*``.
 
-    train, val = load_splits(root, num_classes=10)
-    batches = TrainBatches(TrainImages(train, spec, seed=0), 64, seed=0)
-    for images, labels in batches.epoch(3, start=17):
-        ...
-
 The transforms are timm's. H and W are the image size of the spec.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable
@@ -45,10 +38,9 @@ class Split:
 def load_splits(
     root: str | Path, num_classes: int | None = None, problems: list[str] | None = None
 ) -> tuple[Split, Split]:
-    """List training and validation images. Nothing is decoded. What is wrong joins ``problems``, if that is given.
+    """List training and validation images; nothing is decoded. What is wrong joins ``problems``, if that is given.
     Raises FileNotFoundError: the root or a split is missing; ValueError: no class folder, a folder without image,
-    different folders in train and val, another number of classes than ``num_classes`` (all of these at once), or
-    generated images whose writing was interrupted."""
+    different folders in train and val, or another number of classes than ``num_classes``; all of these at once."""
     root = Path(root)
     require_folders(root, TASK)
     train, val = (_list(root, name) for name in TASK.folders)
@@ -72,12 +64,10 @@ def load_splits(
 
 def _list(root: Path, name: str) -> Split:
     """Images of a split; hidden folders (``.ipynb_checkpoints``) are no classes."""
-    folder = root / name
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        return Split(root, name, (), (), ())
-    samples = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
-    return Split(root, name, tuple(classes), tuple(p for p, _ in samples), tuple(label for _, label in samples))
+    classes = sorted(p.name for p in (root / name).iterdir() if p.is_dir() and not p.name.startswith("."))
+    paths = [_images(root / name / folder) for folder in classes]
+    labels = (label for label, own in enumerate(paths) for _ in own)
+    return Split(root, name, tuple(classes), tuple(chain(*paths)), tuple(labels))
 
 
 def _images(folder: Path) -> list[str]:
@@ -100,18 +90,13 @@ def is_random(spec: DataSpec) -> bool:
 
 
 def train_transform(spec: DataSpec) -> Transform:
-    """timm's training transform: RGB image -> [3, H, W], normalised.
-
-    Where nothing is random (``is_random``): the centre crop of evaluation without its margin. Random erasing fills one
-    box with noise (the authors' recipe). Raises ValueError: colour jitter beside an auto-augment policy, which timm
-    would ignore.
-    """
+    """timm's training transform: RGB image -> [3, H, W], normalised; without random parts (``is_random``) the centre
+    crop of evaluation without its margin. Random erasing fills one box with noise (the authors' recipe). Raises
+    ValueError: colour jitter beside an auto-augment policy, which timm would ignore."""
     augment = spec.augment
     if augment.color_jitter and augment.auto_augment:
-        raise ValueError(
-            f"color_jitter {augment.color_jitter} has no effect beside auto_augment {augment.auto_augment!r}; "
-            "set one of them to null"
-        )
+        unused = f"color_jitter {augment.color_jitter} has no effect beside auto_augment {augment.auto_augment!r}"
+        raise ValueError(f"{unused}; set one of them to null")
     options: dict[str, Any] = augment.model_dump(include={"scale", "ratio", "hflip", "color_jitter", "auto_augment"})
     options |= spec.model_dump(include={"interpolation", "mean", "std"})
     options |= {"re_prob": augment.erasing, "re_mode": "pixel", "re_count": 1}
@@ -131,9 +116,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 def eval_transform(spec: DataSpec) -> Transform:
     """timm's evaluation transform: shorter side resized to ``image_size / crop_pct``, centre crop, normalised."""
-    return create_transform(
-        spec.image_size, crop_pct=spec.crop_pct, interpolation=spec.interpolation, mean=spec.mean, std=spec.std
-    )
+    return create_transform(spec.image_size, **spec.model_dump(include={"crop_pct", "interpolation", "mean", "std"}))
 
 
 def mixup(spec: DataSpec) -> Mixup | None:

@@ -1,13 +1,5 @@
-"""Scenes on disk, in the layouts of ImageNet, ADE20k and COCO 2017.
-
-    write(ScenesSpec(), "results/laptop/data/imagenet")
-    write(ScenesSpec(objects=(1, 2)), "results/laptop/data/ade20k", "ade20k")
-
-One spec gives the same images in every layout. Files do not depend on the number of processes that write them.
-No torch is imported here.
-"""
-
-from __future__ import annotations
+"""Scenes on disk, in the layouts of ImageNet, ADE20k and COCO 2017. One spec gives the same images in every layout.
+Files do not depend on the number of processes that write them. No torch is imported here."""
 
 import json
 import multiprocessing
@@ -37,6 +29,8 @@ TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017",
 """Folders of all layouts, which are removed before a set is written."""
 Entry = dict[str, Any]
 """What the index of a layout holds of a scene."""
+Region = tuple[int, NDArray[np.bool_], tuple[int, int, int, int]]
+"""Category, mask [H, W] and box (left, top, right, bottom) of an instance."""
 Place = tuple[Split, int]
 
 CATEGORIES = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
@@ -44,52 +38,33 @@ CATEGORIES = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
 
 
 def _imagenet(scene: Scene, split: Split, index: int, root: Path) -> Entry:
-    """Class folders, and beside them the truth of the validation images, grey: the masks of ``Scene.mask``.
-
-    <root>/{train,val}/digit_<label>/<index>.png
-    <root>/truth/val/digit_<label>/<index>.png
-    """
+    """{train,val}/digit_<label>/<index>.png, and the masks of ``Scene.mask`` as truth/val/digit_<label>/<index>.png."""
     name = f"{split}/digit_{scene.label}/{index:06d}.png"
     if split == "val":
-        _save(scene.mask, root / "truth" / name)
-    _save(scene.image, root / name)
+        save(scene.mask, root / "truth" / name)
+    save(scene.image, root / name)
     return {}
 
 
 def _ade20k(scene: Scene, split: Split, index: int, root: Path) -> Entry:
-    """Images beside grey maps of labels, ``Scene.semantic``: 1 is the background, 2 + d digit d.
-
-    <root>/ADEChallengeData2016/{images,annotations}/{training,validation}/<index>.png
-    """
+    """Images, and maps of ``Scene.semantic``: ADEChallengeData2016/{images,annotations}/{training,validation}."""
     name, top = f"{'training' if split == 'train' else 'validation'}/{index:06d}.png", root / "ADEChallengeData2016"
-    _save(scene.image, top / "images" / name)
-    _save(scene.semantic, top / "annotations" / name)
+    save(scene.image, top / "images" / name)
+    save(scene.semantic, top / "annotations" / name)
     return {}
 
 
 def _coco(scene: Scene, split: Split, index: int, root: Path) -> Entry:
-    """Images, and a file of instances a split. Scenes without a digit are images without annotations.
-
-    <root>/{train,val}2017/<index>.png
-    <root>/annotations/instances_{train,val}2017.json
-
-    Masks are uncompressed run-length codes, which pycocotools reads as it reads polygons. There are no crowd regions.
-    The entry is the image and its annotations, which have no ids yet.
-    """
+    """{train,val}2017/<index>.png, and the entry of annotations/instances_{train,val}2017.json (``coco_entry``)."""
     name = f"{index:012d}.png"
-    _save(scene.image, root / f"{split}2017" / name)
+    save(scene.image, root / f"{split}2017" / name)
     regions = [(CATEGORIES[instance.label], instance.region, instance.box) for instance in scene.instances]
     return coco_entry(index, name, scene.image.shape[:2], regions)
 
 
-def coco_entry(
-    number: int,
-    name: str,
-    size: tuple[int, ...],
-    regions: Sequence[tuple[int, NDArray[np.bool_], tuple[int, int, int, int]]],
-) -> Entry:
-    """An image of a COCO file by its number, file name, height and width, and its annotations, which have no ids yet;
-    ``regions``: category, mask [H, W] and box (left, top, right, bottom) of each instance."""
+def coco_entry(number: int, name: str, size: tuple[int, ...], regions: Sequence[Region]) -> Entry:
+    """An image of a COCO file by its number, file name, height and width, and its annotations, which have no ids yet:
+    masks as uncompressed run-length codes, which pycocotools reads as it reads polygons, and no crowd regions."""
     annotations = [
         {
             "image_id": number,
@@ -106,8 +81,7 @@ def coco_entry(
 
 
 def coco_index(root: Path, split: str, entries: list[Entry], categories: Mapping[int, str], description: str) -> None:
-    """Write the file of instances; ``categories``: name by id. Ids begin at 1: pycocotools takes a match with 0 for
-    none."""
+    """Write the file of instances; ``categories``: name by id. Ids begin at 1: pycocotools takes 0 for none."""
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
     content = {
         "info": {"description": description},
@@ -139,13 +113,8 @@ def write(
 ) -> None:
     """Write a set, and ``record.json`` last. A set written earlier, finished or not, whatever its layout, is replaced.
 
-    Args:
-        layout: key of ``LAYOUTS``.
-        workers: processes; small sets are written by this one.
-        progress: called with the number of scenes that were written since the last call.
-
-    Raises:
-        ValueError: impossible spec, or ``root`` holds something that is not a set of scenes.
+    ``workers`` processes write large sets; ``progress`` is called with the number of scenes since its last call.
+    Raises ValueError: impossible spec, or ``root`` holds something that is not a set of scenes.
     """
     started, root = time.time(), Path(root)
     if layout == "imagenet" and spec.objects[0] < 1:
@@ -153,7 +122,8 @@ def write(
     clear(root)
     places = [(split, index) for split in SPLITS for index in range(getattr(spec, split))]
     entries = dict[Split, list[Entry]](train=[], val=[])
-    written = _run(partial(_write_one, spec, layout, root), places, workers if len(places) >= PARALLEL_FROM else 1)
+    workers = workers if len(places) >= PARALLEL_FROM else 1
+    written = _run(partial(_write_one, spec, layout, root), places, workers)
     for (split, _), entry in zip(places, written, strict=True):
         entries[split].append(entry)
         progress(1)
@@ -175,9 +145,7 @@ def clear(root: Path) -> None:
     record, mark = root / RECORD, root / INCOMPLETE
     ours = mark.exists() or (record.exists() and read_record(record).get("kind") == "data")
     if root.exists() and any(root.iterdir()) and not ours:
-        raise ValueError(
-            f"{root} is not empty and holds no set written by this command; choose another directory or empty it"
-        )
+        raise ValueError(f"{root} is not empty and holds no set written by this command; empty it or choose another")
     root.mkdir(parents=True, exist_ok=True)
     mark.write_text("This data set is being written, or its writing was interrupted. Write it again.\n")
     record.unlink(missing_ok=True)
@@ -199,7 +167,7 @@ def _write_one(spec: ScenesSpec, layout: str, root: Path, place: Place) -> Entry
     return LAYOUTS[layout](compose(spec, *place), *place, root)
 
 
-def _save(pixels: Array, path: Path) -> None:
+def save(pixels: Array, path: Path) -> None:
     """PNG: lossless, so that every machine trains on the same pixels; level 1 reads as fast as JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=1)
+    Image.fromarray(pixels).save(path.with_suffix(".png"), compress_level=1)

@@ -1,13 +1,10 @@
 """From samples to batches, whatever the task: order, seeds, workers, shares of processes, errors.
 
-A data set is a ``Samples``: ``samples[epoch, index]`` is (image, target). ``TrainBatches`` and ``EvalBatches`` feed it
-to training and evaluation. All randomness of a sample is a function of (seed, epoch, index), and the order of an epoch
-one of (seed, epoch): neither the number of workers nor a resumption changes a sample.
+All randomness of a sample is a function of (seed, epoch, index), and the order of an epoch one of (seed, epoch):
+neither the number of workers nor a resumption changes a sample.
 
 B images of a batch of this process, H and W their size.
 """
-
-from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
@@ -86,8 +83,7 @@ def some(names: Sequence[str], between: str = "; ", limit: int = 20) -> str:
 
 def require_folders(root: Path, task: Task, inner: str = "") -> Path:
     """``root``, or its folder ``inner`` if there is one, after a check that it holds the folders of a task's layout.
-    Raises FileNotFoundError: the root or a folder is missing; ValueError: generated images whose writing was
-    interrupted."""
+    Raises FileNotFoundError: the root or a folder is missing; ValueError: a set whose writing was interrupted."""
     if (root / INCOMPLETE).exists():
         raise ValueError(f"{root}: writing this set was interrupted; write it again (python -m cropr data scenes)")
     top = root / inner if (root / inner).is_dir() else root
@@ -98,8 +94,7 @@ def require_folders(root: Path, task: Task, inner: str = "") -> Path:
 
 
 def settle(splits: Splits, found: Sequence[str], problems: list[str] | None) -> Splits:
-    """The splits, if nothing was found wrong with them or ``problems`` is given, which it then joins. Raises ValueError
-    with the findings otherwise."""
+    """The splits, if nothing was found wrong or the findings can join ``problems``; else ValueError with all."""
     if problems is None and found:
         raise ValueError(some(found, "\n  "))
     if problems is not None:
@@ -117,7 +112,7 @@ def wrong_count(where: str, found: int, what: str, expected: int | None) -> list
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generators seeded from ``entropy`` within, and as they were afterwards."""
+    """Python's, numpy's and torch's CPU generators, seeded from ``entropy`` within, and as they were afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seeds = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(seeds[0]))
@@ -146,8 +141,7 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
 
     @abstractmethod
     def sample(self, index: int) -> tuple[Tensor, Any]:
-        """One image and its target. May draw from the global generators of Python, numpy and torch. Raises ImageError:
-        a file of this sample cannot be used."""
+        """One image and its target. May draw from the global generators. Raises ImageError: a file cannot be used."""
 
     def kind(self, index: int) -> Hashable:
         """Evaluation puts only images of one kind into a batch; for example, those of equal size can be stacked."""
@@ -162,28 +156,13 @@ class Samples(Dataset[tuple[Tensor, Any]], ABC):
 
 
 class TrainBatches:
-    """Training batches of this process, epoch by epoch.
+    """Training batches of this process, epoch by epoch, in an order by ``seed``. ``batch_size`` counts the images of a
+    batch over all processes, whose shares together are the batch of one process alone; ``how`` is as of ``Loader``.
+    Raises ValueError: fewer images than a batch, or a batch that does not divide into the processes."""
 
-    Args:
-        batch_size: images per batch over all processes, whose shares together are the batch of one process alone.
-        seed: of the order.
-        collate: makes a batch of samples; by default images and targets are stacked.
-        workers: processes that decode; 0 decodes in this one.
-
-    Raises:
-        ValueError: fewer images than a batch, or a batch that does not divide into the processes.
-    """
-
-    def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        seed: int = 0,
-        collate: Collate = default_collate,
-        world: World = ALONE,
-        workers: int = 0,
-    ) -> None:
-        self.world = world
+    def __init__(self, samples: Samples, batch_size: int, seed: int = 0, **how: Any) -> None:
+        self._loader = Loader(samples, **how)
+        self.world = world = self._loader.world
         if len(samples) < batch_size:
             raise ValueError(
                 f"{samples.split.root}: {samples.split.name} has {len(samples)} images, fewer than one batch of "
@@ -192,7 +171,6 @@ class TrainBatches:
         if batch_size % world.size:
             raise ValueError(f"batch_size {batch_size} does not divide into {world.size} processes; make it a multiple")
         self.count, self.batch_size, self.seed = len(samples), batch_size, seed
-        self._loader = _Loader(samples, collate, world, workers)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -204,36 +182,23 @@ class TrainBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:
         """Images [B, 3, H, W] and targets of the batches from ``start`` on; what lies before is not decoded."""
-        order = self.order(epoch)
+        order, rank = self.order(epoch), self.world.rank
         batches = (order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self)))
-        return self._loader.run(
-            [[(epoch, int(i)) for i in batch[self.world.rank :: self.world.size]] for batch in batches]
-        )
+        return self._loader.run([[(epoch, int(i)) for i in batch[rank :: self.world.size]] for batch in batches])
 
 
 class EvalBatches:
-    """This process's part of a set: batches of at most ``batch_size`` images.
-
-    Over all processes every image is seen exactly once, so that counts can be summed. Images come in order, but those
-    of one kind (``Samples.kind``) together.
+    """This process's part of a set: batches of at most ``batch_size`` images; ``how`` is as of ``Loader``. Over all
+    processes every image is seen exactly once. Images come in order, but those of one kind (``Samples.kind``) together.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        collate: Collate = default_collate,
-        world: World = ALONE,
-        workers: int = 0,
-    ) -> None:
+    def __init__(self, samples: Samples, batch_size: int, **how: Any) -> None:
         assert samples.seed is None, "evaluation is not random"
+        self._loader = Loader(samples, **how)
         kinds: dict[Hashable, list[int]] = {}
-        for index in range(world.rank, len(samples), world.size):
+        for index in range(self._loader.world.rank, len(samples), self._loader.world.size):
             kinds.setdefault(samples.kind(index), []).append(index)
-        self._batches = [
-            alike[start : start + batch_size] for alike in kinds.values() for start in range(0, len(alike), batch_size)
-        ]
-        self._loader = _Loader(samples, collate, world, workers)
+        self._batches = [own[at : at + batch_size] for own in kinds.values() for at in range(0, len(own), batch_size)]
 
     @property
     def indices(self) -> list[int]:
@@ -248,17 +213,20 @@ class EvalBatches:
         return self._loader.run([[(0, index) for index in batch] for batch in self._batches])
 
 
-class _Loader:
-    """torch's loader over batches of ``Samples``; workers live on between passes, global generators stay untouched."""
+class Loader:
+    """torch's loader over batches of ``Samples``; workers live on between passes, global generators stay untouched.
+    ``collate`` makes a batch of samples; ``workers`` processes decode, this one if there are none."""
 
-    def __init__(self, samples: Samples, collate: Collate, world: World, workers: int) -> None:
-        self.layout = samples.layout
+    def __init__(
+        self, samples: Samples, collate: Collate = default_collate, world: World = ALONE, workers: int = 0
+    ) -> None:
+        self.layout, self.world = samples.layout, world
         self.todo: list[list[tuple[int, int]]] = []  # batches of (epoch, index) of the next pass
         self.loader = DataLoader(
             _Batches(samples, collate),
             batch_size=None,  # an entry of the sampler is a batch
             sampler=self.todo,
-            collate_fn=_as_it_is,
+            collate_fn=list,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=world.device.type == "cuda",
@@ -268,8 +236,8 @@ class _Loader:
     def run(self, todo: list[list[tuple[int, int]]]) -> Iterator[tuple[Any, Any]]:
         self.todo[:] = todo
         for batch in self.loader:
-            if isinstance(batch, ImageError):
-                raise ImageError(f"{batch}; python -m cropr data check --layout {self.layout} lists all such files")
+            if isinstance(batch[0], ImageError):
+                raise ImageError(f"{batch[0]}; python -m cropr data check --layout {self.layout} lists all such files")
             yield tuple(batch)
 
 
@@ -284,8 +252,4 @@ class _Batches(Dataset[Any]):
         try:
             return self.collate([self.samples[key] for key in keys])
         except ImageError as error:
-            return error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+            return [error]

@@ -1,7 +1,5 @@
 """Public sets of real images, by torchvision's downloaders, written in the layouts that the tasks read.
 
-    write("pets", "data/pets")    # data/pets/imagenet, data/pets/ade20k, data/pets/coco
-
 ``fashion``: Fashion-MNIST (Zalando SE, MIT licence), 60,000 + 10,000 grey images of 28 px, 10 classes.
 ``pets``: Oxford-IIIT Pet (Parkhi et al., CVPR 2012; CC BY-SA 4.0), 3,680 + 3,669 photos, 37 breeds, a map for each.
 
@@ -9,8 +7,6 @@ Semantic maps have 1 for the background, 2 + c for class c, and 0 (not labelled)
 has a black background: every other pixel belongs to the class. Pixels of the class, with the border, are the one
 instance of an image, and the truth of the validation images (``cropr.data.scenes.object_mask``).
 """
-
-from __future__ import annotations
 
 import gzip
 import os
@@ -26,15 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import FashionMNIST, OxfordIIITPet
 
-from cropr.data.layouts import Entry, clear, coco_entry, coco_index
+from cropr.data.layouts import Entry, clear, coco_entry, coco_index, save
 from cropr.data.loading import decode
-from cropr.data.scenes import INCOMPLETE, OBJECT, SPLITS
+from cropr.data.scenes import INCOMPLETE, OBJECT, SPLITS, Instance
 from cropr.records import RECORD, make_record, write_record
 from cropr.specs import PUBLIC, Spec
 
 BACKGROUND, INSIDE, BORDER = 0, 1, 2
 """Values of the region of a class."""
-Sample = tuple[str, int, Path | Image.Image, NDArray[np.uint8]]
+Sample = tuple[str, int, Path | NDArray[np.uint8], NDArray[np.uint8]]
 """File name, label, image, region [H, W]."""
 _FOLDERS = {"fashion": "FashionMNIST/raw", "pets": "oxford-iiit-pet"}
 """Where torchvision expects the archives, below its root."""
@@ -43,18 +39,13 @@ _FOLDERS = {"fashion": "FashionMNIST/raw", "pets": "oxford-iiit-pet"}
 def write(
     name: str, out: str | Path, source: Path | None = None, progress: Callable[[int, int], object] = lambda *_: None
 ) -> dict[str, int]:
-    """Write a set in all its layouts, below ``out``, where an earlier one is replaced; returns images by split.
+    """Write the set ``name`` of ``PUBLIC`` in all its layouts, below ``out``, where an earlier one is replaced; returns
+    images by split. ``progress`` is called with the images of a split that are done and all.
 
-    Args:
-        name: key of ``PUBLIC``.
-        source: folder that holds the archives, or torchvision's root; None: they are downloaded into ``out/downloads``,
-            and torchvision verifies their sums. Fashion-MNIST's of ``source`` are not verified: distributions compress
-            the same files again.
-        progress: called with the images of a split that are done and all.
-
-    Raises:
-        ValueError: nothing to download from, a wrong sum, a file that is missing; or ``out`` holds something else.
-        FileNotFoundError: no folder ``source``.
+    ``source`` is a folder that holds the archives, or torchvision's root; if None, they are downloaded into
+    ``out/downloads``, and torchvision verifies their sums. Fashion-MNIST's of ``source`` are not verified:
+    distributions compress the same files again. Raises ValueError: nothing to download from, a wrong sum, a file that
+    is missing, or ``out`` holds something else; FileNotFoundError: no folder ``source``.
     """
     started, out = time.time(), Path(out)
     root, metrics = _root(name, out, source), dict[str, int]()
@@ -100,17 +91,18 @@ def _open(name: str, root: Path, training: bool) -> Any:
             return FashionMNIST(root, training, download=True)
         return OxfordIIITPet(root, "trainval" if training else "test", download=True)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} cannot be read or downloaded to {root}: {' '.join(str(error).split())}; without a network, get "
-            "the archives elsewhere and name their folder (--source DIR); after an extraction that was cut off, delete "
-            f"{root / _FOLDERS[name]}"
-        ) from None
+        what = f"{name} cannot be read or downloaded to {root}: {' '.join(str(error).split())}; without a network, get"
+        fix = (
+            "the archives elsewhere and name their folder (--source DIR); after an extraction that was cut off, delete"
+        )
+        raise ValueError(f"{what} {fix} {root / _FOLDERS[name]}") from None
 
 
 def _samples(data: Any) -> Iterator[Sample]:
     if isinstance(data, FashionMNIST):
         for number, (image, label) in enumerate(data):
-            yield f"{number:05d}.png", label, image, (np.asarray(image) > 0).astype(np.uint8)
+            pixels = np.asarray(image)
+            yield f"{number:05d}.png", label, pixels, (pixels > 0).astype(np.uint8)
         return
     values = np.array([BORDER, INSIDE, BACKGROUND, BORDER], np.uint8)  # of the file: 1 pet, 2 background, 3 border
     for path, label, trimap in zip(data._images, data._labels, data._segs, strict=True):
@@ -123,22 +115,23 @@ def _place(sample: Sample, classes: list[str], split: str, roots: Mapping[str, P
     name, label, image, region = sample
     own, folder, inside = f"{split}/{classes[label]}/{name}", "training", region != BACKGROUND
     first = roots["imagenet"] / own
-    (_link if isinstance(image, Path) else _save)(image, first)
+    if isinstance(image, Path):
+        _link(image, first)
+    else:
+        save(image, first)
     if split == "val":
         folder = "validation"
-        _save(Image.fromarray(inside * np.uint8(OBJECT)), roots["imagenet"] / "truth" / own)
+        save(inside * np.uint8(OBJECT), roots["imagenet"] / "truth" / own)
     top = roots["ade20k"] / "ADEChallengeData2016"
     _link(first, top / "images" / folder / name)
-    semantic = np.array([1, label + 2, 0], np.uint8)[region]
-    _save(Image.fromarray(semantic), top / "annotations" / folder / name)
+    save(np.array([1, label + 2, 0], np.uint8)[region], top / "annotations" / folder / name)
     if "coco" not in roots:
         return {}
     _link(first, roots["coco"] / f"{split}2017" / name)
     if decode(first).size != (size := inside.shape)[::-1]:
         raise ValueError(f"{first}: its map has {size[1]} x {size[0]} px, the image has not; get the archives again")
-    rows, columns = (np.flatnonzero(inside.any(axis)).tolist() for axis in (1, 0))
-    box = [(label + 1, inside, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))] if rows else []
-    return coco_entry(number, name, size, box)
+    regions = [(label + 1, inside, Instance(label, inside).box)] if inside.any() else []
+    return coco_entry(number, name, size, regions)
 
 
 def _link(file: Any, place: Path) -> None:
@@ -149,8 +142,3 @@ def _link(file: Any, place: Path) -> None:
         os.link(file.resolve(), place)
     except OSError:
         shutil.copyfile(file, place)
-
-
-def _save(image: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path.with_suffix(".png"), compress_level=1)

@@ -6,13 +6,9 @@ distractors, which are handwritten digits whose four quadrants are shuffled: as 
 so that neither ink nor pixel variance tells where a digit is. Photos are dimmed by a random factor and the number of
 distractors is random, so there are easy and hard scenes, as in any real set.
 
-    scene = compose(ScenesSpec(), "train", 0)
-
 Pixels depend on (seed, split, index) alone. Digits and photos are those that scikit-learn ships; nothing is downloaded.
-No torch is imported here. ``cropr.data.layouts`` writes scenes to disk.
+``cropr.data.layouts`` writes scenes to disk.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -97,16 +93,12 @@ class Scene:
 
 
 def compose(spec: ScenesSpec, split: Split, index: int) -> Scene:
-    """Scene ``index`` of a split. The label of its first digit is ``index % 10``, others are random.
-
-    Each call draws from a generator of its own, seeded by (``spec.seed``, split, index), so that the order and the
-    process in which scenes are made change nothing. Training and validation scenes use different handwritten digits.
-    """
+    """Scene ``index`` of a split, by a generator of its own, seeded by (``spec.seed``, split, index). The label of
+    the first digit is ``index % 10``. Training and validation scenes use different handwritten digits."""
     random = np.random.default_rng(np.random.SeedSequence([spec.seed, SPLITS.index(split), index]))
     digits = _digits()[split]
     canvas = _background(spec.image_size, random)
     mask = np.zeros((spec.image_size, spec.image_size), np.uint8)
-
     low, high = spec.objects
     count = low if low == high else int(random.integers(low, high + 1))
     labels, glyphs, areas = list[int](), list[Glyph](), list[Area]()
@@ -173,10 +165,8 @@ def _resampling(size: int, to: int) -> Glyph:
 
 
 def _add_area(areas: list[Area], glyphs: list[Glyph], spec: ScenesSpec, random: np.random.Generator) -> list[Area]:
-    """Areas of all glyphs, of which the last has none yet: one of the free places on the grid.
-
-    Where there is none, all digits move to a regular lattice, which has room for them (``ScenesSpec.places``).
-    """
+    """Areas of all glyphs, of which the last has none yet: one of the free places on the grid. Where there is none, all
+    digits move to a regular lattice, which has room for them (``ScenesSpec.places``)."""
     shape = glyphs[-1].shape
     if not areas:
         return [_area(_place(shape, spec.image_size, random), shape)]
@@ -208,14 +198,11 @@ def _touches(area: Area, others: list[Area]) -> bool:
 def _add_distractor(
     canvas: Glyph, mask: Array, keep_off: list[Area], digits: list[Glyph], spec: ScenesSpec, random: np.random.Generator
 ) -> None:
-    """Paint a digit with shuffled quadrants outside of ``keep_off``; distractors may lie over each other.
-
-    One for which ten draws find no place is left out: the image is full.
-    """
+    """Paint a digit with shuffled quadrants outside of ``keep_off``; distractors may lie over each other. One for which
+    ten draws find no place is left out: the image is full."""
     originals = digits[random.integers(CLASSES)]
-    quadrants = [
-        part for half in np.vsplit(originals[random.integers(len(originals))], 2) for part in np.hsplit(half, 2)
-    ]
+    halves = np.vsplit(originals[random.integers(len(originals))], 2)
+    quadrants = [part for half in halves for part in np.hsplit(half, 2)]
     order = random.permutation(4)
     while (order == np.arange(4)).all():
         order = random.permutation(4)
@@ -252,10 +239,7 @@ def fingerprint(spec: ScenesSpec) -> str:
 
 def object_mask(image_path: str | Path) -> Array | None:
     """Truth mask [H, W] of an image of a written set (values as in ``Scene.mask``); None if the set has no truth.
-
-    ``<root>/<split>/<class>/<name>`` belongs to ``<root>/truth/<split>/<class>/<name>``. Images are resized by loaders,
-    masks are not: evaluate at the size of the set.
-    """
+    ``<root>/<split>/<class>/<name>`` belongs to ``<root>/truth/<split>/<class>/<name>``."""
     root = Path(image_path).parents[2]
     truth = root / "truth" / Path(image_path).relative_to(root).with_suffix(".png")
     if not truth.exists():
@@ -267,9 +251,8 @@ def object_mask(image_path: str | Path) -> Array | None:
 def object_patches(mask: Array, grid: tuple[int, int], threshold: float = 0.1) -> NDArray[np.bool_]:
     """Which patches lie on the labelled object, [h * w] in raster order.
 
-    A patch counts if at least ``threshold`` of its pixels are 255. The default takes in patches that a stroke crosses
-    (a stroke is about 1.5 cells wide at the smallest scale, a fifth of a patch) and leaves out those that it grazes.
-    Raises ValueError: the mask does not divide into the grid.
+    A patch counts if at least ``threshold`` of its pixels are 255: the default takes in patches that a stroke crosses
+    and leaves out those that it grazes. Raises ValueError: the mask does not divide into the grid.
     """
     (height, width), (rows, columns) = mask.shape, grid
     if height % rows or width % columns:

@@ -1,15 +1,13 @@
 """Tasks by name, and the specification of a training run. A task is a package here; its ``__init__`` holds its entry,
 ``TASK``, and imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from cropr.specs import ImagesSpec, ModelSpec, PruneSpec, RecipeSpec, Spec, check
 
@@ -93,9 +91,15 @@ class TrainSpec(Spec):
             return None
         return value if isinstance(value, kind) else check(kind, {} if value is None else value, kind.__name__)
 
+    @model_validator(mode="after")
+    def _ignored_class_exists(self) -> Self:
+        ignored, classes = self.recipe.aux_ignore, self.data.num_classes
+        if ignored is not None and ignored >= classes:
+            raise ValueError(f"recipe.aux_ignore = {ignored}: must be below data.num_classes = {classes}, or left out")
+        return self
 
-def open_task(spec: TrainSpec, root: Path | None) -> TaskRun:
+
+def open_task(spec: TrainSpec, root: Path | None) -> "TaskRun":
     """The run of a specification, with its images; raises what ``TaskRun`` raises. Imports torch."""
     task = TASKS[spec.task]
-    work: TaskRun = task.load(task.run)(spec, root)
-    return work
+    return cast("TaskRun", task.load(task.run)(spec, root))

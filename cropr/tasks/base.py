@@ -1,7 +1,5 @@
 """What a training run needs of its task: images, model, losses, evaluation. A task is a subclass of ``TaskRun``."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,12 +19,12 @@ from cropr.distributed import ALONE, World
 from cropr.pruning.backbones.base import adapt
 from cropr.pruning.model import Model, PrunedViT, prune
 from cropr.pruning.schedule import Schedule
-from cropr.records import RECORD, read_record, replacing
+from cropr.records import RECORD, leaves, read_record, replacing
+from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks import TrainSpec
 
 if TYPE_CHECKING:
     from cropr.data.loading import TrainBatches
-    from cropr.specs import ModelSpec, PruneSpec
-    from cropr.tasks import TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +132,7 @@ class TaskRun(BatchTask):
         needs begin with ``reducers.``, those of the encoder with ``backbone.host.``."""
 
     def teach(self) -> nn.Module:
-        """The unpruned model that the task learns from, which the caller loads weights into. Raises ValueError if the
-        task has no distillation."""
+        """The unpruned model that the task learns from, without its weights. Raises ValueError: no distillation."""
         raise ValueError(f"spec.teacher = {self.spec.teacher}: {self.spec.task} has no distillation; leave it out")
 
     def load_published(self, model: Any, path: Path) -> bool:
@@ -144,7 +141,7 @@ class TaskRun(BatchTask):
         return False
 
     @abstractmethod
-    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
+    def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> "TrainBatches":
         """Training batches of this process; ``workers`` processes decode them."""
 
     @abstractmethod
@@ -160,11 +157,8 @@ def build_model(
     pretrained: bool = False,
     kind: type[Model] = PrunedViT,  # type: ignore[assignment]
 ) -> Model:
-    """The model of a training or benchmark spec; ``kind`` as of ``prune``.
-
-    The last block has no drop path where tokens are pruned (paper, section 4.1; the authors' code); in dense models,
-    it never has (the authors' code).
-    """
+    """The model of a training or benchmark spec; ``kind`` as of ``prune``. The last block has no drop path where tokens
+    are pruned (paper, section 4.1; the authors' code); in dense models, it never has (the authors' code)."""
     arguments = {"num_classes": num_classes, "drop_path_rate": model.drop_path, "img_size": image_size, **model.args}
     try:
         host: Any = timm.create_model(require_known(model.name), pretrained, **arguments)
@@ -229,14 +223,6 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], words: str = "was {}, is {}") -> list[str]:
     """Dotted keys in which two nested mappings differ, each with both values."""
-    old, new = _leaves(theirs), _leaves(ours)
+    old, new = dict(leaves(theirs)), dict(leaves(ours))
     keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     return [f"{key} {words.format(old.get(key), new.get(key))}" for key in keys]
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted keys and values of nested mappings."""
-    if not isinstance(value, Mapping) or not value:
-        return {key: value}
-    parts = (_leaves(item, f"{key}.{name}".lstrip(".")) for name, item in value.items())
-    return {name: leaf for part in parts for name, leaf in part.items()}

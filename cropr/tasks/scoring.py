@@ -3,8 +3,6 @@
 B images, N patches of the grid, n patches alive before a module, K kept by it, H heads, Q queries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,11 +17,8 @@ FIGURES = ("entropy", "attention_on_object", "object_share", "auc_sum", "auc_sof
 
 
 class Scoring:
-    """Watches the Cropr modules of a model in training form; their results stay as they are.
-
-    Within ``with scoring:``, every forward pass adds to the figures. Other reducers, and deployed models,
-    which have no queries any more, add nothing.
-    """
+    """Watches the Cropr modules of a model in training form; their results stay as they are. Within ``with scoring:``,
+    every forward pass adds to the figures; other reducers, and deployed models, which have no queries, add nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         reducers = getattr(model, "reducers", None)
@@ -77,15 +72,13 @@ class Scoring:
 def figures(logits: Tensor, width: int, on_object: Tensor | None, keep: int) -> dict[str, Tensor]:
     """Figures of each image, [B] float64. Learnt scores are meant, as Cropr ranks; ``NonSalient`` turns them around.
 
-    ``logits`` are [B, H, Q, n], of the patches without the prefix, which the softmax leaves out here; ``width`` is the
-    channels of a head, by whose root the aggregator divides; ``on_object`` is [B, n] bool, or None: then ``entropy``
-    alone is known; ``keep`` is K.
+    ``logits`` are [B, H, Q, n], of the patches without the prefix; ``width`` is the channels of a head, by whose root
+    the aggregator divides; ``on_object`` is [B, n] bool, or None: then ``entropy`` alone is known; ``keep`` is K.
 
-    Returns:
-        ``entropy`` of the softmax over log n, mean over queries; in percent, ``attention_on_object``, the mass of the
-        softmax on the object's patches, ``object_share``, their share of the patches alive, and ``recall_*``, the share
-        of them among the K of highest score; ``auc_*``, see ``auc``. ``sum`` adds the logits of the queries, as Cropr
-        does; ``softmax`` adds after the softmax. NaN where an image lacks what it takes.
+    Returns ``entropy`` of the softmax over log n, mean over queries; in percent, ``attention_on_object``, the mass of
+    the softmax on the object's patches, ``object_share``, their share of the patches alive, and ``recall_*``, the share
+    of them among the K of highest score; ``auc_*``, see ``auc``. ``sum`` adds the logits of the queries, as Cropr does;
+    ``softmax`` adds after the softmax. NaN where an image lacks what it takes.
     """
     logits = logits.double()
     attention = (logits * width**-0.5).softmax(dim=-1).flatten(1, 2)  # [B, H Q, n]
@@ -103,10 +96,7 @@ def figures(logits: Tensor, width: int, on_object: Tensor | None, keep: int) -> 
 
 
 def auc(score: Tensor, on_object: Tensor) -> Tensor:
-    """[B]: probability that a patch on the object scores higher than one off it, ties counting half; NaN without both.
-
-    ``score`` and ``on_object`` are [B, n].
-    """
+    """[B], of [B, n]: probability that a patch on the object scores higher than one off it, ties counting half."""
     higher = ((score[:, :, None] - score[:, None, :]).sign() + 1) / 2
     on, off = on_object.to(higher), (~on_object).to(higher)
     return torch.einsum("bi,bij,bj->b", on, higher, off) / (on.sum(dim=1) * off.sum(dim=1))

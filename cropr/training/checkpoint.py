@@ -1,11 +1,8 @@
 """Weights and training state on disk: safetensors for tensors, JSON for the rest. Nothing is unpickled.
 
 A run keeps one checkpoint, ``<out>/checkpoint/step_<n>/``: ``model.safetensors``, ``optimizer.safetensors``,
-``state.json``, and ``average.safetensors`` where the recipe averages weights. The directory appears under its name only
-when it is complete.
+``state.json``, and ``average.safetensors`` where the recipe averages weights. A directory of this name is complete.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -22,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cropr.data.loading import some
 from cropr.pruning.model import DeployedViT
@@ -46,18 +44,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    root: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    average: nn.Module | None = None,
+    root: Path, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], average: Any = None
 ) -> Path:
-    """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory.
-
-    ``step`` counts the optimizer steps done; ``state`` is JSON, whatever else the loop needs to go on; ``average`` is a
-    model with the averaged weights. The groups of the optimizer carry ``names`` (``create_optimizer``).
-    """
+    """Write ``root/step_<step>`` whole or not at all, then drop older checkpoints. Returns the new directory. ``step``
+    counts the optimizer steps done; ``state`` is JSON, whatever else the loop needs to go on; ``average`` is a model
+    with the averaged weights. The groups of the optimizer carry ``names`` (``create_optimizer``)."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp_*"):
         shutil.rmtree(leftover)
@@ -88,7 +79,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+    checkpoint: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None
 ) -> dict[str, Any]:
     """Put all that ``save_checkpoint`` has written back; returns the JSON part. Raises ValueError: it belongs to
     another model: missing, unexpected and mis-shaped keys are listed."""
@@ -106,19 +97,15 @@ def load_checkpoint(
     return dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+def _trained(optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Parameters of an optimizer by name."""
-    return {
-        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
-    }
+    pairs = (pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True))
+    return dict(pairs)
 
 
 def save_weights(path: Path, model: nn.Module, spec: str | None = None) -> None:
-    """Write all parameters and persistent buffers, whole or not at all.
-
-    ``spec`` is the digest of the run that made them; it goes into the file's header, where the workflow looks for it
-    before it takes weights that the repository ships.
-    """
+    """Write all parameters and persistent buffers, whole or not at all. ``spec``, the digest of the run that made them,
+    goes into the file's header, where the workflow looks for it before it takes weights that the repository ships."""
     _save_tensors(path, model.state_dict(), {"spec": spec} if spec else None)
 
 
@@ -195,19 +182,14 @@ def multiply_adds(model: nn.Module) -> dict[str, float]:
 
 
 def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:
-    """Start from the host weights of another run, or from a file with the names of a timm model.
-
-    Reducers start fresh; so do other parts beside the host, unless the model's class lists them in ``inherits`` and the
-    file has them. Positions are interpolated if the patch grid differs; the classifier starts fresh if the number of
-    classes differs. A class token, or a classifier, that the model lacks is ignored. ``FINAL_NORMS`` may be
-    missing from the file or from the model. Everything else must match. Raises what ``load_weights``
-    raises. Returns names of tensors: ``loaded``, among them ``interpolated``; ``fresh`` and ``ignored``.
-    """
+    """Start from the host weights of another run, or from a file with the names of a timm model. Reducers start fresh;
+    so do other parts beside the host, unless the model's class lists them in ``inherits`` and the file has them.
+    Positions are interpolated to the patch grid; the classifier starts fresh if the number of classes differs. A class
+    token or a classifier that the model lacks is ignored. ``FINAL_NORMS`` may be missing from either. All else must
+    match; raises what ``load_weights`` raises. Returns names: ``loaded``, ``interpolated``, ``fresh``, ``ignored``."""
     tensors = _read(path)
     if wrong := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
-        raise ValueError(
-            f"{path}: values that are not finite in {some(wrong, ', ', limit=3)}; start from other weights"
-        )
+        raise ValueError(f"{path}: values are not finite in {some(wrong, ', ', limit=3)}; start from other weights")
     if any(name.startswith(HOST) for name in tensors):
         _inherit(model, path, tensors)
         tensors = {name.removeprefix(HOST): tensor for name, tensor in tensors.items() if name.startswith(HOST)}
@@ -218,35 +200,31 @@ def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:
         if "pos_embed" in tensors:
             tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     resampled = _resample_positions(host, own, tensors)
-    apart = {
-        name for name in {*own, *tensors} if name.split(".")[0] in FINAL_NORMS and (name in own) != (name in tensors)
-    }
+    apart = {name for name in own.keys() ^ tensors.keys() if name.split(".")[0] in FINAL_NORMS}
     heads = {name for name in {*own, *tensors} if name.startswith(("head.", "head_dist."))}
     if any(name not in own or tensors[name].shape != own[name].shape for name in heads & set(tensors)):
         apart |= heads
     found, wanted = ({name: tensor for name, tensor in all_.items() if name not in apart} for all_ in (tensors, own))
     _require_match(path, found, wanted)
     host.load_state_dict({**own, **found})
-    report = {"loaded": list(found), "interpolated": resampled, "fresh": [name for name in own if name in apart]}
-    report["ignored"] = [name for name in tensors if name in apart and name not in own]
     _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(found))
-    texts = "interpolated to this patch grid", "start fresh, since the file has none that fit", "in the file only"
-    for text, names in zip(texts, [*report.values()][1:], strict=True):
+    fresh, ignored = [name for name in own if name in apart], [name for name in tensors if name in apart - own.keys()]
+    for text, names in (
+        ("interpolated to this patch grid", resampled),
+        ("start fresh, since the file has none that fit", fresh),
+        ("in the file only", ignored),
+    ):
         if names:
             _LOG.info("  %s: %s", text, some(names, ", "))
-    return report
+    return {"loaded": list(found), "interpolated": resampled, "fresh": fresh, "ignored": ignored}
 
 
 def _inherit(model: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load the parts beside the host that go from one run to the next, such as a detector's heads."""
     parts = tuple(f"{part}." for part in getattr(model, "inherits", ()))
-    own, found = (
-        {name: tensor for name, tensor in all_.items() if name.startswith(parts)}
-        for all_ in (model.state_dict(), tensors)
-    )
-    if found:
-        _require_match(path, found, own)
-    model.load_state_dict(found, strict=False)
+    if found := {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}:
+        _require_match(path, found, {k: v for k, v in model.state_dict().items() if k.startswith(parts)})
+        model.load_state_dict(found, strict=False)
 
 
 def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
@@ -264,14 +242,11 @@ def _resample_positions(host: nn.Module, own: Mapping[str, Tensor], tensors: dic
 
 
 def _require_match(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    shapes = {name: (list(found[name].shape), list(tensor.shape)) for name, tensor in wanted.items() if name in found}
     differing = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
-        "other shape": [
-            f"{name} {list(found[name].shape)}, in the model {list(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
+        "other shape": [f"{name} {own}, in the model {model}" for name, (own, model) in shapes.items() if own != model],
     }
     problems = [f"{what} {len(names)}: {some(names, ', ')}" for what, names in differing.items() if names]
     if problems:
@@ -288,9 +263,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if wanted not in (None, _checksum(tensors)):
-        raise ValueError(
-            f"{path}: differs from the checksum in its header, so it is damaged; delete it or copy it again"
-        )
+        raise ValueError(f"{path}: differs from the checksum in its header: it is damaged; delete it or copy it again")
     return tensors
 
 

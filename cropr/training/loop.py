@@ -4,9 +4,6 @@ All randomness of a step is a function of (seed, step, process), and all that a 
 that was killed and resumed ends with the weights of an undisturbed one, bit for bit on the CPU.
 """
 
-from __future__ import annotations
-
-import csv
 import json
 import logging
 import math
@@ -16,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,25 +25,14 @@ from rich.progress import Progress as Bar
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import cropr.training.checkpoint as store
 import cropr.training.optim as optim
 from cropr.data.loading import TrainBatches, some
 from cropr.distributed import StopRequest, World
-from cropr.records import RECORD, code_origin, make_record, read_record, replacing, write_record
+from cropr.records import RECORD, code_origin, make_record, read_record, write_record, write_table
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
-from cropr.training.checkpoint import (
-    BEST,
-    WEIGHTS,
-    initial_model,
-    latest_checkpoint,
-    load_checkpoint,
-    load_teacher,
-    multiply_adds,
-    parameters,
-    save_checkpoint,
-    save_weights,
-)
 
 CHECKPOINTS = "checkpoint"
 LOG, TABLE, EVENTS = "log.jsonl", "log.csv", "tensorboard"
@@ -98,33 +83,28 @@ def train(
 ) -> dict[str, Any]:
     """Run ``spec`` and return its record; at once if ``out`` has it already, from its checkpoint if it was cut off.
 
-    Leaves ``record.json``, ``weights.safetensors`` (training form), ``per_image.npz``, ``log.jsonl`` and ``log.csv`` in
-    ``out``; and ``best.safetensors``, whose first metric was the highest, if it evaluates while it trains. ``settings``
-    are those of ``Settings``. ``data_root`` has the images in the layout of the task; ``workers`` processes decode them
-    for each that trains. If ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run. So
-    is ``teacher``.
-
-    Raises ValueError or FileNotFoundError for spec, data, weights or ``out`` that do not fit, and what ``fit`` raises.
+    ``data_root`` has the images in the layout of the task; ``workers`` processes decode them for each that trains. If
+    ``spec.init`` is a digest, ``init`` is the weights: a file, or the directory of a run. So is ``teacher``.
+    ``settings`` are those of ``Settings``. Raises ValueError or FileNotFoundError for spec, data, weights or ``out``
+    that do not fit, and what ``fit`` raises.
     """
     if (record := finished(out, spec, seed)) is not None:
         return record
     code_origin()  # now, since the code may change before the record is written
     started, recipe, task = time.time(), spec.recipe, open_task(spec, data_root)
     torch.manual_seed(seed)
-    model, origin = initial_model(task, init, resuming=latest_checkpoint(out / CHECKPOINTS) is not None)
+    model, origin = store.initial_model(task, init, resuming=store.latest_checkpoint(out / CHECKPOINTS) is not None)
     model.to(world.device)
-    load_teacher(task, teacher, world.device)
+    store.load_teacher(task, teacher, world.device)
     size = max(1, recipe.batch_size // (recipe.accumulate * world.size))
-    how: dict[str, Any] = {"batch_size": size, "precision": recipe.precision, "seed": seed}
-    evaluation = EvaluationSettings(world=world, workers=workers, **how)
-    evaluate = partial(task.evaluate, settings=evaluation)
+    how = EvaluationSettings(world=world, workers=workers, batch_size=size, precision=recipe.precision, seed=seed)
     identity = {"spec": spec.digest(), "data": task.fingerprint, "init": origin}
     how_run, batches = Settings(out, identity, **settings), task.batches(seed, world, workers)
-    history = fit(model, task, batches, recipe, seed, how_run, world, lambda own: evaluate(own).metrics)
-    result = evaluate(model)
+    history = fit(model, task, batches, recipe, seed, how_run, world, lambda own: task.evaluate(own, how).metrics)
+    result = task.evaluate(model, how)
     found = {
         "seed": seed,
-        "metrics": {**result.metrics, **parameters(model), **multiply_adds(model)},
+        "metrics": {**result.metrics, **store.parameters(model), **store.multiply_adds(model)},
         "tokens": list(model.token_trace),
         "series": {**result.series, "epochs": history},
         "per_image": PER_IMAGE,
@@ -135,7 +115,7 @@ def train(
     if world.leads:
         record["metrics"] |= summarise(out / LOG) if recipe.epochs else {}
         write_arrays(out / PER_IMAGE, result.images)
-        save_weights(out / WEIGHTS, model, spec.digest())
+        store.save_weights(out / store.WEIGHTS, model, spec.digest())
         write_record(out / RECORD, record)
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=not recipe.epochs)
     world.wait()
@@ -145,7 +125,7 @@ def train(
 def finished(out: Path, spec: TrainSpec, seed: int) -> dict[str, Any] | None:
     """The record in ``out`` if the run is complete, its weights included; None if it has yet to run. Raises ValueError:
     ``out`` holds another run; the settings that differ are named."""
-    if not (out / RECORD).exists() or not (out / WEIGHTS).exists():
+    if not (out / RECORD).exists() or not (out / store.WEIGHTS).exists():
         return None
     record = read_record(out)
     if not (out / record.get("per_image", RECORD)).exists():
@@ -168,27 +148,17 @@ def fit(
     world: World | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place, from the last checkpoint in ``settings.out`` if there is one.
+    """Train ``model``, on ``world``'s device, in place, from the last checkpoint in ``settings.out`` if there is one.
 
-    Where the recipe averages weights, the average is evaluated, and the model has it in the end.
-
-    Args:
-        model: on ``world``'s device, with its initial weights.
-
-    Returns:
-        What ``evaluate`` returned, with ``epoch`` (from 1), including evaluations before a resumption.
-
-    Raises:
-        TrainingDiverged: with step, learning rate and last good checkpoint.
-        TrainingInterrupted: after SIGTERM or SIGINT.
-        ValueError: recipe that cannot run here, or a checkpoint of another run.
+    Where the recipe averages weights, the average is evaluated, and the model has it in the end. Returns what
+    ``evaluate`` returned, with ``epoch`` (from 1), including evaluations before a resumption. Raises TrainingDiverged;
+    TrainingInterrupted: after SIGTERM or SIGINT; ValueError: recipe that cannot run here, or checkpoint of another run.
     """
     if not recipe.epochs:
         return []
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
     steps = len(loader)
-    bar = Progress(run.total, run.step, steps, show=run.world.leads)
-    with run.log, StopRequest() as stop, bar as progress:
+    with run.log, StopRequest() as stop, Progress(run.total, run.step, steps, run.world.leads) as progress:
         while run.step < run.total:
             try:
                 run.train_epoch(stop, progress)
@@ -207,45 +177,39 @@ def fit(
     return run.history
 
 
-@dataclass
 class _Run:
-    """Everything that advances in training, and how it is saved and restored."""
+    """Everything that advances in training, and how it is saved and restored; arguments as of ``fit``."""
 
-    model: nn.Module
-    task: BatchTask
-    loader: TrainBatches
-    recipe: RecipeSpec
-    seed: int
-    settings: Settings
-    world: World
-
-    def __post_init__(self) -> None:
-        model, loader, recipe, settings, world = self.model, self.loader, self.recipe, self.settings, self.world
+    def __init__(
+        self, model: Any, task: Any, loader: TrainBatches, recipe: RecipeSpec, seed: int, how: Settings, world: World
+    ) -> None:
+        self.model, self.loader, self.recipe, self.seed = model, loader, recipe, seed
+        self.settings, self.world = how, world
         if recipe.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
         if recipe.grad_checkpointing:
-            model.backbone.host.set_grad_checkpointing()  # type: ignore[union-attr, operator]
+            model.backbone.host.set_grad_checkpointing()
         if recipe.freeze_encoder:
             optim.freeze_encoder(model)
-        self.root = settings.out / CHECKPOINTS
+        self.root = how.out / CHECKPOINTS
         self.average = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
         self.optimizer = optim.create_optimizer(model, recipe)
         self.schedule = optim.create_schedule(self.optimizer, recipe, len(loader))
         self.total = optim.total_steps(recipe, len(loader))
-        self.stepper = optim.Stepper(model, self.task, self.optimizer, recipe, world)
-        self.identity = {**settings.identity, "seed": self.seed, "steps_per_epoch": len(loader)}
+        self.stepper = optim.Stepper(model, task, self.optimizer, recipe, world)
+        self.identity = {**how.identity, "seed": seed, "steps_per_epoch": len(loader)}
         self.step, self.history = 0, list[dict[str, float]]()
-        if (checkpoint := latest_checkpoint(self.root)) is not None:
+        if (checkpoint := store.latest_checkpoint(self.root)) is not None:
             self._resume(checkpoint)
-        self.log = open_log(settings.out / LOG if world.leads else Path(os.devnull), self.step)
+        self.log = open_log(how.out / LOG if world.leads else Path(os.devnull), self.step)
         self.events: Any = None
-        if settings.tensorboard and world.leads:
+        if how.tensorboard and world.leads:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(settings.out / EVENTS), purge_step=self.step)
+            self.events = SummaryWriter(str(how.out / EVENTS), purge_step=self.step)
         self._saved = time.monotonic()
 
-    def train_epoch(self, stop: StopRequest, progress: Progress) -> None:
+    def train_epoch(self, stop: StopRequest, progress: "Progress") -> None:
         """The rest of the current epoch, or of the run; a line of the log a step."""
         self.model.train()
         epoch, first = divmod(self.step, len(self.loader))
@@ -253,7 +217,7 @@ class _Run:
         for images, targets in islice(self.loader.epoch(epoch, first), self.total - self.step):
             loaded = time.perf_counter()
             self.schedule.step_update(self.step)
-            self.model.ramp(optim.pruning_share(self.recipe, self.step, len(self.loader)))  # type: ignore[operator]
+            self.model.ramp(optim.pruning_share(self.recipe, self.step, len(self.loader)))
             optim.seed_step(self.seed, self.step, self.world.rank)
             result = self.stepper(images, targets, lambda: stop.requested is not None)
             if self.average:
@@ -278,20 +242,20 @@ class _Run:
         self._saved = time.monotonic()
         if self.world.leads:
             os.fsync(self.log.fileno())  # a checkpoint is never ahead of its log
-            write_table(self.settings.out / LOG)
+            write_table(self.settings.out / TABLE, _lines(self.settings.out / LOG))
             if self.events:
                 self.events.flush()
             scaler = self.stepper.scaler.state_dict()
             state = {"identity": self.identity, "history": self.history, "scaler": scaler}
             average = self.average.module if self.average else None
-            save_checkpoint(self.root, self.step, self.model, self.optimizer, state, average)
+            store.save_checkpoint(self.root, self.step, self.model, self.optimizer, state, average)
 
     def evaluated(self, epoch: int, model: nn.Module, metrics: dict[str, float]) -> None:
         """Keep metrics, and the weights of the model if its first metric is the highest so far."""
         name, value = next(iter(metrics.items()))
         self._show("val", metrics)
         if self.world.leads and all((value or 0) > (earlier[name] or 0) for earlier in self.history):
-            save_weights(self.settings.out / BEST, model)
+            store.save_weights(self.settings.out / store.BEST, model)
         self.history.append({"epoch": epoch, **metrics})
 
     def _show(self, what: str, values: dict[str, Any]) -> None:
@@ -300,16 +264,14 @@ class _Run:
 
     @property
     def last_checkpoint(self) -> str:
-        return f"last checkpoint: {latest_checkpoint(self.root) or 'none yet'}"
+        return f"last checkpoint: {store.latest_checkpoint(self.root) or 'none yet'}"
 
     def _resume(self, checkpoint: Path) -> None:
         theirs = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]
         if changes := differences(theirs, self.identity):
-            raise ValueError(
-                f"{checkpoint} is of another run: {'; '.join(changes)}. Choose another --out, or delete it"
-            )
+            raise ValueError(f"{checkpoint} is another run's: {'; '.join(changes)}. Choose another --out, or delete it")
         average = self.average.module if self.average else None
-        state = load_checkpoint(checkpoint, self.model, self.optimizer, average)
+        state = store.load_checkpoint(checkpoint, self.model, self.optimizer, average)
         if self.stepper.scaler.is_enabled():
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
@@ -328,15 +290,17 @@ class _Run:
 
 
 def summarise(log: Path) -> dict[str, float]:
-    """``images``, ``train_images_per_s`` and ``step_ms`` (median, without loading) of a run, from its log.
-
-    The first five steps, in which memory and kernels are set up, are left out of the median.
-    """
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    """``images``, ``train_images_per_s`` and ``step_ms`` (median, without loading) of a run, from its log. The first
+    five steps, in which memory and kernels are set up, are left out of the median."""
+    lines = _lines(log)
     steady = [line["step_ms"] for line in lines[5:]] or [line["step_ms"] for line in lines]
     images = sum(line["images"] for line in lines)
     seconds = sum(line["data_ms"] + line["step_ms"] for line in lines) / 1000
     return {"images": images, "train_images_per_s": images / seconds, "step_ms": float(np.median(steady))}
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def _line(step: int, epoch: int, lr: float, result: optim.StepResult, seconds: tuple[float, float]) -> dict[str, Any]:
@@ -344,8 +308,8 @@ def _line(step: int, epoch: int, lr: float, result: optim.StepResult, seconds: t
     numbers = {key: getattr(result, key) for key in ("loss", "aux_loss", "grad_norm")}
     finite = {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
     speed = {"images": result.images, "images_per_s": round(result.images / sum(seconds), 2)}
-    times = {key: round(1000 * value, 3) for key, value in zip(("data_ms", "step_ms"), seconds, strict=True)}
-    return {"step": step, "epoch": epoch, "lr": lr, **finite, **speed, **times}
+    speed |= {key: round(1000 * value, 3) for key, value in zip(("data_ms", "step_ms"), seconds, strict=True)}
+    return {"step": step, "epoch": epoch, "lr": lr, **finite, **speed}
 
 
 def open_log(path: Path, step: int) -> TextIO:
@@ -360,36 +324,25 @@ class Progress(Bar):
     """A bar on a terminal, else a log line every 30 s and at the end of each epoch; nothing without ``show``."""
 
     def __init__(self, total: int, done: int, steps_per_epoch: int, show: bool = True) -> None:
-        self._total, self._done, self._steps, self._show = total, done, steps_per_epoch, show
+        self._total, self._done, self._steps = total, done, steps_per_epoch
         self._began = self._said = time.monotonic()
         self._times = np.zeros(2)  # ms of loading and of computing since the last line
         console = Console(stderr=True)
-        text, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
-        columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), numbers
-        super().__init__(*columns, console=console, transient=True, disable=not (show and console.is_terminal))
-        self._task = self.add_task("training", total=total, completed=done, numbers="")
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        texts = TextColumn("training"), *columns, TextColumn("{task.description}")
+        super().__init__(*texts, console=console, transient=True, disable=not (show and console.is_terminal))
+        self._logs, self._task = show and self.disable, self.add_task("", total=total, completed=done)
 
     def step(self, line: dict[str, Any]) -> None:
         step, now = line["step"] + 1, time.monotonic()
         loss = "nan" if line["loss"] is None else f"{line['loss']:.3f}"
         numbers = f"loss {loss}, {line['images_per_s']:.3g} images/s"
-        self.update(self._task, completed=step, numbers=numbers)
-        self._times += np.array((line["data_ms"], line["step_ms"]))
-        due = step % self._steps == 0 or now - self._said > LOG_SECONDS
-        if self.disable and self._show and due:
+        self.update(self._task, completed=step, description=numbers)
+        self._times += line["data_ms"], line["step_ms"]
+        if self._logs and (step % self._steps == 0 or now - self._said > LOG_SECONDS):
             self._said, waited = now, float(self._times[0] / self._times.sum())
             left = timedelta(seconds=round((now - self._began) / (step - self._done) * (self._total - step)))
             held = f"; {waited:.0%} of the time waiting for images: raise --workers" if waited > HELD_BACK else ""
-            _LOG.info(
-                "step %d of %d, epoch %d: %s, %s left%s", step, self._total, line["epoch"] + 1, numbers, left, held
-            )
+            place = f"step {step} of {self._total}, epoch {line['epoch'] + 1}"
+            _LOG.info("%s: %s, %s left%s", place, numbers, left, held)
             self._times[:] = 0
-
-
-def write_table(log: Path) -> None:
-    """The log of a run as CSV, beside it."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    with replacing(log.with_name(TABLE)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(lines[0]) if lines else [])
-        table.writeheader()
-        table.writerows(lines)

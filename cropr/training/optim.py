@@ -1,11 +1,9 @@
-"""One optimizer step: AdamW with layer decay, the step's learning rate, pruning rate and gradients.
+"""One optimizer step: AdamW with layer decay, the step's learning rate, pruning rate and gradients, as the authors have
+them (docs/authors_code.md).
 
-The recipe is the authors' (docs/authors_code.md).
 A model of depth L has L + 2 levels: the stem (patch embedding, positions, prefix tokens) is level 0, block l level l,
 all else level L + 1 with scale 1: final norms, head, and what pruning adds for training.
 """
-
-from __future__ import annotations
 
 import math
 import re
@@ -57,10 +55,8 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 
 
 def parameter_groups(model: nn.Module, recipe: RecipeSpec) -> list[dict[str, Any]]:
-    """Groups for the optimizer, with ``lr_scale`` as timm's schedulers read it and the names of their parameters.
-
-    No weight decay for 1-D parameters, positions and prefix tokens; the queries of a Cropr module are decayed.
-    """
+    """Groups for the optimizer, with ``lr_scale`` as timm's schedulers read it and the names of their parameters. No
+    weight decay for 1-D parameters, positions and prefix tokens; the queries of a Cropr module are decayed."""
     host = model.get_submodule(HOST.rstrip("."))
     named = set(host.no_weight_decay()) if hasattr(host, "no_weight_decay") else set()  # type: ignore[operator]
     exempt = {HOST + name for name in NO_DECAY | named}
@@ -95,15 +91,11 @@ def total_steps(recipe: RecipeSpec, steps_per_epoch: float) -> int:
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_per_epoch: float) -> Scheduler:
-    """Learning rate of each optimizer step: linear warm-up, then ``recipe.decay`` to ``min_lr``.
-
-    Call ``step_update(step)`` before each step, from 0. Warm-up starts at its first increment, so that no step is
-    without effect. Raises ValueError: warm-up takes up all epochs.
-    """
+    """Learning rate of each optimizer step: linear warm-up from its first increment on, then ``recipe.decay`` to
+    ``min_lr``. Call ``step_update(step)`` before each step, from 0. Raises ValueError: warm-up takes up all epochs."""
     if recipe.warmup_epochs >= recipe.epochs:
-        raise ValueError(
-            f"spec.recipe.warmup_epochs = {recipe.warmup_epochs:g}: must be less than recipe.epochs = {recipe.epochs:g}"
-        )
+        limit = f"must be less than recipe.epochs = {recipe.epochs:g}"
+        raise ValueError(f"spec.recipe.warmup_epochs = {recipe.warmup_epochs:g}: {limit}")
     total = total_steps(recipe, steps_per_epoch)
     warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
     shape: dict[str, Any] = {
@@ -123,9 +115,8 @@ def pruning_share(recipe: RecipeSpec, step: int, steps_per_epoch: int) -> Fracti
     """Share of the schedule in force at an optimizer step, which counts from 0; 1 without a curriculum.
 
     It rises with each epoch, as the authors' segmentation does: R_e = floor(R e / (E / 2 - 1)) tokens a module in epoch
-    e of E, and R from the middle on. At rate 0 ours prunes nothing, where the authors' first module still removes its
-    extra token. Runs of part epochs or less than three, for which the formula has no ramp, rise with each step instead.
-    Evaluation always prunes by the whole schedule.
+    e of E, and R from the middle on. Runs of part epochs or less than three, for which the formula has no ramp, rise
+    with each step instead. Evaluation always prunes by the whole schedule.
     """
     if not recipe.curriculum:
         return Fraction(1)
@@ -147,11 +138,8 @@ class StepResult:
 
 
 class Stepper:
-    """One optimizer step: forward, backward over micro-batches, clipping, update.
-
-    Gradients of the encoder and of what pruning adds for training are clipped apart from each other, so that the
-    auxiliary losses do not reach the encoder that way either.
-    """
+    """One optimizer step: forward, backward over micro-batches, clipping, update. Gradients of the encoder and of what
+    pruning adds for training are clipped apart, so that the auxiliary losses do not reach the encoder that way."""
 
     def __init__(
         self, model: nn.Module, task: BatchTask, optimizer: torch.optim.Optimizer, recipe: RecipeSpec, world: World
@@ -169,9 +157,7 @@ class Stepper:
 
     def __call__(self, images: Tensor, targets: Any, stop: Callable[[], bool] = lambda: False) -> StepResult:
         """Update the weights with one batch: images [B, 3, H, W], the task's targets. Waits for the device once.
-
-        ``stop`` says whether this process was asked to stop; the result, whether any was.
-        """
+        ``stop`` says whether this process was asked to stop; the result, whether any was."""
         device, world = self.world.device, self.world
         images, targets = images.to(device, non_blocking=True), self.task.move(targets, device)
         images, targets = self.task.prepare(images, targets)

@@ -21,7 +21,7 @@ from cropr.records import read_record
 from cropr.tasks.base import EvaluationSettings
 from cropr.tasks.detection import FIGURES, DetDataSpec
 from cropr.tasks.detection.cascade import Detections
-from cropr.tasks.detection.evaluation import encode_masks, evaluate, predict, score, score_file, to_results
+from cropr.tasks.detection.evaluation import encode_masks, evaluate, score, score_file, to_results
 
 OF_THIS_SIZE = {f for f in FIGURES if f not in ("ap_medium", "ap_large", "ar_medium", "ar_large")}
 """Figures that the tiny set's objects, small ones all, give."""
@@ -204,18 +204,20 @@ def test_the_file_of_an_evaluation_scores_the_same(root, annotations, tmp_path):
     assert {**score_file(tmp_path / "predictions.json", annotations), "val_images": 5} == metrics
 
 
-def test_results_of_all_processes_are_joined_by_image(root):
+def test_results_of_all_processes_are_joined_by_image(root, tmp_path):
     _, val = load_coco(root, 3)
-    alone = predict(Oracle(val), batches(val), (3, 7, 90))
 
     class Backwards(World):
         def gather(self, items):
             return items[::-1]
 
-    backwards = EvaluationSettings(world=Backwards())
-    joined = predict(Oracle(val), batches(val), (3, 7, 90), backwards)
-    assert [r["image_id"] for r in joined[0]] == [r["image_id"] for r in alone[0]]
-    assert joined[1] == alone[1] == [100, 107, 114, 121, 128]
+    found = []
+    for world in (World(), Backwards()):
+        settings = EvaluationSettings(world=world, predictions=tmp_path / "found.json")
+        images = evaluate(Oracle(val), batches(val), val.annotations, settings).images["image"].tolist()
+        assert images == [100, 107, 114, 121, 128]
+        found.append([result["image_id"] for result in json.loads(settings.predictions.read_text())])
+    assert found[0] == found[1]
 
 
 def test_results_are_in_pixels_of_the_file():

@@ -19,7 +19,7 @@ from cropr.pruning import flops
 from cropr.pruning.model import Output
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
-from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec
+from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec, check
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.segmentation import SegDataSpec
@@ -189,6 +189,13 @@ def test_losses_by_hand():
     for left_out, expected in ((0, 20), (1, 0)):  # patches of that class have no part
         aux_loss = losses(made(sure, [aux]), target, aux_ignore=left_out).aux
         assert aux_loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_ignored_class_that_does_not_exist_is_refused():
+    told = {"task": "segmentation", "model": {"name": "vit_tiny_patch16_224"}, "data": {"num_classes": 11}}
+    assert check(TrainSpec, {**told, "recipe": {"aux_ignore": 10}}, "spec").recipe.aux_ignore == 10
+    with pytest.raises(ValueError, match=r"aux_ignore = 11: must be below data\.num_classes = 11"):
+        check(TrainSpec, {**told, "recipe": {"aux_ignore": 11}}, "spec")
 
 
 def test_ignored_pixels_and_patches_have_no_gradient():

@@ -1,7 +1,5 @@
 """Image classification: specs and the entry; imports no torch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -3,8 +3,6 @@
 B batch, N patch tokens, K kept, Q queries, M Cropr modules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,10 +99,8 @@ class Classification(Objective, TaskRun):
         size = self.spec.recipe.batch_size
         batches = TrainBatches(TrainImages(self.splits[0], self.data, seed), size, seed, world=world, workers=workers)
         if self.mix is not None and size // world.size % 2:
-            raise ValueError(
-                f"mixup and cutmix mix pairs, but a process has {size // world.size} images of a batch; "
-                f"make batch_size ({size}) a multiple of {2 * world.size}"
-            )
+            odd = f"mixup and cutmix mix pairs, but a process has {size // world.size} images of a batch"
+            raise ValueError(f"{odd}; make batch_size ({size}) a multiple of {2 * world.size}")
         return batches
 
     def evaluate(self, model: PrunedViT | DeployedViT, settings: EvaluationSettings = DEFAULT) -> Evaluation:
@@ -121,11 +117,8 @@ class Classification(Objective, TaskRun):
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
     """Main loss plus the weighted sum of the auxiliary losses (paper, section 3: all weights 1), plus other losses of
-    the reducers, in training mode.
-
-    ``target`` [B, classes] are probabilities: the label after smoothing, mixup and cutmix. Every auxiliary prediction
-    [B, Q, classes] has the same target; the queries of a module share its loss in equal parts.
-    """
+    the reducers. ``target`` [B, classes] are probabilities, also of every auxiliary prediction [B, Q, classes]; the
+    queries of a module share its loss in equal parts."""
     main = F.cross_entropy(output.logits.float(), target)
     if not output.aux:
         return Losses(main + output.extra_loss, main, main.new_empty(0))
@@ -136,9 +129,8 @@ def losses(output: Output, target: Tensor, aux_weight: float = 1.0) -> Losses:
 
 
 def distillation(output: Output, teacher: Output) -> dict[str, Tensor]:
-    """Losses against the unpruned ``teacher`` (Rao et al., 2021): half the Kullback-Leibler divergence of the
-    predictions, a mean over images, and half the mean squared difference of kept tokens after the last norm, where
-    tokens are whole patches."""
+    """Losses against the unpruned ``teacher`` (Rao et al., 2021): half the Kullback-Leibler divergence of predictions
+    and, where tokens are whole patches, half the mean squared difference of kept tokens after the last norm."""
     student, expected = (each.logits.float().log_softmax(dim=1) for each in (output, teacher))
     found = {"teacher": 0.5 * F.kl_div(student, expected, reduction="batchmean", log_target=True)}
     tokens = output.tokens
@@ -165,20 +157,14 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a ``PrunedViT`` or a ``DeployedViT``; the mode of the model is left as it was.
 
-    Args:
-        batches: images [B, 3, H, W] and labels [B]; with several processes, each has its own part.
-        objects: [images, N] bool, which patches lie on the labelled object, in the order of ``batches``.
+    ``batches`` are images [B, 3, H, W] and labels [B]; with several processes, each has its own part. ``objects``
+    [images, N] bool are the patches on the labelled object, in the same order. Raises ValueError: there are no images.
 
-    Returns:
-        Metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``, ``val_images``.
-        Series ``relevance``, with objects: per block ``block``, ``kept_on_object`` (share of the kept patches that lie
-        on the labelled object, percent), ``object_kept`` (share of the object's patches still alive, percent), both
-        means over images; block 0 is the input. Series ``scoring``: see ``cropr.tasks.scoring``. Images of this process
-        in their order: ``correct`` [n] bool; ``pruned_after`` [n, N] int8, see ``Output``, but for slots; and, with
-        objects, ``object_kept`` [n, blocks], shares from 0 to 1, NaN where there is no object.
-
-    Raises:
-        ValueError: there are no images.
+    Returns metrics ``top1``, ``top5`` (percent; top5 counts all classes where there are fewer), ``loss``,
+    ``val_images``. Series ``relevance``, with objects: ``block`` (0 is the input), ``kept_on_object`` (share of the
+    kept patches that lie on the object, percent), ``object_kept`` (share of the object's patches still alive, percent),
+    means over images; ``scoring``: see ``cropr.tasks.scoring``. Images of this process: ``correct`` [n] bool;
+    ``pruned_after`` [n, N] int8, see ``Output``, but for slots; with objects, ``object_kept`` [n, blocks], from 0 to 1.
     """
     device, training = settings.world.device, model.training
     model.eval()
@@ -228,10 +214,8 @@ def _results(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def object_map(paths: Sequence[str], data: DataSpec, grid: tuple[int, int]) -> Tensor | None:
-    """[images, h w] bool: which patches lie on the labelled object; None where the truth is not known.
-
-    It is known for sets of scenes and public sets. Masks are resized and cropped as the images are.
-    """
+    """[images, h w] bool: which patches lie on the labelled object; None where the truth is not known: it is of scenes
+    and public sets. Masks are resized and cropped as the images are."""
     if not paths or object_mask(paths[0]) is None:
         return None
     shorter, size = int(data.image_size / data.crop_pct), [data.image_size] * 2

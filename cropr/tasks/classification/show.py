@@ -1,7 +1,5 @@
 """Classes of single images, for pruning maps (``cropr.show``)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """Object detection and instance segmentation: specs and the entry; imports no torch."""
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,11 +58,10 @@ class DetModelSpec(Spec):
     max_detections: int = Field(100, ge=1)
 
     @model_validator(mode="after")
-    def _levels(self) -> DetModelSpec:
+    def _levels(self) -> Self:
         if len(self.anchor_sizes) != len(self.scales) + 1:
-            raise ValueError(
-                f"{len(self.anchor_sizes)} anchor_sizes for {len(self.scales)} scales: give one a scale, and one more"
-            )
+            counts = f"{len(self.anchor_sizes)} anchor_sizes for {len(self.scales)} scales"
+            raise ValueError(f"{counts}: give one a scale, and one more")
         return self
 
 

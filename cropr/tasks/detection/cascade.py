@@ -1,10 +1,7 @@
 """Proposals, and Cascade Mask R-CNN (Cai and Vasconcelos, 2018): stages with rising IoU thresholds, each on the boxes
-of the previous.
+of the previous. With one stage it is Mask R-CNN with class-agnostic boxes, which needs less memory and time.
 
-With one stage it is Mask R-CNN with class-agnostic boxes, which needs less memory and time.
-
-R regions, D channels of the pyramid, G objects of an image, M detections, K classes without background. Labels run from
-1 to K; 0 is background.
+R regions, D channels of the pyramid, G objects of an image, M detections, K classes labelled from 1; 0 is background.
 """
 
 from __future__ import annotations
@@ -42,8 +39,7 @@ SMALLEST = 0.01
 
 
 class Regions(NamedTuple):
-    """Regions of an image: boxes [R, 4] and labels [R]; of the object that each overlaps most, the number [R] and the
-    box [R, 4], zeros without objects."""
+    """Regions of an image: boxes [R, 4], labels [R]; number [R] and box [R, 4] of the object each overlaps most."""
 
     boxes: Tensor
     labels: Tensor
@@ -83,7 +79,11 @@ class CascadeHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """``loss_classes_k`` and ``loss_box_k`` of every stage k, and ``loss_mask``; all finite without objects."""
         levels = [level.float() for level in levels]
-        regions = [self._sample(*pair) for pair in zip(proposals, targets, strict=True)]
+        regions = []
+        for proposed, target in zip(proposals, targets, strict=True):  # true boxes are among those sampled from
+            own = match(torch.cat((proposed, target["boxes"].to(proposed))), target, self.spec.stages[0])
+            chosen = self.sampler(own.labels, target)
+            regions.append(Regions(*(values[chosen] for values in own)))
         # Masks are learnt on the regions of the first stage that lie on an object.
         positive = [Regions(*(values[region.labels > 0] for values in region)) for region in regions]
         boxes, matched = [region.boxes for region in positive], [region.matched for region in positive]
@@ -93,8 +93,10 @@ class CascadeHeads(nn.Module):
         losses = {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched) * share}
         for number, stage in enumerate(self.stages, start=1):
             boxes = [region.boxes for region in regions]
-            # All stages together send as much gradient into the pyramid as one alone would.
-            logits, deltas = stage(scale_gradient(self.pool(levels, boxes, BOX_SIZE), 1 / len(self.stages)))
+            pooled = self.pool(levels, boxes, BOX_SIZE)
+            if pooled.requires_grad:  # all stages together send as much into the pyramid as one alone would
+                pooled.register_hook(lambda gradient: gradient * (1 / len(self.stages)))
+            logits, deltas = stage(pooled)
             every = Regions(*(torch.cat(values) for values in zip(*regions, strict=True)))
             losses[f"loss_classes_{number}"], losses[f"loss_box_{number}"] = stage.loss(logits, deltas, every)
             if number < len(self.stages):
@@ -103,12 +105,6 @@ class CascadeHeads(nn.Module):
                 threshold = self.spec.stages[number]
                 regions = [match(box, target, threshold) for box, target in zip(solid, targets, strict=True)]
         return losses
-
-    def _sample(self, proposals: Tensor, target: Target) -> Regions:
-        """A random choice of ``spec.rois`` among the proposals and the true boxes themselves."""
-        regions = match(torch.cat((proposals, target["boxes"].to(proposals))), target, self.spec.stages[0])
-        chosen = self.sampler(regions.labels, target)
-        return Regions(*(values[chosen] for values in regions))
 
     def detect(
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
@@ -129,17 +125,14 @@ class CascadeHeads(nn.Module):
         logits = self.mask_head(self.pool(levels, found, MASK_SIZE)).float()
         masks = logits[torch.arange(len(labels), device=labels.device), labels - 1].sigmoid()
         split = masks.split([len(box) for box in found])
-        return [
-            Detections(box, pick.labels, pick.scores, mask) for box, pick, mask in zip(found, picks, split, strict=True)
-        ]
+        return [Detections(b, pick.labels, pick.scores, m) for b, pick, m in zip(found, picks, split, strict=True)]
 
 
 class RegionPooler:
     """Pools each region from the level that suits its size, with aligned RoIAlign and adaptive sampling.
 
-    torchvision's own pooler is not aligned, and it infers the levels' scales from the sizes of the first batch, wrongly
-    where images are smaller than the canvas. ``strides`` are powers of 2, finest first; a region of ``size`` pixels a
-    side is pooled from the level of ``stride``.
+    torchvision's own is not aligned, and infers the scales from the first batch, wrongly for images smaller than the
+    canvas. ``strides`` are powers of 2, finest first; regions of ``size`` pixels a side have the level of ``stride``.
     """
 
     def __init__(self, strides: Sequence[int], size: int, stride: int) -> None:
@@ -215,13 +208,6 @@ def mean_over_processes(count: int, device: torch.device) -> float:
     return max(total.item(), 1) / distributed.get_world_size()
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """``x``, its gradient scaled from here on."""
-    if x.requires_grad:
-        x.register_hook(lambda gradient: gradient * scale)
-    return x
-
-
 def match(boxes: Tensor, target: Target, threshold: float) -> Regions:
     """Give each box [R, 4] the object that it overlaps most, or the background below ``threshold``."""
     objects = target["boxes"].to(boxes)
@@ -258,9 +244,8 @@ def soft_nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, 
     multiplies scores of boxes by 1 - IoU, where the IoU is above ``threshold``. Scores up to ``min_score`` are dropped;
     the ``limit`` highest remain.
 
-    All classes have the same boxes, so that one matrix of overlaps is enough; it is in float32, since float16 is off by
-    half a pixel above 1024. Each of ``limit`` steps picks one box of every class. Within a class scores are picked in
-    falling order, so that the ``limit`` best of the image are among the first ``limit`` of each class.
+    One matrix of overlaps serves all classes, in float32, since float16 is off by half a pixel above 1024. Each step
+    picks one box of every class, in falling order: the ``limit`` best are among the first ``limit`` of each class.
     """
     index = (scores > min_score).any(dim=1).nonzero()[:, 0]
     overlap = box_iou(boxes[index].float(), boxes[index].float())
@@ -304,11 +289,8 @@ class Anchors(nn.Module):
 
 
 class _Head(RPNHead):
-    """Two 3 x 3 convolutions shared by all levels; logits and deltas in float32.
-
-    torchvision initialises all layers with a standard deviation of 0.01, which suits 256 channels; with 16, two
-    convolutions divide their input by 100. Here the convolutions start by their width, as those of the other heads do.
-    """
+    """Two 3 x 3 convolutions shared by all levels; logits and deltas in float32. The convolutions start by their width,
+    as in the other heads: torchvision's standard deviation of 0.01 suits 256 channels alone."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, len(RATIOS), conv_depth=2)

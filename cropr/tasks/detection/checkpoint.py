@@ -10,8 +10,6 @@ Two kinds of tensors change: the position table (without the row of the class to
 classifiers of the box stages, whose background class moves from the last place to the first.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re
@@ -72,8 +70,7 @@ DROP = (
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a file that torch saved, read without running code from it. Raises ValueError for other
-    content."""
+    """Tensors by name of a file that torch saved, read without running code. Raises ValueError for other content."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
@@ -88,8 +85,7 @@ def load_eva02(detector: Detector, state: Mapping[str, Tensor]) -> None:
     """Load tensors by detectron2's names; weights of Cropr modules and fusion keep their initial values. Raises
     ValueError with all unknown or missing names and all differing shapes."""
     wanted = {k: v for k, v in detector.state_dict().items() if not k.startswith(("reducers.", "fusion."))}
-    taken: dict[str, Tensor] = {}
-    problems = []
+    taken, problems = dict[str, Tensor](), list[str]()
     for theirs, value in state.items():
         if re.fullmatch(DROP, theirs):
             continue

@@ -1,12 +1,5 @@
-"""Box and mask AP by pycocotools, and predictions as COCO's result file.
-
-    results, _ = predict(model, batches, split.annotations.category_ids)
-    metrics = score(results, split.annotations.path)
-
-A result file can be scored alone: ``python -m cropr evaluate --predictions FILE --annotations FILE``.
-"""
-
-from __future__ import annotations
+"""Box and mask AP by pycocotools, and predictions as COCO's result file, which can also be scored alone:
+``python -m cropr evaluate --predictions FILE --annotations FILE``."""
 
 import io
 import json
@@ -24,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from cropr.data.annotations import Annotations, is_number, parse, read_content, wrong_box
+from cropr.data.annotations import Annotations, is_number, read_annotations, read_content, wrong_box
 from cropr.data.coco import Target
 from cropr.data.loading import some
 from cropr.records import write_text
@@ -41,6 +34,7 @@ Result = dict[str, Any]
 pixels of the file, ``segmentation`` as RLE."""
 
 
+@torch.no_grad()
 def evaluate(
     model: Detector,
     batches: Iterable[tuple[Tensor, list[Target]]],
@@ -52,40 +46,26 @@ def evaluate(
     ``batches`` are as ``cropr.data.coco`` collates them; with several processes, each has its own part. The model, on
     the device of the settings, keeps its mode. Raises ValueError: there are no images.
     """
-    results, image_ids = predict(model, batches, annotations.category_ids, settings)
-    if not image_ids:
-        raise ValueError("no image to evaluate: the validation set is empty")
-    if settings.predictions:
-        write_text(settings.predictions, json.dumps(results, allow_nan=False) + "\n")
-    images: dict[str, Any] = {"image": np.array(image_ids)}
-    metrics = score(results, annotations.path, image_ids, images=images)
-    return Evaluation({**metrics, "val_images": len(image_ids)}, images=images)
-
-
-@torch.no_grad()
-def predict(
-    model: Detector,
-    batches: Iterable[tuple[Tensor, list[Target]]],
-    category_ids: Sequence[int],
-    settings: EvaluationSettings = DEFAULT,
-) -> tuple[list[Result], list[int]]:
-    """Detections of all processes, by image, and the ids of all images; arguments as for ``evaluate``."""
-    training = model.training
+    training, world, device = model.training, settings.world, settings.world.device
     model.eval()
     torch.manual_seed(settings.seed)
-    results: list[Result] = []
-    image_ids = []
-    device = settings.world.device
+    results, image_ids = list[Result](), list[int]()
     for images, targets in batches:
         with autocast(device, settings.precision):
             found = model.detect(images.to(device, non_blocking=True), [target["size"] for target in targets])
         for detections, target in zip(found, targets, strict=True):
-            results += to_results(detections, target, category_ids)
+            results += to_results(detections, target, annotations.category_ids)
             image_ids.append(target["image_id"])
     model.train(training)
-    results, image_ids = settings.world.gather(results), settings.world.gather(image_ids)
+    results, image_ids = world.gather(results), sorted(world.gather(image_ids))
     results.sort(key=lambda result: result["image_id"])  # ties must not depend on the order of the processes
-    return results, sorted(image_ids)
+    if not image_ids:
+        raise ValueError("no image to evaluate: the validation set is empty")
+    if settings.predictions:
+        write_text(settings.predictions, json.dumps(results, allow_nan=False) + "\n")
+    arrays: dict[str, Any] = {"image": np.array(image_ids)}
+    metrics = score(results, annotations.path, image_ids, images=arrays)
+    return Evaluation({**metrics, "val_images": len(image_ids)}, images=arrays)
 
 
 def to_results(detections: Detections, target: Target, category_ids: Sequence[int]) -> list[Result]:
@@ -107,9 +87,6 @@ def to_results(detections: Detections, target: Target, category_ids: Sequence[in
         }
         for box, label, value, code in zip(*columns, encode_masks(masks, boxes, size), strict=True)
     ]
-
-
-# Scores -------------------------------------------------------------------------------------------------------------
 
 
 def score_file(predictions: Path, annotations: Path) -> dict[str, float]:
@@ -137,17 +114,9 @@ def score(
     """The ``FIGURES`` in percent for boxes (``box_ap``, ...), and for masks (``mask_ap``, ...) if results have them.
 
     Without any detection all figures are 0, for boxes and masks. A figure is left out if the truth has no object of
-    that size (pycocotools gives -1).
-
-    Args:
-        results: detections in COCO's format; they are not changed.
-        annotations: file with the truth.
-        image_ids: images to evaluate. If None, all of the file.
-        source: name of the results in messages.
-        images: if given, gets what ``matches`` finds for boxes (``box_image``, ...) and masks.
-
-    Raises:
-        FileNotFoundError, ValueError: truth or results are missing or wrong.
+    that size (pycocotools gives -1). Evaluated are the images of ``image_ids``, or all of the file; ``images``, if
+    given, gets what ``matches`` finds for boxes (``box_image``, ...) and masks; ``source`` names the results in
+    messages. Raises FileNotFoundError, ValueError: truth or results are missing or wrong.
     """
     truth = _truth(annotations)
     problems = []
@@ -179,7 +148,7 @@ def _truth(path: Path) -> COCO:
     get an empty mask, because it fails on an empty list and reads four numbers as a box.
     """
     content = read_content(path)
-    _, problems = parse(path, content)
+    _, problems = read_annotations(path, content)
     if problems:
         raise ValueError(some(problems, "\n  "))
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -236,21 +205,14 @@ def _evaluation(truth: COCO, results: list[Result], kind: str, image_ids: Sequen
 
 
 def matches(evaluation: COCOeval) -> dict[str, Any]:
-    """What AP at area ``all`` is computed from: detections by image, and objects to be found.
-
-    Returns:
-        For each detection, at most 100 an image and category: ``image`` and ``category``, places among the sorted ids;
-        ``score``; ``hit`` and ``ignored``, [detections, IoU thresholds] bool. And ``objects`` [images, categories],
-        without those that need not be found (crowds).
-    """
+    """What AP at area ``all`` is computed from. For each detection, at most 100 an image and category: ``image`` and
+    ``category``, places among the sorted ids; ``score``; ``hit`` and ``ignored``, [detections, IoU thresholds] bool.
+    And ``objects`` [images, categories], without those that need not be found (crowds)."""
     settings = evaluation.params
     images, categories, most = len(settings.imgIds), len(settings.catIds), settings.maxDets[-1]
     objects = np.zeros((images, categories), np.int32)
-    none = np.zeros((0, len(settings.iouThrs)), bool)
-    columns: dict[str, list[Any]] = {
-        "image": [np.zeros(0, np.int32)], "category": [np.zeros(0, np.int32)], "score": [np.zeros(0)],
-        "hit": [none], "ignored": [none],
-    }  # fmt: skip
+    none, number = np.zeros((0, len(settings.iouThrs)), bool), np.zeros(0, np.int32)
+    rows: list[tuple[Any, ...]] = [(number, number, np.zeros(0), none, none)]
     # pycocotools lists its results by category, area and image; area 0 is ``all``.
     by_area = np.array(evaluation.evalImgs, dtype=object).reshape(categories, len(settings.areaRng), images)
     for (category, image), own in np.ndenumerate(by_area[:, 0]):
@@ -258,22 +220,19 @@ def matches(evaluation: COCOeval) -> dict[str, Any]:
             continue
         objects[image, category] = np.sum(own["gtIgnore"] == 0)
         scores = np.array(own["dtScores"][:most], float)
-        columns["image"].append(np.full(len(scores), image, np.int32))
-        columns["category"].append(np.full(len(scores), category, np.int32))
-        columns["score"].append(scores)
-        columns["hit"].append(own["dtMatches"][:, :most].T > 0)
-        columns["ignored"].append(own["dtIgnore"][:, :most].T > 0)
-    return {"objects": objects, **{name: np.concatenate(parts) for name, parts in columns.items()}}
+        places = (np.full(len(scores), place, np.int32) for place in (image, category))
+        rows.append((*places, scores, *(own[key][:, :most].T > 0 for key in ("dtMatches", "dtIgnore"))))
+    columns = map(np.concatenate, zip(*rows, strict=True))
+    return {"objects": objects, **dict(zip(("image", "category", "score", "hit", "ignored"), columns, strict=True))}
 
 
 def encode_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
     """Run-length codes, in COCO's JSON form, of masks [M, s, s], probabilities within boxes [M, 4] (left, top, right,
     bottom in pixels) of an image of ``size`` height and width.
 
-    A pixel belongs to the object if the mask, interpolated at the pixel's centre, is at least 0.5; outside of the box
-    the mask is 0, which rounds corners, as in detectron2.
-    torchvision's ``paste_masks_in_image`` rounds boxes to whole pixels first, which costs accuracy on small objects,
-    and holds all masks at once at the size of the image: 0.9 GB for 100 of them at 1536 pixels.
+    A pixel belongs to the object if the mask, interpolated at its centre, is at least 0.5; outside of the box the mask
+    is 0, which rounds corners, as in detectron2. torchvision's ``paste_masks_in_image`` rounds boxes to whole pixels,
+    which costs accuracy on small objects, and takes 0.9 GB for 100 masks at 1536 pixels.
     """
     canvas = np.zeros(size, np.uint8, order="F")
     codes = []

@@ -83,8 +83,7 @@ class Detector(Encoder):
     ) -> None:
         reducers = {int(block): cast(Reducer, reducer) for block, reducer in encoder.reducers.items()}
         super().__init__(encoder.backbone, encoder.schedule, reducers, encoder.fusion)
-        self.neck, self.rpn, self.heads = neck, rpn, heads
-        self.multiple = multiple
+        self.neck, self.rpn, self.heads, self.multiple = neck, rpn, heads, multiple
         self.canvas: Size = self.backbone.image_size
         """Height and width that images are padded to."""
 
@@ -94,21 +93,20 @@ class Detector(Encoder):
         targets: Sequence[Target] | None = None,
         sizes: Sequence[Size] | None = None,
     ) -> DetectionOutput:
-        """Losses in training mode, detections in evaluation mode.
+        """Losses in training mode, detections in evaluation mode, of images [B, 3, H, W] or B times [3, H_b, W_b].
 
-        Args:
-            images: [B, 3, H, W] or B times [3, H_b, W_b].
-            targets: torchvision's, one an image: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W]. Needed
-                in training, and only there.
-            sizes: height and width of each image within H x W, without padding. By default the targets' ``size``,
-                else H and W.
+        ``targets``, in training alone, are torchvision's: ``boxes`` [G, 4], ``labels`` [G] from 1, ``masks`` [G, H, W].
+        ``sizes``: height and width of each image without padding, by default the targets' ``size``, else H and W.
         """
         if self.training and targets is None:
             raise ValueError("a detector in training mode needs targets; call eval() before you detect")
         if sizes is None:
             known: Sequence[Any] = targets or [{}] * len(images)
             sizes = [one.get("size", tuple(image.shape[-2:])) for image, one in zip(images, known, strict=True)]
-        batch = self._pad(images)
+        height, width = (max(sides) for sides in zip(*(self._canvas(image) for image in images), strict=True))
+        # On one canvas, with zeros: the mean colour of normalised images.
+        padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
+        batch = torch.stack(padded)
         encoded = super().forward(batch)
         levels = self.neck(encoded.logits)
         proposals, losses = self.rpn.propose(ImageList(batch, list(sizes)), levels, targets)
@@ -120,10 +118,8 @@ class Detector(Encoder):
 
     @torch.no_grad()
     def detect(self, images: Tensor | Sequence[Tensor], sizes: Sequence[Size] | None = None) -> list[Detections]:
-        """Detections of each image, independent of the other images; arguments as of ``forward``.
-
-        Boxes are in pixels of the image as given, masks [M, 28, 28] are probabilities within their box.
-        """
+        """Detections of each image, independent of the other images; arguments as of ``forward``. Boxes are in pixels
+        of the image as given, masks [M, 28, 28] are probabilities within their box."""
         if len({self._canvas(image) for image in images}) == 1:
             return self(images, sizes=sizes).detections
         alone = [slice(number, number + 1) for number in range(len(images))]
@@ -139,12 +135,6 @@ class Detector(Encoder):
         height, width = (_round_up(edge, self.multiple) for edge in image.shape[-2:])
         return max(self.canvas[0], height), max(self.canvas[1], width)
 
-    def _pad(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """[B, 3, H, W] on one canvas, with zeros: the mean colour of normalised images."""
-        height, width = (max(sides) for sides in zip(*(self._canvas(image) for image in images), strict=True))
-        padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
-        return torch.stack(padded)
-
 
 def build_detector(
     model: ModelSpec,
@@ -157,8 +147,7 @@ def build_detector(
     """The detector of a specification. ``image_size``, a side or height and width in pixels, is what images are padded
     to; it is rounded up to whole windows. Raises TypeError: a host that cannot have windows, by name; ValueError: a
     schedule that leaves no whole windows, a pruned model without fusion, levels that do not fit."""
-    patch = model.args.get("patch_size")
-    if patch is None:
+    if (patch := model.args.get("patch_size")) is None:
         with torch.device("meta"):
             host: Any = timm.create_model(model.name, **model.args)
         patch, columns = host.patch_embed.patch_size
@@ -180,12 +169,9 @@ def build_encoder(
     image_size: int | Size,
     pretrained: bool = False,
 ) -> Encoder:
-    """The encoder of a detector; raises what ``build_detector`` raises.
-
-    Its map goes into the pyramid without a final norm, as in ViTDet and EVA-02. The last block has no drop path where
-    tokens are pruned, as in classification. The host is a timm ViT or EVA-02 for images of ``image_size``, without
-    prefix tokens, norm after the last block and classifier; the auxiliary heads have ``num_outputs``.
-    """
+    """The encoder of a detector, a timm ViT or EVA-02 without prefix tokens, classifier and, as in ViTDet and EVA-02,
+    final norm; the auxiliary heads have ``num_outputs``. The last block has no drop path where tokens are pruned, as in
+    classification. Raises what ``build_detector`` raises."""
     arguments: dict[str, Any] = {"num_classes": 0, "class_token": False, "global_pool": "avg", "dynamic_img_size": True}
     arguments |= {"img_size": image_size, "drop_path_rate": model.drop_path, **model.args}
     host: Any = timm.create_model(model.name, **arguments)
@@ -196,8 +182,7 @@ def build_encoder(
         weights["pos_embed"] = weights["pos_embed"][:, -host.pos_embed.shape[1] :]
         host.load_state_dict(weights)
     host.norm, host.fc_norm = nn.Identity(), nn.Identity()
-    backbone = windowed(host, detector.window, detector.global_blocks)
-    schedule = Schedule.from_config(spec.schedule)
+    backbone, schedule = windowed(host, detector.window, detector.global_blocks), Schedule.from_config(spec.schedule)
     encoder = prune(backbone, schedule, spec.reducer, spec.fusion, spec.options, num_outputs, Encoder)
     if encoder.reducers:
         keep_last_block(host)
@@ -205,13 +190,9 @@ def build_encoder(
 
 
 def losses(output: DetectionOutput, targets: Sequence[Target], num_classes: int, aux_weight: float = 1.0) -> Losses:
-    """Sum of all losses of the detector (each has weight 1), plus the weighted sum of the auxiliary losses.
-
-    Cropr modules predict the set of classes in the image, after cropping (paper, section 3: one query, sigmoid BCE).
-    The paper does not give the reduction; ours is the mean over images, queries and classes.
-
-    ``output`` is that of a model in training mode for ``targets``, whose ``labels`` [n] count from 1.
-    """
+    """Sum of all losses of a detector in training mode (each has weight 1), plus the weighted sum of the auxiliary
+    losses: Cropr modules predict the set of classes in the image, after cropping (paper, section 3: one query, sigmoid
+    BCE). The paper does not give the reduction; ours is the mean over images, queries and classes."""
     main = torch.stack(tuple(output.losses.values())).sum()
     if not output.encoded.aux:
         return Losses(main, main, main.new_empty(0))

@@ -1,7 +1,5 @@
 """Object detection as a training run asks for it: COCO's layout, the detector, box and mask AP."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -45,25 +43,24 @@ class Detection(TaskRun):
 
     def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         images = TrainImages(self.splits[0], self.data, seed)
-        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate, world, workers)
+        return TrainBatches(images, self.spec.recipe.batch_size, seed, collate=collate, world=world, workers=workers)
 
     def evaluate(self, model: Detector, settings: EvaluationSettings = DEFAULT) -> Evaluation:
         """The twelve figures of COCO's evaluation for boxes and for masks, in percent."""
-        images = EvalImages(self.splits[1], self.data)
-        batches = EvalBatches(images, settings.batch_size, collate, settings.world, settings.workers)
+        images, how = EvalImages(self.splits[1], self.data), {"world": settings.world, "workers": settings.workers}
+        batches = EvalBatches(images, settings.batch_size, collate=collate, **how)
         return evaluate(model, batches, self.splits[1].annotations, settings)
 
     def move(self, targets: list[Target], device: torch.device) -> list[Target]:
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return [cast(Target, {key: moved(value) for key, value in target.items()}) for target in targets]
+        return [
+            cast(Target, {k: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in own.items()})
+            for own in targets
+        ]
 
     def split(self, targets: list[Target], parts: int) -> Sequence[list[Target]]:
         return [[targets[place] for place in part] for part in torch.arange(len(targets)).tensor_split(parts)]
 
     def forward(self, model: Any, images: Tensor, targets: list[Target]) -> DetectionOutput:
-        """See ``BatchTask``; the detector computes its losses itself."""
         return cast(DetectionOutput, model(images, targets))
 
     def loss(self, output: DetectionOutput, targets: list[Target]) -> Losses:

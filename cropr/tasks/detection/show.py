@@ -1,7 +1,5 @@
 """Boxes and masks of single images, for pruning maps (``cropr.show``)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

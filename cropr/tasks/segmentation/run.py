@@ -4,8 +4,6 @@ B batch, P prefix tokens, N = h w patches, K survivors, C classes, Q queries, M 
 are normalised, so that padding with zeros is padding with the mean colour.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -52,7 +50,7 @@ class Segmentation(TaskRun):
     def folder_fingerprint(self) -> str:
         return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.images))
 
-    def build(self, pretrained: bool = False) -> PrunedSegmenter:
+    def build(self, pretrained: bool = False) -> "PrunedSegmenter":
         shape = self.data.num_classes, self.data.image_size
         return build_model(self.spec.model, self.spec.prune, *shape, pretrained, PrunedSegmenter)
 
@@ -64,10 +62,9 @@ class Segmentation(TaskRun):
         return losses(output, targets, self.spec.prune.aux_weight, self.spec.recipe.aux_ignore)
 
     @torch.no_grad()
-    def evaluate(self, model: PrunedSegmenter | DeployedViT, settings: EvaluationSettings = DEFAULT) -> Evaluation:
-        """Metrics ``miou``, ``macc``, ``aacc`` (percent) from the pixels of all images; series ``iou`` by class, None
-        for classes that are neither labelled nor predicted, and ``scoring`` (``cropr.tasks.scoring``). Images:
-        ``pixels`` [n, 3, C] of ``count_pixels``."""
+    def evaluate(self, model: "PrunedSegmenter | DeployedViT", settings: EvaluationSettings = DEFAULT) -> Evaluation:
+        """Metrics and series ``iou`` of ``scores``, series ``scoring`` (``cropr.tasks.scoring``); images: ``pixels``
+        [n, 3, C] of ``count_pixels``."""
         training, world, device = model.training, settings.world, settings.world.device
         scoring, host = Scoring(model), (model.model if isinstance(model, DeployedViT) else model).backbone.host
         model.eval()
@@ -107,11 +104,8 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDataSpec) -> Tensor:
-    """Logits [B, C, H, W] for images as ``cropr.data.ade20k.EvalImages`` gives them.
-
-    ``spec.evaluation`` is ``single`` for the authors' evaluation (pad to one window, predict, crop the padding off,
-    enlarge the logits bilinearly to ``size``), or ``slide`` for ``predict_sliding``.
-    """
+    """Logits [B, C, H, W] for images as ``cropr.data.ade20k.EvalImages`` gives them: by ``predict_sliding``, or the
+    authors' way (pad to one window, predict, crop the padding off, enlarge the logits bilinearly to ``size``)."""
     if spec.evaluation == "slide":
         return predict_sliding(forward, images, spec.image_size, spec.stride or spec.image_size)
     logits = _forward_padded(forward, images, spec.image_size)
@@ -121,8 +115,8 @@ def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDa
 def predict_sliding(forward: Forward, images: Tensor, window: int, stride: int) -> Tensor:
     """Logits [B, C, H, W] of images [B, 3, H, W]: the mean over all windows that cover a pixel (mmseg's ``slide``).
 
-    Windows begin every ``stride`` pixels; the last of a row or column is moved back to end with the image. Images that
-    are smaller than a window are padded. Raises ValueError: windows that leave gaps.
+    Windows begin every ``stride`` pixels; the last of a row or column is moved back to end with the image. Smaller
+    images are padded. Raises ValueError: windows that leave gaps.
     """
     if stride > window:
         raise ValueError(f"stride {stride} leaves gaps between windows of {window} px; lower it to at most {window}")
@@ -158,16 +152,10 @@ def count_pixels(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor
 
 
 def scores(counts: Tensor) -> tuple[dict[str, float], list[float | None]]:
-    """Scores in percent from ``count_pixels``, summed over images to [3, C]; as mmseg defines them.
-
-    Returns:
-        ``miou``: mean IoU over the classes that are labelled or predicted somewhere; ``macc``: mean, over the labelled
-        classes, of the share of their pixels that are right; ``aacc``: share of all labelled pixels that are right.
-        And the IoU of each class: None for one that is neither labelled nor predicted, 0 for one only predicted.
-
-    Raises:
-        ValueError: there is no labelled pixel.
-    """
+    """Scores in percent from ``count_pixels``, summed over images to [3, C]; as mmseg defines them: ``miou``, mean IoU
+    over the classes that are labelled or predicted somewhere; ``macc``, mean over the labelled classes of the share of
+    their pixels that are right; ``aacc``, share of all labelled pixels that are right. And the IoU of each class: None
+    for one that is neither labelled nor predicted. Raises ValueError: there is no labelled pixel."""
     counts = counts.double().cpu()
     right, labelled, predicted = counts
     if not (total := labelled.sum()):
@@ -181,15 +169,13 @@ def scores(counts: Tensor) -> tuple[dict[str, float], list[float | None]]:
 class PrunedSegmenter(PrunedViT):
     """A host with token pruning that predicts a class for every pixel: logits [B, classes, H, W].
 
-    The host's norm and linear classifier serve every token, without pooling (the authors' head: with average pooling,
-    timm's name of that norm is ``fc_norm``); the predictions return to raster order and are upsampled bilinearly.
-    Patches that no fusion brought back take the prediction of the nearest survivor (ours: the paper does not say).
+    The host's norm and linear classifier serve every token, without pooling (the authors' head); the predictions return
+    to raster order and are upsampled bilinearly. Patches that no fusion brought back take the prediction of the nearest
+    survivor (ours: the paper does not say).
 
     Images may have any size that the host takes; modules with queries are trained on images of the size that the host
-    was built for, since each query belongs to one patch. EVA-02 at the paper's scale is
-    ``ModelSpec(name="eva02_large_patch14_224.mim_m38m", args={"patch_size": 16})`` for 512 px: timm resamples its patch
-    embedding and positions. Raises TypeError for a host without a linear classifier that suits single tokens,
-    ValueError for modules with another number of queries than there are patches.
+    was built for, since each query belongs to one patch. Raises TypeError for a host without a linear classifier that
+    suits single tokens, ValueError for modules with another number of queries than there are patches.
     """
 
     dense: ClassVar[bool] = True
@@ -215,11 +201,8 @@ class PrunedSegmenter(PrunedViT):
 
 
 def spread(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-    """Values of the patch tokens at their places, [B, C, h, w]; empty places take those of the nearest patch alive, or
-    of the token that their patch went into.
-
-    Nearest in the grid, Euclidean; of two at the same distance, the one that comes first in raster order.
-    """
+    """Values of the patch tokens at their places, [B, C, h, w]; empty places take those of the token that their patch
+    went into, or of the nearest patch alive: Euclidean in the grid, the first in raster order of several."""
     assert tokens.index is not None
     size, columns, device = grid[0] * grid[1], grid[1], tokens.index.device
     if tokens.source is not None:
@@ -235,11 +218,9 @@ def spread(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
 
 
 def losses(output: Output, target: Tensor, aux_weight: float = 1.0, aux_ignore: int | None = None) -> Losses:
-    """Main loss plus the weighted sum of the auxiliary losses: cross-entropy over all labelled pixels or patches.
-    Patches of class ``aux_ignore`` have no part in the auxiliary losses.
-
-    A batch without a label gives zeros. Means are over the labelled pixels of the batch, as in the authors' code;
-    micro-batches of an accumulated step, and processes, weigh by images, not by labels.
+    """Main loss plus the weighted sum of the auxiliary losses: cross-entropy over all labelled pixels, or patches but
+    those of class ``aux_ignore``. A batch without a label gives zeros. Means are over the labels of the batch, as in
+    the authors' code; micro-batches of an accumulated step, and processes, weigh by images.
 
     ``target`` is [B, H, W] integers, ``IGNORE`` where there is no label. The target of an auxiliary prediction
     [B, Q, classes] is the label of each patch (``patch_labels``); raises ValueError for another grid than the images'.
@@ -268,9 +249,7 @@ def _labelled(target: Tensor) -> Tensor:
 
 
 def _require_queries(queries: int, grid: tuple[int, int]) -> None:
-    if queries != grid[0] * grid[1]:
-        raise ValueError(
-            f"{queries} queries for a grid of {grid[0]} x {grid[1]} patches: each query is trained on one patch, which "
-            f"ties training to one grid; set num_queries to {grid[0] * grid[1]}, or train on images that have "
-            f"{queries} patches (evaluation and deployment take any)"
-        )
+    if queries != (patches := grid[0] * grid[1]):
+        fix = f"set num_queries to {patches}, or train on images of {queries} patches (evaluation takes any)"
+        grid_text = f"a grid of {grid[0]} x {grid[1]} patches: one a patch, which ties training to one grid"
+        raise ValueError(f"{queries} queries for {grid_text}; {fix}")

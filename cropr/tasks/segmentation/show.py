@@ -1,7 +1,5 @@
 """Label maps of single images, for pruning maps (``cropr.show``). S side of the model's window."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +17,7 @@ SAMPLE = 500
 
 
 class MapAnswers(Answers):
-    """A class a pixel. An image is shrunk into one window even where the run's windows slide: a pruning map belongs to
-    one forward pass."""
+    """A class a pixel. An image is shrunk into one window: a pruning map belongs to one forward pass."""
 
     def show(self, item: int | str, device: torch.device) -> Shown:
         if self.split and isinstance(item, int):
