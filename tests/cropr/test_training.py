@@ -20,13 +20,7 @@ from cropr.data.imagenet import load_splits
 from cropr.distributed import World
 from cropr.tasks.base import Losses
 from cropr.tasks.classification.run import Objective
-from cropr.training.loop import (
-    Settings,
-    TrainingDiverged,
-    TrainingInterrupted,
-    fit,
-    summarise,
-)
+from cropr.training.loop import Settings, TrainingDiverged, TrainingInterrupted, fit, summarise
 from cropr.training.optim import Stepper, create_optimizer, seed_step
 
 WORLD = World()

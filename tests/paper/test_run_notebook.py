@@ -57,9 +57,7 @@ def run(source: Path, out: Path, **parameters: object) -> subprocess.CompletedPr
 @pytest.mark.workflow
 def test_runs_with_typed_parameters_and_is_stable(tmp_path: Path) -> None:
     source = notebook(
-        tmp_path / "page.ipynb",
-        "import os; print(type(number).__name__, number, name, os.getcwd(), object())",
-        PICTURE,
+        tmp_path / "page.ipynb", "import os; print(type(number).__name__, number, name, os.getcwd(), object())", PICTURE
     )
     for folder in ("one", "two"):
         result = run(source, tmp_path / folder, number=2.5, name="somebody")
