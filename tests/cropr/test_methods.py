@@ -155,8 +155,7 @@ def test_every_method_beyond_the_pruners_has_a_reference():
     assert set(SLOW) == {name for name, method in REDUCERS.items() if method.family != "pruner"}
 
 
-@pytest.mark.parametrize("keep", [17, KEEP, 4])
-@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize(("prefix", "keep"), [(1, 17), (2, KEEP), (1, 4)])
 @each_rule
 @torch.no_grad()
 def test_a_method_equals_its_slow_reference(name, options, prefix, keep):
