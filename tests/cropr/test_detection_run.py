@@ -24,15 +24,8 @@ SPEC = TrainSpec(
     prune=tiny_detector.PRUNED,
     data={"image_size": 64, "num_classes": 3, "scale": (0.7, 1.5)},
     detector=tiny_detector.detector_spec(),
-    recipe={
-        "epochs": 2,
-        "batch_size": 4,
-        "accumulate": 2,
-        "warmup_epochs": 0.5,
-        "base_lr": 0.05,
-        "precision": "fp32",
-        "ema": 0.5,
-    },
+    recipe={"epochs": 2, "batch_size": 4, "accumulate": 2, "warmup_epochs": 0.5, "base_lr": 0.05}
+    | {"precision": "fp32", "ema": 0.5},
 )
 """Everything that draws or carries state: jitter, drop path, sampled regions, an average, micro-batches."""
 

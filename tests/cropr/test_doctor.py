@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,12 +14,6 @@ from torch.utils import collect_env
 
 from cropr.__main__ import main
 from cropr.cli.doctor import collect, find_problems, measure_loader
-
-
-@pytest.fixture(scope="module")
-def environment() -> Any:
-    """What torch tells of the environment; it asks pip and takes a second."""
-    return collect_env.get_env_info()
 
 
 @pytest.fixture
@@ -30,36 +25,32 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def _known(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch is not asked again."""
-    monkeypatch.setattr(collect_env, "get_env_info", lambda: environment)
-
-
-@pytest.mark.usefixtures("_known")
-def test_json_holds_what_a_bug_report_needs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_what_a_bug_report_needs_and_nothing_else_of_the_environment(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hush-hush")
+    monkeypatch.setenv("CONDA_PREFIX", "secret-folder")
     assert main(["doctor", "--json", "--config", str(config)]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert {"cropr", "commit", "python", "torch", "torchvision", "timm", "numpy", "snakemake"} <= set(
-        report["software"]
-    )
+    shown = capsys.readouterr().out
+    assert not re.search("hush-hush|secret-folder", shown)
+    report = json.loads(shown)
+    assert {"cropr", "commit", "python", "torch", "torchvision", "timm", "snakemake"} <= set(report["software"])
+    assert report["software"]["conda_environment_active"] is True
     assert report["torch"]["threads"] == 1  # as conftest.py sets it
     assert {"os", "cuda_compiled_version", "is_cuda_available"} <= set(report["torch"])
     assert report["machine"]["cores_usable"] >= 1
-    assert report["machine"]["OMP_NUM_THREADS"] == "1"
-    assert report["folders"]["data_roots"]["imagenet"]["readable"]
-    assert not report["folders"]["data_roots"]["folder"]["readable"]
+    roots = report["folders"]["data_roots"]
+    assert (roots["imagenet"]["readable"], roots["folder"]["readable"]) == (True, False)
 
 
-@pytest.mark.usefixtures("_known")
-def test_missing_data_root_is_a_problem(config: Path, tmp_path: Path) -> None:
+def test_missing_data_root_is_a_problem(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect_env, "get_env_info", SimpleNamespace)  # torch is not asked again: it asks pip
     assert any("nowhere.yaml" in problem for problem in find_problems(collect(tmp_path / "nowhere.yaml", tmp_path)))
     before = sorted(tmp_path.rglob("*"))
-    problems = list(find_problems(collect(config, tmp_path / "a/b/results")))
+    problems = "\n".join(find_problems(collect(config, tmp_path / "a/b/results")))
     assert sorted(tmp_path.rglob("*")) == before  # it looks and writes nothing
-    assert not any("cannot be written" in problem for problem in problems)
-    assert [problem for problem in problems if "folder" in problem and "nowhere" in problem]
-    assert not [problem for problem in problems if "imagenet" in problem]
+    assert re.search("folder.*nowhere", problems)
+    assert not re.search("cannot be written|imagenet", problems)
 
 
 def test_works_without_torch(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,18 +59,6 @@ def test_works_without_torch(config: Path, monkeypatch: pytest.MonkeyPatch, caps
     shown = capsys.readouterr().out
     assert "torch cannot be imported" in shown
     assert "cores_usable" in shown
-
-
-def test_tells_nothing_else_of_the_environment(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SOME_TOKEN", "hush-hush")
-    monkeypatch.setenv("CONDA_PREFIX", "secret-folder")
-    main(["doctor", "--json", "--config", str(config)])
-    shown = capsys.readouterr().out
-    assert "hush-hush" not in shown
-    assert "secret-folder" not in shown
-    assert json.loads(shown)["software"]["conda_environment_active"] is True
 
 
 def test_the_loader_alone_is_measured(tmp_path: Path) -> None:

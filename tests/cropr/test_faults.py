@@ -48,7 +48,10 @@ COMMANDS = [
 
 @pytest.mark.parametrize(
     ("command", "fault"),
-    [*((command, "full") for command in COMMANDS), *((command, "read-only") for command in COMMANDS[:3])],
+    [
+        *((command, fault) for command in COMMANDS[:3] for fault in ("full", "read-only")),
+        *(pytest.param(command, "full", marks=pytest.mark.model) for command in COMMANDS[3:]),
+    ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_disk_that_takes_nothing_is_one_message_and_no_file(
@@ -79,6 +82,7 @@ def test_a_folder_has_one_run_and_a_failed_start_leaves_none(tmp_path: Path, ima
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.model
 def test_ctrl_c_ends_every_verb_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cropr", "bench", "--model", "vit_base_patch16_224", "--rounds", "99"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:

@@ -20,6 +20,7 @@ from cropr.data.scenes import compose
 from cropr.specs import ScenesSpec
 
 SMALL = ScenesSpec(train=12, val=6, distractors=(0, 3), objects=(0, 2))
+TOP = "ADEChallengeData2016"
 ADE = {"train": "training", "val": "validation"}
 
 
@@ -30,20 +31,15 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_ade20k_has_images_and_maps(tmp_path):
     write(SMALL, tmp_path, "ade20k")
-    names = [(split, index) for split, count in (("train", 12), ("val", 6)) for index in range(count)]
-    expected = {
-        f"ADEChallengeData2016/{kind}/{ADE[split]}/{index:06d}.png"
-        for split, index in names
-        for kind in ("images", "annotations")
-    }
-    assert set(files(tmp_path)) == expected
+    names, expected = [("train", index) for index in range(12)] + [("val", index) for index in range(6)], set()
     for split, index in names:
         scene, place = compose(SMALL, split, index), f"{ADE[split]}/{index:06d}.png"
-        top = tmp_path / "ADEChallengeData2016"
-        np.testing.assert_array_equal(pixels(top / "images" / place), scene.image)
-        labels = pixels(top / "annotations" / place)
-        np.testing.assert_array_equal(labels, scene.semantic)
-        assert set(np.unique(labels)) == {1, *(2 + instance.label for instance in scene.instances)}
+        image, labels = (f"{TOP}/{kind}/{place}" for kind in ("images", "annotations"))
+        expected |= {image, labels}
+        np.testing.assert_array_equal(pixels(tmp_path / image), scene.image)
+        np.testing.assert_array_equal(pixels(tmp_path / labels), scene.semantic)
+        assert set(np.unique(scene.semantic)) == {1, *(2 + instance.label for instance in scene.instances)}
+    assert set(files(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -88,19 +84,12 @@ def test_run_lengths_by_hand(mask, lengths):
 
 
 def test_all_layouts_hold_the_same_images(tmp_path):
-    spec = ScenesSpec(train=3, val=1, image_size=32)
-    images = []
+    spec, images, truth = ScenesSpec(train=3, val=1, image_size=32), [], ("truth", "annotations", f"{TOP}/annotations")
     for layout in layouts.LAYOUTS:
         write(spec, tmp_path, layout)  # each replaces the one before
         record = json.loads((tmp_path / "record.json").read_text())
         assert (record["kind"], record["layout"], record["id"]) == ("data", layout, spec.digest())
-        images.append(
-            {
-                content
-                for name, content in files(tmp_path).items()
-                if not name.startswith(("truth", "annotations", "ADEChallengeData2016/annotations"))
-            }
-        )
+        images.append({content for name, content in files(tmp_path).items() if not name.startswith(truth)})
         assert len(images[-1]) == 4
     assert images[0] == images[1] == images[2]
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -83,13 +83,12 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(images, tmp_pa
         assert killed["metrics"][key] == undisturbed["metrics"][key]
 
 
-def test_half_a_checkpoint_and_half_a_line_are_not_resumed_from(images, tmp_path, monkeypatch):
+def test_half_a_checkpoint_and_half_a_line_are_not_resumed_from(images, tmp_path):
     """What a kill in the middle of a write leaves: an unnamed directory, a cut line."""
     spec = tiny.spec()
     train(spec, 0, images, tmp_path / "whole", world=World())
     out = tmp_path / "cut"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "save_weights", Mock(side_effect=KeyboardInterrupt))
+    with patch.object(runs, "save_weights", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         train(spec, 0, images, out, world=World())
     assert [path.name for path in (out / "checkpoint").glob("step_*")] == ["step_00000012"]
     (out / "checkpoint" / ".tmp_00000099").mkdir()
@@ -176,9 +175,10 @@ def test_a_teacher_is_an_unpruned_run_that_the_spec_names(images, tmp_path):
     assert first != second
 
 
-def test_weights_of_timm_that_cannot_be_fetched_end_in_one_message(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(classification, "build_model", Mock(side_effect=OSError("no connection")))
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224: no connection; without a network, .* --init"):
+def test_weights_of_timm_that_cannot_be_fetched_end_in_one_message(images, tmp_path):
+    message = r"vit_tiny_patch16_224: no connection; without a network, .* --init"
+    offline = patch.object(classification, "build_model", side_effect=OSError("no connection"))
+    with offline, pytest.raises(ValueError, match=message):
         train(tiny.spec(init="timm"), 0, images, tmp_path, world=World())
 
 

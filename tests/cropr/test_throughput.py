@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -89,18 +90,13 @@ def test_variants_share_one_host_and_a_second_image_size_makes_a_second():
     torch.testing.assert_close(pair.base.head.weight, pair.pruned.model.backbone.host.head.weight)
 
 
-def test_a_cast_model_is_stored_in_its_precision_and_a_mixed_one_in_full():
+def test_storage_follows_precision_and_layout():
     for precision, dtype in (("bf16", torch.bfloat16), ("amp_bf16", torch.float32)):
-        pair = build(precision=precision)
-        assert {p.dtype for p in pair.pruned.parameters()} == {dtype}
-
-
-def test_channels_last_lays_out_the_patch_embedding():
-    pair = build(channels_last=True)
-    assert pair.base.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
-    given = noise(2, (3, 64, 64), "cpu", "fp32", channels_last=True)
-    assert given.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(pair.base(given), pair.base(images()), rtol=0, atol=1e-5)
+        assert {p.dtype for p in build(precision=precision).pruned.parameters()} == {dtype}
+    base, given = build(channels_last=True).base, noise(2, (3, 64, 64), "cpu", "fp32", channels_last=True)
+    for laid_out in (base.patch_embed.proj.weight, given):
+        assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(base(given), base(images()), rtol=0, atol=1e-5)
 
 
 # Attention kernels and other ways to run -----------------------------------------------------------------------------
@@ -120,14 +116,13 @@ def test_a_forced_kernel_really_runs(kernel, precision):
 
 
 def test_one_case_that_cannot_run_does_not_stop_the_others():
-    pair = build()
-    shape = (3, 64, 64)
-    cases = [Case(name=kernel, model=pair.base, shape=shape, attention=kernel) for kernel in ("cudnn", "flash")]
+    base = build().base
+    cases = [Case(name=name, model=base, shape=(3, 64, 64), attention=name) for name in ("cudnn", "flash")]
     fitted, (missing, found) = time_interleaved(cases, 2, rounds=3, warmup=1, device="cpu")
-    assert fitted == 2
     assert missing.unsupported.startswith("attention cudnn: torch has no such kernel here")
-    assert missing.seconds == []
-    assert len(found.seconds) == 3
+    assert (fitted, missing.seconds, len(found.seconds)) == (2, [], 3)
+    base.head.bias.fill_(float("inf"))
+    assert "non-finite logits in fp32" in outcome(base).unsupported
 
 
 def test_another_kernel_than_the_forced_one_is_not_measured_as_if_it_were():
@@ -139,24 +134,14 @@ def test_another_kernel_than_the_forced_one_is_not_measured_as_if_it_were():
     device.verify({"flash": 3, "math": 1}, "auto")
 
 
-def test_logits_that_are_not_finite_are_refused():
-    pair = build()
-    pair.base.head.bias.fill_(float("inf"))
-    assert "non-finite logits in fp32" in outcome(pair.base).unsupported
-
-
 def test_compiled_models_are_timed_and_refusals_of_the_compiler_are_reasons(monkeypatch):
     from torch._dynamo.exc import Unsupported as Refused
 
-    pair, compiled = build(), []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append((model, options)) or model)
+    pair, compiler = build(), Mock(side_effect=lambda model, **options: model)
+    monkeypatch.setattr(torch, "compile", compiler)
     outcome(pair.pruned, compile=True)
-    assert compiled == [(pair.pruned, {"fullgraph": True, "dynamic": False})]
-
-    def forward(images):
-        raise Refused("cannot trace this\nand more")
-
-    monkeypatch.setattr(torch, "compile", lambda model, **options: forward)
+    compiler.assert_called_once_with(pair.pruned, fullgraph=True, dynamic=False)
+    compiler.side_effect = lambda model, **_: Mock(side_effect=Refused("cannot trace this\nand more"))
     assert outcome(pair.base, compile=True).unsupported == "torch.compile: cannot trace this"
 
 
@@ -248,10 +233,7 @@ def test_a_whole_detector_takes_its_encoder_and_its_heads():
 
 @pytest.mark.model
 def test_an_encoder_is_measured_where_heads_cannot_run(monkeypatch):
-    def refuse(*arguments):
-        raise NotImplementedError("no roi_align here")
-
-    monkeypatch.setattr(heads.Heads, "forward", refuse)
+    monkeypatch.setattr(heads.Heads, "forward", Mock(side_effect=NotImplementedError("no roi_align here")))
     record = throughput.measure(make(**DETECTOR), "cpu")
     assert record["metrics"]["speedup"] > 0
     assert "speedup_whole" not in record["metrics"]
@@ -264,11 +246,16 @@ def test_an_encoder_is_measured_where_heads_cannot_run(monkeypatch):
 
 
 @pytest.mark.model
-def test_command_writes_a_record_that_it_reads_again(tmp_path):
-    bench = ["bench", "--device", "cpu"]
-    assert main([*bench, "--spec", make().model_dump_json(), "--out", str(tmp_path / "a")]) == 0
+def test_command_takes_flags_and_writes_a_record_that_it_reads_again(tmp_path, monkeypatch):
+    bench, flags = ["bench", "--device", "cpu"], ["--model", "test_vit", "--image-size", "64", "--rate", "3"]
+    flags += ["--fusion", "none", "--batch-size", "2", "--rounds", "3"]
+    assert main([*bench, *flags, "--out", str(tmp_path / "a")]) == 0
     assert main([*bench, "--spec", str(tmp_path / "a" / "record.json"), "--out", str(tmp_path / "b")]) == 0
-    assert read_record(tmp_path / "a")["id"] == read_record(tmp_path / "b")["id"] == make().digest()
+    first, second = read_record(tmp_path / "a"), read_record(tmp_path / "b")
+    assert first["id"] == second["id"]
+    spec = BenchSpec.model_validate(first["spec"])
+    assert (spec.model.name, spec.image_size, spec.prune.fusion, spec.batch_size) == ("test_vit", 64, "none", 2)
+    assert spec.prune.schedule["constant"]["rate"] == 3
 
 
 def test_command_writes_down_why_a_row_cannot_be_measured(monkeypatch, tmp_path):
