@@ -30,13 +30,8 @@ def cell(
     """A variant that is ``speed`` times as fast as ``base`` seconds."""
     seconds = [base * (1 if variant == "unpruned" else noise) / speed for noise in NOISE]
     setting = {"precision": "fp32", "attention": "math", "batch_size": 4, "tokens": [17, 9, 17], **setting}
-    common = {
-        "images_per_s": 4 / median(seconds),
-        "mfu": 0.5,
-        "mac_ratio": 1.1 * speed,
-        "gmacs": 9 / speed,
-        "batch_size": 2,
-    }
+    common = {"images_per_s": 4 / median(seconds), "mfu": 0.5, "mac_ratio": 1.1 * speed, "gmacs": 9 / speed}
+    common |= {"batch_size": 2}
     return {"variant": variant, **setting, "seconds": seconds, "metrics": common | (metrics or {})}
 
 

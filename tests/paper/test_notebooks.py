@@ -17,22 +17,15 @@ from workflow.paper.records import REPOSITORY, load_published
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
+TOP1 = ("imagenet_methods", "ablations", "relevance", "scoring", "fashion", "training_free", "tradeoff", "auxiliary")
+ALL = ", all validation images"
 METRIC = {
-    "imagenet_methods": ("top1", "top-1 (%)"),
-    "ablations": ("top1", "top-1 (%)"),
-    "relevance": ("top1", "top-1 (%)"),
-    "scoring": ("top1", "top-1 (%)"),
-    "fashion": ("top1", "top-1 (%)"),
-    "training_free": ("top1", "top-1 (%)"),
-    "tradeoff": ("top1", "top-1 (%)"),
-    "auxiliary": ("top1", "top-1 (%)"),
-    "similarity": ("top1", "top-1 (%)"),
-    "ade20k": ("miou", "mIoU (%)"),
-    "reactivation": ("miou", "mIoU (%)"),
+    **dict.fromkeys((*TOP1, "similarity"), ("top1", "top-1 (%)")),
+    **dict.fromkeys(("ade20k", "reactivation"), ("miou", "mIoU (%)")),
     "coco": ("box_ap", "box AP (%)"),
-    "pruning_maps": ("top1", "top-1 (%), all validation images"),
-    "pruning_maps_segmentation": ("miou", "mIoU (%), all validation images"),
-    "pruning_maps_detection": ("box_ap", "box AP (%), all validation images"),
+    "pruning_maps": ("top1", f"top-1 (%){ALL}"),
+    "pruning_maps_segmentation": ("miou", f"mIoU (%){ALL}"),
+    "pruning_maps_detection": ("box_ap", f"box AP (%){ALL}"),
 }
 T_975 = 4.302652729911275
 """Student's t of two degrees of freedom: three seeds."""
@@ -57,23 +50,18 @@ def test_source_holds_no_result(path):
 
 
 @pytest.mark.parametrize("name", METRIC)
-def test_code_holds_no_published_or_measured_value(name):
+def test_code_has_one_parameter_one_import_and_no_published_or_measured_value(name):
     """Numbers of code cells are counts, sizes and limits; none is a number of the paper."""
+    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
     values = {value for value in load_published(name)["value"] if value > 2}
-    for source in code(REPOSITORY / "notebooks" / f"{name}.ipynb"):
+    for source in code(path):
         numbers = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
         numbers = [number for number in numbers if type(number) in (int, float)]
         assert not values & set(numbers)
         assert not [number for number in numbers if isinstance(number, float) and len(str(number)) > 3]
-
-
-@pytest.mark.parametrize("name", METRIC)
-def test_has_one_parameter_and_imports_one_package(name):
-    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
     tagged = ["".join(cell["source"]) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
     assert tagged == ['results = "results/laptop"']
-    imported = re.findall(r"from (workflow\S*|cropr\S*) import", "\n".join(code(path)))
-    assert imported == ["workflow.paper"]
+    assert re.findall(r"from (workflow\S*|cropr\S*) import", "\n".join(code(path))) == ["workflow.paper"]
 
 
 @pytest.mark.workflow

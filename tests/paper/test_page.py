@@ -61,23 +61,24 @@ def test_page_fits_its_window(results, tmp_path, width):
     assert inner < 1.3 * width  # the browser makes narrow windows 500 px wide
 
 
-def test_headline_is_written_by_the_same_formatter(results):
+def headline(results):
     lines = (results / "tables" / "headline.md").read_text().splitlines()
+    (line,) = [line for line in lines if "mIoU" in line and "| Cropr" in line]
+    return line
+
+
+def test_headline_is_written_by_the_same_formatter(results):
     accuracy = with_interval(mean_interval(load_records("ade20k", results), "miou"))["cropr"]
     speed = with_interval(median_interval(load_speed("ade20k", results), "speedup"), digits=2)["cropr"]
-    (line,) = [line for line in lines if "mIoU" in line and "| Cropr" in line]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    cells = [cell.strip() for cell in headline(results).strip("|").split("|")]
     assert cells[3:] == ["56.6", accuracy, "2.0", speed]
-    assert "Made-up CPU" in "\n".join(lines)
 
 
 def test_a_missing_measurement_leaves_its_cell_empty(results, tmp_path):
     copy = shutil.copytree(results, tmp_path / "copy")
     (copy / "bench" / "cropr" / "record.json").unlink()
     page.main(["--results", str(copy), "--out", str(copy / "report.html")])
-    lines = (copy / "tables" / "headline.md").read_text().splitlines()
-    (line,) = [line for line in lines if "mIoU" in line and "| Cropr" in line]
-    assert line.endswith("| 2.0 |  |")
+    assert headline(copy).endswith("| 2.0 |  |")
 
 
 def test_pruned_patches_are_read_image_by_image(tmp_path):
@@ -107,10 +108,12 @@ def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factor
         snapshot.copy(root, root / "docs")
 
 
-def test_names_tell_rows_of_one_label_apart(results):
+def test_names_tell_rows_of_one_label_apart_and_pruned_patches_are_counted_without_prefix(results):
     names = [row["name"] for row in load_manifest("imagenet_methods", results)["rows"]]
     assert len(set(names)) == len(names)
-    assert "Random" in names
+    runs = load_records("ade20k", results).set_index(["row", "seed"])
+    assert runs.loc[("cropr", 0), "tpr"] == 50.0  # 17 tokens with one prefix, 9 in the end: 8 of 16 patches
+    assert runs.loc[("none", 0), "tpr"] == 0.0
 
 
 def test_rows_that_have_not_run_are_named_once(results, tmp_path):
@@ -123,23 +126,16 @@ def test_rows_that_have_not_run_are_named_once(results, tmp_path):
     assert "ade20k --config scale=ci seeds=3" in rerun("ade20k", results)
 
 
-def test_pruned_patches_are_counted_without_prefix_tokens(results):
-    runs = load_records("ade20k", results).set_index(["row", "seed"])
-    assert runs.loc[("cropr", 0), "tpr"] == 50.0  # 17 tokens with one prefix, 9 in the end: 8 of 16 patches
-    assert runs.loc[("none", 0), "tpr"] == 0.0
-
-
 def test_a_speed_that_the_device_cannot_measure_is_named_with_its_reason(results, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(results, copy)
+    copy = shutil.copytree(results, tmp_path / "copy")
     for row in load_manifest("ade20k", copy)["rows"]:
         if row["bench"]:
-            file = copy / Path(row["bench"]).relative_to(load_manifest("ade20k", copy)["results"])
+            file = copy / Path(row["bench"]).relative_to("results/ci")
             record = json.loads(file.read_text())
             del record["series"]
             file.write_text(json.dumps({**record, "metrics": {}, "unsupported": "no bfloat16"}))
     speed = load_speed("ade20k", copy)
-    assert len(speed) == 0
+    assert speed.empty
     assert {"speedup", "mac_ratio", "speedup_whole", "images_per_s"} <= set(speed)
     assert with_interval(median_interval(speed, "speedup")).empty
     assert "no bfloat16" in not_run("ade20k", copy)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
 import sys
 from functools import cache
-from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -98,36 +98,19 @@ def test_unknown_parameter_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.ipynb").exists()
 
 
-def test_pictures_keep_their_alt_text(tmp_path: Path) -> None:
+def test_page_loads_nothing_and_pictures_keep_their_alt_text(tmp_path: Path) -> None:
     content = nbformat().read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
     for cell, alt in zip(content.cells[2:], ({"alt": 'Top-1 of "Cropr" > 80 & rising'}, {}), strict=True):
         cell.outputs = [nbformat().v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": alt})]
-    first, second = pictures(runner.render(content, "Title"))
-    assert first["alt"] == 'Top-1 of "Cropr" > 80 & rising'
-    assert first["src"] == "data:image/png;base64,AAAA"
-    assert "No description" in (second["alt"] or "")  # nbconvert says so itself
-
-
-def test_page_of_a_notebook_loads_nothing(tmp_path: Path) -> None:
-    content = nbformat().read(notebook(tmp_path / "page.ipynb", "x = 1"), as_version=4)
     before = nbformat().writes(content)
     page = runner.render(content, "Title")
     assert_offline(page)
     assert nbformat().writes(content) == before, "rendering changes the notebook"
     assert "<title>Title</title>" in page
-
-
-def pictures(page: str) -> list[dict[str, str | None]]:
-    """Attributes of every ``<img>`` of a page."""
-    found: list[dict[str, str | None]] = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            if tag == "img":
-                found.append(dict(attrs))
-
-    Reader().feed(page)
-    return found
+    first, second = re.findall(r"<img[^>]*>", page)
+    assert 'src="data:image/png;base64,AAAA"' in first
+    assert html.escape('Top-1 of "Cropr" > 80 & rising') in first.replace("&#34;", "&quot;")
+    assert "No description" in second  # nbconvert says so itself
 
 
 def assert_offline(page: str) -> None:
