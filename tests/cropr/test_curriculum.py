@@ -10,7 +10,8 @@ from math import floor
 import pytest
 import tiny
 import torch
-from test_fusion import images, segmenter
+from cases import pictures as images
+from test_fusion import segmenter
 
 from cropr.data.imagenet import load_splits
 from cropr.pruning.schedule import Schedule

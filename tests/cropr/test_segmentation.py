@@ -7,7 +7,9 @@ import json
 import pytest
 import timm
 import torch
-from test_fusion import SMALL, host_of, images, scores_of, segmenter
+from cases import assert_deployed, host_of
+from cases import pictures as images
+from test_fusion import scores_of, segmenter
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
 
@@ -73,13 +75,6 @@ def test_deployed_queries_cost_one_vector_a_module():
     assert extra - sum(tensor.numel() for tensor in model.backbone.host.state_dict().values()) == 2 * 32
 
 
-def test_the_last_block_of_a_segmenter_never_drops_its_path():
-    spec = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3}, drop_path=0.2)
-    host = build_model(spec, PruneSpec(), 5, 32, kind=PrunedSegmenter).backbone.host
-    assert isinstance(host.blocks[-1].drop_path1, nn.Identity)
-    assert host.blocks[-2].drop_path1.drop_prob > 0
-
-
 class Place(nn.Module):
     """A classifier that says, in its last class, which number a token carries in its first channel."""
 
@@ -134,24 +129,16 @@ def test_every_reducer_serves_a_segmenter(reducer):
 
 def test_rectangular_images_train_and_deploy():
     model = segmenter("llf", img_size=(24, 48)).train()
-    batch, target = torch.randn(2, 3, 24, 48), torch.randint(5, (2, 24, 48))
+    batch, target = images(2, 24, 48), torch.randint(5, (2, 24, 48))
     output = model(batch)
-    assert output.grid == (3, 6)
-    assert output.logits.shape == (2, 5, 24, 48)
+    assert (output.grid, output.logits.shape) == ((3, 6), (2, 5, 24, 48))
     assert losses(output, target).aux.shape == (2,)
-    model.eval()
-    torch.testing.assert_close(model.deploy()(batch), model(batch).logits, rtol=0, atol=1e-6)
-
-
-def test_evaluation_takes_other_sizes_than_training_where_the_host_does():
-    model = segmenter("llf", dynamic_img_size=True)
-    wide = torch.randn(2, 3, 40, 64)
-    assert model.deploy()(wide).shape == (2, 5, 40, 64)
+    assert_deployed(model.eval(), batch)
+    other = segmenter("llf", dynamic_img_size=True)  # evaluation takes other sizes than training
+    wide = images(2, 40, 64)
+    assert other.deploy()(wide).shape == (2, 5, 40, 64)
     with pytest.raises(ValueError, match=r"16 queries for a grid of 5 x 8 patches.*ties training to one grid"):
-        losses(model.train()(wide), torch.zeros(2, 40, 64, dtype=torch.int64))
-
-
-def test_another_number_of_queries_is_refused_with_the_one_that_fits():
+        losses(other.train()(wide), torch.zeros(2, 40, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"1 queries for a grid of 4 x 4 patches.*set num_queries to 16"):
         cropr.prune(host_of("eva"), Schedule.constant(2), reducer_options={"num_queries": 1}, kind=PrunedSegmenter)
 
@@ -159,15 +146,14 @@ def test_another_number_of_queries_is_refused_with_the_one_that_fits():
 @pytest.mark.parametrize(
     ("name", "arguments", "what"),
     [
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling"),
-        ("deit_tiny_distilled_patch16_224", {}, "second head for distillation"),
-        ("vit_tiny_patch16_224", {"num_classes": 0}, "no classes"),
+        ("attention-pool", {}, "attention pooling"),
+        ("distilled", {}, "second head for distillation"),
+        ("vit", {"num_classes": 0}, "no classes"),
     ],
 )
 def test_hosts_without_a_prediction_per_patch_are_refused(name, arguments, what):
-    host = timm.create_model(name, **{**SMALL, **arguments})
     with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
-        cropr.prune(host, Schedule.constant(0), num_outputs=5, kind=PrunedSegmenter)
+        cropr.prune(host_of(name, **arguments), Schedule.constant(0), num_outputs=5, kind=PrunedSegmenter)
 
 
 def made(logits, aux=(), grid=(2, 2)):
@@ -237,25 +223,14 @@ def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
 
 def test_a_run_from_scenes_to_record(tmp_path):
     """With curriculum and polynomial decay; the deployed form scores what the record says, at any batch size."""
+    recipe = {"epochs": 4, "batch_size": 8, "base_lr": 0.03, "decay": "poly", "min_lr": 0, "warmup_epochs": 0}
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
     spec = TrainSpec(
         task="segmentation",
-        model=ModelSpec(
-            name="eva02_tiny_patch14_224",
-            args={"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-            drop_path=0.1,
-        ),
+        model=ModelSpec(name="eva02_tiny_patch14_224", args=args, drop_path=0.1),
         prune=PruneSpec(reducer="cropr", schedule={"constant": {"rate": 3}}, fusion="llf"),
         data=SegDataSpec(image_size=32, num_classes=11, scenes=SCENES),
-        recipe=RecipeSpec(
-            epochs=4,
-            batch_size=8,
-            base_lr=0.03,
-            decay="poly",
-            min_lr=0,
-            warmup_epochs=0,
-            curriculum=True,
-            precision="fp32",
-        ),
+        recipe=RecipeSpec(**recipe, curriculum=True, precision="fp32"),
     )
     write(SCENES, tmp_path / "data", "ade20k")
     record = train(spec, 0, tmp_path / "data", tmp_path / "run", world=World())
@@ -263,8 +238,7 @@ def test_a_run_from_scenes_to_record(tmp_path):
     assert record["metrics"]["val_images"] == 6
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 12
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert lines[-1]["aux_loss"] < lines[0]["aux_loss"]
+    assert all(lines[-1][name] < lines[0][name] for name in ("loss", "aux_loss"))
     task = open_task(spec, tmp_path / "data")
     model = task.build()
     load_weights(model, tmp_path / "run" / "weights.safetensors")

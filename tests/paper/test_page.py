@@ -1,4 +1,6 @@
-"""The report page, the headline table and the snapshot."""
+"""The report page, the headline table, the snapshot; tables are checked against their records."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -8,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from synthetic import write_results
+from synthetic import run_cells, write_results
 
+from cropr.specs import ModelSpec
+from cropr.tasks import TrainSpec
 from workflow.paper import page, snapshot
 from workflow.paper.records import load_manifest, load_pruned_after, load_records, load_speed, not_run, rerun
 from workflow.paper.stats import mean_interval, median_interval, with_interval
+from workflow.paper.verify import sources, wrong_record, wrong_tables
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -139,3 +144,26 @@ def test_a_speed_that_the_device_cannot_measure_is_named_with_its_reason(results
     assert {"speedup", "mac_ratio", "speedup_whole", "images_per_s"} <= set(speed)
     assert with_interval(median_interval(speed, "speedup")).empty
     assert "no bfloat16" in not_run("ade20k", copy)
+
+
+def test_a_table_that_does_not_follow_from_its_records_is_named(tmp_path: Path) -> None:
+    results = write_results(tmp_path, "ablations")
+    run_cells("ablations", results)
+    assert list(wrong_tables(["ablations"], results, run_cells)) == []
+    path = sources("ablations", results)["no_mlp"][0]
+    record = json.loads(path.read_text())
+    record["metrics"]["top1"] += 5
+    path.write_text(json.dumps(record))
+    assert "ablations.csv: does not follow" in next(wrong_tables(["ablations"], results, run_cells))
+
+
+def test_a_record_has_the_id_of_its_specification(tmp_path: Path) -> None:
+    spec = TrainSpec(model=ModelSpec(name="vit_tiny_patch16_224"), data={"num_classes": 3})
+    path = tmp_path / spec.digest() / "record.json"
+    path.parent.mkdir()
+    record = {"kind": "train", "id": spec.digest(), "spec": spec.model_dump(mode="json")}
+    path.write_text(json.dumps(record))
+    assert wrong_record(path) is None
+    record["spec"]["recipe"]["epochs"] = 3
+    path.write_text(json.dumps(record))
+    assert "its specification has the id" in str(wrong_record(path))
