@@ -23,39 +23,35 @@ def model():
 
 def test_layer_scales_of_depth_4(model):
     scales = layer_scales(model, 0.5)
-    host = "backbone.host."
-    assert scales[host + "patch_embed.proj.weight"] == 0.5**5
-    assert scales[host + "pos_embed"] == scales[host + "cls_token"] == scales[host + "reg_token"] == 0.5**5
-    assert scales[host + "blocks.0.mlp.fc1.weight"] == 0.5**4
-    assert scales[host + "blocks.3.norm1.bias"] == 0.5
-    assert scales[host + "fc_norm.weight"] == scales[host + "head.weight"] == 1
+    names = dict.fromkeys(("patch_embed.proj.weight", "pos_embed", "cls_token", "reg_token"), 0.5**5)
+    names |= {"blocks.0.mlp.fc1.weight": 0.5**4, "blocks.3.norm1.bias": 0.5, "fc_norm.weight": 1, "head.weight": 1}
+    assert {name: scales[f"backbone.host.{name}"] for name in names} == names
     assert {scale for name, scale in scales.items() if name.startswith("reducers.")} == {1}
     assert set(scales) == {name for name, _ in model.named_parameters()}
 
 
-def test_layer_scales_of_the_paper_model():
+def test_layer_scales_of_the_paper_model_and_of_eva():
+    large = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
+    eva = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2})
     with torch.device("meta"):
-        host = ModelSpec(name="vit_large_patch16_224", args={"global_pool": "avg"})
-        scales = layer_scales(build_model(host, PruneSpec(), 1000, 224), 0.75)
+        scales = layer_scales(build_model(large, PruneSpec(), 1000, 224), 0.75)
+        others = layer_scales(build_model(eva, PruneSpec(), 3, 32), 0.5)
     assert scales["backbone.host.patch_embed.proj.weight"] == pytest.approx(7.5e-4, rel=0.01)
     assert scales["backbone.host.blocks.23.attn.qkv.weight"] == 0.75
     assert len(set(scales.values())) == 26  # stem, 24 blocks, the rest
-
-
-def test_eva_has_the_same_levels():
-    host = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2})
-    scales = layer_scales(build_model(host, PruneSpec(), 3, 32), 0.5)
-    assert scales["backbone.host.pos_embed"] == 0.5**4
-    assert scales["backbone.host.blocks.2.attn.proj.weight"] == 0.5
-    assert scales["backbone.host.fc_norm.weight"] == scales["backbone.host.head.weight"] == 1
+    names = {"pos_embed": 0.5**4, "blocks.2.attn.proj.weight": 0.5, "fc_norm.weight": 1, "head.weight": 1}
+    assert {name: others[f"backbone.host.{name}"] for name in names} == names
 
 
 def test_queries_may_learn_faster_than_the_rest(model):
-    def scales(query_lr: float) -> dict[str, float]:
-        groups = parameter_groups(model, RecipeSpec(query_lr=query_lr))
-        return {name: group["lr_scale"] for group in groups for name in group["names"]}
-
-    plain, fast = scales(1), scales(20)
+    plain, fast = (
+        {
+            name: group["lr_scale"]
+            for group in parameter_groups(model, RecipeSpec(query_lr=lr))
+            for name in group["names"]
+        }
+        for lr in (1, 20)
+    )
     queries = {name for name in plain if name.endswith("queries")}
     assert queries
     assert {name for name in plain if fast[name] != plain[name]} == queries
@@ -106,16 +102,13 @@ def test_polynomial_decay_of_the_authors_segmentation():
         assert lr(step) == pytest.approx(2e-5 * (1 - step / 161_728) ** 0.9)
 
 
-@pytest.mark.parametrize(("epochs", "warmup", "steps"), [(2, 0, 5), (0.2, 0.19, 6)])
-def test_without_warm_up_and_in_a_run_of_one_step_the_first_has_the_peak(epochs, warmup, steps):
-    recipe = RecipeSpec(epochs=epochs, warmup_epochs=warmup)
-    assert rates(recipe, steps)(0) == recipe.peak_lr
-
-
-@pytest.mark.parametrize("warmup", [3, 4.5])
-def test_warm_up_that_fills_the_run_is_refused(warmup):
-    with pytest.raises(ValueError, match=rf"warmup_epochs = {warmup}: must be less than recipe.epochs = 3"):
-        rates(RecipeSpec(epochs=3, warmup_epochs=warmup), 5)
+def test_without_warm_up_and_in_a_run_of_one_step_the_first_has_the_peak():
+    for epochs, warmup, steps in ((2, 0, 5), (0.2, 0.19, 6)):
+        recipe = RecipeSpec(epochs=epochs, warmup_epochs=warmup)
+        assert rates(recipe, steps)(0) == recipe.peak_lr
+    for warmup in (3, 4.5):
+        with pytest.raises(ValueError, match=rf"warmup_epochs = {warmup}: must be less than recipe.epochs = 3"):
+            rates(RecipeSpec(epochs=3, warmup_epochs=warmup), 5)
 
 
 def test_update_of_a_step_is_smaller_deeper_down(model):

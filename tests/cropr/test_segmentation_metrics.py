@@ -57,12 +57,8 @@ def test_scores_by_hand():
     assert iou == pytest.approx([100 / 3, 80, 0])
     means = {"miou": (100 / 3 + 80) / 3, "macc": (50 + 100 + 0) / 3, "aacc": 100 * 5 / 7}
     assert metrics == pytest.approx(means)
-
-
-def test_without_any_label_there_is_no_score():
-    unlabelled = torch.full((2, 2), IGNORE)
     with pytest.raises(ValueError, match="no pixel of the validation set is labelled"):
-        scores(count_pixels(torch.zeros(2, 2, dtype=torch.long), unlabelled, 3).sum(dim=0))
+        scores(count_pixels(prediction[None], torch.full((1, 2, 4), IGNORE), 3).sum(dim=0))
 
 
 class Recorder:
@@ -80,32 +76,33 @@ class Recorder:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 13), (17, 9), (5, 20), (3, 2), (24, 31)])
-@pytest.mark.parametrize("stride", [8, 5, 1])
-def test_windows_cover_any_image_and_agree_with_a_pixelwise_model(size, stride):
-    images, model = torch.randn(2, 3, *size), Recorder()
-    logits = predict_sliding(model, images, 8, stride)
-    torch.testing.assert_close(logits, torch.einsum("cd,bdhw->bchw", model.weight, images), rtol=1e-5, atol=1e-5)
-    assert {tuple(window.shape) for window in model.windows} == {(2, 3, 8, 8)}
+def test_windows_cover_any_image_and_agree_with_a_pixelwise_model_in_any_batch(size):
+    for stride in (8, 5, 1):
+        images, model = torch.randn(2, 3, *size), Recorder()
+        logits = predict_sliding(model, images, 8, stride)
+        torch.testing.assert_close(logits, torch.einsum("cd,bdhw->bchw", model.weight, images), rtol=1e-5, atol=1e-5)
+        assert {tuple(window.shape) for window in model.windows} == {(2, 3, 8, 8)}
+        alone = torch.cat([predict_sliding(model, image[None], 8, stride) for image in images])
+        torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_windows_by_hand():
     """A row of 10 pixels, windows of 4 every 3: they begin at 0, 3, 6; every third overlap counts half each."""
-    images = torch.arange(10.0).expand(1, 3, 4, 10)
     model = Recorder(shift=True)
     model.weight = torch.zeros(5, 3)
-    logits = predict_sliding(model, images, 4, 3)
+    logits = predict_sliding(model, torch.arange(10.0).expand(1, 3, 4, 10), 4, 3)
     assert [int(window[0, 0, 0, 0]) for window in model.windows] == [0, 3, 6]
     assert logits[0, 0, 0].tolist() == [1, 1, 1, 1.5, 2, 2, 2.5, 3, 3, 3]
-
-
-def test_small_images_are_padded_with_zeros_at_the_right_and_the_bottom():
-    images, model = torch.ones(1, 3, 2, 3), Recorder()
-    assert predict_sliding(model, images, 4, 4).shape == (1, 5, 2, 3)
+    # Small images are padded with zeros at the right and the bottom.
+    model = Recorder()
+    assert predict_sliding(model, torch.ones(1, 3, 2, 3), 4, 4).shape == (1, 5, 2, 3)
     (window,) = model.windows
     assert window[0, 0].tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0] * 4, [0] * 4]
+    # Windows in half precision are summed in full.
+    assert predict_sliding(lambda x: x.bfloat16(), torch.rand(1, 3, 8, 12), 8, 1).dtype == torch.float32
 
 
-def test_single_window_pads_crops_and_enlarges():
+def test_the_spec_chooses_sliding_windows_or_one_that_is_padded_cropped_and_enlarged():
     images, model = torch.randn(2, 3, 5, 8), Recorder()
     logits = predict(model, images, (10, 16), SegDataSpec(image_size=8, num_classes=5))
     (window,) = model.windows
@@ -114,23 +111,7 @@ def test_single_window_pads_crops_and_enlarges():
     inner = torch.einsum("cd,bdhw->bchw", model.weight, images)
     expected = F.interpolate(inner, (10, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_spec_chooses_the_windows():
     model = Recorder()
     sliding = SegDataSpec(image_size=8, num_classes=5, evaluation="slide", stride=4)
     assert predict(model, torch.randn(1, 3, 16, 8), (16, 8), sliding).shape == (1, 5, 16, 8)
     assert len(model.windows) == 3
-
-
-def test_a_result_does_not_depend_on_the_batch():
-    model, images = Recorder(), torch.randn(4, 3, 9, 11)
-    together = predict_sliding(model, images, 8, 5)
-    alone = torch.cat([predict_sliding(model, image[None], 8, 5) for image in images])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
-
-
-def test_half_precision_windows_are_summed_in_full():
-    images = torch.rand(1, 3, 8, 12)
-    logits = predict_sliding(lambda x: x.bfloat16(), images, 8, 1)
-    assert logits.dtype == torch.float32
