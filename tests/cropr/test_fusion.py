@@ -48,9 +48,6 @@ def parts(batch=2, dim=32):
     return full, full.keep(order[:, :4]), pruned
 
 
-# The list -----------------------------------------------------------------------------------------------------------
-
-
 def test_entries_name_the_place_of_their_class():
     for method in fusions.FUSIONS.values():
         assert method.place == (method.load().place if method.path else None)
@@ -61,9 +58,6 @@ def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
     model = segmenter(fusion)
     assert list(model.reducers) == [str(block) for block in range(1, last + 1)]
     assert model.token_trace[-1] == (17 if before_last_block(fusion) else 7)
-
-
-# Conservation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACK)
@@ -87,9 +81,6 @@ def test_nothing_pruned_is_nothing_changed(name):
         fused = fusion(full, pruned)
         assert torch.equal(fused.x, full.x)
         assert fusion.mask(full, fused) is None
-
-
-# The model around them ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["vit", "eva"])
@@ -132,9 +123,6 @@ def test_deployed_is_one_graph_and_exports(fusion):
     if fusion not in ("none", "llf", "concat"):
         assert_one_graph(fast)
     assert_exports(fast)
-
-
-# Each of them -------------------------------------------------------------------------------------------------------
 
 
 def test_mask_by_hand():

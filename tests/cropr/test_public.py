@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import struct
 import tarfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,10 +31,8 @@ def clothes(tmp_path_factory):
         labels = np.arange(count, dtype=np.uint8) % 10
         images = np.zeros((count, 28, 28), np.uint8)
         images[:, 4:12, 8:28] = 100 + labels[:, None, None]
-        for kind, header, values in (
-            ("images-idx3", struct.pack(">4i", 2051, count, 28, 28), images),
-            ("labels-idx1", struct.pack(">2i", 2049, count), labels),
-        ):
+        headers = struct.pack(">4i", 2051, count, 28, 28), struct.pack(">2i", 2049, count)
+        for kind, header, values in zip(("images-idx3", "labels-idx1"), headers, (images, labels), strict=True):
             (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
     return folder
 
@@ -100,10 +99,7 @@ def test_pets_have_classes_maps_and_instances(written_pets):
 
 
 def test_what_is_missing_or_wrong_is_said(clothes, pets, tmp_path, monkeypatch):
-    def refuse(*arguments, **options):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(FashionMNIST, "download", refuse)
+    monkeypatch.setattr(FashionMNIST, "download", Mock(side_effect=RuntimeError("no network")))
     wrong = [(f"http://none.invalid/{name}", "0" * 32) for name, _ in sums(pets)]
     monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", wrong)
     with pytest.raises(ValueError, match=r"fashion cannot be read .*no network; .*--source DIR"):

@@ -48,9 +48,6 @@ def assert_equal_weights(one, other):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-# Killed -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.model
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(images, tmp_path):
     """SIGKILL in the middle of an epoch; drop path, mixup, cutmix and erasing draw random numbers."""
@@ -99,9 +96,6 @@ def test_half_a_checkpoint_and_half_a_line_are_not_resumed_from(images, tmp_path
     train(spec, 0, images, out, world=World())
     assert_equal_weights(out, tmp_path / "whole")
     assert steps(out) == list(range(12))
-
-
-# Finished -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +188,6 @@ def test_scenes_must_be_those_of_the_spec(tmp_path):
     write(spec.data.scenes, tmp_path / "scenes")
     record = train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
     assert [row["block"] for row in record["series"]["relevance"]] == [0, 1, 2]
-
-
-# Two processes ------------------------------------------------------------------------------------------------------
 
 
 TWO = {

@@ -157,8 +157,6 @@ def test_object_patches_counts_pixels():
     assert 2 <= min(counts) <= max(counts) <= 9, "most patches are background"
 
 
-# Several digits
-
 SEVERAL = ScenesSpec(objects=(0, 3))
 
 

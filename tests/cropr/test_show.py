@@ -99,9 +99,6 @@ def roots(tmp_path_factory):
     return folder
 
 
-# Drawing ------------------------------------------------------------------------------------------------------------
-
-
 def test_map_by_hand():
     """Two by two patches of a grey image: the one that is never pruned stays, each block has its colour."""
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
@@ -127,9 +124,6 @@ def test_show_draws_where_the_model_prunes():
     assert changed[places > 0].float().mean() > 0.95
 
 
-# Choice of images ---------------------------------------------------------------------------------------------------
-
-
 def test_choice_is_spread_over_classes_and_images():
     labels = [0] * 10 + [1] * 10 + [2] * 10
     assert choose(labels, 3) == [0, 10, 20]
@@ -147,9 +141,6 @@ def test_choice_is_spread_over_classes_and_images():
     # The class of an image is its rarest.
     assert rarest([{0, 1}, {0, 2}, {0, 2}, {0}, set()]) == [1, 2, 2, 0, -1]
     assert rarest([{4, 7}]) == [4]
-
-
-# The verb -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", SPECS)
@@ -233,9 +224,6 @@ def test_refusals(tmp_path, roots, caplog):
         assert main([*base, *arguments]) == 2
         assert message in caplog.text
     assert not (tmp_path / "x.npz").exists()
-
-
-# Dense tasks --------------------------------------------------------------------------------------------------------
 
 
 def test_a_photo_is_shrunk_into_one_window(tmp_path):

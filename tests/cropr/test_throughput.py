@@ -46,9 +46,6 @@ def images(size=64):
     return noise(2, (3, size, size), "cpu", "fp32")
 
 
-# Models --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", [MODEL, EVA])
 def test_base_is_the_timm_model(model):
     """The host that was built without memory computes what timm's own construction computes with these weights."""
@@ -97,9 +94,6 @@ def test_storage_follows_precision_and_layout():
     for laid_out in (base.patch_embed.proj.weight, given):
         assert laid_out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(base(given), base(images()), rtol=0, atol=1e-5)
-
-
-# Attention kernels and other ways to run -----------------------------------------------------------------------------
 
 
 def outcome(model, **changes):
@@ -165,9 +159,6 @@ class TestOnCuda:
         assert throughput.measure(make(batch_size=2 * batch), "cuda")["metrics"]["batch_size"] < 2 * batch
 
 
-# Record --------------------------------------------------------------------------------------------------------------
-
-
 def test_record():
     told = []
     spec = make()
@@ -192,9 +183,6 @@ def test_record():
     flops = 2e9 * metrics["gmacs"] * metrics["images_per_s"]
     assert metrics["mfu"] == pytest.approx(flops / (1e9 * metrics["matmul_gflops"]))
     assert not [name for name in metrics if name.endswith(("_whole", "_linear"))]
-
-
-# Detectors -----------------------------------------------------------------------------------------------------------
 
 
 def test_heads_and_encoder_are_those_of_the_detector():
@@ -240,9 +228,6 @@ def test_an_encoder_is_measured_where_heads_cannot_run(monkeypatch):
     assert record["provenance"]["heads_unsupported"].endswith("no roi_align here")
     with pytest.raises(ValueError, match="a detector's encoders are compared on one image size"):
         make(**DETECTOR, pruned_image_size=32)
-
-
-# Command -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.model

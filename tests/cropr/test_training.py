@@ -82,9 +82,6 @@ SPOILS = {
 }
 
 
-# Steps --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("parts", [2, 3, 4, 16])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts):
     """Also where the batch does not divide (10 into 4) and where there are fewer images than parts."""
@@ -152,9 +149,6 @@ def test_random_numbers_of_a_step_depend_on_seed_step_and_process():
 
     assert draw(0, 1, 0) == draw(0, 1, 0)
     assert len({tuple(draw(*key)) for key in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (1, 0, 0))}) == 5
-
-
-# The loop -----------------------------------------------------------------------------------------------------------
 
 
 def test_it_learns_and_writes_each_step_down(split, tmp_path):

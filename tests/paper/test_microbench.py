@@ -81,9 +81,6 @@ def test_records_on_cuda(kind):
     assert record["metrics"]["measured"] == record["metrics"]["cells"] > 0
 
 
-# Sweep ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.model
 def test_sweep_has_a_cell_for_every_combination(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -127,9 +124,6 @@ def test_sweep_halves_a_batch_for_all_of_its_cells(monkeypatch):
     assert [c["unsupported"] for c in cells] == ["out of memory with a single image: CUDA out of memory"] * 3
 
 
-# Blocks --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", [MODEL, EVA], ids=["vit", "eva"])
 def test_blocks_run_on_the_counts_asked_for(monkeypatch, model):
     seen, forward = set(), time_blocks._forward
@@ -146,9 +140,6 @@ def test_blocks_run_on_the_counts_asked_for(monkeypatch, model):
     for cell in cells if model is MODEL else ():
         n = cell["tokens"]
         assert cell["metrics"]["block_gmacs"] == pytest.approx((n * 12 * 48 * 48 + 2 * n * n * 48) / 1e9)
-
-
-# Profile -------------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_a_profile_add_up_to_the_whole():
@@ -179,9 +170,6 @@ def test_profile_record(model):
         assert cell["metrics"]["pruning_share"] == pytest.approx(own / cell["metrics"]["total_s"])
 
 
-# Scoring -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("queries", [None, 5])
 def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
@@ -204,9 +192,6 @@ def test_all_queries_score_as_the_training_form_does():
     assert logits.shape == (2, 1, 16, 17)
     torch.testing.assert_close(every.score(tokens, Context()), logits.sum(dim=(1, 2))[:, 1:])
     torch.testing.assert_close(one.score(tokens, Context()), every.score(tokens, Context()), rtol=0, atol=1e-4)
-
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.model
@@ -235,9 +220,6 @@ def test_a_training_step_changes_the_weights_and_half_precision_needs_a_gpu(monk
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
     cells = measure(spec("training", precision="fp16"))["cells"]
     assert all("training scales its loss on CUDA only" in cell["unsupported"] for cell in cells)
-
-
-# Command -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.model

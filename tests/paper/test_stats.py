@@ -68,9 +68,6 @@ def test_format():
     assert write(float("nan")) == ""
 
 
-# Images ---------------------------------------------------------------------------------------------------------------
-
-
 def simulate(rng, folder, seeds, images=300, gap=0.0, seed_sd=0.02, shared=0.8):
     """Two rows on the same images: which an image is hard for is shared, each seed has a level of its own."""
     hard, other = rng.random(images), rng.random(images)
