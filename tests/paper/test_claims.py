@@ -15,27 +15,19 @@ SPEEDS = ("precision", "alignment", "memory")
 HIGH, LOW = [80.0, 80.4, 80.2], [70.0, 70.3, 70.1]
 
 
-@pytest.mark.parametrize(
-    ("relation", "bounds", "outcome"),
-    [
-        ("> 0", (0.2, 1.0), "holds"),
-        ("> 0", (-0.1, 1.0), "undecided"),
-        ("> 0", (-1.0, -0.1), "contradicted"),
-        ("> 0", (0.0, 1.0), "undecided"),
-        ("> 0", (-1.0, 0.0), "contradicted"),
-        (">= -2.0", (-2.0, 1.0), "holds"),
-        (">= -2.0", (-2.1, 1.0), "undecided"),
-        (">= -2.0", (-3.0, -2.1), "contradicted"),
-        ("< 0", (-1.0, -0.1), "holds"),
-        ("< 0", (0.0, 1.0), "contradicted"),
-        ("<= 0.5", (0.6, 1.0), "contradicted"),
-        ("<= 0.5", (0.1, 0.5), "holds"),
-        (">= 0", (0.0, 0.0), "holds"),
-        ("> 0", (0.0, 0.0), "contradicted"),
-    ],
-)
-def test_decide(relation, bounds, outcome):
-    assert decide(relation, *bounds) == outcome
+DECISIONS = {
+    "> 0": {"holds": [(0.2, 1)], "undecided": [(-0.1, 1), (0, 1)], "contradicted": [(-1, -0.1), (-1, 0), (0, 0)]},
+    ">= -2": {"holds": [(-2, 1)], "undecided": [(-2.1, 1)], "contradicted": [(-3, -2.1)]},
+    "< 0": {"holds": [(-1, -0.1)], "contradicted": [(0, 1)]},
+    "<= 0.5": {"holds": [(0.1, 0.5)], "contradicted": [(0.6, 1)]},
+    ">= 0": {"holds": [(0, 0)]},
+}
+
+
+@pytest.mark.parametrize("relation", DECISIONS)
+def test_decide(relation):
+    for outcome, intervals in DECISIONS[relation].items():
+        assert [decide(relation, *bounds) for bounds in intervals] == [outcome] * len(intervals)
 
 
 @pytest.mark.parametrize(("cropr", "random", "verdict"), [(HIGH, LOW, "holds"), (LOW, HIGH, "contradicted")])
@@ -132,10 +124,9 @@ def test_rows_without_records_have_not_run(tmp_path):
 
 @pytest.mark.parametrize("gap", [1.0, 0.2, 0.0])
 def test_an_undecided_claim_says_what_would_decide_it(tmp_path, gap):
-    results = write_results(
-        tmp_path, "ade20k", cropr=[50 + gap, 51 + gap, 49 + gap], random=[50.0, 50.0, 50.0], none=[60.0] * 3
-    )
-    (line,) = verdicts("ade20k", results).query("claim.str.contains('random')").to_dict("records")
+    top = {"cropr": [50 + gap, 51 + gap, 49 + gap], "random": [50.0, 50.0, 50.0], "none": [60.0] * 3}
+    table = verdicts("ade20k", write_results(tmp_path, "ade20k", **top))
+    (line,) = table.query("claim.str.contains('random')").to_dict("records")
     assert line["verdict"] == "undecided"
     assert ("7 seeds" in line["why"]) == (gap == 1.0)  # 2.447 / sqrt(7) = 0.92, with six 1.05
 

@@ -49,9 +49,9 @@ def test_page_shows_every_artefact_and_claim_and_loads_nothing(results):
 def test_page_fits_its_window(results, tmp_path, width):
     """No part reaches beyond the window; wide tables scroll in boxes of their own."""
     results = shutil.copytree(results, tmp_path / "results")
+    (results / "figures").mkdir()
     for name in page.FIRST:
         write_results(results, name)
-        (results / "figures").mkdir(exist_ok=True)
         Image.new("RGB", (1500, 2000)).save(results / "figures" / f"{name}.png")
     page.main(["--results", str(results), "--out", str(results / "report.html")])
     html = (results / "report.html").read_text()
@@ -62,8 +62,7 @@ def test_page_fits_its_window(results, tmp_path, width):
     argv += [f"--window-size={width},2000", "--dump-dom", (tmp_path / "probe.html").as_uri()]
     dom = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False).stdout
     inner, wide = map(int, re.search(r"<title>(\d+),(\d+)</title>", dom).groups())
-    assert wide <= inner
-    assert inner < 1.3 * width  # the browser makes narrow windows 500 px wide
+    assert wide <= inner < 1.3 * width  # the browser makes narrow windows 500 px wide
 
 
 def headline(results):
@@ -122,10 +121,10 @@ def test_names_tell_rows_of_one_label_apart_and_pruned_patches_are_counted_witho
 
 
 def test_rows_that_have_not_run_are_named_once(results, tmp_path):
-    (tmp_path / "manifests").mkdir()
     manifest = json.loads((results / "manifests" / "imagenet_methods.json").read_text())
-    rows = [row | {"why": "left out here", "bench": None} for row in manifest["rows"]]
-    (tmp_path / "manifests" / "imagenet_methods.json").write_text(json.dumps(manifest | {"rows": rows}))
+    manifest["rows"] = [row | {"why": "left out here", "bench": None} for row in manifest["rows"]]
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "imagenet_methods.json").write_text(json.dumps(manifest))
     assert not_run("imagenet_methods", tmp_path).count("left out here") == 1
     assert not_run("ade20k", results) == ""
     assert "ade20k --config scale=ci seeds=3" in rerun("ade20k", results)
