@@ -175,12 +175,6 @@ class Sample(Spec):
     values: dict[str, int] = Field({})
 
 
-def parser_of(**arguments: object) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    add_fields(parser, Sample, **arguments)  # type: ignore[arg-type]
-    return parser
-
-
 @pytest.mark.parametrize(
     ("words", "values"),
     [
@@ -196,21 +190,9 @@ def parser_of(**arguments: object) -> argparse.ArgumentParser:
     ],
 )
 def test_flags_give_the_values_of_their_fields(words: list[str], values: dict[str, object]) -> None:
-    found = given(parser_of().parse_args(words), Sample.model_fields)
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Sample)
+    found = given(parser.parse_args(words), Sample.model_fields)
     assert found == values
     assert make_spec(found, kind=Sample) == Sample.model_validate(values)
     assert isinstance(found.get("epochs", 3), float) == (words == ["--epochs", "0.5"])
-
-
-def test_help_of_training_lists_what_set_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    words = capsys.readouterr().out.replace(",", " ").split()
-    assert {"recipe.query_lr", "data.augment.mixup", "prune.aux_weight", "model.args", "init"} <= set(words)
-
-
-def test_help_of_a_flag_is_the_docstring_of_its_field() -> None:
-    shown = " ".join(parser_of(defaults={"epochs": "as needed"}).format_help().split())
-    assert "--count N of what it counts, 100 % of them (default 4)" in shown
-    assert "(default as needed)" in shown
-    assert "--other" not in shown

@@ -7,7 +7,6 @@ import torch
 from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
 
 from cropr.bench import models, timing
-from cropr.bench.device import noise
 from cropr.pruning.reducers import Context
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens
@@ -142,21 +141,6 @@ def test_blocks_run_on_the_counts_asked_for(monkeypatch, model):
         assert cell["metrics"]["block_gmacs"] == pytest.approx((n * 12 * 48 * 48 + 2 * n * n * 48) / 1e9)
 
 
-def test_parts_of_a_profile_add_up_to_the_whole():
-    asked = spec("profile", batch_size=2)
-    built = models.build_variants(asked.model, asked.variants, 64, "cpu", torch.float32)
-    model, images = built["cropr_llf"], noise(2, (3, 64, 64), "cpu", "fp32")
-    with torch.inference_mode(), profiling.labelled(model), profiling.quiet_profile() as profile:  # noqa: SIM117
-        with profiling.record_function("part:other"):
-            model(images)
-    (root,) = [e for e in profile.function_events if e.name == "part:other" and e.cpu_parent is None]
-    sums = profiling._sums(root, cuda=False)
-    assert set(sums) == set(profiling.CATEGORIES)
-    assert sum(sums.values()) == pytest.approx(root.cpu_time_total / 1e6)
-    assert all(seconds > 0 for seconds in sums.values())
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
 @pytest.mark.parametrize("model", [MODEL, EVA], ids=["vit", "eva"])
 def test_profile_record(model):
     cells = cells_of(spec("profile", model=model, image_size=64 if model is MODEL else 56, batch_size=2))
@@ -165,6 +149,7 @@ def test_profile_record(model):
     assert parts["cropr"]["fusion"] == 0 < parts["cropr_llf"]["fusion"]
     assert parts["cropr"]["gather"] > 0
     for cell in cells.values():
+        assert set(cell["seconds"]) == set(profiling.CATEGORIES)
         assert cell["metrics"]["total_s"] == pytest.approx(sum(cell["seconds"].values()))
         own = sum(cell["seconds"][name] for name in profiling.PRUNING)
         assert cell["metrics"]["pruning_share"] == pytest.approx(own / cell["metrics"]["total_s"])
