@@ -255,27 +255,6 @@ def test_recall_is_what_the_module_keeps():
     assert set(evaluate(model, noise(4)).series["scoring"][0]) == {"block", "entropy", "aux_top1"}
 
 
-def test_sums_of_processes_are_those_of_one():
-    model = tiny.model(tiny.spec())
-    whole = evaluate(model, noise(12), objects=OBJECTS).series["scoring"]
-    parts: list[torch.Tensor] = []
-
-    class First(World):
-        def sum(self, values):
-            parts.append(values)
-            return values
-
-    class Second(World):
-        def sum(self, values):
-            return values + parts.pop(0)
-
-    evaluate(model, noise(4), EvaluationSettings(world=First()), OBJECTS[:4])
-    joined = evaluate(model, noise(8, 4), EvaluationSettings(world=Second()), OBJECTS[4:]).series["scoring"]
-    assert not parts
-    for row, other in zip(whole, joined, strict=True):
-        assert row == pytest.approx(other)
-
-
 @pytest.mark.parametrize("shown", [32, 48])
 def test_segmentation_knows_objects_of_scenes_as_they_were_drawn(tmp_path, shown):
     host = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}

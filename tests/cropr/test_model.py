@@ -1,14 +1,16 @@
-"""The pruned model around every host: identity, traces, fusion, deployment."""
+"""The pruned model around every host: identity, traces, fusion, deployment, blocks by halves, what a reducer reads."""
 
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from cases import (
     HOSTS,
+    PRUNERS,
     SMALL,
     assert_deployed,
     assert_independent_of_the_batch,
@@ -19,6 +21,7 @@ from cases import (
 from torch import nn
 
 import cropr
+from cropr.pruning.backbones import adapt
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule
 
@@ -145,3 +148,133 @@ def test_unsupported_hosts_and_settings_are_refused_by_name(host, arguments, say
 def test_auxiliary_heads_of_a_host_without_classes_have_the_outputs_that_are_named():
     model = cropr.prune(host_of("vit", num_classes=0), Schedule.constant(2), num_outputs=7)
     assert model.train()(pictures()).aux[0].shape == (2, 1, 7)
+
+
+READ = ["vit", "layerscale", "norms", "registers-avg", "eva", "eva-fused-qkv", "eva-norms"]
+"""Hosts whose attention can be read and gated."""
+each_host = pytest.mark.parametrize("name", [*READ, "eva-mixed-rope"])
+
+
+def _tokens(host: nn.Module, order: list[int]):
+    """Adapter, these patches of two images before block 1, and what is known of positions."""
+    backbone = adapt(host)
+    tokens, position = backbone.embed(torch.randn(2, 3, 32, 32))
+    return backbone, tokens.keep(torch.tensor([order, order[::-1]])), position
+
+
+@pytest.mark.parametrize("training", [False, True])
+@each_host
+def test_both_halves_are_the_block_to_the_bit(name, training):
+    backbone, tokens, position = _tokens(host_of(name, drop_path_rate=0.5).train(training), [3, 1, 8, 15, 0])
+    sized = replace(tokens, size=torch.rand(2, 5) + 0.5)
+    for block in (2, 4):
+        for each in (tokens, sized):
+            torch.manual_seed(7)
+            whole = backbone.run(block, each, position).x
+            torch.manual_seed(7)
+            assert torch.equal(backbone.mlp(block, backbone.attend(block, each, position)).x, whole)
+
+
+@each_host
+@torch.no_grad()
+def test_a_size_is_so_many_copies_and_padding_is_nothing(name):
+    """In attention, in the CLS row and in pooling."""
+    backbone, tokens, position = _tokens(host_of(name), [3, 1, 8])
+    copies = torch.tensor([[0, 1, 1, 1, 2], [0, 1, 1, 1, 2]])
+    sized = replace(tokens, size=torch.tensor([[1.0, 3.0, 1.0]] * 2))
+    garbage = tokens.keep(copies)
+    padded = replace(garbage, valid=torch.tensor([[True, True, False, False, True]] * 2))
+    removed = tokens.keep(torch.tensor([[0, 1, 2]] * 2))
+    few = [*range(backbone.prefix), *(backbone.prefix + j for j in (0, 1, 4))]
+    for ours, theirs in ((sized, garbage), (padded, removed)):
+        rows = slice(None) if ours is padded else few
+        ours, theirs = backbone.run(1, ours, position), backbone.run(1, theirs, position)
+        x = ours.x[:, few] if ours.valid is not None else ours.x
+        torch.testing.assert_close(x, theirs.x[:, rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(backbone.head(ours), backbone.head(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", READ)
+@torch.no_grad()
+def test_open_gates_are_plain_attention_and_closed_ones_pruning(name):
+    backbone, tokens, position = _tokens(host_of(name), [3, 1, 8, 15, 0])
+    plain = backbone.run(1, tokens, position).x
+    opened = backbone.run(1, replace(tokens, gate=torch.ones(2, 5)), position).x
+    torch.testing.assert_close(opened, plain, rtol=1e-5, atol=1e-5)
+    gate = torch.tensor([[1.0, 0, 1, 1, 0]] * 2)
+    gated, removed = replace(tokens, gate=gate), tokens.keep(torch.tensor([[0, 2, 3]] * 2))
+    none = backbone.head(replace(tokens, gate=0 * gate))
+    assert none.isfinite().all(), "an image may lose all patches in training"
+    for block in (1, 2):
+        gated, removed = backbone.run(block, gated, position), backbone.run(block, removed, position)
+    stays = [*range(backbone.prefix), *(backbone.prefix + j for j in (0, 2, 3))]
+    torch.testing.assert_close(gated.x[:, stays], removed.x, rtol=1e-3, atol=1e-3)  # its epsilon is 1e-6
+    torch.testing.assert_close(backbone.head(gated), backbone.head(removed), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", READ)
+@torch.no_grad()
+def test_what_is_read_is_what_the_block_computes(name):
+    """Keys, values and attention of the host's own explicit path."""
+    host = host_of(name)
+    backbone, tokens, position = _tokens(host, [3, 1, 8, 15])
+    tokens = replace(tokens, size=torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2))
+    attention = host.blocks[1].attn
+    attention.fused_attn = False
+    seen: dict[str, torch.Tensor] = {}
+    attention.attn_drop.register_forward_hook(lambda *found: seen.update(attention=found[2]))
+    attention.k_norm.register_forward_hook(lambda *found: seen.update(key=found[2]))
+    backbone.run(2, tokens, position)
+    _, _, value = backbone._project(2, backbone._normed(2, tokens), tokens, position)
+    prefix, close = backbone.prefix, {"rtol": 1e-4, "atol": 1e-5}
+    weights, key = seen["attention"], seen["key"]
+    torch.testing.assert_close(backbone.column_sums(2, tokens, position), weights.sum((1, 2))[:, prefix:], **close)
+    torch.testing.assert_close(backbone.cls_attention(2, tokens, position), weights[:, :, 0, prefix:], **close)
+    torch.testing.assert_close(backbone.mean_key(2, tokens, position), key.mean(dim=1), **close)
+    torch.testing.assert_close(backbone.value_norms(2, tokens, position), value[:, :, prefix:].norm(dim=3), **close)
+    heads = attention.norm((weights @ value).transpose(1, 2).flatten(2))
+    half = backbone._scale(host.blocks[1], 1, attention.proj(heads))
+    torch.testing.assert_close(tokens.x + half, backbone.attend(2, tokens, position).x, **close)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("name", [name for name in REDUCERS if name != "none"])
+@torch.no_grad()
+def test_every_block_computes_on_the_counts_of_the_schedule(name, prefix):
+    """Tokens that enter each attention and each MLP, with 0 to 5 prefix tokens."""
+    pool = "token" if prefix else "avg"
+    host = host_of("vit", class_token=prefix > 0, reg_tokens=max(prefix - 1, 0), global_pool=pool)
+    kind = REDUCERS[name].load()
+    if not prefix and "cls_attention" in kind.reads:
+        with pytest.raises(TypeError, match="no class token"):
+            cropr.prune(host, Schedule.constant(3), name)
+        return
+    model = cropr.prune(host, Schedule.constant(3), name).eval()
+    entered: list[list[int]] = [[], []]
+    for block in host.blocks:
+        for part, found in zip((block.attn, block.mlp), entered, strict=True):
+            part.register_forward_pre_hook(lambda _module, x, found=found: found.append(x[0].shape[1] - prefix))
+    output = model(torch.randn(2, 3, 32, 32))
+    assert entered[0] == [16, 12, 9, 6]
+    assert entered[1] == ([12, 9, 6, 6] if kind.places[0] == "after_attention" else entered[0])
+    assert output.tokens.num_patches == 6
+    assert (output.tokens.valid is None) == (name != "ats")
+    assert set(output.kept) == (set() if REDUCERS[name].family == "slots" else {1, 2, 3})
+
+
+@pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ("none", *PRUNERS)])
+def test_what_a_method_cannot_do_is_refused_by_name(name):
+    kind = REDUCERS[name].load()
+    refused = [("vit", "llf", f"{kind.__name__} leaves no pruned tokens")]
+    if kind.places[0] == "after_attention":
+        refused.append(("post-norm", "none", f"ResPostBlock, for {kind.__name__}"))
+    if kind.reads or "gate" in kind.sets:
+        refused.append(("eva-mixed-rope", "none", f"type AttentionRope, for {kind.__name__}"))
+    if kind.slots:
+        refused.append(("eva", "none", f"rotary positions, for {kind.__name__}"))
+        output = cropr.prune(host_of("vit"), Schedule.constant(3), name).eval()(torch.randn(1, 3, 32, 32))
+        with pytest.raises(ValueError, match="no pruning map"):
+            output.pruned_after(16)
+    for host, fusion, says in refused:
+        with pytest.raises((TypeError, ValueError), match=says):
+            cropr.prune(host_of(host), Schedule.constant(3), name, fusion)

@@ -239,6 +239,8 @@ def test_two_processes_train_as_one(images, tmp_path):
         alone, together = (read_record(path)["metrics"] for path in (first, second))
         same = [name for name in alone if name not in ("step_ms", "train_images_per_s")]
         assert [together[name] for name in same] == [pytest.approx(alone[name], abs=1e-3) for name in same]
+        pairs = zip(*(read_record(path)["series"].get("scoring", []) for path in (first, second)), strict=True)
+        assert all(one == pytest.approx(other, abs=1e-3) for one, other in pairs)
         assert steps(second) == steps(first)
         own, joined = (np.load(path / read_record(path)["per_image"]) for path in (first, second))
         assert own["image"].tolist() == joined["image"].tolist()

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from cases import randomised
 
 from cropr.pruning.reducers import Context, create
 from cropr.pruning.reducers.select import Cropr
@@ -19,16 +20,9 @@ VARIANTS = [
 ]
 
 
-def _randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Give every parameter a value that matters: norms and biases start as identities otherwise."""
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_folded_scores_rank_as_all_queries_and_heads_do(options):
-    scorer = _randomised(Scorer(DIM, **options))
+    scorer = randomised(Scorer(DIM, **options)).double()
     x = torch.randn(2, 30, DIM, dtype=torch.float64)
     logits, _ = scorer(x)
     full = logits.sum(dim=(1, 2))
@@ -80,22 +74,15 @@ def _train_step(**options) -> tuple[Tokens, Cropr]:
     return Tokens.full(x, 1), reducer
 
 
-def test_auxiliary_loss_trains_the_queries_and_not_the_encoder():
+def test_gradients_of_auxiliary_and_main_loss_stop_where_they_should():
     tokens, reducer = _train_step()
-    reduction = reducer(tokens, 5, Context(), want_pruned=False)
-    reduction.aux.square().sum().backward()
+    reducer(tokens, 5, Context(), want_pruned=False).aux.square().sum().backward()
     assert tokens.x.grad is None
     assert reducer.scorer.queries.grad.abs().sum() > 0
-
-
-def test_main_loss_trains_the_encoder_and_not_the_queries():
     tokens, reducer = _train_step()
     reducer(tokens, 5, Context(), want_pruned=False).kept.x.square().sum().backward()
     assert tokens.x.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in reducer.parameters())
-
-
-def test_without_stop_gradient_the_auxiliary_loss_reaches_the_encoder():
     tokens, reducer = _train_step(stop_gradient=False)
     reducer(tokens, 5, Context(), want_pruned=False).aux.square().sum().backward()
     assert tokens.x.grad.abs().sum() > 0

@@ -171,15 +171,10 @@ def test_file_holds_what_the_model_did(tmp_path, roots, task, monkeypatch):
 
 
 def test_classes_are_named_and_images_those_of_the_data(tmp_path, roots):
-    model = write_run(tmp_path / "run", classifier())
+    write_run(tmp_path / "run", classifier())
     file = shown(tmp_path / "run", tmp_path / "x.npz", "--data", str(roots / "classification"), "--images", "4")
     assert file["truth_text"].tolist() == [f"digit_{label}" for label in (0, 2, 5, 7)]
     np.testing.assert_array_equal(file["images"][1], compose(SCENES, "val", 2).image)
-    answers = answers_of(classifier(), roots / "classification")
-    answers.model = model
-    with torch.inference_mode():
-        found = answers.show(6, CPU)  # the first image of digit 2, behind three of each class before
-    assert found.prediction_text == file["prediction_text"][1] == f"digit_{int(found.output.logits.argmax())}"
 
 
 @pytest.mark.parametrize("task", SPECS)
