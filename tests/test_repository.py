@@ -63,15 +63,11 @@ def documents() -> list[Path]:
     return [path for path in files() if path.suffix == ".md" and "rendered" not in path.parts]
 
 
-def test_files_are_small() -> None:
+def test_files_are_small_and_those_that_are_expected_are_there() -> None:
     sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in files()}
     limits = {name: 5_000_000 if WEIGHTS.fullmatch(name) else 2_000_000 for name in sizes}
     assert [f"{name}: {size} bytes" for name, size in sizes.items() if size > limits[name]] == []
-
-
-def test_expected_files_are_there() -> None:
-    names = {str(path.relative_to(ROOT)) for path in files()}
-    assert {"LICENSE", "CITATION.cff", "CONTRIBUTING.md", "README.md", "requirements.lock", ".ci/run"} <= names
+    assert {"LICENSE", "CITATION.cff", "CONTRIBUTING.md", "README.md", "requirements.lock", ".ci/run"} <= set(sizes)
     assert (ROOT / ".ci/run").stat().st_mode & 0o100, ".ci/run must be executable"
 
 
@@ -101,10 +97,11 @@ def test_library_modules_say_what_they_are_for_and_print_nothing() -> None:
             assert "print" not in [function.id for function in called if isinstance(function, ast.Name)], name
 
 
-def test_make_help_lists_every_public_target() -> None:
+def test_make_help_lists_every_public_target_and_the_readme_opens_with_two() -> None:
     documented = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert documented == make_targets()
-    assert {"help", "reproduce", "test", "fast", "lint", "ablation", "clean"} <= documented
+    assert documented == make_targets() >= {"help", "reproduce", "test", "fast", "lint", "ablation", "clean"}
+    commands = re.findall(r"make [a-z]+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert commands[:2] == ["make reproduce", "make test"]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -114,11 +111,6 @@ def test_commands_and_links_of_documents_lead_somewhere_and_no_number_is_left_to
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", text)
-
-
-def test_readme_opens_with_the_two_commands() -> None:
-    commands = re.findall(r"make [a-z]+", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert commands[:2] == ["make reproduce", "make test"]
 
 
 def test_lock_pins_everything_within_the_ranges_of_pyproject() -> None:

@@ -52,19 +52,14 @@ def box_of(mask: torch.Tensor) -> torch.Tensor:
     return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
 
 
-def test_ids_with_gaps_become_labels_and_back(root, splits):
-    train, _ = splits
+def test_ids_with_gaps_become_labels_crowds_are_no_targets_and_empty_images_are_left_out_of_training(root, splits):
+    train, val = splits
     assert train.annotations.categories == ((3, "red box"), (7, "green disk"), (90, "blue bar"))
     assert train.annotations.category_ids == (3, 7, 90)
     listed = [a for a in tiny_coco.load(root, "train")["annotations"] if not a["iscrowd"]]
     found = {i.id: i.label for index in range(len(train)) for i in train.instances(index)}
     assert found == {a["id"]: (3, 7, 90).index(a["category_id"]) + 1 for a in listed}
     assert set(found.values()) == {1, 2, 3}
-
-
-def test_crowds_and_empty_images(splits):
-    """Crowds are no targets; images without instance are left out of training and kept in evaluation."""
-    train, val = splits
     assert train.annotations.skipped == 0
     assert [len(train.instances(index)) for index in range(10)].count(0) == 2
     assert (len(train), len(TrainImages(train, SPEC, 0))) == (10, 8)
@@ -270,14 +265,10 @@ def test_instances_without_area_are_skipped_and_counted(tmp_path):
     assert {i.id: i.box for i in annotations.instances[100] if i.id >= 50} == {54: (0, 5, 7, 9)}
 
 
-def test_training_needs_an_instance(tmp_path):
+def test_training_needs_an_instance_and_an_image_of_another_size_is_named(tmp_path):
     edit(tmp_path, lambda content: [a.update(iscrowd=1) for a in content["annotations"]])
     with pytest.raises(ValueError, match=r"instances_train2017.json: no image has an instance"):
         TrainImages(load_coco(tmp_path)[0], SPEC, 0)
-
-
-def test_an_image_of_another_size_is_named(tmp_path):
-    edit(tmp_path, lambda content: None)
     Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(tmp_path / "val2017" / f"{107:012d}.png")
     with pytest.raises(ImageError, match=r"000107.png: is 20 x 30 px; .*says 48 x 64 of image 107"):
         list(EvalBatches(EvalImages(load_coco(tmp_path)[1], SPEC), 2, collate=collate))

@@ -247,15 +247,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_detection_is_named(annotations, message):
+def test_a_wrong_detection_or_truth_is_named(annotations, tmp_path, message):
     results = perfect(annotations)
     results[1].update(WRONG[message])
     results[1] = {key: value for key, value in results[1].items() if value is not None}
     with pytest.raises(ValueError, match=f"results: {message}"):
         score(results, annotations)
-
-
-def test_a_wrong_truth_is_named(annotations, tmp_path):
     content = json.loads(annotations.read_text())
     content["annotations"][0]["category_id"] = 4
     with pytest.raises(ValueError, match="annotation 1: category_id 4"):

@@ -184,13 +184,6 @@ def test_anchors_by_hand():
     assert centres[1::3].tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8], [0, 0]]
 
 
-def test_pyramid_strides_and_sizes():
-    neck = SimpleFeaturePyramid(16, 8, 16)
-    assert neck.strides == (4, 8, 16, 32, 64)
-    sizes = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
-    assert [level.shape for level in neck(torch.zeros(1, 16, 4, 6))] == [(1, 8, *size) for size in sizes]
-
-
 def test_pooler_reads_coordinates_and_chooses_the_level_by_size():
     """Maps that hold their own x coordinate in pixels: the pooled mean is the box's centre, whatever the level."""
     levels = [((torch.arange(128 // s) + 0.5) * s).expand(1, 1, 128 // s, -1).contiguous() for s in (4, 8, 16)]
@@ -226,12 +219,15 @@ def test_match_by_hand():
     assert match(boxes, nothing, 0.5).labels.tolist() == [0, 0, 0]
 
 
-def test_the_spec_of_published_size():
+def test_pyramid_and_heads_have_the_published_sizes():
     """Heads of EVA-02-L's detector: 15.3 M parameters a box head, 7.8 M of the pyramid."""
     with torch.device("meta"):
         parts = SimpleFeaturePyramid(1024, 256, 16), BoxStage(DetModelSpec(), 80, 1)
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
-    assert millions == pytest.approx([7.8, 15.3], abs=0.05)
+    assert [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts] == pytest.approx([7.8, 15.3], abs=0.05)
+    neck = SimpleFeaturePyramid(16, 8, 16)
+    assert neck.strides == (4, 8, 16, 32, 64)
+    sizes = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert [level.shape for level in neck(torch.zeros(1, 16, 4, 6))] == [(1, 8, *size) for size in sizes]
 
 
 @pytest.mark.model
@@ -347,17 +343,11 @@ def test_nms_equals_the_plain_loop():
 
 
 @pytest.mark.parametrize("suppress", [nms, soft_nms])
-@pytest.mark.parametrize("count", [0, 3])
-def test_nothing_is_left_of_nothing(suppress, count):
-    """No box, and no box with a score."""
-    boxes, _ = crowded(count, 1)
-    picks = suppress(boxes, torch.zeros(count, 4), 0.5, 0.05, 100)
-    assert len(picks.index) == len(picks.labels) == len(picks.scores) == 0
-    assert picks.index.dtype == picks.labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize("suppress", [nms, soft_nms])
-def test_a_copy_is_dropped_within_its_class_alone(suppress):
+def test_nothing_is_left_of_nothing_and_a_copy_is_dropped_within_its_class_alone(suppress):
+    for count in (0, 3):  # no box, and no box with a score
+        picks = suppress(crowded(count, 1)[0], torch.zeros(count, 4), 0.5, 0.05, 100)
+        assert len(picks.index) == len(picks.labels) == len(picks.scores) == 0
+        assert picks.index.dtype == picks.labels.dtype == torch.int64
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
     picks = suppress(boxes, torch.tensor([[0.9, 0.0], [0.7, 0.8], [0.3, 0.0]]), 0.5, 0.05, 100)
     assert (picks.index.tolist(), picks.labels.tolist()) == ([0, 1, 2], [1, 2, 1])

@@ -28,23 +28,20 @@ def deployed(host: str, reducer: str = "cropr", fusion: str = "llf", depth: int 
     return cropr.prune(host, Schedule.constant(3, **schedule), reducer, fusion).deploy()
 
 
-def test_outputs_are_named_after_the_blocks_that_prune():
-    exportable = Exportable(deployed("vit"))
-    assert exportable.names == ["logits", "kept_1", "kept_2"]
+@pytest.mark.parametrize(
+    ("settings", "blocks", "counts"),
+    [
+        ({}, (1, 2), [12, 9]),
+        ({"fusion": "none"}, (1, 2, 3), [12, 9, 6]),
+        ({"fusion": "none", "align": 8}, (1, 3), [15, 7]),  # with the prefix, 17, 13, 10, 7 become 17, 16, 16, 8
+    ],
+)
+def test_outputs_are_named_after_the_blocks_that_prune(settings, blocks, counts):
+    exportable = Exportable(deployed("vit", **settings))
+    assert exportable.names == ["logits", *(f"kept_{block}" for block in blocks)]
     logits, *kept = exportable(images(2))
     assert logits.shape == (2, 5)
-    assert [index.shape for index in kept] == [(2, 12), (2, 9)]
-    assert Exportable(deployed("vit", fusion="none")).names == ["logits", "kept_1", "kept_2", "kept_3"]
-
-
-def test_blocks_that_prune_nothing_have_no_output():
-    """Aligned to 8 with the prefix, 17, 13, 10, 7 tokens become 17, 16, 16, 8."""
-    exportable = Exportable(deployed("vit", fusion="none", align=8))
-    assert exportable.names == ["logits", "kept_1", "kept_3"]
-    assert [index.shape[1] for index in exportable(images(1))[1:]] == [15, 7]
-
-
-def test_random_numbers_are_refused():
+    assert [index.shape for index in kept] == [(2, count) for count in counts]
     with pytest.raises(ValueError, match="reducer 'random' cannot be exported"):
         Exportable(deployed("vit", reducer="random"))
 

@@ -140,30 +140,19 @@ def _build(prune: PruneSpec) -> PrunedViT:
         return build_model(MAE_L, prune, num_classes=1000, image_size=224)
 
 
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def test_parameters_modules_and_tokens_of_the_classification_models():
+    def parameters(model: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
 
-
-def test_parameters_of_the_classification_models():
-    assert _parameters(_build(PruneSpec())) == 304_326_632
-    assert _parameters(_build(PruneSpec(reducer="cropr", schedule=R8, fusion="llf"))) == 511_651_288
-
-
-def test_modules_and_their_size():
-    model = _build(PruneSpec(reducer="cropr", schedule=R8, fusion="llf"))
+    plain, model = _build(PruneSpec()), _build(PruneSpec(reducer="cropr", schedule=R8, fusion="llf"))
+    assert (parameters(plain), parameters(model)) == (304_326_632, 511_651_288)
     assert list(model.reducers) == [str(block) for block in range(1, 23)]
-    assert {_parameters(module) for module in model.reducers.values()} == {9_423_848}
+    assert {parameters(module) for module in model.reducers.values()} == {9_423_848}
     assert list(_build(PruneSpec(reducer="cropr", schedule=R8)).reducers)[-1] == "23"
-
-
-def test_token_traces_of_the_table():
-    assert _build(PruneSpec(reducer="cropr", schedule=R8, fusion="llf")).token_trace[:3] == (197, 188, 180)
+    assert model.token_trace[:3] == (197, 188, 180)
     stages = PruneSpec(reducer="cropr", schedule={"stages": {"at": {6: 50, 12: 50, 18: 50}}})
     assert sorted(set(_build(stages).token_trace)) == [47, 97, 147, 197]
-
-
-def test_memory_of_the_deployed_model():
-    model = _build(PruneSpec(reducer="cropr", schedule=R8, fusion="llf"))
+    # Memory of the deployed model, beside the host's.
     host = sum(tensor.numel() for tensor in model.backbone.host.state_dict().values())
     folded = sum(module.deploy().scorer.weight.numel() for module in model.reducers.values())
     assert folded / host == pytest.approx(7.4e-5, rel=0.01)

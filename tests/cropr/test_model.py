@@ -86,13 +86,13 @@ def test_a_result_does_not_depend_on_the_batch_and_every_block_stays_on_fused_at
 
 def test_pruned_after_is_the_block_that_pruned_each_patch():
     assert not pruned(host_of("vit"), 0)(pictures()).pruned_after(16).any()
-    output = pruned(host_of("vit"), fusion="none")(pictures())
+    model = pruned(host_of("vit"), fusion="none")
+    output = model(pictures())
     after = output.pruned_after(16)
     assert [int((after[0] == block).sum()) for block in (0, 1, 2, 3)] == [6, 4, 3, 3]
     assert torch.equal((after[0] == 0).nonzero()[:, 0], output.kept[3][0].sort().values)
-
-
-def test_another_image_size_resolves_the_schedule_anew():
+    assert torch.equal(pickle.loads(pickle.dumps(model))(pictures()).logits, output.logits)
+    # Another image size resolves the schedule anew.
     model = cropr.prune(host_of("dynamic-size"), Schedule.fraction({2: 0.5})).eval()
     assert [model(pictures(2, size)).tokens.num_patches for size in (32, 48)] == [8, 18]
 
@@ -105,11 +105,6 @@ def test_activation_checkpointing_of_the_host_is_honoured():
         pruned(host, 3, "variance").train()(pictures()).logits.sum().backward()
         gradients.append(host.blocks[0].mlp.fc2.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_pickles():
-    model = pruned(host_of("vit"))
-    assert torch.equal(pickle.loads(pickle.dumps(model))(pictures()).logits, model(pictures()).logits)
 
 
 @pytest.mark.model

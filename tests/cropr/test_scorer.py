@@ -42,20 +42,15 @@ def test_folded_score_is_float32_under_autocast():
     assert torch.equal(under, scorer(x))
 
 
-def test_aggregator_is_softmax_attention():
-    x = torch.randn(2, 9, DIM)
-    logits = torch.randn(2, 1, 3, 9)
+def test_aggregator_is_softmax_attention_whose_heads_attend_to_their_own_channels():
+    x, logits = torch.randn(2, 9, DIM), torch.randn(2, 1, 3, 9)
     z = Aggregator(DIM, mlp=False)(logits, x)
     torch.testing.assert_close(z, (logits[:, 0] / DIM**0.5).softmax(-1) @ x)
-
-
-def test_aggregator_heads_attend_to_their_own_channels():
     aggregator = Aggregator(DIM, num_heads=4, mlp=False)
     torch.nn.init.eye_(aggregator.out_proj.weight)
     torch.nn.init.zeros_(aggregator.out_proj.bias)
-    x = torch.randn(1, 9, DIM)
-    logits = torch.zeros(1, 4, 1, 9)
-    logits[0, 2, 0, 5] = 1e4
+    logits = torch.zeros(2, 4, 1, 9)
+    logits[:, 2, 0, 5] = 1e4
     z = aggregator(logits, x)[0, 0]
     torch.testing.assert_close(z[12:18], x[0, 5, 12:18])
     torch.testing.assert_close(z[:12], x[0, :, :12].mean(0))

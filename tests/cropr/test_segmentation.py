@@ -32,35 +32,20 @@ from cropr.training.checkpoint import load_weights
 from cropr.training.loop import train
 
 SCENES = ScenesSpec(image_size=32, train=24, val=6, scale=(1.5, 1.5), objects=(1, 2))
-R40 = {"constant": {"rate": 40}}
 EVA_L = ModelSpec(name="eva02_large_patch14_224.mim_m38m", args={"patch_size": 16}, drop_path=0.2)
 
 
-def paper_model(prune):
-    with torch.device("meta"):
-        return build_model(EVA_L, prune, 150, 512, kind=PrunedSegmenter)
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-@pytest.fixture(scope="module")
-def eva_large():
-    return paper_model(PruneSpec(reducer="cropr", schedule=R40, fusion="llf"))
-
-
-def test_tokens_of_the_paper_model(eva_large):
-    assert eva_large.token_trace == (1025, *range(984, 143, -40), 144, 1025)
-    assert eva_large.reducers["1"].scorer.queries.shape == (1, 1024, 1024)
-    assert eva_large.backbone.host.rope.ref_feat_shape == (16, 16)
-    assert eva_large.backbone.host.patch_embed.grid_size == (32, 32)
-
-
-def test_multiply_adds_of_the_paper_model(eva_large):
+def test_tokens_and_multiply_adds_of_the_paper_model():
     """361 and 203 G an image are the encoder's; scoring by one vector a module adds next to nothing."""
-    cost = flops.Cost(eva_large.backbone)
-    base, pruned = cost.total((1024,) * 24, False), cost.total(eva_large.counts(1024), True)
+    prune = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 40}}, fusion="llf")
+    with torch.device("meta"):
+        model = build_model(EVA_L, prune, 150, 512, kind=PrunedSegmenter)
+    assert model.token_trace == (1025, *range(984, 143, -40), 144, 1025)
+    assert model.reducers["1"].scorer.queries.shape == (1, 1024, 1024)
+    assert model.backbone.host.rope.ref_feat_shape == (16, 16)
+    assert model.backbone.host.patch_embed.grid_size == (32, 32)
+    cost = flops.Cost(model.backbone)
+    base, pruned = cost.total((1024,) * 24, False), cost.total(model.counts(1024), True)
     assert base / 1e9 == pytest.approx(361, rel=0.005)
     assert pruned / 1e9 == pytest.approx(203, rel=0.01)
     assert pruned / base == pytest.approx(0.563, abs=0.003)

@@ -20,11 +20,15 @@ class FakeTime:
         self.now += self.step
 
 
-def test_rounds_alternate_who_runs_first():
+def test_rounds_alternate_who_runs_first_and_mixed_precision_casts_products_only():
     order = []
     clocks = {"a": lambda: order.append("a") or 1.0, "b": lambda: order.append("b") or 2.0}
     assert timing.interleave(clocks, 3) == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert "".join(order) == "abbaab"
+    weight = torch.ones(2, 2)
+    for precision, dtype in (("amp_bf16", torch.bfloat16), ("bf16", torch.float32)):
+        with mixed(precision, "cpu"):
+            assert (weight @ weight).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -103,13 +107,6 @@ def test_a_batch_is_halved_until_it_fits():
         largest_batch(4, lambda batch_size: hungry(batch_size, limit=0))
     with pytest.raises(ZeroDivisionError):
         largest_batch(4, lambda batch_size: 1 // 0)
-
-
-def test_mixed_precision_casts_products_only():
-    weight = torch.ones(2, 2)
-    for precision, dtype in (("amp_bf16", torch.bfloat16), ("bf16", torch.float32)):
-        with mixed(precision, "cpu"):
-            assert (weight @ weight).dtype == dtype
 
 
 def test_refuses_precisions_and_devices_that_are_missing_or_have_no_clock(monkeypatch):

@@ -116,15 +116,12 @@ def test_counts_are_compared_with_their_neighbours(tmp_path):
     assert float(table[0]["excess_percent"]) < 0 < float(table[-1]["excess_percent"])
 
 
-def test_parts_add_up(tmp_path):
+def test_parts_add_up_and_plans_stand_beside_their_targets(tmp_path):
     made, table = run(tmp_path, "profile")
     seconds = made["vit_l_224"][0]["seconds"]
     total = sum(seconds.values())
     parts = [(part, round(1000 * s, 2), round(100 * s / total, 2)) for part, s in [*seconds.items(), ("total", total)]]
     assert {(line["part"], float(line["cropr_ms"]), float(line["cropr_percent"])) for line in table} == set(parts)
-
-
-def test_plans_stand_beside_their_targets(tmp_path):
     _, table = run(tmp_path, "plan")
     found = [(line["target"], line["measured"], line["deviation_percent"], line["reached"]) for line in table]
     assert found == [("1.5", "1.52 [1.35, 1.80]", "1.3", "True"), ("9", "", "", "False")]

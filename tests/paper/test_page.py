@@ -71,14 +71,11 @@ def headline(results):
     return line
 
 
-def test_headline_is_written_by_the_same_formatter(results):
+def test_headline_is_written_by_the_same_formatter_and_a_missing_measurement_leaves_its_cell_empty(results, tmp_path):
     accuracy = with_interval(mean_interval(load_records("ade20k", results), "miou"))["cropr"]
     speed = with_interval(median_interval(load_speed("ade20k", results), "speedup"), digits=2)["cropr"]
     cells = [cell.strip() for cell in headline(results).strip("|").split("|")]
     assert cells[3:] == ["56.6", accuracy, "2.0", speed]
-
-
-def test_a_missing_measurement_leaves_its_cell_empty(results, tmp_path):
     copy = shutil.copytree(results, tmp_path / "copy")
     (copy / "bench" / "cropr" / "record.json").unlink()
     page.main(["--results", str(copy), "--out", str(copy / "report.html")])
