@@ -63,21 +63,19 @@ def test_provenance_has_what_a_reader_needs():
     json.dumps(found)
 
 
-@pytest.mark.parametrize(
-    ("answers", "expected"),
-    [
-        ({"ls-files": "records.py", "rev-parse": "0a1b", "status": ""}, ("0a1b", False)),
-        ({"ls-files": "records.py", "rev-parse": "0a1b", "status": " M cropr/model.py"}, ("0a1b", True)),
-        ({"ls-files": None, "rev-parse": "0a1b", "status": ""}, (None, None)),  # a venv inside some repository
-        ({"ls-files": "records.py", "rev-parse": None, "status": ""}, (None, None)),  # no commit yet
-    ],
-)
-def test_commit_and_dirty_flag(monkeypatch, answers, expected):
-    monkeypatch.setattr(records, "_git", lambda verb, *rest: answers[verb])
-    records._checkout.cache_clear()
-    found = provenance(time.time())
-    records._checkout.cache_clear()
-    assert (found["commit"], found["dirty"]) == expected
+def test_commit_and_dirty_flag(monkeypatch):
+    clean = {"ls-files": "records.py", "rev-parse": "0a1b", "status": ""}
+    for answers, expected in (
+        (clean, ("0a1b", False)),
+        (clean | {"status": " M cropr/model.py"}, ("0a1b", True)),
+        (clean | {"ls-files": None}, (None, None)),  # a venv inside some repository
+        (clean | {"rev-parse": None}, (None, None)),  # no commit yet
+    ):
+        monkeypatch.setattr(records, "_git", lambda verb, *rest, told=answers: told[verb])
+        records._checkout.cache_clear()
+        found = provenance(time.time())
+        records._checkout.cache_clear()
+        assert (found["commit"], found["dirty"]) == expected
 
 
 def test_records_and_scenes_load_no_torch():

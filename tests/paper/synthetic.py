@@ -55,14 +55,7 @@ def row_configs(artefact: str) -> list[dict[str, Any]]:
 
 
 def write_results(root: Path, artefact: str, seeds: int = 3, **top: list[float]) -> Path:
-    """Write a manifest, its records and maps below ``root``; returns ``root``.
-
-    Args:
-        root: the folder of the scale.
-        artefact: an experiment that trains.
-        seeds: how many.
-        top: by row, the task's first metric of each seed, instead of a made-up one.
-    """
+    """Write a manifest, its records and maps below ``root``. ``top``: by row, the first metric of each seed."""
     config = yaml.safe_load((EXPERIMENTS / f"{artefact}.yaml").read_text())
     for other in config.get("reads", ()):
         write_results(root, other, seeds)
