@@ -94,9 +94,11 @@ def test_batches_are_mixed_only_if_asked_for():
     plain, target = Objective(DataSpec(num_classes=3)).prepare(images.clone(), labels)
     assert torch.equal(plain, images)
     assert torch.equal(target, F.one_hot(labels, 3).float())
-    mixed, target = Objective(DataSpec(num_classes=3, augment={"mixup": 0.8})).prepare(images.clone(), labels)
+    augment = {"mixup": 0.8, "smoothing": 0.1}
+    mixed, target = Objective(DataSpec(num_classes=3, augment=augment)).prepare(images.clone(), labels)
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(target.sum(dim=1), torch.ones(4))
+    assert target.min().item() == pytest.approx(0.1 / 3)
 
 
 LOGITS = torch.tensor([[9.0, 1, 2, 3, 4, 5, 0], [1, 2, 9, 3, 4, 5, 0], [1, 2, 9, 3, 4, 5, 0]])

@@ -92,26 +92,22 @@ def test_ctrl_c_ends_every_verb_without_a_traceback(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-def test_weights_are_readable_by_umask_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_weights_are_readable_by_umask_and_a_flipped_bit_or_a_nan_is_found(tmp_path: Path) -> None:
     model, path = tiny.model(tiny.spec()), tmp_path / "weights.safetensors"
     before = os.umask(0o022)
     save_weights(path, model)
     os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o644
     load_weights(model, path)
-    content = bytearray(path.read_bytes())
+    tensors, content = load_file(path), bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="differs from the checksum in its header"):
         load_weights(model, path)
-
-
-def test_weights_that_are_not_finite_are_no_start(tmp_path: Path, trained: Path) -> None:
-    tensors = load_file(trained / "weights.safetensors")
-    tensors["backbone.host.norm.weight"][3] = torch.nan
-    save_file(tensors, tmp_path / "nan.safetensors")
-    with pytest.raises(ValueError, match=r"not finite in backbone\.host\.norm\.weight"):
-        load_initial(tiny.model(tiny.spec()), tmp_path / "nan.safetensors")
+    tensors["backbone.host.fc_norm.weight"][3] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"not finite in backbone\.host\.fc_norm\.weight"):
+        load_initial(model, path)
 
 
 def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Path) -> None:
@@ -127,11 +123,11 @@ def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Pat
     assert "class_0 is the only class; two or more are needed" in found[0]
 
 
-@pytest.mark.parametrize("name", ["../../secret.png", "/data/secret.png", "a/../../b.png"])
-def test_names_of_images_stay_in_their_folder(name: str) -> None:
-    image = {"id": 1, "file_name": name, "height": 4, "width": 4}
-    _, problems = annotations.parse(Path("x.json"), {"images": [image], "annotations": [], "categories": []})
-    assert any("leads out of the folder of images" in problem for problem in problems)
+def test_names_of_images_stay_in_their_folder() -> None:
+    for name in ("../../secret.png", "/data/secret.png", "a/../../b.png"):
+        image = {"id": 1, "file_name": name, "height": 4, "width": 4}
+        _, problems = annotations.parse(Path("x.json"), {"images": [image], "annotations": [], "categories": []})
+        assert any("leads out of the folder of images" in problem for problem in problems)
 
 
 def test_aliases_that_multiply_are_refused_at_once() -> None:

@@ -48,14 +48,10 @@ def parts(batch=2, dim=32):
     return full, full.keep(order[:, :4]), pruned
 
 
-def test_entries_name_the_place_of_their_class():
-    for method in fusions.FUSIONS.values():
-        assert method.place == (method.load().place if method.path else None)
-
-
 @pytest.mark.parametrize(("fusion", "last"), [("llf", 2), ("llf_no_self", 2), ("concat", 3), ("exit", 3), ("none", 3)])
 def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
-    model = segmenter(fusion)
+    method, model = fusions.FUSIONS[fusion], segmenter(fusion)
+    assert method.place == (method.load().place if method.path else None)
     assert list(model.reducers) == [str(block) for block in range(1, last + 1)]
     assert model.token_trace[-1] == (17 if before_last_block(fusion) else 7)
 
@@ -192,15 +188,11 @@ def scores_of(model, batch):
     return seen[-1].flatten(2).transpose(1, 2)
 
 
-def test_what_predicts_per_patch_is_refused_where_an_image_has_one_label():
+def test_images_with_one_label_pool_over_all_tokens():
+    for fusion in ("concat", "cross", "llf_no_self"):
+        model = cropr.prune(host_of("eva"), Schedule.constant(3), fusion=fusion).eval()
+        output = model(images())
+        assert (output.tokens.num_patches, output.logits.shape) == (16, (2, 5))
+        assert_deployed(model, images())
     with pytest.raises(ValueError, match=r"EarlyExit fuses predictions per patch.*such as 'llf'"):
         cropr.prune(host_of("vit"), Schedule.constant(2), fusion="exit")
-
-
-@pytest.mark.parametrize("fusion", ["concat", "cross", "llf_no_self"])
-def test_images_with_one_label_pool_over_all_tokens(fusion):
-    model = cropr.prune(host_of("eva"), Schedule.constant(3), fusion=fusion).eval()
-    output = model(images())
-    assert output.tokens.num_patches == 16
-    assert output.logits.shape == (2, 5)
-    assert_deployed(model, images())

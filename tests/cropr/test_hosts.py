@@ -107,9 +107,10 @@ def by_hand(host: Any, name: str) -> tuple[Tensor, list[Any], Any]:
     return (body.pre_layrnorm(x) if "clip" in name else x), list(layers), tables
 
 
-@pytest.mark.parametrize(
-    "name", ["vit/sdpa", "dinov2-registers/eager", "dinov3-bare/sdpa", "clip/sdpa", "torchvision", "open_clip"]
-)
+LOOPED = ["vit/sdpa", "dinov2-registers/eager", "dinov3-bare/sdpa", "clip/sdpa", "torchvision", "open_clip"]
+
+
+@pytest.mark.parametrize("name", LOOPED)
 def test_kept_sets_are_those_of_a_loop_by_hand(name: str) -> None:
     """The host's own layers, an image at a time; the scores of a folded query, sorted."""
     host = host_of(name)
@@ -193,14 +194,12 @@ def test_as_host_gives_what_the_hosts_class_gives(name: str) -> None:
 
 def test_what_has_no_adapter_is_refused_with_what_has() -> None:
     transformers = pytest.importorskip("transformers")
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32)
-    )
+    text = transformers.CLIPTextConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32)
     with pytest.raises(TypeError, match=r"CLIPTextModel with this head, forward or text tower \(supported:"):
-        adapt(text)
-    swin = transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[1], image_size=32))
+        adapt(transformers.CLIPTextModel(text))
+    swin = transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[1], image_size=32)
     with pytest.raises(TypeError, match=r"no adapter for SwinModel; supported: .*transformers dinov2"):
-        adapt(swin)
+        adapt(transformers.SwinModel(swin))
 
 
 @pytest.mark.model

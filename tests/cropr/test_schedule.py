@@ -30,30 +30,24 @@ def test_traces_of_the_paper():
     assert Schedule.constant(0).sites(24) == ()
 
 
-@pytest.mark.parametrize("align", [8, 16])
-def test_alignment_rounds_up_and_never_prunes_more(align):
+CONFIGS = [
+    ({"constant": {"rate": 8}}, Schedule.constant(8)),
+    ({"constant": {"rate": 8, "first_extra": 0, "align": 8}}, Schedule.constant(8, 0, 8)),
+    ({"stages": {"at": {"6": 50, 12: 50}}}, Schedule.stages({6: 50, 12: 50})),
+    ({"fraction": {"at": {3: 0.8}}}, Schedule.fraction({3: 0.8})),
+    ({"kept": {"at": {3: 20}}}, Schedule.kept({3: 20})),
+    ({"squares": {"at": {3: 4}}}, Schedule.kept({3: 16})),
+]
+
+
+def test_config_round_trip_and_alignment_rounds_up():
+    for config, schedule in CONFIGS:
+        assert Schedule.from_config(config) == schedule == Schedule.from_config(schedule.to_config())
     plain = Schedule.constant(8).resolve(**VIT_L)
-    aligned = Schedule.constant(8, align=align).resolve(**VIT_L)
-    for before, after in zip(plain, aligned, strict=True):
-        assert after == 196 or (after + 1) % align == 0
-        assert before <= after < before + align
-
-
-@pytest.mark.parametrize(
-    ("config", "same"),
-    [
-        ({"constant": {"rate": 8}}, Schedule.constant(8)),
-        ({"constant": {"rate": 8, "first_extra": 0, "align": 8}}, Schedule.constant(8, 0, 8)),
-        ({"stages": {"at": {"6": 50, 12: 50}}}, Schedule.stages({6: 50, 12: 50})),
-        ({"fraction": {"at": {3: 0.8}}}, Schedule.fraction({3: 0.8})),
-        ({"kept": {"at": {3: 20}}}, Schedule.kept({3: 20})),
-        ({"squares": {"at": {3: 4}}}, Schedule.kept({3: 16})),
-    ],
-)
-def test_config_round_trip(config, same):
-    schedule = Schedule.from_config(config)
-    assert schedule == same
-    assert Schedule.from_config(schedule.to_config()) == schedule
+    for align in (8, 16):
+        for before, after in zip(plain, Schedule.constant(8, align=align).resolve(**VIT_L), strict=True):
+            assert after == 196 or (after + 1) % align == 0
+            assert before <= after < before + align
 
 
 @pytest.mark.parametrize(

@@ -138,18 +138,13 @@ def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step():
     assert all(torch.equal(p, before[name]) for name, p in scaled.model.state_dict().items())
 
 
-def test_fp16_on_the_cpu_is_refused(split, tmp_path):
-    with pytest.raises(ValueError, match=r"precision = fp16.*fp32 or bf16"):
-        train(tiny.spec(recipe__precision="fp16"), split, tmp_path)
-
-
 def test_random_numbers_of_a_step_depend_on_seed_step_and_process():
-    def draw(*key):
+    draws = []
+    for key in ((0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (1, 0, 0)):
         seed_step(*key)
-        return torch.rand(3).tolist()
-
-    assert draw(0, 1, 0) == draw(0, 1, 0)
-    assert len({tuple(draw(*key)) for key in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (1, 0, 0))}) == 5
+        draws.append(tuple(torch.rand(3).tolist()))
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 5
 
 
 def test_it_learns_and_writes_each_step_down(split, tmp_path):
@@ -178,12 +173,6 @@ def test_recomputed_activations_change_no_weight(split, tmp_path):
     train(spec, split, tmp_path / "a", model=model)
     assert len(calls) == 2 * len(log_lines(tmp_path / "a"))
     assert same(model.state_dict(), train(tiny.spec(**changes), split, tmp_path / "b")[0].state_dict())
-
-
-def test_it_evaluates_every_so_many_epochs(split, tmp_path):
-    spec = tiny.spec(recipe__epochs=5, recipe__batch_size=16)
-    _, history = train(spec, split, tmp_path, evaluate=lambda _: {"top1": 50.0}, evaluate_every=2)
-    assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
 
 
 def test_event_files_and_the_best_weights(split, tmp_path, monkeypatch):
@@ -230,13 +219,18 @@ def test_what_is_not_finite_stops_the_run(split, tmp_path, what, at):
     assert None in log_lines(tmp_path)[-1].values()
 
 
-def test_a_run_may_end_within_an_epoch(split, tmp_path):
+def test_a_run_may_end_within_an_epoch_and_evaluates_every_so_many(split, tmp_path):
     spec = tiny.spec(recipe__epochs=1.5)
-    train(spec, split, tmp_path)
-    lines = log_lines(tmp_path)
+    train(spec, split, tmp_path / "short")
+    lines = log_lines(tmp_path / "short")
     assert [line["epoch"] for line in lines] == [0] * 6 + [1] * 3
     assert lines[-1]["lr"] < 0.3 * spec.recipe.peak_lr  # the cosine has come to its end
-    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step_00000009"]
+    assert [path.name for path in (tmp_path / "short/checkpoint").iterdir()] == ["step_00000009"]
+    spec = tiny.spec(recipe__epochs=5, recipe__batch_size=16)
+    _, history = train(spec, split, tmp_path / "long", evaluate=lambda _: {"top1": 50.0}, evaluate_every=2)
+    assert history == [{"epoch": 2, "top1": 50.0}, {"epoch": 4, "top1": 50.0}]
+    with pytest.raises(ValueError, match=r"precision = fp16.*fp32 or bf16"):
+        train(tiny.spec(recipe__precision="fp16"), split, tmp_path / "half")
 
 
 @pytest.mark.parametrize(("number", "ema"), [(signal.SIGTERM, None), (signal.SIGINT, 0.9)])
