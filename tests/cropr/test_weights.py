@@ -20,23 +20,18 @@ from cropr.training.checkpoint import load_initial, load_weights, save_weights
 
 
 def test_weights_round_trip_and_a_misfit_lists_all_keys(tmp_path):
-    model = new_model(tiny.spec())
-    path = tmp_path / "weights.safetensors"
+    model, other, path = new_model(tiny.spec()), new_model(tiny.spec(), seed=1), tmp_path / "weights.safetensors"
     save_weights(path, model)
-    other = new_model(tiny.spec(), seed=1)
     load_weights(other, path)
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-
     tensors = load_file(path)
     tensors["surplus"] = tensors.pop("backbone.host.fc_norm.weight")
     tensors["backbone.host.head.weight"] = torch.zeros(5, 16)
     save_file(tensors, path)
     with pytest.raises(ValueError, match="does not fit") as caught:
         load_weights(other, path)
-    message = str(caught.value)
-    assert "missing 1: backbone.host.fc_norm.weight" in message
-    assert "unexpected 1: surplus" in message
-    assert "backbone.host.head.weight [5, 16], in the model [3, 16]" in message
+    for part in ("missing 1: backbone.host.fc_norm.weight", "unexpected 1: surplus", "weight [5, 16], in the model [3"):
+        assert part in str(caught.value)
 
 
 @pytest.fixture

@@ -106,14 +106,6 @@ def test_files(config: Path) -> None:
         load_grid(config, "ci")
 
 
-def test_data_root_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.yaml: imagenet = null.*--config imagenet=/path"):
-        load_grid(CONFIG, "paper", roots=dict.fromkeys(("imagenet", "ade20k", "coco", "folder")))
-    (tmp_path / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match=rf"imagenet = {tmp_path}: .*val is missing"):
-        load_grid(CONFIG, "paper", roots=dict.fromkeys(("ade20k", "coco", "folder")) | {"imagenet": tmp_path})
-
-
 def test_overrides_are_laid_over_the_scale() -> None:
     grid = load_grid(CONFIG, "ci", overrides={"tasks": {"classification": {"recipe": {"min_lr": 0.25}}}})
     runs = [spec for spec in grid.runs.values() if spec.task == "classification"]
@@ -123,11 +115,17 @@ def test_overrides_are_laid_over_the_scale() -> None:
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-def test_settings() -> None:
+def test_settings_and_data_roots(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.yaml: scales: unknown key; allowed: .*folder, imagenet"):
         check(Settings, {"scales": "ci"}, "config/config.yaml")
     with pytest.raises(ValueError, match=r"pretrain = 'yes': .*'shipped' or 'make'"):
         check(Settings, {"pretrain": "yes"}, "config/config.yaml")
+    none = dict.fromkeys(("imagenet", "ade20k", "coco", "folder"))
+    with pytest.raises(ValueError, match=r"config\.yaml: imagenet = null.*--config imagenet=/path"):
+        load_grid(CONFIG, "paper", roots=none)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"imagenet = {tmp_path}: .*val is missing"):
+        load_grid(CONFIG, "paper", roots=none | {"imagenet": tmp_path})
 
 
 def test_seeds() -> None:

@@ -40,15 +40,14 @@ def test_dry_run_is_quick_and_loads_no_torch(stubbed: Project, tmp_path: Path) -
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
-def test_lint_is_clean(stubbed: Project) -> None:
-    result = stubbed.snakemake("--lint")
-    assert result.returncode == 0, result.stdout
-
-
-def test_one_artefact_by_name_and_more_seeds(stubbed: Project) -> None:
+def test_one_artefact_by_name_and_more_seeds_and_shipped_weights_where_they_fit(stubbed: Project) -> None:
     one, three = stubbed.planned("ablations", *CI), stubbed.planned("ablations", *CI, "seeds=3")
     assert set(one) == {"data", "pretrain", "train", "bench", "manifest", "notebook", "ablations"}
     assert three == one | {"train": 3 * one["train"]}
+    assert "pretrain" not in stubbed.planned()
+    assert "shipped" not in stubbed.planned("--config", "pretrain=make")
+    (stubbed / "overlay.yaml").write_text("overrides: {tasks: {classification: {pretrain: {recipe: {epochs: 1}}}}}")
+    assert stubbed.planned("--configfile", "overlay.yaml")["pretrain"] == 1
 
 
 @pytest.mark.parametrize(
@@ -64,13 +63,6 @@ def test_bad_configuration_stops_with_one_message(stubbed: Project, config: str,
     assert re.search(message, result.stdout), result.stdout
     assert "Building DAG" not in result.stdout
     assert not (stubbed / "results").exists()
-
-
-def test_shipped_weights_are_taken_only_where_they_fit(stubbed: Project) -> None:
-    assert "pretrain" not in stubbed.planned()
-    assert "shipped" not in stubbed.planned("--config", "pretrain=make")
-    (stubbed / "overlay.yaml").write_text("overrides: {tasks: {classification: {pretrain: {recipe: {epochs: 1}}}}}")
-    assert stubbed.planned("--configfile", "overlay.yaml")["pretrain"] == 1
 
 
 def test_the_first_table_is_made_first_and_measurements_last(finished: Project) -> None:
@@ -147,11 +139,13 @@ def test_one_ablation_runs_itself_and_its_baseline(stubbed: Project, everything:
     assert stubbed.planned("--config", "scale=ci", "seeds=2")["train"] == 2 * everything["train"] - 4
 
 
-def test_compare_after_the_whole_table_trains_nothing(finished: Project) -> None:
+def test_compare_after_the_whole_table_trains_nothing_and_lint_is_clean(finished: Project) -> None:
     assert finished.planned("--config", "scale=ci", "row=ablations/sample", "--", "compare") == {"compare": 1}
     result = finished.snakemake("--cores", "2", "compare")
     assert result.returncode != 0
     assert re.search(r"compare needs a row: --config row=.*ablations/no_mlp", result.stdout)
+    result = finished.snakemake("--lint")
+    assert result.returncode == 0, result.stdout
 
 
 def test_use_conda_without_conda_names_the_pip_path(stubbed: Project, tmp_path: Path) -> None:
