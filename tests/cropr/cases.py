@@ -82,7 +82,7 @@ def assert_deployed(model: nn.Module, images: Tensor) -> nn.Module:
     return fast
 
 
-def assert_independent_of_the_batch(model: nn.Module, images: Tensor) -> None:
+def assert_batchwise(model: nn.Module, images: Tensor) -> None:
     together = model(images)
     for b in range(len(images)):
         alone = model(images[b : b + 1])

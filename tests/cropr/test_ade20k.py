@@ -13,17 +13,8 @@ from tiny import equal
 from torchvision import tv_tensors
 
 from cropr.__main__ import main
-from cropr.data.ade20k import (
-    FOLDER,
-    IGNORE,
-    EvalImages,
-    TrainImages,
-    capped_crop,
-    decode_map,
-    load_splits,
-    random_size,
-    train_view,
-)
+from cropr.data import ade20k
+from cropr.data.ade20k import FOLDER, IGNORE, EvalImages, TrainImages, decode_map, load_splits
 from cropr.data.check import check
 from cropr.data.layouts import write
 from cropr.data.loading import EvalBatches, ImageError, TrainBatches, seeded
@@ -175,7 +166,7 @@ def test_padding_lies_at_the_right_and_the_bottom():
         tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte()),
         tv_tensors.Mask(torch.from_numpy(labels).byte() - 1),
     )
-    out, out_labels = train_view(*pair, spec)
+    out, out_labels = ade20k.train_view(*pair, spec)
     assert torch.equal(out_labels[:8, :10], pair[1])
     assert (out_labels[8:] == IGNORE).all()
     assert (out_labels[:, 10:] == IGNORE).all()
@@ -185,8 +176,8 @@ def test_padding_lies_at_the_right_and_the_bottom():
 def test_shorter_side_is_resized_and_the_longer_limited():
     """16 px for the shorter side, at most 64 for the longer; a range is used to its ends."""
     for size, expected in {(40, 60): [16, 24], (10, 100): [6, 64], (64, 8): [64, 8]}.items():
-        assert random_size(torch.zeros(3, *size), PLAIN) == expected
-    sides = {random_size(torch.zeros(3, 20, 20), RICH)[0] for _ in range(300)}
+        assert ade20k.random_size(torch.zeros(3, *size), PLAIN) == expected
+    sides = {ade20k.random_size(torch.zeros(3, 20, 20), RICH)[0] for _ in range(300)}
     assert (min(sides), max(sides), len(sides) > 20) == (8, 32, True)
 
 
@@ -194,7 +185,7 @@ def test_crops_are_mixed_where_the_image_is():
     """Class 1 has a column of 16 among 64; of crops that are taken as they come, few hold enough of both classes."""
 
     def crops(labels: torch.Tensor, **changes) -> list[torch.Tensor]:
-        places = [capped_crop(labels, RICH.model_copy(update=changes)) for _ in range(100)]
+        places = [ade20k.capped_crop(labels, RICH.model_copy(update=changes)) for _ in range(100)]
         return [labels[top : top + height, left : left + width] for top, left, height, width in places]
 
     labels = torch.zeros(64, 64, dtype=torch.uint8)
@@ -225,7 +216,7 @@ def test_distortion_leaves_labels_alone():
     outs = []
     for number in range(100):
         with seeded(number):
-            out, out_labels = train_view(image, labels, spec)
+            out, out_labels = ade20k.train_view(image, labels, spec)
         assert torch.equal(out_labels, labels)
         outs.append(out)
     changed = sum(not torch.allclose(out, image / 255, atol=1e-4) for out in outs)

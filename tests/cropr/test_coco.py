@@ -12,19 +12,10 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import tv_tensors
 
+from cropr.data import coco
 from cropr.data.annotations import read_annotations
 from cropr.data.check import check
-from cropr.data.coco import (
-    EvalImages,
-    TrainImages,
-    collate,
-    fingerprint,
-    jitter,
-    load_coco,
-    read_image,
-    read_masks,
-    view_window,
-)
+from cropr.data.coco import EvalImages, TrainImages, collate, load_coco, read_image, read_masks
 from cropr.data.loading import EvalBatches, ImageError
 from cropr.tasks.detection import DetDataSpec
 
@@ -82,9 +73,9 @@ def test_all_forms_of_segmentation_give_the_colour_of_the_object(root, splits):
 
 
 def test_fingerprint_follows_the_annotations(tmp_path):
-    one = fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "one")))
-    assert one == fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "same")))
-    assert one != fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "other", seed=1)))
+    one = coco.fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "one")))
+    assert one == coco.fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "same")))
+    assert one != coco.fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "other", seed=1)))
 
 
 def test_a_training_sample_holds_together(splits):
@@ -133,7 +124,7 @@ def test_evaluation_fits_the_longer_side(splits):
     ],
 )
 def test_view_window(factor, offset, expected):
-    assert tuple(view_window((50, 100), 64, factor, offset)) == expected
+    assert tuple(coco.view_window((50, 100), 64, factor, offset)) == expected
 
 
 def disk(side: int, centre: tuple[int, int], radius: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +136,7 @@ def disk(side: int, centre: tuple[int, int], radius: int) -> tuple[torch.Tensor,
 
 def view(side: int, image, boxes, masks, scale: float = 1.0, hflip: float = 0.0):
     spec = DetDataSpec(image_size=side, scale=(scale, scale), hflip=hflip)
-    return jitter(tv_tensors.Image(image), torch.tensor(boxes), tv_tensors.Mask(masks), spec)
+    return coco.jitter(tv_tensors.Image(image), torch.tensor(boxes), tv_tensors.Mask(masks), spec)
 
 
 @pytest.mark.parametrize("side", [32, 64, 256, 512])

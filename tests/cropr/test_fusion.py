@@ -6,15 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import (
-    SMALL,
-    assert_deployed,
-    assert_exports,
-    assert_independent_of_the_batch,
-    assert_one_graph,
-    host_of,
-    randomised,
-)
+from cases import SMALL, assert_batchwise, assert_deployed, assert_exports, assert_one_graph, host_of, randomised
 from cases import pictures as images
 from torch import nn
 
@@ -93,7 +85,7 @@ def test_rate_zero_is_the_host_patch_by_patch_and_deployed_is_the_trained_model(
     assert len(attention_calls) >= SMALL["depth"], "every block stays on fused attention"
     assert sum(call.get("attn_mask") is not None for call in attention_calls) == (fusion == "llf_no_self")
     assert_deployed(model, images())
-    assert_independent_of_the_batch(model, images())
+    assert_batchwise(model, images())
 
 
 @pytest.mark.parametrize("fusion", BACK)

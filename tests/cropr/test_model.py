@@ -8,16 +8,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from cases import (
-    HOSTS,
-    PRUNERS,
-    SMALL,
-    assert_deployed,
-    assert_independent_of_the_batch,
-    assert_one_graph,
-    host_of,
-    pictures,
-)
+from cases import HOSTS, PRUNERS, SMALL, assert_batchwise, assert_deployed, assert_one_graph, host_of, pictures
 from torch import nn
 
 import cropr
@@ -81,7 +72,7 @@ def test_a_result_does_not_depend_on_the_batch_and_every_block_stays_on_fused_at
     model(pictures())
     assert len(attention_calls) == SMALL["depth"]
     if reducer != "random":
-        assert_independent_of_the_batch(model, pictures(3))
+        assert_batchwise(model, pictures(3))
 
 
 def test_pruned_after_is_the_block_that_pruned_each_patch():
