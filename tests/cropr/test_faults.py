@@ -132,8 +132,7 @@ def test_names_of_images_stay_in_their_folder() -> None:
 
 def test_aliases_that_multiply_are_refused_at_once() -> None:
     nine = (f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
-    lines = ["a0: &a0 [1, 1, 1]", *nine]
     with pytest.raises(ValueError, match="more than 40 aliases") as caught:
-        load_yaml("\n".join(lines), "spec.yaml")
+        load_yaml("\n".join(["a0: &a0 [1, 1, 1]", *nine]), "spec.yaml")
     assert len(str(caught.value)) < 200
     assert load_yaml("a: &x {b: 1}\nc: *x", "spec.yaml")["c"] == {"b": 1}

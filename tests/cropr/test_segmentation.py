@@ -108,10 +108,17 @@ def test_rotary_rows_follow_their_tokens():
 
 
 @pytest.mark.parametrize("reducer", ["cropr", "random", "variance", "attn_topk"])
-def test_every_reducer_serves_a_segmenter(reducer):
+def test_every_reducer_serves_a_segmenter_but_hosts_without_a_prediction_per_patch(reducer):
     output = segmenter("llf", reducer=reducer).train()(images())
     assert output.logits.shape == (2, 5, 32, 32)
     assert [aux.shape for aux in output.aux] == ([(2, 16, 5)] * 2 if reducer == "cropr" else [])
+    for host, what in (
+        (host_of("attention-pool"), "attention pooling"),
+        (host_of("distilled"), "second head for distillation"),
+        (host_of("vit", num_classes=0), "no classes"),
+    ):
+        with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
+            cropr.prune(host, Schedule.constant(0), reducer, num_outputs=5, kind=PrunedSegmenter)
 
 
 def test_rectangular_images_train_and_deploy():
@@ -128,19 +135,6 @@ def test_rectangular_images_train_and_deploy():
         losses(other.train()(wide), torch.zeros(2, 40, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"1 queries for a grid of 4 x 4 patches.*set num_queries to 16"):
         cropr.prune(host_of("eva"), Schedule.constant(2), reducer_options={"num_queries": 1}, kind=PrunedSegmenter)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "what"),
-    [
-        ("attention-pool", {}, "attention pooling"),
-        ("distilled", {}, "second head for distillation"),
-        ("vit", {"num_classes": 0}, "no classes"),
-    ],
-)
-def test_hosts_without_a_prediction_per_patch_are_refused(name, arguments, what):
-    with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
-        cropr.prune(host_of(name, **arguments), Schedule.constant(0), num_outputs=5, kind=PrunedSegmenter)
 
 
 def made(logits, aux=(), grid=(2, 2)):
@@ -162,13 +156,9 @@ def test_losses_by_hand():
     for left_out, expected in ((0, 20), (1, 0)):  # patches of that class have no part
         aux_loss = losses(made(sure, [aux]), target, aux_ignore=left_out).aux
         assert aux_loss.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_ignored_pixels_and_patches_have_no_gradient():
-    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
-    aux = torch.randn(1, 4, 2, requires_grad=True)
-    target = torch.zeros(1, 4, 4, dtype=torch.int64)
-    target[0, :2] = IGNORE
+    # Ignored pixels and patches have no gradient.
+    logits, aux = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(1, 4, 2, requires_grad=True)
+    target[0, :2], target[0, 2:] = IGNORE, 0
     losses(made(logits, [aux]), target).total.backward()
     assert logits.grad[0, :, :2].abs().sum() == 0
     assert logits.grad[0, :, 2:].abs().min() > 0

@@ -4,10 +4,10 @@ import csv
 
 import numpy as np
 import pytest
-import timm
 import tiny_coco
 import tiny_detector
 import torch
+from cases import host_of, pictures
 from PIL import Image
 from torch import nn
 
@@ -99,20 +99,16 @@ def roots(tmp_path_factory):
     return folder
 
 
-def test_map_by_hand():
-    """Two by two patches of a grey image: the one that is never pruned stays, each block has its colour."""
+def test_show_draws_where_the_model_prunes():
+    """By hand, two by two patches of a grey image: the one that is never pruned stays, each block has its colour."""
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     drawn = draw_map(image, torch.tensor([[0, 1], [2, 3]]), depth=4).float()
     assert (drawn[:, :2, :2] == 100).all()
     for block, (row, column) in {1: (0, 2), 2: (2, 0), 3: (2, 2)}.items():
         expected = OPACITY * torch.tensor(block_colour(block, 4)) + (1 - OPACITY) * 100
         assert (drawn[:, row : row + 2, column : column + 2] - expected[:, None, None]).abs().max() <= 1
-
-
-def test_show_draws_where_the_model_prunes():
-    host = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=5)
-    model = cropr.prune(host, cropr.Schedule.constant(3)).train()
-    images = torch.randn(2, 3, 32, 32)
+    host = host_of("vit")
+    model, images = cropr.prune(host, cropr.Schedule.constant(3)).train(), pictures()
     after = pruned_after(model, images)
     assert model.training
     assert [int((after[0] == block).sum()) for block in range(4)] == [6, 4, 3, 3]
