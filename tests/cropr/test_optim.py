@@ -104,10 +104,7 @@ def test_learning_rates_of_the_paper_recipe():
     top = all_.index(max(all_))
     assert all_[: top + 1] == sorted(all_[: top + 1])
     assert all_[top:] == sorted(all_[top:], reverse=True)
-
-
-def test_polynomial_decay_of_the_authors_segmentation():
-    """Batch 8, 64 epochs of 2,527 steps, 2e-5 (1 - t / T) ** 0.9 to 0 without warm-up."""
+    # The authors' segmentation: batch 8, 64 epochs of 2,527 steps, 2e-5 (1 - t / T) ** 0.9 to 0 without warm-up.
     recipe = RecipeSpec(epochs=64, batch_size=8, base_lr=6.4e-4, decay="poly", min_lr=0, warmup_epochs=0, layer_decay=1)
     lr = rates(recipe, 2527)
     for step in (0, 1, 80_864, 161_727):

@@ -105,23 +105,19 @@ def test_an_average_lies_between_its_members_and_equal_tokens_stay(name, options
     torch.testing.assert_close(x, fixed.expand_as(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tome", "pitome", "tofu"])
 @torch.no_grad()
-def test_mass_is_conserved_over_many_merges(name):
-    tokens, context = case(patches=40)
-    total = tokens.patches.sum(dim=1)
-    for keep in (33, 26, 19, 12, 3):
-        context = replace(context, mean_key=torch.randn(3, tokens.x.shape[1], 4))
-        tokens = run(name, tokens, context, keep)
-        assert tokens.size.sum(dim=1).tolist() == [40] * 3
-        mass = (tokens.size[..., None] * tokens.patches).sum(dim=1)
-        assert name == "tofu" or torch.allclose(mass, total, rtol=1e-5, atol=1e-4)
-    holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
-    assert torch.equal(holds.float(), tokens.size)
-
-
-@torch.no_grad()
-def test_equal_weights_conserve_the_sum_of_a_cluster():
+def test_mass_is_conserved_over_many_merges_and_by_clusters_of_equal_weights():
+    for name in ("tome", "pitome", "tofu"):
+        tokens, context = case(patches=40)
+        total = tokens.patches.sum(dim=1)
+        for keep in (33, 26, 19, 12, 3):
+            context = replace(context, mean_key=torch.randn(3, tokens.x.shape[1], 4))
+            tokens = run(name, tokens, context, keep)
+            assert tokens.size.sum(dim=1).tolist() == [40] * 3
+            mass = (tokens.size[..., None] * tokens.patches).sum(dim=1)
+            assert name == "tofu" or torch.allclose(mass, total, rtol=1e-5, atol=1e-4)
+        holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
+        assert torch.equal(holds.float(), tokens.size)
     tokens, context = case()
     for rule in ("reference", "corrected"):
         kept = run("dpc_knn", tokens, context, weights="equal", rule=rule)

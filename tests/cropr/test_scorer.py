@@ -33,13 +33,15 @@ def test_folded_scores_rank_as_all_queries_and_heads_do(options):
     assert torch.equal(full.argsort(dim=1), folded.argsort(dim=1))
 
 
-def test_folded_score_is_float32_under_autocast():
-    scorer = FoldedScorer(torch.randn(DIM))
-    x = torch.randn(2, 9, DIM)
+def test_folded_score_is_float32_under_autocast_and_queries_start_truncated_at_two_sigma():
+    scorer, x = FoldedScorer(torch.randn(DIM)), torch.randn(2, 9, DIM)
     with torch.autocast("cpu", torch.bfloat16):
         under = scorer(x)
     assert under.dtype == torch.float32
     assert torch.equal(under, scorer(x))
+    queries = Scorer(1024, num_queries=64).queries.detach()
+    assert queries.std() == pytest.approx(1024**-0.5 * 0.88, rel=0.02)
+    assert queries.abs().max() <= 2 * 1024**-0.5
 
 
 def test_aggregator_is_softmax_attention_whose_heads_attend_to_their_own_channels():
@@ -54,12 +56,6 @@ def test_aggregator_is_softmax_attention_whose_heads_attend_to_their_own_channel
     z = aggregator(logits, x)[0, 0]
     torch.testing.assert_close(z[12:18], x[0, 5, 12:18])
     torch.testing.assert_close(z[:12], x[0, :, :12].mean(0))
-
-
-def test_queries_start_truncated_at_two_sigma():
-    queries = Scorer(1024, num_queries=64).queries.detach()
-    assert queries.std() == pytest.approx(1024**-0.5 * 0.88, rel=0.02)
-    assert queries.abs().max() <= 2 * 1024**-0.5
 
 
 def _train_step(**options) -> tuple[Tokens, Cropr]:

@@ -68,13 +68,6 @@ def test_median_interval_equals_the_bounds_in_records_and_few_rounds_give_their_
     assert list(median_interval(frame(a=[1.5, 1.9, 1.6]), "top1").loc["a"]) == [1.6, 1.5, 1.9, 3, "rounds"]
 
 
-def test_format():
-    table = pd.DataFrame({"mean": [89.44, -0.04, 90.65], "low": [88.9, -1, np.nan], "high": [89.94, 0, np.nan]})
-    assert list(with_interval(table)) == ["89.4 [88.9, 89.9]", "0.0 [-1.0, 0.0]", write(90.65)]
-    assert list(with_interval(table, digits=0, signed=True))[1] == "+0 [-1, +0]"
-    assert write(float("nan")) == ""
-
-
 def simulate(rng, folder, seeds, images=300, gap=0.0, seed_sd=0.02, shared=0.8):
     """Two rows on the same images: which an image is hard for is shared, each seed has a level of its own."""
     hard, other = rng.random(images), rng.random(images)
@@ -121,7 +114,11 @@ def test_a_bootstrap_of_images_is_the_error_of_a_proportion_and_pairing_takes_ou
     assert line["p"] == pytest.approx(2 * (1 + 9) / 2**9)
 
 
-def test_more_seeds_do_not_help_where_images_are_the_limit():
+def test_format_and_more_seeds_do_not_help_where_images_are_the_limit():
+    table = pd.DataFrame({"mean": [89.44, -0.04, 90.65], "low": [88.9, -1, np.nan], "high": [89.94, 0, np.nan]})
+    assert list(with_interval(table)) == ["89.4 [88.9, 89.9]", "0.0 [-1.0, 0.0]", write(90.65)]
+    assert list(with_interval(table, digits=0, signed=True))[1] == "+0 [-1, +0]"
+    assert write(float("nan")) == ""
     line = pd.Series({"mean": 0.5, "n": 3, "seed_sd": 0.1, "image_sd": 1.0})
     assert "no number of seeds" in stats.seeds_needed(line, 0.0)
     assert "15.4 times" in stats.seeds_needed(line, 0.0)
