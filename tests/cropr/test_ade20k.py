@@ -93,7 +93,7 @@ def test_broken_folders_are_refused_by_name(root, damage, error, message):
 def test_label_0_is_ignored_classes_count_from_0_and_palettes_give_their_indices(tmp_path):
     pixels = np.array([[0, 1], [5, 2]], np.uint8)
     palette = Image.fromarray(pixels, mode="P")
-    palette.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    palette.putpalette([9, 9, 9, *[200, 0, 0] * 5])
     palette.save(tmp_path / "palette.png")
     save(tmp_path / "grey.png", pixels)
     for name in ("grey.png", "palette.png"):

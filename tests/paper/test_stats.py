@@ -83,7 +83,7 @@ def simulate(rng, folder, seeds, images=300, gap=0.0, seed_sd=0.02, shared=0.8):
     return pd.DataFrame(lines, columns=["row", "seed", "top1", "per_image"])
 
 
-@pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.02), (3, 0.0), (5, 0.05)])
+@pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.0), (5, 0.05)])
 def test_coverage_over_seeds_and_images(tmp_path, monkeypatch, seeds, seed_sd):
     """The truth is the difference over all images and seeds, which no run has seen."""
     monkeypatch.setattr(stats, "IMAGE_DRAWS", 200)
