@@ -231,7 +231,7 @@ def test_an_encoder_is_measured_where_heads_cannot_run(monkeypatch):
 
 @pytest.mark.model
 def test_command_takes_flags_and_writes_a_record_that_it_reads_again(tmp_path, monkeypatch):
-    bench, flags = ["bench", "--device", "cpu"], ["--model", "test_vit", "--image-size", "64", "--rate", "3"]
+    bench, flags = ["bench", "--device", "cpu"], ["--model", "test_vit", "--image-size", "64", "--rate", "2"]
     flags += ["--fusion", "none", "--batch-size", "2", "--rounds", "3"]
     assert main([*bench, *flags, "--out", str(tmp_path / "a")]) == 0
     assert main([*bench, "--spec", str(tmp_path / "a" / "record.json"), "--out", str(tmp_path / "b")]) == 0
@@ -239,7 +239,7 @@ def test_command_takes_flags_and_writes_a_record_that_it_reads_again(tmp_path, m
     assert first["id"] == second["id"]
     spec = BenchSpec.model_validate(first["spec"])
     assert (spec.model.name, spec.image_size, spec.prune.fusion, spec.batch_size) == ("test_vit", 64, "none", 2)
-    assert spec.prune.schedule["constant"]["rate"] == 3
+    assert spec.prune.schedule["constant"]["rate"] == 2
 
 
 def test_command_writes_down_why_a_row_cannot_be_measured(monkeypatch, tmp_path):
