@@ -232,9 +232,9 @@ def _train_as(rank, port, images, out):
 
 
 @pytest.mark.model
-def test_two_processes_train_as_one(images, tmp_path):
+def test_two_processes_train_as_one(tmp_path):
     """Same batches in halves: equal weights on both, and those of one process but for rounding."""
-    tiny_coco.write_coco(images, train=30, val=5)
+    images = tiny_coco.write_coco(tiny.write_folder(tmp_path / "images"), train=30, val=5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
