@@ -52,7 +52,10 @@ def test_conda_specs_parse_and_pin_what_pip_pins_which_does_not_prove_that_they_
     assert (channels[0], channels[-1]) == ("conda-forge", "nodefaults")
 
 
-def test_every_job_finds_what_the_package_requires() -> None:
+def test_every_environment_is_used_by_a_rule_and_every_job_finds_what_the_package_requires() -> None:
+    rules = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "workflow/rules").glob("*.smk"))
+    assert set(re.findall(r"envs/(\w+\.yaml)", rules)) == {file.name for file in (ROOT / "envs").glob("*.yaml")}
+
     def names(file: str) -> set[str]:
         found = {spec.partition(" ")[0] for spec in specs(ROOT / "envs" / file)}
         return {CONDA_NAMES.get(name, name) for name in found}
@@ -61,11 +64,6 @@ def test_every_job_finds_what_the_package_requires() -> None:
     runner = {"ipykernel", "latex2mathml", "nbconvert", "nbformat", "papermill"}
     torch = {"torch", "torchvision", "timm", "safetensors", "pillow"}
     assert names("report.yaml") >= required("report") - torch | runner
-
-
-def test_every_environment_is_used_by_a_rule() -> None:
-    rules = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "workflow/rules").glob("*.smk"))
-    assert set(re.findall(r"envs/(\w+\.yaml)", rules)) == {file.name for file in (ROOT / "envs").glob("*.yaml")}
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="needs the environment that make sets up")

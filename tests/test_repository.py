@@ -63,42 +63,29 @@ def documents() -> list[Path]:
     return [path for path in files() if path.suffix == ".md" and "rendered" not in path.parts]
 
 
-def test_files_are_small() -> None:
+def test_files_are_small_and_those_that_are_expected_are_there() -> None:
     sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in files()}
     limits = {name: 5_000_000 if WEIGHTS.fullmatch(name) else 2_000_000 for name in sizes}
     assert [f"{name}: {size} bytes" for name, size in sizes.items() if size > limits[name]] == []
-
-
-def test_expected_files_are_there() -> None:
-    names = {str(path.relative_to(ROOT)) for path in files()}
-    assert {"LICENSE", "CITATION.cff", "CONTRIBUTING.md", "README.md", "requirements.lock", ".ci/run"} <= names
+    assert {"LICENSE", "CITATION.cff", "CONTRIBUTING.md", "README.md", "requirements.lock", ".ci/run"} <= set(sizes)
     assert (ROOT / ".ci/run").stat().st_mode & 0o100, ".ci/run must be executable"
 
 
-def test_no_machine_paths() -> None:
-    found = [f"{name}: {match.group()}" for name, text in texts() if (match := MACHINE_PATH.search(text))]
-    assert not found
+@pytest.mark.parametrize("forbidden", [MACHINE_PATH, INDEX_OPTION], ids=["machine paths", "package indexes"])
+def test_files_hold_no_traces_of_a_machine(forbidden: re.Pattern[str]) -> None:
+    assert [f"{name}: {match.group()}" for name, text in texts() if (match := forbidden.search(text))] == []
 
 
-def test_no_package_indexes() -> None:
-    found = [f"{name}: {match.group()}" for name, text in texts() if (match := INDEX_OPTION.search(text))]
-    assert not found
-
-
-def test_data_files_parse() -> None:
+def test_data_files_parse_and_tables_are_rectangular() -> None:
     for name in with_suffix(".yaml", ".yml", ".cff"):
-        assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) is not None
+        assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) is not None, name
     for name in with_suffix(".json", ".ipynb"):
-        assert json.loads((ROOT / name).read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("name", with_suffix(".csv"))
-def test_csv_is_rectangular(name: str) -> None:
-    lines = (line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
-    rows = list(csv.reader(lines))
-    assert rows  # heads alone where nothing was measured
-    assert {len(row) for row in rows} == {len(rows[0])}
-    assert len(set(rows[0])) == len(rows[0]), "two columns of the same name"
+        assert json.loads((ROOT / name).read_text(encoding="utf-8")), name
+    for name in with_suffix(".csv"):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        rows = list(csv.reader(line for line in lines if not line.startswith("#")))
+        assert rows, name  # heads alone where nothing was measured
+        assert {len(row) for row in rows} == {len(set(rows[0]))}, f"{name}: ragged, or two columns of the same name"
 
 
 def test_library_modules_say_what_they_are_for_and_print_nothing() -> None:
@@ -110,34 +97,20 @@ def test_library_modules_say_what_they_are_for_and_print_nothing() -> None:
             assert "print" not in [function.id for function in called if isinstance(function, ast.Name)], name
 
 
-def test_make_help_lists_every_public_target() -> None:
+def test_make_help_lists_every_public_target_and_the_readme_opens_with_two() -> None:
     documented = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert documented == make_targets()
-    assert {"help", "reproduce", "test", "fast", "lint", "ablation", "clean"} <= documented
-
-
-@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_documented_make_commands_exist(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    used = set(re.findall(r"(?:^|`|&& |\$ )make ([a-z]+)", text, re.MULTILINE))
-    assert used <= make_targets()
-
-
-@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_between_documents_lead_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
-    assert not missing
-
-
-@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_number_is_left_to_fill_in(path: Path) -> None:
-    assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", path.read_text(encoding="utf-8"))
-
-
-def test_readme_opens_with_the_two_commands() -> None:
+    assert documented == make_targets() >= {"help", "reproduce", "test", "fast", "lint", "ablation", "clean"}
     commands = re.findall(r"make [a-z]+", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert commands[:2] == ["make reproduce", "make test"]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_and_links_of_documents_lead_somewhere_and_no_number_is_left_to_fill_in(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"(?:^|`|&& |\$ )make ([a-z]+)", text, re.MULTILINE)) <= make_targets()
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", text)
 
 
 def test_lock_pins_everything_within_the_ranges_of_pyproject() -> None:
@@ -148,11 +121,8 @@ def test_lock_pins_everything_within_the_ranges_of_pyproject() -> None:
     pins = dict(line.partition(" ;")[0].split("==") for line in lines)
     assert len(pins) == len(lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [
-        *project["dependencies"],
-        *(line for name, lines in project["optional-dependencies"].items() if name != "slurm" for line in lines),
-    ]
-    for requirement in map(Requirement, wanted):
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "slurm"]
+    for requirement in map(Requirement, sum(extras, project["dependencies"])):
         if requirement.name != "cropr":
             pin = pins.get(canonicalize_name(requirement.name))
             assert pin, f"{requirement.name} is not in requirements.lock"
@@ -164,9 +134,7 @@ def test_the_package_is_the_library_alone_and_typed() -> None:
     assert setuptools["packages"]["find"]["include"] == ["cropr", "cropr.*"]
     assert setuptools["package-data"] == {"cropr": ["py.typed"]}
     assert (ROOT / "cropr/py.typed").is_file()
-    assert (
-        sum(file.stat().st_size for file in (ROOT / "cropr").rglob("*.py")) < 1_000_000
-    )  # compressed: a wheel of 400 kB
+    assert sum(file.stat().st_size for file in (ROOT / "cropr").rglob("*.py")) < 1_000_000  # a wheel of 400 kB
 
 
 def test_every_page_of_the_site_exists_and_the_api_page_names_modules() -> None:

@@ -1,7 +1,8 @@
-"""Losses, accuracy and relevance against values by hand."""
+"""Losses, accuracy, relevance and figures of scores against values by hand."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from cropr.data.loading import EvalBatches
 from cropr.distributed import World
 from cropr.pruning.model import Output
 from cropr.pruning.tokens import Tokens
+from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import (
@@ -28,6 +30,7 @@ from cropr.tasks.classification.run import (
     object_map,
     soft_target,
 )
+from cropr.tasks.scoring import FIGURES, auc, figures
 
 
 def output(logits, aux=(), kept=None, patches=4):
@@ -91,35 +94,27 @@ def test_batches_are_mixed_only_if_asked_for():
     plain, target = Objective(DataSpec(num_classes=3)).prepare(images.clone(), labels)
     assert torch.equal(plain, images)
     assert torch.equal(target, F.one_hot(labels, 3).float())
-    data = DataSpec.model_validate({"num_classes": 3, "augment": {"mixup": 0.8, "smoothing": 0.1}})
-    mixed, target = Objective(data).prepare(images.clone(), labels)
+    augment = {"mixup": 0.8, "smoothing": 0.1}
+    mixed, target = Objective(DataSpec(num_classes=3, augment=augment)).prepare(images.clone(), labels)
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(target.sum(dim=1), torch.ones(4))
+    assert target.min().item() == pytest.approx(0.1 / 3)
 
 
-LOGITS = torch.tensor(
-    [
-        [9.0, 1, 2, 3, 4, 5, 0],  # label 0: first
-        [1, 2, 9, 3, 4, 5, 0],  # label 1: within five
-        [1, 2, 9, 3, 4, 5, 0],  # label 6: last
-    ]
-)
+LOGITS = torch.tensor([[9.0, 1, 2, 3, 4, 5, 0], [1, 2, 9, 3, 4, 5, 0], [1, 2, 9, 3, 4, 5, 0]])
+"""Labels 0, 1 and 6 are the first, within five, and the last."""
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_accuracy_by_hand_whatever_the_batch(batch):
-    model = Recorded(LOGITS).train()
-    result = evaluate(model, rows(3, [0, 1, 6], batch))
-    assert result.metrics["top1"] == pytest.approx(100 / 3)
-    assert result.metrics["top5"] == pytest.approx(200 / 3)
-    assert result.metrics["val_images"] == 3
-    assert result.metrics["loss"] == pytest.approx(F.cross_entropy(LOGITS, torch.tensor([0, 1, 6])).item())
+    model, labels = Recorded(LOGITS).train(), [0, 1, 6]
+    result = evaluate(model, rows(3, labels, batch))
+    expected = {"top1": 100 / 3, "top5": 200 / 3, "val_images": 3}
+    expected["loss"] = F.cross_entropy(LOGITS, torch.tensor(labels)).item()
+    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected)
     assert result.series["relevance"] == []
     assert model.training
     assert evaluate(Recorded(LOGITS[:, :3]), rows(3, [0, 1, 2], batch)).metrics["top5"] == 100  # of three
-
-
-def test_no_image_is_an_error():
     with pytest.raises(ValueError, match="validation set is empty"):
         evaluate(Recorded(LOGITS), [])
 
@@ -137,9 +132,8 @@ def test_relevance_by_hand(batch):
     ]
 
 
-def test_mixing_asks_for_pairs_in_every_process(tmp_path):
-    tiny.write_folder(tmp_path)
-    run = Classification(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), tmp_path)
+def test_mixing_asks_for_pairs_in_every_process(images):
+    run = Classification(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), images)
     assert len(run.batches(seed=0)) == 8
     with pytest.raises(ValueError, match=r"mix pairs, but a process has 3 images of a batch; .* multiple of 4"):
         run.batches(seed=0, world=World(1, 2))
@@ -162,9 +156,8 @@ def test_truth_of_scenes(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory):
-    _, val = load_splits(tiny.write_folder(tmp_path_factory.mktemp("images")))
-    return EvalBatches(EvalImages(val, tiny.spec().data), 5)
+def batches(images):
+    return EvalBatches(EvalImages(load_splits(images)[1], tiny.spec().data), 5)
 
 
 def build(**changes):
@@ -172,30 +165,102 @@ def build(**changes):
     return build_model(tiny.spec().model, tiny.spec(**changes).prune, tiny.CLASSES, 32)
 
 
-def test_deployed_model_has_the_same_accuracy(batches):
-    model, objects = build(), torch.rand(12, 16) < 0.3
-    own, deployed = (evaluate(m, batches, objects=objects) for m in (model, model.deploy()))
-    assert own.metrics == pytest.approx(deployed.metrics)
-    assert own.series["relevance"] == deployed.series["relevance"]
-    assert [row["block"] for row in own.series["relevance"]] == [0, 1, 2]
-
-
-def test_a_random_reducer_depends_on_the_seed_alone(batches):
+def test_a_random_reducer_depends_on_the_seed_alone_and_mixed_precision_is_nearly_the_same(batches):
     model = build(prune__reducer="random")
     first, again, other = (evaluate(model, batches, EvaluationSettings(seed=k)).metrics["loss"] for k in (1, 1, 2))
     assert first == again != other
-
-
-def test_mixed_precision_evaluates_to_nearly_the_same(batches):
     model = build(prune__reducer="variance")
     full, half = (evaluate(model, batches, EvaluationSettings(precision=p)).metrics["loss"] for p in ("fp32", "bf16"))
-    assert full == pytest.approx(half, rel=0.02)
-    assert full != half
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
 
 
-def test_the_aggregators_start_as_the_authors_do(tmp_path):
+def test_the_aggregators_start_as_the_authors_do(images):
     spec = tiny.spec(model__args={**tiny.spec().model.args, "embed_dim": 64})
-    layers = Classification(spec, tiny.write_folder(tmp_path)).build().reducers["1"].aggregator.mlp
+    layers = Classification(spec, images).build().reducers["1"].aggregator.mlp
     assert layers[1].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not layers[1].bias.any()
     assert not layers[3].bias.any()
+
+
+SCORE = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+
+
+def test_auc_counts_pairs_in_order():
+    """Ties are chance; without both kinds there is none."""
+    for on_object, expected in (
+        ([1, 1, 0, 0], 1), ([0, 0, 1, 1], 0), ([1, 0, 0, 1], 0.5), ([0, 1, 0, 0], 2 / 3), ([1, 0, 1, 0], 3 / 4),
+    ):  # fmt: skip
+        assert auc(SCORE, torch.tensor([on_object]).bool()).item() == pytest.approx(expected)
+    assert auc(torch.zeros(1, 4), torch.tensor([[True, False, False, True]])).item() == 0.5
+    assert auc(SCORE.expand(2, -1), torch.tensor([[True] * 4, [False] * 4])).isnan().all()
+
+
+def test_entropy_and_attention_by_hand():
+    """Two queries: one sees all patches alike, the other one patch alone."""
+    logits = torch.tensor([[[[0.0, 0.0, 0.0, 0.0], [0.0, 1e4, 0.0, 0.0]]]])
+    found = figures(logits, 16, torch.tensor([[False, True, False, True]]), 2)
+    assert found["entropy"].tolist() == [pytest.approx(0.5)]
+    assert found["attention_on_object"].tolist() == [pytest.approx(100 * (2 / 4 + 1) / 2)]
+    assert found["object_share"].tolist() == [50]
+    p = torch.tensor([3 / 4, 1 / 4])
+    found = figures(4 * p.log().view(1, 1, 1, 2), 16, None, 1)
+    assert list(found) == ["entropy"]
+    assert found["entropy"].item() == pytest.approx(-(p * p.log()).sum().item() / math.log(2))
+
+
+def test_orders_differ_with_several_queries_and_agree_with_one():
+    """The sum of raw logits follows the query of large values; each query counts alike after its softmax."""
+    logits = torch.tensor([[[[9.0, 8.0, 0.0, 0.0], [0.0, -9.0, 1.0, 0.0]]]])
+    on_object = torch.tensor([[True, False, True, False]])
+    found = figures(logits, 1, on_object, 2)
+    assert found["auc_sum"].item() == pytest.approx(1)  # 9, -1, 1, 0
+    assert found["recall_sum"].item() == 100
+    wide = figures(torch.cat((logits, torch.tensor([[[[0.0, 0.0, 0.0, 5.0]]]])), dim=2), 1, on_object, 2)
+    assert wide["recall_sum"].item() == 50  # 9, -1, 1, 5
+    single = figures(torch.randn(8, 1, 1, 20), 4, torch.rand(8, 20) < 0.4, 7)
+    assert torch.equal(single["auc_sum"], single["auc_softmax"])
+    assert torch.equal(single["recall_sum"], single["recall_softmax"])
+
+
+def noise(count: int, start: int = 0):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(12, 3, 32, 32, generator=generator)[start : start + count]
+    return list(zip(images.split(4), torch.zeros(count, dtype=torch.long).split(4), strict=True))
+
+
+OBJECTS = torch.rand(12, 16, generator=torch.Generator().manual_seed(1)) < 0.3
+
+
+def test_recall_is_what_the_module_keeps():
+    """At the first module all of the object is alive, so that recall is ``object_kept`` of the evaluation."""
+    model = tiny.model(tiny.spec())
+    series = evaluate(model, noise(12), objects=OBJECTS).series
+    assert not any(reducer._forward_pre_hooks for reducer in model.reducers.values()), "nothing stays hooked"
+    assert [row["block"] for row in series["scoring"]] == [1, 2]
+    first = series["scoring"][0]
+    assert first["recall_sum"] == pytest.approx(series["relevance"][1]["object_kept"])
+    assert set(first) == {"block", *FIGURES}
+    for row, alive in zip(series["scoring"], series["relevance"], strict=False):
+        assert row["object_share"] == pytest.approx(alive["kept_on_object"])
+    # Only models with queries have the series; without a truth, it is shorter.
+    others = tiny.model(tiny.spec(prune__reducer="random")), model.deploy()
+    assert not any("scoring" in evaluate(other, noise(4)).series for other in others)
+    assert set(evaluate(model, noise(4)).series["scoring"][0]) == {"block", "entropy", "aux_top1"}
+
+
+@pytest.mark.parametrize("shown", [32, 48])
+def test_segmentation_knows_objects_of_scenes_as_they_were_drawn(tmp_path, shown):
+    host = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    scenes = {"image_size": shown, "train": 4, "val": 6, "distractors": [0, 1]}
+    spec = TrainSpec.model_validate({
+        "task": "segmentation", "model": {"name": "eva02_tiny_patch14_224", "args": host}, "recipe": {"epochs": 1},
+        "prune": tiny.spec().prune.model_dump(), "data": {"image_size": 32, "num_classes": 11, "scenes": scenes},
+    })  # fmt: skip
+    write(spec.data.scenes, tmp_path, "ade20k")
+    task = open_task(spec, tmp_path)
+    rows = task.evaluate(task.build(), EvaluationSettings(batch_size=4)).series["scoring"]
+    assert [row["block"] for row in rows] == [1, 2]
+    for row in rows:
+        assert ("auc_sum" in row) == (shown == 32)
+        assert 0 < row["entropy"] <= 1

@@ -12,20 +12,11 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import tv_tensors
 
+from cropr.data import coco
 from cropr.data.annotations import read_annotations
 from cropr.data.check import check
-from cropr.data.coco import (
-    EvalImages,
-    TrainImages,
-    collate,
-    fingerprint,
-    jitter,
-    load_coco,
-    read_image,
-    read_masks,
-    view_window,
-)
-from cropr.data.loading import EvalBatches, ImageError, TrainBatches
+from cropr.data.coco import EvalImages, TrainImages, collate, load_coco, read_image, read_masks
+from cropr.data.loading import EvalBatches, ImageError
 from cropr.tasks.detection import DetDataSpec
 
 SPEC = DetDataSpec(image_size=64, num_classes=3, scale=(0.5, 2.0))
@@ -47,19 +38,19 @@ def colours(image: torch.Tensor) -> torch.Tensor:
     return (image * std + mean) * 255
 
 
-def test_ids_with_gaps_become_labels_and_back(root, splits):
-    train, _ = splits
+def box_of(mask: torch.Tensor) -> torch.Tensor:
+    ys, xs = mask.nonzero(as_tuple=True)
+    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+
+
+def test_ids_with_gaps_become_labels_crowds_are_no_targets_and_empty_images_are_left_out_of_training(root, splits):
+    train, val = splits
     assert train.annotations.categories == ((3, "red box"), (7, "green disk"), (90, "blue bar"))
     assert train.annotations.category_ids == (3, 7, 90)
     listed = [a for a in tiny_coco.load(root, "train")["annotations"] if not a["iscrowd"]]
     found = {i.id: i.label for index in range(len(train)) for i in train.instances(index)}
     assert found == {a["id"]: (3, 7, 90).index(a["category_id"]) + 1 for a in listed}
     assert set(found.values()) == {1, 2, 3}
-
-
-def test_crowds_and_empty_images(splits):
-    """Crowds are no targets; images without instance are left out of training and kept in evaluation."""
-    train, val = splits
     assert train.annotations.skipped == 0
     assert [len(train.instances(index)) for index in range(10)].count(0) == 2
     assert (len(train), len(TrainImages(train, SPEC, 0))) == (10, 8)
@@ -75,66 +66,40 @@ def test_all_forms_of_segmentation_give_the_colour_of_the_object(root, splits):
         assert masks.shape == (len(train.instances(index)), *image.shape[-2:])
         for instance, mask in zip(train.instances(index), masks, strict=True):
             assert torch.equal(mask.bool(), (image[instance.label - 1] > 200) & mask.bool())
-            ys, xs = mask.nonzero(as_tuple=True)
-            assert instance.box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            assert list(instance.box) == box_of(mask).tolist()
             form = forms[instance.id]
             seen.add("polygon" if isinstance(form, list) else type(form["counts"]).__name__)
     assert seen == {"polygon", "list", "str"}
 
 
 def test_fingerprint_follows_the_annotations(tmp_path):
-    one = fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "one")))
-    assert one == fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "same")))
-    assert one != fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "other", seed=1)))
+    one = coco.fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "one")))
+    assert one == coco.fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "same")))
+    assert one != coco.fingerprint(load_coco(tiny_coco.write_coco(tmp_path / "other", seed=1)))
 
 
 def test_a_training_sample_holds_together(splits):
     """Boxes enclose masks, masks lie on the colour of the label, all within the image, nothing in the padding."""
     samples, areas = TrainImages(splits[0], SPEC, seed=0), 0
-    for epoch in range(6):
-        for index in range(len(samples)):
-            image, target = samples[epoch, index]
-            height, width = target["size"]
-            boxes, masks, labels = target["boxes"], target["masks"], target["labels"]
-            count = len(labels)
-            assert (image.shape, image.dtype) == ((3, 64, 64), torch.float32)
-            assert (boxes.shape, boxes.dtype) == ((count, 4), torch.float32)
-            assert (masks.shape, masks.dtype, labels.dtype) == ((count, 64, 64), torch.uint8, torch.int64)
-            assert max(height, width) <= 64
-            assert not image[:, height:].any()
-            assert not image[:, :, width:].any()
-            pixels = colours(image)
-            for box, mask, label in zip(boxes, masks, labels, strict=True):
-                ys, xs = mask.nonzero(as_tuple=True)
-                tight = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-                assert (box - tight).abs().max() <= 1
-                assert (box[:2] >= 0).all()
-                assert (box[2:] <= torch.tensor([width, height])).all()
-                if mask.sum() > 30:
-                    inside = pixels[:, mask.bool()].mean(dim=1)
-                    assert inside.argmax() == label - 1
-                    assert inside[label - 1] > 150
-                    areas += 1
+    for image, target in (samples[epoch, index] for epoch in range(6) for index in range(len(samples))):
+        height, width = target["size"]
+        boxes, masks, labels = target["boxes"], target["masks"], target["labels"]
+        assert (image.shape, image.dtype) == ((3, 64, 64), torch.float32)
+        assert (boxes.shape, boxes.dtype) == ((len(labels), 4), torch.float32)
+        assert (masks.shape, masks.dtype, labels.dtype) == ((len(labels), 64, 64), torch.uint8, torch.int64)
+        assert max(height, width) <= 64
+        assert not image[:, height:].any()
+        assert not image[:, :, width:].any()
+        assert (boxes[:, :2] >= 0).all()
+        assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
+        for box, mask, label in zip(boxes, masks, labels, strict=True):
+            assert (box - box_of(mask)).abs().max() <= 1
+            if mask.sum() > 30:
+                inside = colours(image)[:, mask.bool()].mean(dim=1)
+                assert inside.argmax() == label - 1
+                assert inside[label - 1] > 150
+                areas += 1
     assert areas > 40
-
-
-def test_a_sample_depends_on_seed_epoch_and_index_alone(splits):
-    samples = TrainImages(splits[0], SPEC, seed=3)
-    image, target = samples[2, 1]
-    torch.rand(7)
-    again, same = TrainImages(splits[0], SPEC, seed=3)[2, 1]
-    assert torch.equal(image, again)
-    assert torch.equal(target["boxes"], same["boxes"])
-    others = samples[3, 1], TrainImages(splits[0], SPEC, seed=4)[2, 1]
-    assert all(not torch.equal(image, other) for other, _ in others)
-
-
-def test_batches_hold_images_of_different_sizes(splits):
-    batches = TrainBatches(TrainImages(splits[0], SPEC, 0), 4, collate=collate)
-    images, targets = next(batches.epoch(0))
-    assert images.shape == (4, 3, 64, 64)
-    assert len({target["original_size"] for target in targets}) > 1
-    assert all({"boxes", "labels", "masks", "image_id", "size", "original_size", "seed"} == set(t) for t in targets)
 
 
 def test_evaluation_fits_the_longer_side(splits):
@@ -159,7 +124,7 @@ def test_evaluation_fits_the_longer_side(splits):
     ],
 )
 def test_view_window(factor, offset, expected):
-    assert tuple(view_window((50, 100), 64, factor, offset)) == expected
+    assert tuple(coco.view_window((50, 100), 64, factor, offset)) == expected
 
 
 def disk(side: int, centre: tuple[int, int], radius: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +136,7 @@ def disk(side: int, centre: tuple[int, int], radius: int) -> tuple[torch.Tensor,
 
 def view(side: int, image, boxes, masks, scale: float = 1.0, hflip: float = 0.0):
     spec = DetDataSpec(image_size=side, scale=(scale, scale), hflip=hflip)
-    return jitter(tv_tensors.Image(image), torch.tensor(boxes), tv_tensors.Mask(masks), spec)
+    return coco.jitter(tv_tensors.Image(image), torch.tensor(boxes), tv_tensors.Mask(masks), spec)
 
 
 @pytest.mark.parametrize("side", [32, 64, 256, 512])
@@ -194,6 +159,8 @@ def test_flip_and_box():
     assert seen.boxes.tolist() == [[45.0, 12.0, 62.0, 29.0]]
     assert torch.equal(seen.masks[0], mask[0].flip(-1))
     assert torch.equal(seen.image, image.flip(-1))
+    with pytest.raises(ValidationError, match="positive and increasing"):
+        DetDataSpec(scale=(2.0, 0.1))
 
 
 def test_a_cut_box_is_drawn_around_what_is_left():
@@ -206,15 +173,10 @@ def test_a_cut_box_is_drawn_around_what_is_left():
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     seen = view(64, image, [[4.0, 20.0, 54.0, 60.0], [2.0, 2.0, 5.0, 5.0]], mask, scale=2.0)
     assert seen.kept.tolist() == [True, False]
-    ys, xs = seen.masks[0].nonzero(as_tuple=True)
-    assert seen.boxes.tolist() == [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]]
-    assert ys.max() == 63  # cut at the bottom ...
-    assert xs.max() - xs.min() == 7  # ... and only the upright beam is left, four pixels enlarged to eight
-
-
-def test_spec_refuses_an_empty_range():
-    with pytest.raises(ValidationError, match="positive and increasing"):
-        DetDataSpec(scale=(2.0, 0.1))
+    left, _, right, bottom = box_of(seen.masks[0]).tolist()
+    assert seen.boxes.tolist() == [box_of(seen.masks[0]).tolist()]
+    assert bottom == 64  # cut at the bottom, and only the upright beam is left, four pixels enlarged to eight
+    assert right - left == 8
 
 
 def edit(root: Path, change, split: str = "train") -> Path:
@@ -269,53 +231,35 @@ def test_a_file_that_is_no_annotation_file(tmp_path, text, message):
     assert str(raised.value).startswith(str(path))
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_what_is_missing_is_named(tmp_path, root):
     with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
         load_coco(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has 3 categories, the settings say 80; set num_classes to 3"):
+        load_coco(root, 80)
     tiny_coco.write_coco(tmp_path)
     (tmp_path / "annotations" / "instances_val2017.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"instances_val2017.json: no such file"):
         load_coco(tmp_path)
 
 
-def test_another_number_of_classes(root):
-    with pytest.raises(ValueError, match="has 3 categories, the settings say 80; set num_classes to 3"):
-        load_coco(root, 80)
-
-
 def test_instances_without_area_are_skipped_and_counted(tmp_path):
     """No width, outside of the image, no polygon, a polygon of two points; a box that reaches out is clipped."""
 
     def change(content):
-        like = content["annotations"][0]
-        width = content["images"][0]["width"]
-        for number, changes in enumerate(
-            (
-                {"bbox": [5, 5, 0, 4]},
-                {"bbox": [width, 5, 4, 4]},
-                {"segmentation": []},
-                {"segmentation": [[1, 1, 2, 2]]},
-                {"bbox": [-3, 5, 10, 4]},
-            )
-        ):
-            content["annotations"].append({**like, "id": 50 + number, **changes})
+        like, width = content["annotations"][0], content["images"][0]["width"]
+        odd = [{"bbox": [5, 5, 0, 4]}, {"bbox": [width, 5, 4, 4]}, {"segmentation": []}]
+        odd += [{"segmentation": [[1, 1, 2, 2]]}, {"bbox": [-3, 5, 10, 4]}]
+        content["annotations"] += [{**like, "id": 50 + number, **changes} for number, changes in enumerate(odd)]
 
     annotations, problems = read_annotations(edit(tmp_path, change))
-    assert problems == []
-    assert annotations.skipped == 4
-    boxes = {i.id: i.box for i in annotations.instances[100]}
-    assert {number for number in boxes if number >= 50} == {54}
-    assert boxes[54] == (0, 5, 7, 9)
+    assert (problems, annotations.skipped) == ([], 4)
+    assert {i.id: i.box for i in annotations.instances[100] if i.id >= 50} == {54: (0, 5, 7, 9)}
 
 
-def test_training_needs_an_instance(tmp_path):
+def test_training_needs_an_instance_and_an_image_of_another_size_is_named(tmp_path):
     edit(tmp_path, lambda content: [a.update(iscrowd=1) for a in content["annotations"]])
     with pytest.raises(ValueError, match=r"instances_train2017.json: no image has an instance"):
         TrainImages(load_coco(tmp_path)[0], SPEC, 0)
-
-
-def test_an_image_of_another_size_is_named(tmp_path):
-    edit(tmp_path, lambda content: None)
     Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(tmp_path / "val2017" / f"{107:012d}.png")
     with pytest.raises(ImageError, match=r"000107.png: is 20 x 30 px; .*says 48 x 64 of image 107"):
         list(EvalBatches(EvalImages(load_coco(tmp_path)[1], SPEC), 2, collate=collate))

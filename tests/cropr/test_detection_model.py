@@ -16,16 +16,17 @@ from torchvision.ops import box_iou
 
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import Anchors, BoxStage, RegionPooler, Regions, match
+from cropr.tasks.detection.cascade import Anchors, BoxStage, RegionPooler, Regions, match, nms, soft_nms
 from cropr.tasks.detection.model import SimpleFeaturePyramid, build_detector, losses
 from cropr.training.checkpoint import load_initial, save_weights
 
 DENSE = {"reducer": "none"}
 SCENES = [([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]), ([(10, 30, 40, 56)], [3]), ([], [])]
+MORE = [([(4, 4, 24, 30), (30, 10, 58, 28), (30, 36, 50, 60)], [2, 3, 1]), ([(20, 20, 52, 44)], [1])]
 
 
-def _batch():
-    pictures, targets = zip(*(scene(boxes, labels) for boxes, labels in SCENES), strict=True)
+def _batch(scenes=SCENES):
+    pictures, targets = zip(*(scene(boxes, labels) for boxes, labels in scenes), strict=True)
     return torch.stack(pictures), list(targets)
 
 
@@ -72,13 +73,6 @@ def test_detections_do_not_depend_on_the_batch(host):
         assert set(found.labels.tolist()) <= {1, 2, 3}
 
 
-def test_padding_given_as_part_of_the_image_changes_nothing():
-    model = detector().eval()
-    (image,) = images([(40, 50)])
-    padded = torch.nn.functional.pad(image, (0, 14, 0, 24))[None]
-    _same(model.detect([image])[0], model.detect(padded, [(40, 50)])[0], 1e-6)
-
-
 @pytest.mark.parametrize("host", ["vit", "eva"])
 def test_deployed_is_the_trained_model_in_eval_mode(host):
     model = detector(host).eval()
@@ -86,10 +80,8 @@ def test_deployed_is_the_trained_model_in_eval_mode(host):
     for one, other in zip(model.detect(images([(64, 64)] * 2)), fast.detect(images([(64, 64)] * 2)), strict=True):
         _same(one, other, 1e-6)
     assert not any("aggregator" in name for name in fast.state_dict())
-    extra = sum(v.numel() for v in fast.state_dict().values()) - sum(
-        v.numel() for k, v in model.state_dict().items() if not k.startswith("reducers.")
-    )
-    assert extra == 2 * 32
+    own = sum(v.numel() for name, v in model.state_dict().items() if not name.startswith("reducers."))
+    assert sum(v.numel() for v in fast.state_dict().values()) - own == 2 * 32
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in fast.parameters()}
 
 
@@ -104,16 +96,13 @@ def test_losses_and_gradients(stages):
     torch.testing.assert_close(result.main, sum(output.losses.values()))
     torch.testing.assert_close(result.total, result.main + 2 * result.aux.sum())
     assert result.aux.shape == (2,)
+    reducers = {name for name, _ in model.named_parameters() if name.startswith("reducers.")}
     result.aux.sum().backward(retain_graph=True)
-    assert all(name.startswith("reducers.") for name, p in model.named_parameters() if p.grad is not None)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} <= reducers
     model.zero_grad()
     result.main.backward()
-    for name, parameter in model.named_parameters():
-        if name.startswith("reducers."):
-            assert parameter.grad is None, name
-        else:
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
+    assert {name for name, p in model.named_parameters() if p.grad is None} == reducers
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("prune", [PRUNED, DENSE])
@@ -147,22 +136,27 @@ def test_no_more_detections_than_the_limit(nms):
     assert (found[0].scores.diff() <= 0).all()
 
 
-def test_any_image_size_is_rounded_up_to_whole_windows():
+def test_any_image_size_is_rounded_up_to_whole_windows_and_padding_changes_nothing():
     assert detector(size=(40, 65)).canvas == (48, 80)
     assert detector(size=56, window=4, global_blocks=(4,), prune=DENSE).canvas == (64, 64)
+    model, (image,) = detector().eval(), images([(40, 50)])
+    padded = nn.functional.pad(image, (0, 14, 0, 24))[None]
+    _same(model.detect([image])[0], model.detect(padded, [(40, 50)])[0], 1e-6)
 
 
-def test_refuses_by_name():
-    with pytest.raises(ValueError, match="brings pruned tokens back"):
-        detector(prune={**PRUNED, "fusion": "none"})
-    with pytest.raises(ValueError, match="keep a multiple of 4, here 36 or 40"):
-        detector(prune={**PRUNED, "schedule": {"kept": {"at": {2: 37}}}})
-    with pytest.raises(ValueError, match="needs targets"):
-        detector().train()(images([(64, 64)]))
-    with pytest.raises(ValueError, match="give one a scale, and one more"):
-        DetModelSpec(anchor_sizes=(8, 16))
-    with pytest.raises(ValueError, match="neighbours of 4, 2, 1"):
-        SimpleFeaturePyramid(16, 8, 16, (4, 1))
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: detector(prune={**PRUNED, "fusion": "none"}), "brings pruned tokens back"),
+        (lambda: detector(prune={**PRUNED, "schedule": {"kept": {"at": {2: 37}}}}), "a multiple of 4, here 36 or 40"),
+        (lambda: detector().train()(images([(64, 64)])), "needs targets"),
+        (lambda: DetModelSpec(anchor_sizes=(8, 16)), "give one a scale, and one more"),
+        (lambda: SimpleFeaturePyramid(16, 8, 16, (4, 1)), "neighbours of 4, 2, 1"),
+    ],
+)
+def test_refuses_by_name(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
 
 
 def test_auxiliary_losses_by_hand():
@@ -188,18 +182,6 @@ def test_anchors_by_hand():
     torch.testing.assert_close((sides[:, 1] / sides[:, 0])[:3], torch.tensor([0.5, 1.0, 2.0]))
     centres = (boxes[0][:, 2:] + boxes[0][:, :2]) / 2
     assert centres[1::3].tolist() == [[0, 0], [8, 0], [16, 0], [0, 8], [8, 8], [16, 8], [0, 0]]
-
-
-def test_pyramid_strides_and_sizes():
-    neck = SimpleFeaturePyramid(16, 8, 16)
-    assert neck.strides == (4, 8, 16, 32, 64)
-    assert [tuple(level.shape[1:]) for level in neck(torch.zeros(1, 16, 4, 6))] == [
-        (8, 16, 24),
-        (8, 8, 12),
-        (8, 4, 6),
-        (8, 2, 3),
-        (8, 1, 2),
-    ]
 
 
 def test_pooler_reads_coordinates_and_chooses_the_level_by_size():
@@ -237,35 +219,26 @@ def test_match_by_hand():
     assert match(boxes, nothing, 0.5).labels.tolist() == [0, 0, 0]
 
 
-def test_the_spec_of_published_size():
+def test_pyramid_and_heads_have_the_published_sizes():
     """Heads of EVA-02-L's detector: 15.3 M parameters a box head, 7.8 M of the pyramid."""
-    spec = DetModelSpec()
     with torch.device("meta"):
-        neck, stage = SimpleFeaturePyramid(1024, 256, 16), BoxStage(spec, 80, 1)
-
-    def millions(module: nn.Module) -> float:
-        return sum(p.numel() for p in module.parameters()) / 1e6
-
-    assert millions(neck) == pytest.approx(7.8, abs=0.05)
-    assert millions(stage) == pytest.approx(15.3, abs=0.05)
+        parts = SimpleFeaturePyramid(1024, 256, 16), BoxStage(DetModelSpec(), 80, 1)
+    assert [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts] == pytest.approx([7.8, 15.3], abs=0.05)
+    neck = SimpleFeaturePyramid(16, 8, 16)
+    assert neck.strides == (4, 8, 16, 32, 64)
+    sizes = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert [level.shape for level in neck(torch.zeros(1, 16, 4, 6))] == [(1, 8, *size) for size in sizes]
 
 
 @pytest.mark.model
-def test_overfits_four_images():
+def test_overfits_images():
     model = detector(spread=False).train()
-    pictures, targets = zip(
-        scene([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]),
-        scene([(10, 30, 40, 56)], [3]),
-        scene([(4, 4, 24, 30), (30, 10, 58, 28), (30, 36, 50, 60)], [2, 3, 1]),
-        scene([(20, 20, 52, 44)], [1]),
-        strict=True,
-    )
-    batch = torch.stack(pictures)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(160):
+    batch, targets = _batch([*SCENES[:2], *MORE])
+    optimizer, steps = torch.optim.AdamW(model.parameters()), 160
+    for step in range(steps):
         torch.manual_seed(1000 + step)
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 10, (160 - step) / 53)
+            group["lr"] = 3e-3 * min(1, (step + 1) / 10, 3 * (steps - step) / steps)
         optimizer.zero_grad()
         losses(model(batch, targets), targets, CLASSES).total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -308,3 +281,73 @@ def test_a_run_takes_over_the_heads_of_the_run_that_it_starts_from(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(scorers, later.reducers.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"other shape .*heads\.stages\.0"):
         load_initial(detector(box_width=16), tmp_path / "weights.safetensors")
+
+
+def crowded(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes in clusters, and scores."""
+    random = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=random) * 60
+    boxes = torch.cat((corner, corner + 10 + torch.rand(count, 2, generator=random) * 40), dim=1)
+    return boxes, torch.rand(count, classes, generator=random) ** 3
+
+
+def plain_soft_nms(boxes, scores, threshold, min_score):
+    """One class, box by box, as the method is written down: [(row, score)]."""
+    alive = {row: float(score) for row, score in enumerate(scores)}
+    overlap = box_iou(boxes, boxes)
+    picks = []
+    while alive:
+        best = max(alive, key=alive.__getitem__)
+        score = alive.pop(best)
+        if score <= min_score:
+            break
+        picks.append((best, score))
+        for row in alive:
+            if (iou := float(overlap[best, row])) > threshold:
+                alive[row] *= 1 - iou
+    return picks
+
+
+def check(picks, expected):
+    """``expected``: [(score, label, row)] by falling score."""
+    assert picks.labels.tolist() == [label for _, label, _ in expected]
+    assert picks.index.tolist() == [row for _, _, row in expected]
+    torch.testing.assert_close(picks.scores, torch.tensor([score for score, _, _ in expected]))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+@pytest.mark.parametrize("limit", [7, 1000])
+def test_soft_nms_equals_the_plain_loop(threshold, limit):
+    boxes, scores = crowded(60, 5)
+    expected = [
+        (score, column + 1, row)
+        for column in range(5)
+        for row, score in plain_soft_nms(boxes, scores[:, column], threshold, 0.05)
+    ]
+    assert len(expected) > 6
+    picks = soft_nms(boxes, scores, threshold=threshold, min_score=0.05, limit=limit)
+    check(picks, sorted(expected, reverse=True)[:limit])
+
+
+def test_nms_equals_the_plain_loop():
+    boxes, scores = crowded(60, 5)
+    overlap = box_iou(boxes, boxes)
+    expected = []
+    for column in range(5):
+        kept: list[int] = []
+        for row in scores[:, column].argsort(descending=True).tolist():
+            if scores[row, column] > 0.05 and all(overlap[row, other] <= 0.4 for other in kept):
+                kept.append(row)
+        expected += [(scores[row, column].item(), column + 1, row) for row in kept]
+    check(nms(boxes, scores, 0.4, 0.05, 20), sorted(expected, reverse=True)[:20])
+
+
+@pytest.mark.parametrize("suppress", [nms, soft_nms])
+def test_nothing_is_left_of_nothing_and_a_copy_is_dropped_within_its_class_alone(suppress):
+    for count in (0, 3):  # no box, and no box with a score
+        picks = suppress(crowded(count, 1)[0], torch.zeros(count, 4), 0.5, 0.05, 100)
+        assert len(picks.index) == len(picks.labels) == len(picks.scores) == 0
+        assert picks.index.dtype == picks.labels.dtype == torch.int64
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
+    picks = suppress(boxes, torch.tensor([[0.9, 0.0], [0.7, 0.8], [0.3, 0.0]]), 0.5, 0.05, 100)
+    assert (picks.index.tolist(), picks.labels.tolist()) == ([0, 1, 2], [1, 2, 1])

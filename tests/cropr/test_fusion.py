@@ -5,8 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-import timm
 import torch
+from cases import SMALL, assert_batchwise, assert_deployed, assert_exports, assert_one_graph, host_of, randomised
+from cases import pictures as images
 from torch import nn
 
 import cropr
@@ -16,35 +17,18 @@ from cropr.pruning.tokens import Tokens
 from cropr.tasks.segmentation.run import PrunedSegmenter
 
 BACK = [name for name in FUSIONS if name != "none"]
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
-NAMES = {"vit": "vit_tiny_patch16_224", "eva": "eva02_tiny_patch14_224"}
-
-
-def host_of(name, std=0.3, **arguments):
-    """A tiny host with every parameter at a value that matters."""
-    torch.manual_seed(0)
-    host = timm.create_model(NAMES[name], **{**SMALL, **arguments})
-    for parameter in host.parameters():
-        nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=std)
-    return host.eval()
 
 
 def segmenter(fusion, name="eva", schedule=None, reducer="cropr", **arguments):
     schedule = schedule or Schedule.constant(3)
-    model = cropr.prune(host_of(name, **arguments), schedule, reducer, fusion, kind=PrunedSegmenter)
-    randomise(model.fusion)
-    return model.eval()
+    return randomised_fusion(cropr.prune(host_of(name, **arguments), schedule, reducer, fusion, kind=PrunedSegmenter))
 
 
-def randomise(fusion):
+def randomised_fusion(model):
     """Away from zero, where the cross-attention starts."""
-    if fusion is not None:
-        for parameter in fusion.parameters():
-            nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-
-
-def images(batch=2, size=32):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    if model.fusion is not None:
+        randomised(model.fusion)
+    return model.eval()
 
 
 def parts(batch=2, dim=32):
@@ -55,26 +39,16 @@ def parts(batch=2, dim=32):
     return full, full.keep(order[:, :4]), pruned
 
 
-# The list -----------------------------------------------------------------------------------------------------------
-
-
-def test_entries_name_the_place_of_their_class():
-    for method in FUSIONS.values():
-        assert method.place == (method.load().place if method.path else None)
-
-
 @pytest.mark.parametrize(("fusion", "last"), [("llf", 2), ("llf_no_self", 2), ("concat", 3), ("exit", 3), ("none", 3)])
 def test_pruning_stops_where_it_would_be_undone_at_once(fusion, last):
-    model = segmenter(fusion)
+    method, model = FUSIONS[fusion], segmenter(fusion)
+    assert method.place == (method.load().place if method.path else None)
     assert list(model.reducers) == [str(block) for block in range(1, last + 1)]
     assert model.token_trace[-1] == (17 if before_last_block(fusion) else 7)
 
 
-# Conservation -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", BACK)
-def test_every_place_comes_back_once(name):
+def test_every_place_comes_back_once_and_nothing_pruned_is_nothing_changed(name):
     full, alive, pruned = parts()
     fusion = FUSIONS[name].load()(32, 32, (1, 2))
     fused = fusion(alive, pruned)
@@ -84,90 +58,53 @@ def test_every_place_comes_back_once(name):
     if name != "exit":  # without parameters, and with cross-attention that starts at zero, they come back as they left
         torch.testing.assert_close(fused.raster().x, full.x, rtol=0, atol=0 if name != "cross" else 1e-6)
     assert (name in ("exit", "cross")) == any(True for _ in fusion.parameters())
+    randomised(fusion)
+    for none in ({}, {1: Tokens(torch.zeros(2, 0, 32), torch.zeros(2, 0, dtype=torch.int64), 0)}):
+        fused = fusion(full, none)
+        assert torch.equal(fused.x, full.x)
+        assert fusion.mask(full, fused) is None
 
 
-@pytest.mark.parametrize("name", BACK)
-@pytest.mark.parametrize("pruned", [{}, {1: Tokens(torch.zeros(2, 0, 32), torch.zeros(2, 0, dtype=torch.int64), 0)}])
-def test_nothing_pruned_is_nothing_changed(name, pruned):
-    full, _, _ = parts()
-    fusion = FUSIONS[name].load()(32, 32, (1, 2))
-    randomise(fusion)
-    fused = fusion(full, pruned)
-    assert torch.equal(fused.x, full.x)
-    assert fusion.mask(full, fused) is None
-
-
-# The model around them ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host", NAMES)
+@pytest.mark.parametrize("host", ["vit", "eva"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_rate_zero_is_the_host_patch_by_patch(host, fusion):
+def test_rate_zero_is_the_host_patch_by_patch_and_deployed_is_the_trained_model(host, fusion, attention_calls):
     model = segmenter(fusion, host, Schedule.constant(0), global_pool="avg")
     plain = model.backbone.host
-    tokens = plain.forward_features(images())
-    patches = plain.head(plain.fc_norm(tokens))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    patches = plain.head(plain.fc_norm(plain.forward_features(images())))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     expected = nn.functional.interpolate(patches, (32, 32), mode="bilinear", align_corners=False)
     torch.testing.assert_close(model(images()).logits, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("host", NAMES)
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_deployed_is_the_trained_model_in_eval_mode_in_any_batch(host, fusion):
     model = segmenter(fusion, host)
-    fast = model.deploy()
-    trained, deployed = model(images()), fast.detailed(images())
-    torch.testing.assert_close(fast(images()), trained.logits, rtol=0, atol=1e-6)
-    assert all(torch.equal(trained.kept[block], deployed.kept[block]) for block in trained.kept)
-    for b in range(2):  # and a result does not depend on the batch
-        torch.testing.assert_close(model(images()[b : b + 1]).logits, trained.logits[b : b + 1], rtol=1e-4, atol=1e-4)
+    attention_calls.clear()
+    model(images())
+    assert len(attention_calls) >= SMALL["depth"], "every block stays on fused attention"
+    assert sum(call.get("attn_mask") is not None for call in attention_calls) == (fusion == "llf_no_self")
+    assert_deployed(model, images())
+    assert_batchwise(model, images())
 
 
 @pytest.mark.parametrize("fusion", BACK)
 def test_the_main_loss_reaches_blocks_and_fusion_but_no_query(fusion):
+    """In training at share zero, every parameter has a gradient: processes that train together wait for each."""
     model = segmenter(fusion).train()
     model(images()).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.fusion.parameters() if p.ndim > 1)
     assert all(p.grad is None for p in model.reducers.parameters())
     assert model.backbone.host.blocks[0].mlp.fc2.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("fusion", BACK)
-def test_in_training_at_share_zero_every_parameter_has_a_gradient(fusion):
-    """Processes that train together wait for the gradient of each parameter."""
-    model = segmenter(fusion).train()
+    model.zero_grad()
     model.ramp(Fraction(0))
     output = model(images())
     (output.logits.sum() + sum(aux.sum() for aux in output.aux)).backward()
-    missing = {name for name, p in model.named_parameters() if p.grad is None}
-    assert missing == set()
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_block_stays_on_fused_attention(fusion, monkeypatch):
-    calls = []
-    fused = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k)
-    )
-    segmenter(fusion)(images())
-    assert len(calls) >= SMALL["depth"]
-    masked = [call for call in calls if call.get("attn_mask") is not None]
-    assert len(masked) == (fusion == "llf_no_self")
+    assert {name for name, p in model.named_parameters() if p.grad is None} == set()
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_deployed_is_one_graph_and_exports(fusion):
-    torch._dynamo.reset()
-    fast = segmenter(fusion).deploy()
-    compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images()), fast(images()))
-    program = torch.export.export(fast, (images(3),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    torch.testing.assert_close(program.module()(images(5)), fast(images(5)), rtol=1e-4, atol=1e-4)
-
-
-# Each of them -------------------------------------------------------------------------------------------------------
+    """One graph with LLF and without fusion: ``test_model.py``."""
+    fast = segmenter(fusion, depth=3).deploy()
+    if fusion not in ("none", "llf", "concat"):
+        assert_one_graph(fast)
+    assert_exports(fast)
 
 
 def test_mask_by_hand():
@@ -184,7 +121,7 @@ def test_mask_by_hand():
     ]
 
 
-@pytest.mark.parametrize("host", NAMES)
+@pytest.mark.parametrize("host", ["vit", "eva"])
 def test_pruned_tokens_do_not_see_each_other_in_the_last_block(host):
     """Change one pruned token: with LLF all other tokens change; without self-attention, no other pruned one does."""
     changed = {}
@@ -204,8 +141,7 @@ def test_pruned_tokens_do_not_see_each_other_in_the_last_block(host):
 
 def test_cross_attention_reads_survivors_and_prefix_only():
     _, alive, pruned = parts()
-    cross = FUSIONS["cross"].load()(32, 5, (1, 2))
-    randomise(cross)
+    cross = randomised(FUSIONS["cross"].load()(32, 5, (1, 2)))
     before = cross(alive, pruned).x
     other = {**pruned, 2: pruned[2].replace(pruned[2].x + torch.randn(32))}
     torch.testing.assert_close(cross(alive, other).x[:, :10], before[:, :10])
@@ -238,15 +174,11 @@ def scores_of(model, batch):
     return seen[-1].flatten(2).transpose(1, 2)
 
 
-def test_what_predicts_per_patch_is_refused_where_an_image_has_one_label():
+def test_images_with_one_label_pool_over_all_tokens():
+    for fusion in ("concat", "cross", "llf_no_self"):
+        model = cropr.prune(host_of("eva"), Schedule.constant(3), fusion=fusion).eval()
+        output = model(images())
+        assert (output.tokens.num_patches, output.logits.shape) == (16, (2, 5))
+        assert_deployed(model, images())
     with pytest.raises(ValueError, match=r"EarlyExit fuses predictions per patch.*such as 'llf'"):
         cropr.prune(host_of("vit"), Schedule.constant(2), fusion="exit")
-
-
-@pytest.mark.parametrize("fusion", ["concat", "cross", "llf_no_self"])
-def test_images_with_one_label_pool_over_all_tokens(fusion):
-    model = cropr.prune(host_of("eva"), Schedule.constant(3), fusion=fusion).eval()
-    output = model(images())
-    assert output.tokens.num_patches == 16
-    assert output.logits.shape == (2, 5)
-    torch.testing.assert_close(model.deploy()(images()), output.logits, rtol=0, atol=1e-6)

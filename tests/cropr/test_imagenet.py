@@ -1,10 +1,9 @@
-"""Class folders: what is refused, what a sample depends on, and who sees which image."""
+"""Class folders: what is refused, what a sample depends on, who sees which image; batches of all tasks."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from tiny import equal
 
 from cropr.__main__ import main
 from cropr.data.check import check
-from cropr.data.imagenet import EvalImages, TrainImages, eval_transform, load_splits, mixup, train_transform
-from cropr.data.loading import EvalBatches, ImageError, TrainBatches, decode, seeded
+from cropr.data.imagenet import EvalImages, TrainImages, eval_transform, load_splits, train_transform
+from cropr.data.loading import EvalBatches, ImageError, Samples, TrainBatches, decode, seeded
 from cropr.data.scenes import INCOMPLETE
 from cropr.distributed import World
 from cropr.tasks.classification import AugmentSpec, DataSpec
@@ -94,26 +93,22 @@ def test_broken_folders_are_refused_by_name(tmp_path, root, damage, error, messa
         load_splits(inner, 1000)
 
 
-def test_all_modes_become_rgb(tmp_path):
+def test_all_modes_become_rgb_and_the_orientation_is_applied(tmp_path):
     grey = Image.fromarray(np.full((4, 4), 200, np.uint8))
     palette = grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
     palette.info["transparency"] = bytes([255])
+    deep = Image.fromarray(np.full((4, 4), 200 * 256, np.uint16))
     images = {
         "grey.png": grey,
         "grey_alpha.png": grey.convert("LA"),
         "rgba.png": grey.convert("RGBA"),
-        "palette.png": palette,
-        "cmyk.jpg": grey.convert("RGB").convert("CMYK"),
-        "deep.png": Image.fromarray(np.full((4, 4), 200 * 256, np.uint16)),
+        "deep.png": deep,
     }
-    for name, image in images.items():
+    for name, image in {**images, "palette.png": palette, "cmyk.jpg": grey.convert("RGB").convert("CMYK")}.items():
         image.save(tmp_path / name)
         decoded = decode(tmp_path / name)
         assert decoded.mode == "RGB"
         assert np.abs(np.asarray(decoded).astype(int) - 200).max() <= 2, name
-
-
-def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (8, 4))
     exif = image.getexif()
     exif[0x0112] = 6  # to be turned by a quarter
@@ -128,21 +123,14 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_text("no image"), Path.unlink]
 )
-def test_unreadable_images_are_named(root, damage):
-    path = root / "train" / "ant" / "3.png"
+def test_unreadable_images_are_named_in_one_line(root, damage):
+    path, split = root / "train" / "ant" / "3.png", load_splits(root)[0]
     damage(path)
     with pytest.raises(ImageError, match=rf"^{path}: cannot be read as an image: \w"):
         decode(path)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_names_the_unreadable_image_in_one_line(root, workers):
-    batches = train_batches(load_splits(root)[0], spec(), 7, workers=workers)
-    truncate(root / "train" / "ant" / "3.png")
-    with pytest.raises(
-        ValueError, match=r"^\S+/train/ant/3.png: cannot be read as an image: .*; python -m cropr data check [^\n]*$"
-    ):
-        list(batches.epoch(0))
+    for workers in (0, 1) if damage is truncate else ():
+        with pytest.raises(ValueError, match=rf"^{path}: cannot be read .*; python -m cropr data check [^\n]*$"):
+            list(train_batches(split, spec(), 7, workers=workers).epoch(0))
 
 
 def test_check_lists_all_bad_files_at_once(root, caplog):
@@ -164,21 +152,19 @@ def test_check_lists_all_bad_files_at_once(root, caplog):
 def test_with_augmentation_off_training_only_normalises():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     plain = DataSpec(image_size=16, num_classes=3, augment=PLAIN)
-    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    expected = (expected - torch.tensor(plain.mean)[:, None, None]) / torch.tensor(plain.std)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (plain.mean, plain.std))
+    expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
     for _ in range(5):
         torch.testing.assert_close(train_transform(plain)(image), expected)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"hflip": 0.5}, {"scale": (0.5, 1)}, {"color_jitter": 0.9}, {"erasing": 1.0}, {"auto_augment": "rand-m9"}],
-)
-def test_each_switch_makes_training_random(root, change):
+def test_each_switch_makes_training_random(root):
     train, _ = load_splits(root)
-    batches = train_batches(train, spec(PLAIN.model_copy(update=change)), 21)
-    plain = train_batches(train, spec(PLAIN), 21)
-    assert not equal(batches.epoch(0), plain.epoch(0))
+    plain = list(train_batches(train, spec(PLAIN), 21).epoch(0))
+    switches = {"hflip": 0.5, "scale": (0.5, 1), "color_jitter": 0.9, "erasing": 1.0, "auto_augment": "rand-m9"}
+    for switch in switches.items():
+        batches = train_batches(train, spec(PLAIN.model_copy(update=dict([switch]))), 21)
+        assert not equal(batches.epoch(0), plain), switch
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n4-p1-inc1", "v0", "augmix-m10"])
@@ -203,22 +189,8 @@ def test_evaluation_takes_the_centre():
     whole = spec(crop_pct=16 / 40)  # the shorter side stays 40
     assert eval_transform(whole)(Image.fromarray(image)).min() == 1
     assert eval_transform(spec(crop_pct=1.0))(Image.fromarray(image)).shape == (3, 16, 16)
-
-
-def test_colour_jitter_beside_a_policy_is_refused():
     with pytest.raises(ValueError, match=r"color_jitter 0.4 has no effect beside auto_augment 'rand-m9'"):
         train_transform(spec(AugmentSpec(auto_augment="rand-m9", color_jitter=0.4)))
-
-
-def test_mixup_follows_the_spec():
-    assert mixup(spec()) is None
-    mix = mixup(spec(AugmentSpec(mixup=0.8, smoothing=0.1)))
-    images, target = torch.rand(4, 3, 16, 16), torch.tensor([0, 0, 1, 1])
-    with seeded(0):
-        mixed, soft = mix(images.clone(), target)
-    assert not torch.equal(mixed, images)
-    torch.testing.assert_close(soft.sum(dim=1), torch.ones(4))
-    assert soft.min().item() == pytest.approx(0.1 / 3)
 
 
 def test_seeded_block_is_reproducible_and_leaves_no_trace():
@@ -242,26 +214,20 @@ def test_seeded_block_is_reproducible_and_leaves_no_trace():
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(root):
     train, _ = load_splits(root)
-    folder = TrainImages(train, spec(RICH), seed=1)
+    folder, other = (TrainImages(train, spec(RICH), seed=seed) for seed in (1, 2))
     first = folder[2, 5][0]
     folder[0, 0], folder[2, 6]
     assert torch.equal(folder[2, 5][0], first)
     assert not torch.equal(folder[3, 5][0], first)
-    other = TrainImages(train, spec(RICH), seed=2)
     assert not torch.equal(other[2, 5][0], first)
 
 
-def test_workers_change_nothing_and_survive_an_abandoned_epoch(root):
+def test_workers_change_nothing_and_an_epoch_can_begin_anywhere_without_reading_what_lies_before(root):
     train, _ = load_splits(root)
-    alone, helped = train_batches(train, spec(RICH), 4, seed=3), train_batches(train, spec(RICH), 4, seed=3, workers=2)
-    assert equal(alone.epoch(0), helped.epoch(0))
+    batches, helped = (train_batches(train, spec(RICH), 4, seed=3, workers=workers) for workers in (0, 2))
+    assert equal(batches.epoch(0), helped.epoch(0))
     next(helped.epoch(1))
-    assert equal(alone.epoch(2), helped.epoch(2))
-
-
-def test_an_epoch_can_begin_anywhere_without_reading_what_lies_before(root):
-    train, _ = load_splits(root)
-    batches = train_batches(train, spec(RICH), 4, seed=3)
+    assert equal(batches.epoch(2), helped.epoch(2)), "an epoch that was abandoned leaves nothing behind"
     whole = list(batches.epoch(6))
     assert len(whole) == len(batches) == 5
     for index in batches.order(6)[: 3 * 4]:
@@ -269,17 +235,12 @@ def test_an_epoch_can_begin_anywhere_without_reading_what_lies_before(root):
     assert equal(batches.epoch(6, start=3), whole[3:])
 
 
-def test_an_epoch_shows_each_image_once_and_says_what_it_drops(root):
-    batches = train_batches(load_splits(root)[0], spec(), 4)
-    seen = Counter(numbers(batches.epoch(0)))
-    assert len(seen) == 20
-    assert max(seen.values()) == 1
-    labels = torch.cat([labels for _, labels in batches.epoch(0)])
-    assert [n // 7 for n in numbers(batches.epoch(0))] == labels.tolist()
-
-
-def test_processes_share_each_batch(root):
+def test_an_epoch_shows_each_image_once_and_processes_share_each_batch(root):
     train, _ = load_splits(root)
+    batches = train_batches(train, spec(), 4)
+    seen, labels = numbers(batches.epoch(0)), torch.cat([labels for _, labels in batches.epoch(0)])
+    assert len(seen) == len(set(seen)) == 20
+    assert [n // 7 for n in seen] == labels.tolist()
     whole = [numbers([batch]) for batch in train_batches(train, spec(), 6).epoch(1)]
     shares = [[numbers([b]) for b in train_batches(train, spec(), 6, world=World(r, 3)).epoch(1)] for r in range(3)]
     assert len(whole) == 3
@@ -290,15 +251,62 @@ def test_processes_share_each_batch(root):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_evaluation_sees_every_image_exactly_once(root, world):
-    _, val = load_splits(root)
+    train, val = load_splits(root)
     parts = [EvalBatches(EvalImages(val, spec(crop_pct=1.0)), 2, world=World(rank, world)) for rank in range(world)]
     assert sorted(n for part in parts for n in numbers(part)) == list(range(9))
     for part in parts:
         assert [val.paths[n] for n in numbers(part)] == [val.paths[index] for index in part.indices]
         assert len(list(part)) == len(part)
+    for size, processes, message in ((22, 1, "at most 21"), (10, 4, "into 4 processes")):
+        with pytest.raises(ValueError, match=message):
+            train_batches(train, spec(), size, world=World(0, processes))
 
 
-@pytest.mark.parametrize(("batch_size", "world", "message"), [(22, 1, "at most 21"), (10, 4, "into 4 processes")])
-def test_impossible_batches_are_refused(root, batch_size, world, message):
-    with pytest.raises(ValueError, match=message):
-        train_batches(load_splits(root)[0], spec(), batch_size, world=World(0, world))
+class Boxes(Samples):
+    """Images whose side is their index, with a random number of boxes, as detection has them."""
+
+    layout = "coco"
+
+    def __init__(self, count: int = 10, seed: int | None = 0) -> None:
+        super().__init__(range(count), None, seed)
+
+    def sample(self, index: int) -> tuple[torch.Tensor, dict]:
+        boxes = torch.rand(index, 4) + random.random() + np.random.rand() if self.seed is not None else None
+        return torch.full((3, index % 3, 2), float(index)), {"id": index, "boxes": boxes}
+
+
+class Kinds(Boxes):
+    def kind(self, index):
+        return index % 3
+
+
+def lists(samples):
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_targets_may_be_lists_and_images_of_any_size(workers):
+    batches = TrainBatches(Boxes(), 4, seed=1, collate=lists, workers=workers)
+    (images, targets), _ = batches.epoch(0)
+    assert [target["id"] for target in targets] == batches.order(0)[:4].tolist()
+    assert [image.shape[1] for image in images] == [target["id"] % 3 for target in targets]
+    again = TrainBatches(Boxes(), 4, seed=1, collate=lists)
+    for one, other in zip(targets, next(again.epoch(0))[1], strict=True):
+        assert torch.equal(one["boxes"], other["boxes"])
+    assert not torch.equal(Boxes()[0, 3][1]["boxes"], Boxes()[1, 3][1]["boxes"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_kinds_do_not_share_a_batch_and_none_is_lost(world):
+    seen = []
+    for rank in range(world):
+        batches = EvalBatches(Kinds(seed=None), 2, collate=lists, world=World(rank, world))
+        order = []
+        for images, targets in batches:
+            assert 1 <= len(images) <= 2
+            assert len({image.shape for image in images}) == 1
+            order += [target["id"] for target in targets]
+        assert order == batches.indices
+        assert len(list(batches)) == len(batches)
+        seen += order
+    assert sorted(seen) == list(range(10))

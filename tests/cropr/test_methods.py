@@ -157,8 +157,7 @@ def test_every_method_beyond_the_pruners_has_a_reference():
     assert set(SLOW) == {name for name, method in REDUCERS.items() if method.family != "pruner"}
 
 
-@pytest.mark.parametrize("keep", [17, KEEP, 4])
-@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize(("prefix", "keep"), [(1, 17), (2, KEEP), (1, 4)])
 @each_rule
 @torch.no_grad()
 def test_a_method_equals_its_slow_reference(name, options, prefix, keep):
@@ -182,18 +181,16 @@ def _blobs(points: int = 10, groups: int = 3) -> tuple[Tokens, Context]:
     return tokens.replace(torch.cat((tokens.x[:, :1], x), dim=1)), context
 
 
-@pytest.mark.parametrize("options", [{"rule": rule} for rule in ("reference", "corrected")], ids=str)
+@pytest.mark.parametrize("rule", ["reference", "corrected"])
 @pytest.mark.parametrize("name", ["dpc_knn", "k_medoids"])
-def test_blobs_become_pure_clusters(name, options):
+def test_blobs_become_pure_clusters(name, rule):
     """The update of the reference drags medoids out of their blob, so its medoids start one in each."""
     tokens, context = _blobs()
     if name == "k_medoids":
         context.column_sums[:, 4::10] += 100
-    kept = run(name, tokens, context, 3, **options)
-    for row in kept.source:
-        groups = row.view(3, 10)
-        assert (groups == groups[:, :1]).all()
-        assert groups[:, 0].sort().values.tolist() == [0, 1, 2]
+    groups = run(name, tokens, context, 3, rule=rule).source.view(-1, 3, 10)
+    assert (groups == groups[:, :, :1]).all()
+    assert (groups[:, :, 0].sort(dim=1).values == torch.arange(3)).all()
 
 
 def test_medoids_of_the_textbook_are_central_and_those_of_the_reference_light():
@@ -221,46 +218,32 @@ def test_the_objective_of_k_medoids_does_not_grow():
 
 def test_density_peaks_of_large_tokens_do_not_underflow_in_the_corrected_rule():
     """At a spread of 30 every density of the reference is 0: the order of the patches decides."""
-    tokens = Tokens.full(30 * torch.randn(2, 60, 256), 0)
+    tokens, overlap = Tokens.full(30 * torch.randn(2, 60, 256), 0), {}
     order = torch.stack([torch.randperm(60) for _ in range(2)])
-    overlap = {}
     for rule in ("reference", "corrected"):
         reducer = make("dpc_knn", dim=256, rule=rule)
-        plain, _ = reducer.clusters(tokens.x, 30)
-        moved, _ = reducer.clusters(tokens.keep(order).x, 30)
+        plain, moved = (reducer.clusters(one.x, 30)[0] for one in (tokens, tokens.keep(order)))
         pairs = zip(plain.tolist(), order.gather(1, moved).tolist(), strict=True)
         overlap[rule] = sum(len(set(a) & set(b)) for a, b in pairs) / 60
     assert overlap["corrected"] == 1
     assert overlap["reference"] < 0.8
-
-
-def test_weights_of_density_peaks_may_differ_by_many_orders():
-    """A cluster whose weights are all tiny beside those of another one still is an average."""
-    tokens, _ = _blobs()
+    # A cluster whose weights are all tiny beside those of another one still is an average.
     reducer = make("dpc_knn", 3, rule="corrected")
     reducer.weight.weight.data.zero_()[0, 0] = 20  # exp(200) in the first blob, 1 in the others
-    merged = reducer(tokens, 3, Context(), want_pruned=False).kept.patches
+    merged = reducer(_blobs()[0], 3, Context(), want_pruned=False).kept.patches
     assert (merged.amax(dim=2) > 9).all()
     assert merged.isfinite().all()
 
 
-def test_sampling_by_a_one_hot_score_keeps_that_patch():
-    """The nearest rule also takes a neighbour, as the reference does."""
+def test_sampling_keeps_a_patch_of_all_score_spreads_evenly_and_never_repeats_padding():
     tokens, context = case()
     one = F.one_hot(torch.tensor([6] * 3), PATCHES).float()[:, None].expand(-1, HEADS, -1)
-    for rule, expected in (("corrected", {6}), ("reference", {0, 6})):
+    even = replace(context, cls_attention=torch.full((3, HEADS, PATCHES), 0.05), value_norms=torch.ones_like(one))
+    assert set(run("ats", tokens, even, 9, rule="corrected").index[0].diff().tolist()) == {2}
+    for rule, expected in (("corrected", {6}), ("reference", {0, 6})):  # the nearest rule also takes a neighbour
         kept = run("ats", tokens, replace(context, cls_attention=one), 5, rule=rule)
         assert kept.valid.sum(dim=1).tolist() == [len(expected)] * 3
         assert set(kept.index[0].tolist()) == expected
-
-
-def test_sampling_uniform_scores_spreads_evenly_and_never_repeats_padding():
-    tokens, context = case()
-    even = replace(
-        context, cls_attention=torch.full((3, HEADS, PATCHES), 0.05), value_norms=torch.ones(3, HEADS, PATCHES)
-    )
-    assert set(run("ats", tokens, even, 9, rule="corrected").index[0].diff().tolist()) == {2}
-    for rule in ("reference", "corrected"):
         first = run("ats", tokens, context, 15, rule=rule)
         assert (first.valid.sum(dim=1) < 15).any()
         shorter = replace(context, cls_attention=context.cls_attention[:, :, :15], value_norms=torch.ones(3, HEADS, 15))

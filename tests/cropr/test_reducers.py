@@ -1,4 +1,4 @@
-"""Properties of all reducers, by family; then what pruners have alone, and the rule of each pruner."""
+"""Properties of all reducers, by family; what pruners have alone, the rule of each pruner; tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cropr.pruning.methods import REDUCERS
 from cropr.pruning.model import patch_variance
 from cropr.pruning.reducers import Context, Reducer
 from cropr.pruning.reducers.base import select
-from cropr.pruning.tokens import Tokens
+from cropr.pruning.tokens import Tokens, take
 from cropr.specs import PruneSpec
 
 ALL = [*((name, {}) for name in PRUNERS), *RULES]
@@ -27,24 +27,23 @@ each = pytest.mark.parametrize(("name", "options"), ALL, ids=str)
 
 
 @each
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @torch.no_grad()
-def test_counts_prefix_and_where_each_patch_went(name, options, prefix):
+def test_counts_prefix_and_where_each_patch_went(name, options):
     """K tokens; a prefix that is the same to the bit; every patch in one token, or in none where patches are pruned."""
-    tokens, context = case(prefix=prefix)
-    kept = run(name, tokens, context, **options)
-    assert kept.num_patches == KEEP
-    assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
-    assert (kept.index is None) == (REDUCERS[name].family == "slots")
-    if REDUCERS[name].family != "merger":
-        assert kept.source is None
-        return
-    holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])  # fails for -1: none is lost
-    assert holds.sum(dim=1).tolist() == [PATCHES] * 3
-    assert (holds > 0).all()
-    assert torch.equal(kept.source.gather(1, kept.index), torch.arange(KEEP).expand(3, -1)), "a centre is a member"
-    if kept.size is not None:
-        assert torch.equal(kept.size, holds.float())
+    for prefix in (0, 1, 5):
+        tokens, context = case(prefix=prefix)
+        kept = run(name, tokens, context, **options)
+        assert kept.num_patches == KEEP
+        assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
+        assert (kept.index is None) == (REDUCERS[name].family == "slots")
+        if REDUCERS[name].family != "merger":
+            assert kept.source is None
+            continue
+        holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])  # fails for -1: none is lost
+        assert holds.sum(dim=1).tolist() == [PATCHES] * 3
+        assert (holds > 0).all()
+        assert torch.equal(kept.source.gather(1, kept.index), torch.arange(KEEP).expand(3, -1)), "a centre is a member"
+        assert kept.size is None or torch.equal(kept.size, holds.float())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if REDUCERS[n].family in ("pruner", "merger") and n != "evit"])
@@ -106,23 +105,19 @@ def test_an_average_lies_between_its_members_and_equal_tokens_stay(name, options
     torch.testing.assert_close(x, fixed.expand_as(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tome", "pitome", "tofu"])
 @torch.no_grad()
-def test_mass_is_conserved_over_many_merges(name):
-    tokens, context = case(patches=40)
-    total = tokens.patches.sum(dim=1)
-    for keep in (33, 26, 19, 12, 3):
-        context = replace(context, mean_key=torch.randn(3, tokens.x.shape[1], 4))
-        tokens = run(name, tokens, context, keep)
-        assert tokens.size.sum(dim=1).tolist() == [40] * 3
-        mass = (tokens.size[..., None] * tokens.patches).sum(dim=1)
-        assert name == "tofu" or torch.allclose(mass, total, rtol=1e-5, atol=1e-4)
-    holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
-    assert torch.equal(holds.float(), tokens.size)
-
-
-@torch.no_grad()
-def test_equal_weights_conserve_the_sum_of_a_cluster():
+def test_mass_is_conserved_over_many_merges_and_by_clusters_of_equal_weights():
+    for name in ("tome", "pitome", "tofu"):
+        tokens, context = case(patches=40)
+        total = tokens.patches.sum(dim=1)
+        for keep in (33, 26, 19, 12, 3):
+            context = replace(context, mean_key=torch.randn(3, tokens.x.shape[1], 4))
+            tokens = run(name, tokens, context, keep)
+            assert tokens.size.sum(dim=1).tolist() == [40] * 3
+            mass = (tokens.size[..., None] * tokens.patches).sum(dim=1)
+            assert name == "tofu" or torch.allclose(mass, total, rtol=1e-5, atol=1e-4)
+        holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
+        assert torch.equal(holds.float(), tokens.size)
     tokens, context = case()
     for rule in ("reference", "corrected"):
         kept = run("dpc_knn", tokens, context, weights="equal", rule=rule)
@@ -184,74 +179,55 @@ def test_dynamic_vit_draws_by_its_probabilities_and_learns_from_both_losses():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("name", PRUNERS)
-def test_kept_and_pruned_partition_the_tokens(name, prefix, training):
-    tokens, context = case(prefix=prefix)
-    reducer = make(name).train(training)
-    reduction = reducer(tokens, 7, context, want_pruned=True)
-    kept, pruned = reduction.kept, reduction.pruned
-    assert reducer(tokens, 7, context, want_pruned=False).pruned is None
-    assert torch.equal(torch.cat((kept.index, pruned.index), 1).sort(1).values, tokens.index)
-    assert torch.equal(kept.append([pruned]).raster().x, tokens.x)
-    assert (kept.index.diff(dim=1) > 0).all(), "survivors stay in raster order"
+def test_kept_and_pruned_partition_the_tokens(name, training):
+    for prefix in (0, 1, 5):
+        tokens, context = case(prefix=prefix)
+        reducer = make(name).train(training)
+        reduction = reducer(tokens, 7, context, want_pruned=True)
+        kept, pruned = reduction.kept, reduction.pruned
+        assert reducer(tokens, 7, context, want_pruned=False).pruned is None
+        assert torch.equal(torch.cat((kept.index, pruned.index), 1).sort(1).values, tokens.index)
+        assert torch.equal(kept.append([pruned]).raster().x, tokens.x)
+        assert (kept.index.diff(dim=1) > 0).all(), "survivors stay in raster order"
 
 
-def test_training_and_evaluation_of_cropr_select_the_same_tokens():
+def test_cropr_selects_the_same_tokens_in_training_unless_it_samples():
     tokens, context = case()
-    reducer = make("cropr", num_queries=5, num_heads=2, qkv_proj=True, norm=True)
-    trained = reducer.train()(tokens, 7, context, want_pruned=False).kept.index
-    assert torch.equal(trained, reducer.eval()(tokens, 7, context, want_pruned=False).kept.index)
+
+    def kept(reducer) -> torch.Tensor:
+        return reducer(tokens, 7, context, want_pruned=False).kept.index
+
+    plain = make("cropr", num_queries=5, num_heads=2, qkv_proj=True, norm=True)
+    assert torch.equal(kept(plain.train()), kept(plain.eval()))
+    sampling = make("cropr", selector="sample").train()
+    assert any(not torch.equal(kept(sampling), kept(sampling)) for _ in range(5))
+    sampling.eval()
+    assert torch.equal(kept(sampling), kept(sampling))
 
 
-def test_selection_keeps_the_highest_scores():
-    tokens, _ = case()
+def test_selection_keeps_the_highest_scores_and_non_salient_the_complement():
+    tokens, context = case()
     score = torch.stack([torch.randperm(PATCHES) for _ in range(3)]).float()
     kept = select(tokens, score, 7, want_pruned=False).kept.index
     assert (score.gather(1, kept) >= PATCHES - 7).all()
-
-
-def test_non_salient_keeps_the_complement_of_cropr():
-    tokens, context = case()
     cropr, inverted = make("cropr"), make("non_salient")
     inverted.load_state_dict(cropr.state_dict())
-    best = cropr(tokens, PATCHES // 2, context, want_pruned=False).kept.index
-    worst = inverted(tokens, PATCHES // 2, context, want_pruned=False).kept.index
-    assert torch.equal(torch.cat((best, worst), 1).sort(1).values, tokens.index)
+    halves = [one(tokens, PATCHES // 2, context, want_pruned=False).kept.index for one in (cropr, inverted)]
+    assert torch.equal(torch.cat(halves, 1).sort(1).values, tokens.index)
 
 
-def test_random_keeps_every_place_equally_often():
+def test_random_keeps_every_place_equally_often_and_follows_the_seed():
     draws, keep = 4000, 7
-    tokens = Tokens.full(torch.zeros(draws, 1 + PATCHES, 1), 1)
-    torch.manual_seed(0)
-    kept = make("random")(tokens, keep, Context(), want_pruned=False).kept.index
-    frequency = torch.bincount(kept.flatten(), minlength=PATCHES) / draws
-    share = keep / PATCHES
-    assert (frequency - share).abs().max() < 4 * (share * (1 - share) / draws) ** 0.5
-
-
-def test_random_follows_the_seed():
-    tokens, context = case()
-    reducer = make("random")
-    kept = []
+    tokens, reducer, found = Tokens.full(torch.zeros(draws, 1 + PATCHES, 1), 1), make("random"), []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        kept.append(reducer(tokens, 7, context, want_pruned=False).kept.index)
-    assert torch.equal(kept[0], kept[1])
-    assert not torch.equal(kept[0], kept[2])
-
-
-def test_sampling_explores_in_training_and_not_in_evaluation():
-    tokens, context = case()
-    reducer = make("cropr", selector="sample")
-
-    def kept() -> torch.Tensor:
-        return reducer(tokens, 7, context, want_pruned=False).kept.index
-
-    reducer.train()
-    assert any(not torch.equal(kept(), kept()) for _ in range(5))
-    reducer.eval()
-    assert torch.equal(kept(), kept())
+        found.append(reducer(tokens, keep, Context(), want_pruned=False).kept.index)
+    frequency = torch.bincount(found[0].flatten(), minlength=PATCHES) / draws
+    share = keep / PATCHES
+    assert (frequency - share).abs().max() < 4 * (share * (1 - share) / draws) ** 0.5
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_variance_prunes_flat_patches_and_ignores_brightness_and_contrast():
@@ -280,3 +256,36 @@ def test_an_entry_lists_the_options_of_its_class(name):
     assert set(method.training_only) <= set(method.options)
     assert (method.place or "after_block") == kind.places[0]
     assert PruneSpec(reducer=name, options=defaults).options == defaults
+
+
+def _tokens(batch: int = 3, prefix: int = 2, patches: int = 12, channels: int = 5) -> Tokens:
+    """Values that tell where they came from: x[b, p + n, 0] = n."""
+    x = torch.randn(batch, prefix + patches, channels)
+    x[:, prefix:, 0] = torch.arange(patches)
+    return Tokens.full(x, prefix)
+
+
+@pytest.mark.parametrize("x", [torch.randn(4, 9, 3), torch.randn(4, 10, 6)[:, 1:, ::2]], ids=["plain", "strided"])
+def test_take_is_indexing_and_passes_gradients_to_the_rows_taken_only(x):
+    rows = torch.stack([torch.randperm(9)[:5] for _ in range(4)])
+    x = x.clone().requires_grad_()
+    taken = take(x, rows)
+    assert torch.equal(taken, torch.stack([image[row] for image, row in zip(x, rows, strict=True)]))
+    taken.sum().backward()
+    assert torch.equal(x.grad[..., 0], torch.zeros(4, 9).scatter(1, rows, 1.0))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_keep_and_cut_partition_the_patches_and_append_restores_the_grid(prefix):
+    tokens = _tokens(prefix=prefix)
+    order = torch.stack([torch.randperm(12) for _ in range(3)])
+    kept, pruned = tokens.keep(order[:, :7]), tokens.cut(order[:, 7:])
+    assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
+    assert (kept.num_patches, pruned.num_patches) == (7, 5)
+    assert torch.equal(torch.cat((kept.index, pruned.index), 1).sort(1).values, tokens.index)
+    for one in (kept, pruned):
+        assert torch.equal(one.patches[..., 0].long(), one.index)
+    parts = tokens.keep(order[:, :4]).append([tokens.cut(order[:, 4:6]), tokens.cut(order[:, 6:])])
+    assert torch.equal(parts.raster().x, tokens.x)
+    assert torch.equal(parts.raster().index, tokens.index)
+    assert tokens.append([]) is tokens

@@ -12,61 +12,42 @@ VIT_L = {"num_patches": 196, "depth": 24, "prefix": 1}
 EVA_L = {"num_patches": 1024, "depth": 24, "prefix": 1}
 
 
-def test_paper_trace_with_fusion():
+def test_traces_of_the_paper():
     counts = Schedule.constant(8).resolve(**VIT_L, fusion=True)
     steps = [197, 188, 180, 172, 164, 156, 148, 140, 132, 124, 116, 108, 100, 92, 84, 76, 68, 60, 52, 44, 36, 28, 20]
     assert trace(counts, 196, prefix=1) == (*steps, 20, 197)
     assert attended(counts, 196, fusion=True, prefix=1) == (*steps, 197)
-
-
-def test_paper_trace_without_fusion_prunes_after_one_more_block():
-    counts = Schedule.constant(8).resolve(**VIT_L)
+    counts = Schedule.constant(8).resolve(**VIT_L)  # without fusion, it prunes after one more block
     assert trace(counts, 196, prefix=1)[-3:] == (20, 12, 12)
     assert attended(counts, 196, fusion=False, prefix=1)[-2:] == (20, 12)
-
-
-def test_segmentation_trace_is_aligned_as_published():
     steps = trace(Schedule.constant(40).resolve(**EVA_L, fusion=True), 1024, prefix=1)
     assert steps[1:23] == tuple(range(984, 143, -40))
     assert all(count % 8 == 0 for count in steps[1:24])
     assert steps[-1] == 1025
-
-
-def test_squares_fill_the_detector_windows():
     counts = Schedule.squares({4: 80, 7: 64, 10: 48, 13: 32, 19: 16}).resolve(num_patches=9216, depth=24, fusion=True)
     assert sorted(set(counts), reverse=True) == [9216, 6400, 4096, 2304, 1024, 256]
+    assert Schedule.constant(0).resolve(**VIT_L) == (196,) * 24  # not even the extra token
+    assert Schedule.constant(0).sites(24) == ()
 
 
-def test_rate_zero_prunes_nothing_not_even_the_extra_token():
-    schedule = Schedule.constant(0)
-    assert schedule.resolve(**VIT_L) == (196,) * 24
-    assert schedule.sites(24) == ()
+CONFIGS = [
+    ({"constant": {"rate": 8}}, Schedule.constant(8)),
+    ({"constant": {"rate": 8, "first_extra": 0, "align": 8}}, Schedule.constant(8, 0, 8)),
+    ({"stages": {"at": {"6": 50, 12: 50}}}, Schedule.stages({6: 50, 12: 50})),
+    ({"fraction": {"at": {3: 0.8}}}, Schedule.fraction({3: 0.8})),
+    ({"kept": {"at": {3: 20}}}, Schedule.kept({3: 20})),
+    ({"squares": {"at": {3: 4}}}, Schedule.kept({3: 16})),
+]
 
 
-@pytest.mark.parametrize("align", [8, 16])
-def test_alignment_rounds_up_and_never_prunes_more(align):
+def test_config_round_trip_and_alignment_rounds_up():
+    for config, schedule in CONFIGS:
+        assert Schedule.from_config(config) == schedule == Schedule.from_config(schedule.to_config())
     plain = Schedule.constant(8).resolve(**VIT_L)
-    aligned = Schedule.constant(8, align=align).resolve(**VIT_L)
-    for before, after in zip(plain, aligned, strict=True):
-        assert after == 196 or (after + 1) % align == 0
-        assert before <= after < before + align
-
-
-@pytest.mark.parametrize(
-    ("config", "same"),
-    [
-        ({"constant": {"rate": 8}}, Schedule.constant(8)),
-        ({"constant": {"rate": 8, "first_extra": 0, "align": 8}}, Schedule.constant(8, 0, 8)),
-        ({"stages": {"at": {"6": 50, 12: 50}}}, Schedule.stages({6: 50, 12: 50})),
-        ({"fraction": {"at": {3: 0.8}}}, Schedule.fraction({3: 0.8})),
-        ({"kept": {"at": {3: 20}}}, Schedule.kept({3: 20})),
-        ({"squares": {"at": {3: 4}}}, Schedule.kept({3: 16})),
-    ],
-)
-def test_config_round_trip(config, same):
-    schedule = Schedule.from_config(config)
-    assert schedule == same
-    assert Schedule.from_config(schedule.to_config()) == schedule
+    for align in (8, 16):
+        for before, after in zip(plain, Schedule.constant(8, align=align).resolve(**VIT_L), strict=True):
+            assert after == 196 or (after + 1) % align == 0
+            assert before <= after < before + align
 
 
 @pytest.mark.parametrize(
@@ -138,17 +119,19 @@ def test_schedule_for_a_speed_up_reaches_it_with_the_smallest_number(asked, fusi
     assert Schedule.from_config(schedule.to_config()) == schedule
 
 
-def test_speed_up_out_of_reach_names_the_limit():
-    with pytest.raises(ValueError, match=r"speed-up 50 is out of reach: multiply-adds shrink \d+\.\d+ times at most"):
-        Schedule.for_speedup(50, Quadratic())
-    with pytest.raises(ValueError, match="out of reach: multiply-adds shrink 1"):
-        Schedule.for_speedup(2, Quadratic(depth=1))
-    with pytest.raises(ValueError, match=r"speed-up 0.5 must be 1 or more"):
-        Schedule.for_speedup(0.5, Quadratic())
-    with pytest.raises(ValueError, match="unknown fusion"):
-        Schedule.for_speedup(2, Quadratic(), fusion="glue")
-    with pytest.raises(ValueError, match="fusion 'cross' computes by itself"):
-        Schedule.for_speedup(2, Quadratic(), fusion="cross")
+@pytest.mark.parametrize(
+    ("asked", "cost", "fusion", "says"),
+    [
+        (50, Quadratic(), "none", r"speed-up 50 is out of reach: multiply-adds shrink \d+\.\d+ times at most"),
+        (2, Quadratic(depth=1), "none", "out of reach: multiply-adds shrink 1"),
+        (0.5, Quadratic(), "none", r"speed-up 0.5 must be 1 or more"),
+        (2, Quadratic(), "glue", "unknown fusion"),
+        (2, Quadratic(), "cross", "fusion 'cross' computes by itself"),
+    ],
+)
+def test_speed_up_out_of_reach_names_the_limit(asked, cost, fusion, says):
+    with pytest.raises(ValueError, match=says):
+        Schedule.for_speedup(asked, cost, fusion=fusion)
 
 
 def test_schedule_for_a_speed_up_of_a_timm_model():

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from cases import randomised
 
 from cropr.pruning.reducers import Context, create
 from cropr.pruning.reducers.select import Cropr
@@ -19,16 +20,9 @@ VARIANTS = [
 ]
 
 
-def _randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Give every parameter a value that matters: norms and biases start as identities otherwise."""
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_folded_scores_rank_as_all_queries_and_heads_do(options):
-    scorer = _randomised(Scorer(DIM, **options))
+    scorer = randomised(Scorer(DIM, **options)).double()
     x = torch.randn(2, 30, DIM, dtype=torch.float64)
     logits, _ = scorer(x)
     full = logits.sum(dim=(1, 2))
@@ -39,38 +33,29 @@ def test_folded_scores_rank_as_all_queries_and_heads_do(options):
     assert torch.equal(full.argsort(dim=1), folded.argsort(dim=1))
 
 
-def test_folded_score_is_float32_under_autocast():
-    scorer = FoldedScorer(torch.randn(DIM))
-    x = torch.randn(2, 9, DIM)
+def test_folded_score_is_float32_under_autocast_and_queries_start_truncated_at_two_sigma():
+    scorer, x = FoldedScorer(torch.randn(DIM)), torch.randn(2, 9, DIM)
     with torch.autocast("cpu", torch.bfloat16):
         under = scorer(x)
     assert under.dtype == torch.float32
     assert torch.equal(under, scorer(x))
-
-
-def test_aggregator_is_softmax_attention():
-    x = torch.randn(2, 9, DIM)
-    logits = torch.randn(2, 1, 3, 9)
-    z = Aggregator(DIM, mlp=False)(logits, x)
-    torch.testing.assert_close(z, (logits[:, 0] / DIM**0.5).softmax(-1) @ x)
-
-
-def test_aggregator_heads_attend_to_their_own_channels():
-    aggregator = Aggregator(DIM, num_heads=4, mlp=False)
-    torch.nn.init.eye_(aggregator.out_proj.weight)
-    torch.nn.init.zeros_(aggregator.out_proj.bias)
-    x = torch.randn(1, 9, DIM)
-    logits = torch.zeros(1, 4, 1, 9)
-    logits[0, 2, 0, 5] = 1e4
-    z = aggregator(logits, x)[0, 0]
-    torch.testing.assert_close(z[12:18], x[0, 5, 12:18])
-    torch.testing.assert_close(z[:12], x[0, :, :12].mean(0))
-
-
-def test_queries_start_truncated_at_two_sigma():
     queries = Scorer(1024, num_queries=64).queries.detach()
     assert queries.std() == pytest.approx(1024**-0.5 * 0.88, rel=0.02)
     assert queries.abs().max() <= 2 * 1024**-0.5
+
+
+def test_aggregator_is_softmax_attention_whose_heads_attend_to_their_own_channels():
+    x, logits = torch.randn(2, 9, DIM), torch.randn(2, 1, 3, 9)
+    z = Aggregator(DIM, mlp=False)(logits, x)
+    torch.testing.assert_close(z, (logits[:, 0] / DIM**0.5).softmax(-1) @ x)
+    aggregator = Aggregator(DIM, num_heads=4, mlp=False)
+    torch.nn.init.eye_(aggregator.out_proj.weight)
+    torch.nn.init.zeros_(aggregator.out_proj.bias)
+    logits = torch.zeros(2, 4, 1, 9)
+    logits[:, 2, 0, 5] = 1e4
+    z = aggregator(logits, x)[0, 0]
+    torch.testing.assert_close(z[12:18], x[0, 5, 12:18])
+    torch.testing.assert_close(z[:12], x[0, :, :12].mean(0))
 
 
 def _train_step(**options) -> tuple[Tokens, Cropr]:
@@ -80,22 +65,15 @@ def _train_step(**options) -> tuple[Tokens, Cropr]:
     return Tokens.full(x, 1), reducer
 
 
-def test_auxiliary_loss_trains_the_queries_and_not_the_encoder():
+def test_gradients_of_auxiliary_and_main_loss_stop_where_they_should():
     tokens, reducer = _train_step()
-    reduction = reducer(tokens, 5, Context(), want_pruned=False)
-    reduction.aux.square().sum().backward()
+    reducer(tokens, 5, Context(), want_pruned=False).aux.square().sum().backward()
     assert tokens.x.grad is None
     assert reducer.scorer.queries.grad.abs().sum() > 0
-
-
-def test_main_loss_trains_the_encoder_and_not_the_queries():
     tokens, reducer = _train_step()
     reducer(tokens, 5, Context(), want_pruned=False).kept.x.square().sum().backward()
     assert tokens.x.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in reducer.parameters())
-
-
-def test_without_stop_gradient_the_auxiliary_loss_reaches_the_encoder():
     tokens, reducer = _train_step(stop_gradient=False)
     reducer(tokens, 5, Context(), want_pruned=False).aux.square().sum().backward()
     assert tokens.x.grad.abs().sum() > 0

@@ -1,15 +1,19 @@
-"""The segmenter: places, losses, published counts, hosts, initial weights."""
+"""The segmenter: places, losses, published counts, hosts, initial weights; scores and windows."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
-from test_fusion import SMALL, host_of, images, scores_of, segmenter
+from cases import assert_deployed, host_of
+from cases import pictures as images
+from test_fusion import scores_of, segmenter
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
+from torch.nn import functional as F
 
 import cropr
 from cropr.data.ade20k import IGNORE
@@ -23,40 +27,25 @@ from cropr.specs import ModelSpec, PruneSpec, RecipeSpec, ScenesSpec, check
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.segmentation import SegDataSpec
-from cropr.tasks.segmentation.run import PrunedSegmenter, losses, spread
+from cropr.tasks.segmentation.run import PrunedSegmenter, count_pixels, losses, predict, predict_sliding, scores, spread
 from cropr.training.checkpoint import load_weights
 from cropr.training.loop import train
 
 SCENES = ScenesSpec(image_size=32, train=24, val=6, scale=(1.5, 1.5), objects=(1, 2))
-R40 = {"constant": {"rate": 40}}
 EVA_L = ModelSpec(name="eva02_large_patch14_224.mim_m38m", args={"patch_size": 16}, drop_path=0.2)
 
 
-def paper_model(prune):
-    with torch.device("meta"):
-        return build_model(EVA_L, prune, 150, 512, kind=PrunedSegmenter)
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-@pytest.fixture(scope="module")
-def eva_large():
-    return paper_model(PruneSpec(reducer="cropr", schedule=R40, fusion="llf"))
-
-
-def test_tokens_of_the_paper_model(eva_large):
-    assert eva_large.token_trace == (1025, *range(984, 143, -40), 144, 1025)
-    assert eva_large.reducers["1"].scorer.queries.shape == (1, 1024, 1024)
-    assert eva_large.backbone.host.rope.ref_feat_shape == (16, 16)
-    assert eva_large.backbone.host.patch_embed.grid_size == (32, 32)
-
-
-def test_multiply_adds_of_the_paper_model(eva_large):
+def test_tokens_and_multiply_adds_of_the_paper_model():
     """361 and 203 G an image are the encoder's; scoring by one vector a module adds next to nothing."""
-    cost = flops.Cost(eva_large.backbone)
-    base, pruned = cost.total((1024,) * 24, False), cost.total(eva_large.counts(1024), True)
+    prune = PruneSpec(reducer="cropr", schedule={"constant": {"rate": 40}}, fusion="llf")
+    with torch.device("meta"):
+        model = build_model(EVA_L, prune, 150, 512, kind=PrunedSegmenter)
+    assert model.token_trace == (1025, *range(984, 143, -40), 144, 1025)
+    assert model.reducers["1"].scorer.queries.shape == (1, 1024, 1024)
+    assert model.backbone.host.rope.ref_feat_shape == (16, 16)
+    assert model.backbone.host.patch_embed.grid_size == (32, 32)
+    cost = flops.Cost(model.backbone)
+    base, pruned = cost.total((1024,) * 24, False), cost.total(model.counts(1024), True)
     assert base / 1e9 == pytest.approx(361, rel=0.005)
     assert pruned / 1e9 == pytest.approx(203, rel=0.01)
     assert pruned / base == pytest.approx(0.563, abs=0.003)
@@ -71,13 +60,6 @@ def test_deployed_queries_cost_one_vector_a_module():
     assert flops.macs(deployed).total == cost + head
     extra = sum(tensor.numel() for tensor in deployed.state_dict().values())
     assert extra - sum(tensor.numel() for tensor in model.backbone.host.state_dict().values()) == 2 * 32
-
-
-def test_the_last_block_of_a_segmenter_never_drops_its_path():
-    spec = ModelSpec(name="eva02_tiny_patch14_224", args={"patch_size": 8, "depth": 3}, drop_path=0.2)
-    host = build_model(spec, PruneSpec(), 5, 32, kind=PrunedSegmenter).backbone.host
-    assert isinstance(host.blocks[-1].drop_path1, nn.Identity)
-    assert host.blocks[-2].drop_path1.drop_prob > 0
 
 
 class Place(nn.Module):
@@ -126,48 +108,33 @@ def test_rotary_rows_follow_their_tokens():
 
 
 @pytest.mark.parametrize("reducer", ["cropr", "random", "variance", "attn_topk"])
-def test_every_reducer_serves_a_segmenter(reducer):
+def test_every_reducer_serves_a_segmenter_but_hosts_without_a_prediction_per_patch(reducer):
     output = segmenter("llf", reducer=reducer).train()(images())
     assert output.logits.shape == (2, 5, 32, 32)
     assert [aux.shape for aux in output.aux] == ([(2, 16, 5)] * 2 if reducer == "cropr" else [])
+    for host, what in (
+        (host_of("attention-pool"), "attention pooling"),
+        (host_of("distilled"), "second head for distillation"),
+        (host_of("vit", num_classes=0), "no classes"),
+    ):
+        with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
+            cropr.prune(host, Schedule.constant(0), reducer, num_outputs=5, kind=PrunedSegmenter)
 
 
 def test_rectangular_images_train_and_deploy():
     model = segmenter("llf", img_size=(24, 48)).train()
-    batch, target = torch.randn(2, 3, 24, 48), torch.randint(5, (2, 24, 48))
+    batch, target = images(2, 24, 48), torch.randint(5, (2, 24, 48))
     output = model(batch)
-    assert output.grid == (3, 6)
-    assert output.logits.shape == (2, 5, 24, 48)
+    assert (output.grid, output.logits.shape) == ((3, 6), (2, 5, 24, 48))
     assert losses(output, target).aux.shape == (2,)
-    model.eval()
-    torch.testing.assert_close(model.deploy()(batch), model(batch).logits, rtol=0, atol=1e-6)
-
-
-def test_evaluation_takes_other_sizes_than_training_where_the_host_does():
-    model = segmenter("llf", dynamic_img_size=True)
-    wide = torch.randn(2, 3, 40, 64)
-    assert model.deploy()(wide).shape == (2, 5, 40, 64)
+    assert_deployed(model.eval(), batch)
+    other = segmenter("llf", dynamic_img_size=True)  # evaluation takes other sizes than training
+    wide = images(2, 40, 64)
+    assert other.deploy()(wide).shape == (2, 5, 40, 64)
     with pytest.raises(ValueError, match=r"16 queries for a grid of 5 x 8 patches.*ties training to one grid"):
-        losses(model.train()(wide), torch.zeros(2, 40, 64, dtype=torch.int64))
-
-
-def test_another_number_of_queries_is_refused_with_the_one_that_fits():
+        losses(other.train()(wide), torch.zeros(2, 40, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"1 queries for a grid of 4 x 4 patches.*set num_queries to 16"):
         cropr.prune(host_of("eva"), Schedule.constant(2), reducer_options={"num_queries": 1}, kind=PrunedSegmenter)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "what"),
-    [
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling"),
-        ("deit_tiny_distilled_patch16_224", {}, "second head for distillation"),
-        ("vit_tiny_patch16_224", {"num_classes": 0}, "no classes"),
-    ],
-)
-def test_hosts_without_a_prediction_per_patch_are_refused(name, arguments, what):
-    host = timm.create_model(name, **{**SMALL, **arguments})
-    with pytest.raises(TypeError, match=f"{what}.*, for a prediction per patch, cannot be pruned"):
-        cropr.prune(host, Schedule.constant(0), num_outputs=5, kind=PrunedSegmenter)
 
 
 def made(logits, aux=(), grid=(2, 2)):
@@ -189,6 +156,13 @@ def test_losses_by_hand():
     for left_out, expected in ((0, 20), (1, 0)):  # patches of that class have no part
         aux_loss = losses(made(sure, [aux]), target, aux_ignore=left_out).aux
         assert aux_loss.item() == pytest.approx(expected, abs=1e-6)
+    # Ignored pixels and patches have no gradient.
+    logits, aux = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(1, 4, 2, requires_grad=True)
+    target[0, :2], target[0, 2:] = IGNORE, 0
+    losses(made(logits, [aux]), target).total.backward()
+    assert logits.grad[0, :, :2].abs().sum() == 0
+    assert logits.grad[0, :, 2:].abs().min() > 0
+    assert aux.grad[0].abs().sum(dim=1).gt(0).tolist() == [False, False, True, True]
 
 
 def test_an_ignored_class_that_does_not_exist_is_refused():
@@ -196,28 +170,6 @@ def test_an_ignored_class_that_does_not_exist_is_refused():
     assert check(TrainSpec, {**told, "recipe": {"aux_ignore": 10}}, "spec").recipe.aux_ignore == 10
     with pytest.raises(ValueError, match=r"aux_ignore = 11: must be below data\.num_classes = 11"):
         check(TrainSpec, {**told, "recipe": {"aux_ignore": 11}}, "spec")
-
-
-def test_ignored_pixels_and_patches_have_no_gradient():
-    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
-    aux = torch.randn(1, 4, 2, requires_grad=True)
-    target = torch.zeros(1, 4, 4, dtype=torch.int64)
-    target[0, :2] = IGNORE
-    losses(made(logits, [aux]), target).total.backward()
-    assert logits.grad[0, :, :2].abs().sum() == 0
-    assert logits.grad[0, :, 2:].abs().min() > 0
-    assert aux.grad[0].abs().sum(dim=1).gt(0).tolist() == [False, False, True, True]
-
-
-def test_gradients_stop_both_ways():
-    target = torch.randint(5, (2, 32, 32))
-    model = segmenter("llf").train()
-    losses(model(images()), target, aux_weight=0).main.backward()
-    assert all(p.grad is None for p in model.reducers.parameters())
-    model.zero_grad()
-    losses(model(images()), target).aux.sum().backward()
-    assert all(p.grad is None for p in model.backbone.parameters())
-    assert all(m.scorer.queries.grad.abs().sum() > 0 for m in model.reducers.values())
 
 
 def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
@@ -244,25 +196,14 @@ def test_timm_resamples_pretrained_weights_to_another_patch_and_image(tmp_path):
 
 def test_a_run_from_scenes_to_record(tmp_path):
     """With curriculum and polynomial decay; the deployed form scores what the record says, at any batch size."""
+    recipe = {"epochs": 4, "batch_size": 8, "base_lr": 0.03, "decay": "poly", "min_lr": 0, "warmup_epochs": 0}
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
     spec = TrainSpec(
         task="segmentation",
-        model=ModelSpec(
-            name="eva02_tiny_patch14_224",
-            args={"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-            drop_path=0.1,
-        ),
+        model=ModelSpec(name="eva02_tiny_patch14_224", args=args, drop_path=0.1),
         prune=PruneSpec(reducer="cropr", schedule={"constant": {"rate": 3}}, fusion="llf"),
         data=SegDataSpec(image_size=32, num_classes=11, scenes=SCENES),
-        recipe=RecipeSpec(
-            epochs=4,
-            batch_size=8,
-            base_lr=0.03,
-            decay="poly",
-            min_lr=0,
-            warmup_epochs=0,
-            curriculum=True,
-            precision="fp32",
-        ),
+        recipe=RecipeSpec(**recipe, curriculum=True, precision="fp32"),
     )
     write(SCENES, tmp_path / "data", "ade20k")
     record = train(spec, 0, tmp_path / "data", tmp_path / "run", world=World())
@@ -270,11 +211,115 @@ def test_a_run_from_scenes_to_record(tmp_path):
     assert record["metrics"]["val_images"] == 6
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 12
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert lines[-1]["aux_loss"] < lines[0]["aux_loss"]
+    assert all(lines[-1][name] < lines[0][name] for name in ("loss", "aux_loss"))
     task = open_task(spec, tmp_path / "data")
     model = task.build()
     load_weights(model, tmp_path / "run" / "weights.safetensors")
     result = task.evaluate(model.deploy(), EvaluationSettings(batch_size=1))
     for name in ("miou", "macc", "aacc"):
         assert result.metrics[name] == pytest.approx(record["metrics"][name], abs=0.05)
+
+
+def slow_scores(prediction: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[float, float, float, list]:
+    """Pixel by pixel, class by class."""
+    pairs = [(p, t) for p, t in zip(prediction.ravel(), labels.ravel(), strict=True) if t != IGNORE]
+    iou, accuracy = [], []
+    for c in range(num_classes):
+        both = sum(p == c and t == c for p, t in pairs)
+        either = sum(p == c or t == c for p, t in pairs)
+        labelled = sum(t == c for _, t in pairs)
+        iou.append(100 * both / either if either else None)
+        accuracy.append(100 * both / labelled if labelled else None)
+
+    def mean(values):
+        values = [v for v in values if v is not None]
+        return sum(values) / len(values)
+
+    return mean(iou), mean(accuracy), 100 * sum(p == t for p, t in pairs) / len(pairs), iou
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_equal_a_slow_reference(seed):
+    """Class 5 is absent, class 4 is predicted only, class 3 labelled only; a fifth of the pixels has no label."""
+    random = np.random.default_rng(seed)
+    labels = random.choice([0, 1, 2, 3], (3, 7, 9))
+    prediction = np.where(random.random(labels.shape) < 0.5, labels, random.choice([0, 1, 2, 4], labels.shape))
+    prediction[prediction == 3] = 4
+    labels[random.random(labels.shape) < 0.2] = IGNORE
+    counts = count_pixels(torch.from_numpy(prediction), torch.from_numpy(labels.astype(np.uint8)), 6)
+    assert counts.shape == (3, 3, 6)
+    metrics, found = scores(counts.sum(dim=0))
+    miou, mean_accuracy, pixel_accuracy, iou = slow_scores(prediction, labels, 6)
+    assert metrics == pytest.approx({"miou": miou, "macc": mean_accuracy, "aacc": pixel_accuracy})
+    assert [value is None for value in found] == [value is None for value in iou]
+    assert (found[4], found[5]) == (0, None)
+    assert [v for v in found if v is not None] == pytest.approx([v for v in iou if v is not None])
+
+
+def test_scores_by_hand():
+    labels = torch.tensor([[0, 0, 1, 1], [2, IGNORE, 1, 1]])
+    prediction = torch.tensor([[0, 1, 1, 1], [0, 2, 1, 1]])
+    (counts,) = count_pixels(prediction[None], labels[None], 3)
+    assert counts.tolist() == [[1, 4, 0], [2, 4, 1], [2, 5, 0]]
+    metrics, iou = scores(counts)
+    assert iou == pytest.approx([100 / 3, 80, 0])
+    means = {"miou": (100 / 3 + 80) / 3, "macc": (50 + 100 + 0) / 3, "aacc": 100 * 5 / 7}
+    assert metrics == pytest.approx(means)
+    with pytest.raises(ValueError, match="no pixel of the validation set is labelled"):
+        scores(count_pixels(prediction[None], torch.full((1, 2, 4), IGNORE), 3).sum(dim=0))
+
+
+class Recorder:
+    """Logits that are a fixed linear map of each pixel, and the windows that were asked for."""
+
+    def __init__(self, shift: bool = False) -> None:
+        self.weight = torch.randn(5, 3)
+        self.windows: list[torch.Tensor] = []
+        self.shift = shift
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.windows.append(images)
+        logits = torch.einsum("cd,bdhw->bchw", self.weight, images)
+        return logits + len(self.windows) if self.shift else logits
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 13), (17, 9), (5, 20), (3, 2), (24, 31)])
+def test_windows_cover_any_image_and_agree_with_a_pixelwise_model_in_any_batch(size):
+    for stride in (8, 5, 1):
+        images, model = torch.randn(2, 3, *size), Recorder()
+        logits = predict_sliding(model, images, 8, stride)
+        torch.testing.assert_close(logits, torch.einsum("cd,bdhw->bchw", model.weight, images), rtol=1e-5, atol=1e-5)
+        assert {tuple(window.shape) for window in model.windows} == {(2, 3, 8, 8)}
+        alone = torch.cat([predict_sliding(model, image[None], 8, stride) for image in images])
+        torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_windows_by_hand():
+    """A row of 10 pixels, windows of 4 every 3: they begin at 0, 3, 6; every third overlap counts half each."""
+    model = Recorder(shift=True)
+    model.weight = torch.zeros(5, 3)
+    logits = predict_sliding(model, torch.arange(10.0).expand(1, 3, 4, 10), 4, 3)
+    assert [int(window[0, 0, 0, 0]) for window in model.windows] == [0, 3, 6]
+    assert logits[0, 0, 0].tolist() == [1, 1, 1, 1.5, 2, 2, 2.5, 3, 3, 3]
+    # Small images are padded with zeros at the right and the bottom.
+    model = Recorder()
+    assert predict_sliding(model, torch.ones(1, 3, 2, 3), 4, 4).shape == (1, 5, 2, 3)
+    (window,) = model.windows
+    assert window[0, 0].tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0] * 4, [0] * 4]
+    # Windows in half precision are summed in full.
+    assert predict_sliding(lambda x: x.bfloat16(), torch.rand(1, 3, 8, 12), 8, 1).dtype == torch.float32
+
+
+def test_the_spec_chooses_sliding_windows_or_one_that_is_padded_cropped_and_enlarged():
+    images, model = torch.randn(2, 3, 5, 8), Recorder()
+    logits = predict(model, images, (10, 16), SegDataSpec(image_size=8, num_classes=5))
+    (window,) = model.windows
+    assert window.shape == (2, 3, 8, 8)
+    assert window[:, :, 5:].abs().max() == 0
+    inner = torch.einsum("cd,bdhw->bchw", model.weight, images)
+    expected = F.interpolate(inner, (10, 16), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    model = Recorder()
+    sliding = SegDataSpec(image_size=8, num_classes=5, evaluation="slide", stride=4)
+    assert predict(model, torch.randn(1, 3, 16, 8), (16, 8), sliding).shape == (1, 5, 16, 8)
+    assert len(model.windows) == 3

@@ -4,10 +4,10 @@ import csv
 
 import numpy as np
 import pytest
-import timm
 import tiny_coco
 import tiny_detector
 import torch
+from cases import host_of, pictures
 from PIL import Image
 from torch import nn
 
@@ -99,23 +99,16 @@ def roots(tmp_path_factory):
     return folder
 
 
-# Drawing ------------------------------------------------------------------------------------------------------------
-
-
-def test_map_by_hand():
-    """Two by two patches of a grey image: the one that is never pruned stays, each block has its colour."""
+def test_show_draws_where_the_model_prunes():
+    """By hand, two by two patches of a grey image: the one that is never pruned stays, each block has its colour."""
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     drawn = draw_map(image, torch.tensor([[0, 1], [2, 3]]), depth=4).float()
     assert (drawn[:, :2, :2] == 100).all()
     for block, (row, column) in {1: (0, 2), 2: (2, 0), 3: (2, 2)}.items():
         expected = OPACITY * torch.tensor(block_colour(block, 4)) + (1 - OPACITY) * 100
         assert (drawn[:, row : row + 2, column : column + 2] - expected[:, None, None]).abs().max() <= 1
-
-
-def test_show_draws_where_the_model_prunes():
-    host = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=5)
-    model = cropr.prune(host, cropr.Schedule.constant(3)).train()
-    images = torch.randn(2, 3, 32, 32)
+    host = host_of("vit")
+    model, images = cropr.prune(host, cropr.Schedule.constant(3)).train(), pictures()
     after = pruned_after(model, images)
     assert model.training
     assert [int((after[0] == block).sum()) for block in range(4)] == [6, 4, 3, 3]
@@ -127,9 +120,6 @@ def test_show_draws_where_the_model_prunes():
     assert changed[places > 0].float().mean() > 0.95
 
 
-# Choice of images ---------------------------------------------------------------------------------------------------
-
-
 def test_choice_is_spread_over_classes_and_images():
     labels = [0] * 10 + [1] * 10 + [2] * 10
     assert choose(labels, 3) == [0, 10, 20]
@@ -138,23 +128,15 @@ def test_choice_is_spread_over_classes_and_images():
     assert choose([0, 1], 5) == [0, 1]
     many = [label for label in range(10) for _ in range(4)]
     assert [many[i] for i in choose(many, 5)] == [0, 2, 4, 6, 8]
-    with pytest.raises(ValueError, match="--images 0"):
-        choose([0, 1], 0)
-
-
-def test_images_without_a_class_come_last():
-    assert choose([-1, 0, -1, 1], 2) == [1, 3]
-    assert choose([-1, 0, -1, 1], 3) == [1, 3, 0]
+    # Images without a class come last.
+    assert [choose([-1, 0, -1, 1], count) for count in (2, 3)] == [[1, 3], [1, 3, 0]]
     assert choose([0, -1, 0, 0, 1], 4) == [0, 4, 2, 3]
     assert choose([-1, -1], 1) == [0]
-
-
-def test_the_class_of_an_image_is_its_rarest():
+    with pytest.raises(ValueError, match="--images 0"):
+        choose([0, 1], 0)
+    # The class of an image is its rarest.
     assert rarest([{0, 1}, {0, 2}, {0, 2}, {0}, set()]) == [1, 2, 2, 0, -1]
     assert rarest([{4, 7}]) == [4]
-
-
-# The verb -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", SPECS)
@@ -185,40 +167,28 @@ def test_file_holds_what_the_model_did(tmp_path, roots, task, monkeypatch):
 
 
 def test_classes_are_named_and_images_those_of_the_data(tmp_path, roots):
-    model = write_run(tmp_path / "run", classifier())
+    write_run(tmp_path / "run", classifier())
     file = shown(tmp_path / "run", tmp_path / "x.npz", "--data", str(roots / "classification"), "--images", "4")
     assert file["truth_text"].tolist() == [f"digit_{label}" for label in (0, 2, 5, 7)]
     np.testing.assert_array_equal(file["images"][1], compose(SCENES, "val", 2).image)
-    answers = answers_of(classifier(), roots / "classification")
-    answers.model = model
-    with torch.inference_mode():
-        found = answers.show(6, CPU)  # the first image of digit 2, behind three of each class before
-    assert found.prediction_text == file["prediction_text"][1] == f"digit_{int(found.output.logits.argmax())}"
 
 
 @pytest.mark.parametrize("task", SPECS)
-def test_pictures_of_the_users_own_need_no_data(tmp_path, task):
-    """Other sizes and forms; no truth."""
-    write_run(tmp_path / "run", SPECS[task]())
-    for name, size in (("a.png", (50, 40)), ("b.jpg", (30, 90))):
-        Image.new("RGB", size, "red").save(tmp_path / name)
-    more = [word for name in ("a.png", "b.jpg") for word in ("--image", str(tmp_path / name))]
-    file = shown(tmp_path / "run", tmp_path / "maps.npz", *more, "--picture", str(tmp_path / "maps.png"))
+def test_pictures_of_the_users_own_need_no_data(tmp_path, task, monkeypatch):
+    """Of other sizes and forms, without truth: maps, a table of predictions and what is drawn of them."""
+    monkeypatch.setattr(detection, "MIN_SCORE", 0.0)
+    run = tmp_path / "run"
+    write_run(run, SPECS[task]())
+    (tmp_path / "photos/deep").mkdir(parents=True)
+    paths = [tmp_path / "photos/deep/a.png", tmp_path / "photos/b.jpg"]
+    for path, size in zip(paths, ((50, 40), (30, 90)), strict=True):
+        Image.new("RGB", size, "red").save(path)
+    file = shown(run, tmp_path / "maps.npz", *(word for path in paths for word in ("--image", str(path))))
     assert len(file["images"]) == 2
     assert "truth" not in file
     assert not file["truth_text"].astype(bool).any()
-    assert (tmp_path / "maps.png").stat().st_size > 0
-
-
-@pytest.mark.parametrize("task", SPECS)
-def test_predictions_are_a_table_and_pictures(tmp_path, task, monkeypatch, capsys):
-    monkeypatch.setattr(detection, "MIN_SCORE", 0.0)
-    write_run(tmp_path / "run", SPECS[task]())
-    (tmp_path / "photos/deep").mkdir(parents=True)
-    for name, size in (("deep/a.png", (50, 40)), ("b.jpg", (30, 90))):
-        Image.new("RGB", size, "red").save(tmp_path / "photos" / name)
-    arguments = [str(tmp_path / "photos"), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "found.csv")]
-    assert main(["predict", *arguments, "--pictures", str(tmp_path / "drawn")]) == 0
+    arguments = ["--run", str(run), "--out", str(tmp_path / "found.csv")]
+    assert main(["predict", str(tmp_path / "photos"), *arguments, "--pictures", str(tmp_path / "drawn")]) == 0
     assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["00001_b.png", "00002_a.png"]
     with (tmp_path / "found.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -229,28 +199,22 @@ def test_predictions_are_a_table_and_pictures(tmp_path, task, monkeypatch, capsy
     assert task == "detection" or sum(values) == pytest.approx(1, abs=1e-3 + (task == "classification"))
     if task == "detection":
         assert all(0 <= float(row["left"]) < float(row["right"]) <= 51 for row in rows if row["file"].endswith("a.png"))
-    assert "found.csv" in capsys.readouterr().out
-    assert main(["predict", str(tmp_path / "drawn/none"), *arguments[1:]]) == 2
+    assert main(["predict", str(tmp_path / "nothing"), *arguments]) == 2
 
 
 def test_refusals(tmp_path, roots, caplog):
     write_run(tmp_path / "run", classifier())
     base = ["show", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.npz")]
-    data = ["--data", str(roots / "classification")]
     for arguments, message in (
-        (base, "name what to show"),
-        ([*base, "--image", str(tmp_path / "no.jpg")], "no such file"),
-        ([*base, *data, "--images", "0"], "--images 0"),
-        ([*base, "--data", str(tmp_path / "nowhere")], "no such directory"),
-        (["show", "--run", str(tmp_path), *data, "--out", str(tmp_path / "x.npz")], "no record"),
+        ([], "name what to show"),
+        (["--image", str(tmp_path / "no.jpg")], "no such file"),
+        (["--data", str(roots / "classification"), "--images", "0"], "--images 0"),
+        (["--data", str(tmp_path / "nowhere")], "no such directory"),
     ):
         caplog.clear()
-        assert main(arguments) == 2
+        assert main([*base, *arguments]) == 2
         assert message in caplog.text
     assert not (tmp_path / "x.npz").exists()
-
-
-# Dense tasks --------------------------------------------------------------------------------------------------------
 
 
 def test_a_photo_is_shrunk_into_one_window(tmp_path):
@@ -277,19 +241,13 @@ def test_true_objects_lie_on_their_pixels(roots):
     """Objects are bright in the colour of their class, and what is drawn covers these pixels and no others."""
     answers = answers_of(detector(), roots / "detection")
     with torch.inference_mode():
-        one = answers.show(choose(answers.labels(), 1)[0], CPU)
+        one, empty = (answers.show(index, CPU) for index in (choose(answers.labels(), 1)[0], 4))
     covered = (one.truth != one.image).any(dim=0)
     bright = one.image.amax(dim=0) > 150
     assert (covered & bright).sum() > 0.8 * bright.sum()
     assert covered.sum() < 2 * bright.sum() + 100
-
-
-def test_an_image_without_objects_has_no_class_and_is_shown_all_the_same(roots):
-    answers = answers_of(detector(), roots / "detection")
-    assert answers.labels()[4] == -1
-    with torch.inference_mode():
-        one = answers.show(4, CPU)
-    assert torch.equal(one.truth, one.image)
+    assert answers.labels()[4] == -1, "an image without objects has no class and is shown all the same"
+    assert torch.equal(empty.truth, empty.image)
 
 
 def test_map_of_a_windowed_encoder_lies_where_the_image_does(tmp_path):

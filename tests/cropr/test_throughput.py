@@ -1,20 +1,24 @@
-"""A row of a throughput table: models, kernels, record, command. No test depends on how long anything takes."""
+"""Rows of throughput tables, and plans: models, kernels, records. No test depends on how long anything takes."""
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import timm
 import torch
-from instant import MODEL, VARIANTS, instant, on_cuda  # noqa: F401
+from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
 
 from cropr.__main__ import main
-from cropr.bench import device, heads, models, throughput
+from cropr.bench import device, heads, models, plan, throughput, timing
 from cropr.bench.device import Unsupported, noise
-from cropr.bench.specs import BenchSpec
+from cropr.bench.models import build_on_meta
+from cropr.bench.specs import BenchSpec, PlanSpec
 from cropr.bench.timing import Case, time_interleaved
 from cropr.pruning import flops
+from cropr.pruning.flops import Cost
+from cropr.pruning.schedule import Schedule
 from cropr.records import read_record
 from cropr.specs import PruneSpec
 from cropr.tasks.detection.model import Detector, build_detector
@@ -45,11 +49,8 @@ def images(size=64):
     return noise(2, (3, size, size), "cpu", "fp32")
 
 
-# Models --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", [MODEL, EVA])
-def test_base_is_the_timm_model(model):
+def test_base_is_the_timm_model_with_weights_like_timms(model):
     """The host that was built without memory computes what timm's own construction computes with these weights."""
     size = 56 if model is EVA else 64
     pair = build(model=model, image_size=size)
@@ -57,21 +58,17 @@ def test_base_is_the_timm_model(model):
     expected = timm.create_model(model["name"], num_classes=1000, img_size=size, **model["args"]).eval()
     expected.load_state_dict(pair.base.state_dict())
     with torch.inference_mode():
-        logits = pair.base(images(size))
+        logits, found = pair.base(images(size)), pair.pruned.detailed(images(size))
         torch.testing.assert_close(logits, expected(images(size)), rtol=0, atol=1e-6)
-        assert logits.std() > 1e-3
-        assert pair.pruned(images(size)).isfinite().all()
-
-
-def test_random_weights_are_like_timms_and_scores_differ_by_image():
-    pair = build()
+    assert logits.std() > 1e-3
+    assert found.logits.isfinite().all()
+    assert not torch.equal(*found.kept[1]), "scores differ by image"
     block = pair.base.blocks[0]
-    assert block.mlp.fc1.weight.std() == pytest.approx(0.02, rel=0.05)
     assert (block.norm1.weight == 1).all()
-    assert (block.mlp.fc1.bias == 0).all()
+    if model is MODEL:
+        assert block.mlp.fc1.weight.std() == pytest.approx(0.02, rel=0.05)
+        assert (block.mlp.fc1.bias == 0).all()
     assert not any(t.is_meta or t.requires_grad for t in pair.pruned.state_dict(keep_vars=True).values())
-    kept = pair.pruned.detailed(images()).kept[2]
-    assert kept[0].tolist() != kept[1].tolist()
 
 
 def test_variants_share_one_host_and_a_second_image_size_makes_a_second():
@@ -89,21 +86,13 @@ def test_variants_share_one_host_and_a_second_image_size_makes_a_second():
     torch.testing.assert_close(pair.base.head.weight, pair.pruned.model.backbone.host.head.weight)
 
 
-def test_a_cast_model_is_stored_in_its_precision_and_a_mixed_one_in_full():
+def test_storage_follows_precision_and_layout():
     for precision, dtype in (("bf16", torch.bfloat16), ("amp_bf16", torch.float32)):
-        pair = build(precision=precision)
-        assert {p.dtype for p in pair.pruned.parameters()} == {dtype}
-
-
-def test_channels_last_lays_out_the_patch_embedding():
-    pair = build(channels_last=True)
-    assert pair.base.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
-    given = noise(2, (3, 64, 64), "cpu", "fp32", channels_last=True)
-    assert given.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(pair.base(given), pair.base(images()), rtol=0, atol=1e-5)
-
-
-# Attention kernels and other ways to run -----------------------------------------------------------------------------
+        assert {p.dtype for p in build(precision=precision).pruned.parameters()} == {dtype}
+    base, given = build(channels_last=True).base, noise(2, (3, 64, 64), "cpu", "fp32", channels_last=True)
+    for laid_out in (base.patch_embed.proj.weight, given):
+        assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(base(given), base(images()), rtol=0, atol=1e-5)
 
 
 def outcome(model, **changes):
@@ -120,14 +109,13 @@ def test_a_forced_kernel_really_runs(kernel, precision):
 
 
 def test_one_case_that_cannot_run_does_not_stop_the_others():
-    pair = build()
-    shape = (3, 64, 64)
-    cases = [Case(name=kernel, model=pair.base, shape=shape, attention=kernel) for kernel in ("cudnn", "flash")]
+    base = build().base
+    cases = [Case(name=name, model=base, shape=(3, 64, 64), attention=name) for name in ("cudnn", "flash")]
     fitted, (missing, found) = time_interleaved(cases, 2, rounds=3, warmup=1, device="cpu")
-    assert fitted == 2
     assert missing.unsupported.startswith("attention cudnn: torch has no such kernel here")
-    assert missing.seconds == []
-    assert len(found.seconds) == 3
+    assert (fitted, missing.seconds, len(found.seconds)) == (2, [], 3)
+    base.head.bias.fill_(float("inf"))
+    assert "non-finite logits in fp32" in outcome(base).unsupported
 
 
 def test_another_kernel_than_the_forced_one_is_not_measured_as_if_it_were():
@@ -139,24 +127,14 @@ def test_another_kernel_than_the_forced_one_is_not_measured_as_if_it_were():
     device.verify({"flash": 3, "math": 1}, "auto")
 
 
-def test_logits_that_are_not_finite_are_refused():
-    pair = build()
-    pair.base.head.bias.fill_(float("inf"))
-    assert "non-finite logits in fp32" in outcome(pair.base).unsupported
-
-
 def test_compiled_models_are_timed_and_refusals_of_the_compiler_are_reasons(monkeypatch):
     from torch._dynamo.exc import Unsupported as Refused
 
-    pair, compiled = build(), []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append((model, options)) or model)
+    pair, compiler = build(), Mock(side_effect=lambda model, **options: model)
+    monkeypatch.setattr(torch, "compile", compiler)
     outcome(pair.pruned, compile=True)
-    assert compiled == [(pair.pruned, {"fullgraph": True, "dynamic": False})]
-
-    def forward(images):
-        raise Refused("cannot trace this\nand more")
-
-    monkeypatch.setattr(torch, "compile", lambda model, **options: forward)
+    compiler.assert_called_once_with(pair.pruned, fullgraph=True, dynamic=False)
+    compiler.side_effect = lambda model, **_: Mock(side_effect=Refused("cannot trace this\nand more"))
     assert outcome(pair.base, compile=True).unsupported == "torch.compile: cannot trace this"
 
 
@@ -178,9 +156,6 @@ class TestOnCuda:
         free, _ = torch.cuda.mem_get_info()
         batch = 2 ** int(np.log2(free / (3 * 64 * 64 * 4)))  # its images alone take half of the memory or more
         assert throughput.measure(make(batch_size=2 * batch), "cuda")["metrics"]["batch_size"] < 2 * batch
-
-
-# Record --------------------------------------------------------------------------------------------------------------
 
 
 def test_record():
@@ -207,9 +182,6 @@ def test_record():
     flops = 2e9 * metrics["gmacs"] * metrics["images_per_s"]
     assert metrics["mfu"] == pytest.approx(flops / (1e9 * metrics["matmul_gflops"]))
     assert not [name for name in metrics if name.endswith(("_whole", "_linear"))]
-
-
-# Detectors -----------------------------------------------------------------------------------------------------------
 
 
 def test_heads_and_encoder_are_those_of_the_detector():
@@ -248,10 +220,7 @@ def test_a_whole_detector_takes_its_encoder_and_its_heads():
 
 @pytest.mark.model
 def test_an_encoder_is_measured_where_heads_cannot_run(monkeypatch):
-    def refuse(*arguments):
-        raise NotImplementedError("no roi_align here")
-
-    monkeypatch.setattr(heads.Heads, "forward", refuse)
+    monkeypatch.setattr(heads.Heads, "forward", Mock(side_effect=NotImplementedError("no roi_align here")))
     record = throughput.measure(make(**DETECTOR), "cpu")
     assert record["metrics"]["speedup"] > 0
     assert "speedup_whole" not in record["metrics"]
@@ -260,15 +229,17 @@ def test_an_encoder_is_measured_where_heads_cannot_run(monkeypatch):
         make(**DETECTOR, pruned_image_size=32)
 
 
-# Command -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.model
-def test_command_writes_a_record_that_it_reads_again(tmp_path):
-    bench = ["bench", "--device", "cpu"]
-    assert main([*bench, "--spec", make().model_dump_json(), "--out", str(tmp_path / "a")]) == 0
+def test_command_takes_flags_and_writes_a_record_that_it_reads_again(tmp_path, monkeypatch):
+    bench, flags = ["bench", "--device", "cpu"], ["--model", "test_vit", "--image-size", "64", "--rate", "2"]
+    flags += ["--fusion", "none", "--batch-size", "2", "--rounds", "3"]
+    assert main([*bench, *flags, "--out", str(tmp_path / "a")]) == 0
     assert main([*bench, "--spec", str(tmp_path / "a" / "record.json"), "--out", str(tmp_path / "b")]) == 0
-    assert read_record(tmp_path / "a")["id"] == read_record(tmp_path / "b")["id"] == make().digest()
+    first, second = read_record(tmp_path / "a"), read_record(tmp_path / "b")
+    assert first["id"] == second["id"]
+    spec = BenchSpec.model_validate(first["spec"])
+    assert (spec.model.name, spec.image_size, spec.prune.fusion, spec.batch_size) == ("test_vit", 64, "none", 2)
+    assert spec.prune.schedule["constant"]["rate"] == 2
 
 
 def test_command_writes_down_why_a_row_cannot_be_measured(monkeypatch, tmp_path):
@@ -279,3 +250,94 @@ def test_command_writes_down_why_a_row_cannot_be_measured(monkeypatch, tmp_path)
     assert record["metrics"] == {}
     assert "this CPU has no fast bfloat16" in record["unsupported"]
     assert main(["bench", "--device", "cpu", "--spec", text]) == 2
+
+
+def plan_of(**changes):
+    model = {"name": "vit_tiny_patch16_224", "args": {"depth": 12, "embed_dim": 48, "num_heads": 3}}
+    values = {"model": model, "prune": {"reducer": "cropr", "fusion": "llf"}, "targets": [1.2, 1.5, 2.0], "rounds": 3}
+    return PlanSpec.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return Cost(build_on_meta(plan_of().model, PruneSpec(), plan_of().image_size).backbone)
+
+
+@pytest.fixture
+def measured_by(monkeypatch, cost):
+    """Replaces measuring by a function of the ratio of multiply-adds; returns the schedules that were asked for."""
+    asked = []
+
+    def make(speedup):
+        def measure(spec, pending, device, tell):
+            asked.append(list(pending.values()))
+            cells = {}
+            for search, schedule in pending.items():
+                found = speedup(plan.mac_ratio(spec, cost, schedule))
+                metrics = {"speedup": found, "speedup_low": 0.99 * found, "speedup_high": 1.01 * found}
+                cells[search] = {"metrics": metrics, "seconds": [1.0] * 3}
+            return cells
+
+        monkeypatch.setattr(plan, "_measure", measure)
+        return asked
+
+    return make
+
+
+def test_without_verification_a_target_is_a_ratio_of_multiply_adds():
+    record = plan.measure(plan_of())
+    json.dumps(record, allow_nan=False)
+    assert record["kind"] == "plan"
+    assert record["metrics"] == {"targets": 3, "reached": 3}
+    for cell in record["cells"]:
+        assert cell["predicted"] >= cell["target"]
+        assert (cell["metrics"], cell["rounds"], cell["reason"]) == ({}, 0, None)
+        assert Schedule.from_config(cell["config"]).describe() == cell["schedule"]
+
+
+@pytest.mark.parametrize("share", [0.85, 1.0, 1.1])
+def test_schedules_are_corrected_until_the_device_reaches_the_target(measured_by, share):
+    asked = measured_by(lambda ratio: 1 + share * (ratio - 1))
+    record = plan.measure(plan_of(verify=True))
+    for cell in record["cells"]:
+        assert cell["reached"], cell["reason"]
+        assert cell["metrics"]["speedup"] == pytest.approx(cell["target"], rel=plan.TOLERANCE)
+        assert 1 <= cell["rounds"] <= plan.ATTEMPTS
+    assert len(asked) == max(cell["rounds"] for cell in record["cells"])
+    assert len(asked[0]) == 3  # all targets take turns with one unpruned model
+
+
+def test_what_is_not_reached_has_a_reason(measured_by, monkeypatch):
+    measured_by(lambda ratio: min(ratio, 1.3))
+    easy, hard = plan.measure(plan_of(verify=True, targets=[1.2, 2.0]))["cells"]
+    assert (easy["reached"], hard["reached"], hard["reason"] is None) == (True, False, False)
+    assert hard["metrics"]["speedup"] == pytest.approx(1.3)
+    (cell,) = plan.measure(plan_of(targets=[50]))["cells"]  # beyond all schedules
+    assert (cell["reached"], cell["schedule"], cell["config"], cell["predicted"]) == (False, None, None, None)
+    assert "out of reach" in cell["reason"]
+    monkeypatch.undo()
+    outcome = timing.Outcome(unsupported="no memory")
+    monkeypatch.setattr(plan, "time_interleaved", lambda *_: (1, [outcome] * 2))
+    (cell,) = plan.measure(plan_of(verify=True, targets=[1.5]))["cells"]
+    assert (cell["reached"], cell["reason"], cell["metrics"]) == (False, "no memory", {})
+
+
+def test_refuses_impossible_plans():
+    for changes, message in (
+        ({"targets": [0.5]}, "greater than or equal to 1"),
+        ({"targets": [2, 2]}, "give every value once"),
+        ({"prune": {"reducer": "cropr", "schedule": RATE}}, "schedule is the result of a plan"),
+        ({"prune": {"reducer": "none"}}, "name a reducer that prunes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_of(**changes)
+
+
+@pytest.mark.model
+def test_command_measures_and_writes_a_record(tmp_path):
+    text = plan_of(model=MODEL, image_size=64, targets=[1.2], batch_size=1).model_dump_json()
+    assert main(["plan", "--device", "cpu", "--spec", text, "--verify", "--out", str(tmp_path)]) == 0
+    (cell,) = read_record(tmp_path)["cells"]
+    assert cell["rounds"] >= 1
+    assert cell["metrics"]["speedup_low"] <= cell["metrics"]["speedup"] <= cell["metrics"]["speedup_high"]
+    assert cell["reached"] == (cell["reason"] is None)

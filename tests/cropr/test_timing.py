@@ -28,7 +28,13 @@ def test_rounds_run_in_random_order_and_each_second_one_backwards():
     rounds = ["".join(order[start : start + 4]) for start in range(0, 160, 4)]
     assert all(first == second[::-1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
     assert {name[0] for name in rounds} == set("abcd")
-    assert len(set(rounds)) > 8
+
+
+def test_mixed_precision_casts_products_only():
+    weight = torch.ones(2, 2)
+    for precision, dtype in (("amp_bf16", torch.bfloat16), ("bf16", torch.float32)):
+        with mixed(precision, "cpu"):
+            assert (weight @ weight).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -79,60 +85,41 @@ def test_utilisation_and_peak_by_hand(monkeypatch):
     assert models._rate(8, torch.float32, "cpu", 1) == pytest.approx(2 * 8**3 / 0.25)
 
 
-def test_working_memory_counts_what_the_work_takes_and_gives_back():
+def test_working_memory_counts_what_the_work_takes_and_gives_back(monkeypatch, tmp_path):
     def work(megabytes):
         return float(torch.ones(megabytes * 250_000).sum())
 
     work(1)
     (_, small), (_, large) = (device.working_memory(lambda size=size: work(size), "cpu") for size in (8, 80))
+    monkeypatch.setattr(device, "_PROC", tmp_path / "absent")  # unknown where nobody counts
+    assert device.working_memory(lambda: 7, "cpu") == (7, None)
     if small is None:
         pytest.skip("this system keeps no count that can be reset")
     assert large - small == pytest.approx(72, rel=0.2)
 
 
-def test_working_memory_is_unknown_where_nobody_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "_PROC", tmp_path / "absent")
-    assert device.working_memory(lambda: 7, "cpu") == (7, None)
+def test_a_batch_is_halved_until_it_fits():
+    tried = []
 
-
-class Hungry:
-    """Runs out of memory with more than ``limit`` images."""
-
-    def __init__(self, limit):
-        self.limit, self.tried = limit, []
-
-    def __call__(self, batch_size):
-        self.tried.append(batch_size)
-        if batch_size > self.limit:
+    def hungry(batch_size, limit=3):
+        tried.append(batch_size)
+        if batch_size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore of it")
         return f"{batch_size} images"
 
-
-def test_a_batch_is_halved_until_it_fits():
-    hungry = Hungry(limit=3)
     assert largest_batch(16, hungry) == (2, "2 images")
-    assert hungry.tried == [16, 8, 4, 2]
+    assert tried == [16, 8, 4, 2]
     with pytest.raises(Unsupported, match=r"out of memory with a single image: CUDA out of memory. .* 2 GiB$"):
-        largest_batch(4, Hungry(limit=0))
+        largest_batch(4, lambda batch_size: hungry(batch_size, limit=0))
     with pytest.raises(ZeroDivisionError):
         largest_batch(4, lambda batch_size: 1 // 0)
 
 
-def test_mixed_precision_casts_products_only():
-    weight = torch.ones(2, 2)
-    for precision, dtype in (("amp_bf16", torch.bfloat16), ("bf16", torch.float32)):
-        with mixed(precision, "cpu"):
-            assert (weight @ weight).dtype == dtype
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "amp_bf16"])
-def test_refuses_a_precision_that_the_cpu_lacks(monkeypatch, precision):
-    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision[-4:]}_supported", lambda: False)
-    with pytest.raises(Unsupported, match=f"precision {precision}: this CPU has no fast .*; use fp32"):
-        check(precision, "cpu")
-
-
-def test_refuses_devices_that_are_missing_or_have_no_clock():
+def test_refuses_precisions_and_devices_that_are_missing_or_have_no_clock(monkeypatch):
+    for precision in ("fp16", "bf16", "amp_bf16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision[-4:]}_supported", lambda: False)
+        with pytest.raises(Unsupported, match=f"precision {precision}: this CPU has no fast .*; use fp32"):
+            check(precision, "cpu")
     with pytest.raises(ValueError, match=r"device xpu: measured are cpu, cuda, mps"):
         check("fp32", "xpu")
     if not torch.cuda.is_available():

@@ -37,21 +37,13 @@ def write_folder(root: Path, train: int = 48, val: int = 12, size: int = 32) -> 
 
 def spec(**changes: Any) -> TrainSpec:
     """A pruned ViT of depth 4 on 32 px; ``changes`` are dotted keys with ``__`` for the dot."""
+    args = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "global_pool": "avg"}
+    recipe = {"epochs": 2, "batch_size": 8, "base_lr": 0.03, "warmup_epochs": 0.5, "layer_decay": 0.9}
     values: dict[str, Any] = {
-        "model": {
-            "name": "vit_tiny_patch16_224",
-            "args": {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "global_pool": "avg"},
-        },
+        "model": {"name": "vit_tiny_patch16_224", "args": args},
         "prune": {"reducer": "cropr", "schedule": {"constant": {"rate": 4}}, "fusion": "llf"},
         "data": {"image_size": 32, "num_classes": CLASSES, "crop_pct": 1.0, "augment": {"hflip": 0.5}},
-        "recipe": {
-            "epochs": 2,
-            "batch_size": 8,
-            "base_lr": 0.03,
-            "warmup_epochs": 0.5,
-            "layer_decay": 0.9,
-            "precision": "fp32",
-        },
+        "recipe": recipe | {"precision": "fp32"},
     }
     for key, value in changes.items():
         *parents, last = key.split("__")

@@ -17,30 +17,24 @@ SIZES = ((48, 64), (64, 48), (40, 40))
 
 
 def write_coco(root: Path, train: int = 6, val: int = 3, seed: int = 0) -> Path:
-    """Images and annotations of both splits below ``root``."""
+    """Images and annotations of both splits below ``root``: objects in polygons, compressed and uncompressed RLE, in
+    turn. Each fifth image is empty, the second one has a crowd region."""
     for split, count in (("train", train), ("val", val)):
-        write_split(root, split, count, seed)
+        _write_split(root, split, count, seed)
     return root
 
 
-def write_split(root: Path, split: str, count: int, seed: int = 0) -> Path:
-    """Objects in polygons, compressed and uncompressed RLE, in turn. Each fifth image is empty, the second one has a
-    crowd region. Returns the annotation file."""
-    random = np.random.default_rng([seed, len(split)])
-    folder = root / f"{split}2017"
+def _write_split(root: Path, split: str, count: int, seed: int) -> None:
+    random, folder = np.random.default_rng([seed, len(split)]), root / f"{split}2017"
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": number, "name": name} for number, name in CATEGORIES.items()],
-    }
+    categories = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     for position in range(count):
         height, width = SIZES[position % len(SIZES)]
         pixels = random.integers(0, 60, (height, width, 3), dtype=np.uint8)
         number = 100 + 7 * position
-        content["images"].append(
-            {"id": number, "file_name": f"{number:012d}.png", "height": height, "width": width, "license": 1}
-        )
+        image = {"id": number, "file_name": f"{number:012d}.png", "height": height, "width": width, "license": 1}
+        content["images"].append(image)
         for label, (category, shape) in enumerate(zip(CATEGORIES, (_box, _disk, _box), strict=True)):
             if position % 5 == 4 or (position + label) % 3 == 2:
                 continue
@@ -48,13 +42,11 @@ def write_split(root: Path, split: str, count: int, seed: int = 0) -> Path:
             while (pixels[region] > 60).any():  # objects do not overlap
                 region, polygon = shape(height, width, label, random)
             pixels[region] = 250 * np.eye(3, dtype=np.uint8)[label]
-            form = (position + label) % 3
-            crowd = int(position == 1 and label == 0)
-            content["annotations"].append(
-                _annotation(len(content["annotations"]) + 1, number, category, region, polygon, form, crowd)
-            )
-        Image.fromarray(pixels).save(folder / f"{number:012d}.png")
-    return save(root, split, content)
+            form, crowd = (position + label) % 3, int(position == 1 and label == 0)
+            place = len(content["annotations"]) + 1, number, category
+            content["annotations"].append(_annotation(*place, region, polygon, form, crowd))
+        Image.fromarray(pixels).save(folder / image["file_name"])
+    save(root, split, content)
 
 
 def save(root: Path, split: str, content: Any) -> Path:

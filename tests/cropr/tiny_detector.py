@@ -22,22 +22,10 @@ PRUNED: dict[str, Any] = {"reducer": "cropr", "schedule": {"squares": {"at": {1:
 def detector_spec(**changes: Any) -> DetModelSpec:
     """Heads of 16 channels for 64 px."""
     small: dict[str, Any] = {
-        "window": 2,
-        "global_blocks": (2, 4),
-        "scales": (2, 1, 0.5),
-        "channels": 16,
-        "anchor_sizes": (12, 20, 32, 48),
-        "rpn_samples": 32,
-        "proposals_train": (100, 50),
-        "proposals_test": (100, 30),
-        "canonical_size": 32,
-        "canonical_stride": 8,
-        "rois": 24,
-        "box_convs": 1,
-        "box_width": 32,
-        "mask_convs": 1,
-        "max_detections": 10,
-    }
+        "window": 2, "global_blocks": (2, 4), "scales": (2, 1, 0.5), "channels": 16, "anchor_sizes": (12, 20, 32, 48),
+        "rpn_samples": 32, "proposals_train": (100, 50), "proposals_test": (100, 30), "canonical_size": 32,
+        "canonical_stride": 8, "rois": 24, "box_convs": 1, "box_width": 32, "mask_convs": 1, "max_detections": 10,
+    }  # fmt: skip
     return DetModelSpec(**{**small, **changes})
 
 

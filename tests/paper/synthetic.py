@@ -25,13 +25,9 @@ from workflow.paper.resolver import Row
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]
-BASE = {
-    "reactivation": "unpruned",
-    "ablations": "cropr",
-    "relevance": "random",
-    "scoring": "cropr",
-    "similarity": "cropr",
-}
+BASE = {"reactivation": "unpruned", "relevance": "random"} | dict.fromkeys(
+    ("ablations", "scoring", "similarity"), "cropr"
+)
 
 
 def run_cells(name: str, results: Path) -> None:
@@ -59,14 +55,7 @@ def row_configs(artefact: str) -> list[dict[str, Any]]:
 
 
 def write_results(root: Path, artefact: str, seeds: int = 3, **top: list[float]) -> Path:
-    """Write a manifest, its records and maps below ``root``; returns ``root``.
-
-    Args:
-        root: the folder of the scale.
-        artefact: an experiment that trains.
-        seeds: how many.
-        top: by row, the task's first metric of each seed, instead of a made-up one.
-    """
+    """Write a manifest, its records and maps below ``root``. ``top``: by row, the first metric of each seed."""
     config = yaml.safe_load((EXPERIMENTS / f"{artefact}.yaml").read_text())
     for other in config.get("reads", ()):
         write_results(root, other, seeds)
@@ -167,25 +156,14 @@ def bench_record(name: str, task: str, rounds: int = 7) -> dict[str, Any]:
     """A record of ``python -m cropr bench``."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     series = {"base_seconds": rng.uniform(0.9, 1.1, rounds).tolist(), "seconds": rng.uniform(0.5, 0.7, rounds).tolist()}
-    metrics = {
-        "mac_ratio": 1.75,
-        "images_per_s": 13.25,
-        "base_images_per_s": 8.0,
-        "gmacs": 34.67,
-        "gmacs_linear": 30.5,
-        "batch_size": 8,
-    }
+    metrics = {"mac_ratio": 1.75, "images_per_s": 13.25, "base_images_per_s": 8.0}
+    metrics |= {"gmacs": 34.67, "gmacs_linear": 30.5, "batch_size": 8}
     if task == "detection":
         series["heads_seconds"], metrics["mac_ratio_whole"] = [0.4] * rounds, 1.4
     spec = {"model": {"name": "vit_large_patch16_224"}, "image_size": 224, "batch_size": 8, "precision": "fp32"}
     about = {"cpu": "Made-up CPU", "threads": 2, "device": "cpu"}
-    return {
-        "kind": "bench",
-        "metrics": metrics,
-        "series": series,
-        "spec": {**spec, "rounds": rounds},
-        "provenance": about,
-    }
+    record = {"kind": "bench", "metrics": metrics, "series": series, "provenance": about}
+    return {**record, "spec": {**spec, "rounds": rounds}}
 
 
 def write_maps(path: Path, task: str) -> None:

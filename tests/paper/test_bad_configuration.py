@@ -61,28 +61,22 @@ def test_scale(config: Path, file: str, change: dict[str, Any], message: str) ->
         load_grid(config, "ci" if file == "ci" else "laptop")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (
-            {"option": 1},
-            r"imagenet_methods\.yaml: rows\.2\.option \(row random_r8_llf\): unknown key; allowed: .*options",
-        ),
-        ({"reducer": "cropper"}, r"row random_r8_llf: reducer = 'cropper' is unknown; choose one of .*cropr"),
-        (
-            {"options": {"mpl": 1}, "reducer": "cropr"},
-            r"row random_r8_llf: reducer 'cropr' has no option mpl; it has .*mlp",
-        ),
-        ({"schedule": "r9"}, r"schedule = 'r9': .* has none, r8, r50"),
-        ({"image_size": "tiny"}, r"image_size = 'tiny': .* has small"),
-        ({"reducer": "none"}, r"schedule = 'r8' without a reducer"),
-        ({"fusion": "llff"}, r"fusion = 'llff' is unknown; choose one of none, .*llf"),
-        ({"use": "imagenet_methods/cropr_r8"}, r"cannot be given with use"),
-        ({"measure": "profile"}, r"row 'random_r8_llf': give `measure` if, and only if"),
-    ],
-)
-def test_row(config: Path, row: dict[str, object], message: str) -> None:
-    edit_row(config / "experiments/imagenet_methods.yaml", "random_r8_llf", **row)
+ROW_ERRORS = {
+    r"imagenet_methods\.yaml: rows\.2\.option \(row random_r8_llf\): unknown key; allowed: .*options": {"option": 1},
+    r"row random_r8_llf: reducer = 'cropper' is unknown; choose one of .*cropr": {"reducer": "cropper"},
+    r"row random_r8_llf: reducer 'cropr' has no option mpl; it has .*mlp": {"options": {"mpl": 1}, "reducer": "cropr"},
+    r"schedule = 'r9': .* has none, r8, r50": {"schedule": "r9"},
+    r"image_size = 'tiny': .* has small": {"image_size": "tiny"},
+    r"schedule = 'r8' without a reducer": {"reducer": "none"},
+    r"fusion = 'llff' is unknown; choose one of none, .*llf": {"fusion": "llff"},
+    r"cannot be given with use": {"use": "imagenet_methods/cropr_r8"},
+    r"row 'random_r8_llf': give `measure` if, and only if": {"measure": "profile"},
+}
+
+
+@pytest.mark.parametrize("message", ROW_ERRORS)
+def test_row(config: Path, message: str) -> None:
+    edit_row(config / "experiments/imagenet_methods.yaml", "random_r8_llf", **ROW_ERRORS[message])
     with pytest.raises(ValueError, match=message):
         load_grid(config, "ci")
 
@@ -105,21 +99,11 @@ def test_artefact(config: Path) -> None:
 
 
 def test_files(config: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"huge\.yaml: no such file; there are: ci, fashion, laptop, paper, workstation"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"huge\.yaml: no such file; there are: ci, fashion, laptop, paper, w"):
         load_grid(CONFIG, "huge")
     (config / "scales/ci.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(ValueError, match=r"ci\.yaml is neither JSON nor YAML"):
         load_grid(config, "ci")
-
-
-def test_data_root_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.yaml: imagenet = null.*--config imagenet=/path"):
-        load_grid(CONFIG, "paper", roots=dict.fromkeys(("imagenet", "ade20k", "coco", "folder")))
-    (tmp_path / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match=rf"imagenet = {tmp_path}: .*val is missing"):
-        load_grid(CONFIG, "paper", roots=dict.fromkeys(("ade20k", "coco", "folder")) | {"imagenet": tmp_path})
 
 
 def test_overrides_are_laid_over_the_scale() -> None:
@@ -131,22 +115,24 @@ def test_overrides_are_laid_over_the_scale() -> None:
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-def test_settings() -> None:
+def test_settings_and_data_roots(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.yaml: scales: unknown key; allowed: .*folder, imagenet"):
         check(Settings, {"scales": "ci"}, "config/config.yaml")
     with pytest.raises(ValueError, match=r"pretrain = 'yes': .*'shipped' or 'make'"):
         check(Settings, {"pretrain": "yes"}, "config/config.yaml")
+    none = dict.fromkeys(("imagenet", "ade20k", "coco", "folder"))
+    with pytest.raises(ValueError, match=r"config\.yaml: imagenet = null.*--config imagenet=/path"):
+        load_grid(CONFIG, "paper", roots=none)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"imagenet = {tmp_path}: .*val is missing"):
+        load_grid(CONFIG, "paper", roots=none | {"imagenet": tmp_path})
 
 
-@pytest.mark.parametrize(
-    ("given", "seeds"),
-    [(3, (0, 1, 2)), ("3", (0, 1, 2)), ([0, 4], (0, 4)), (["0", "4"], (0, 4)), ("0,4", (0, 4)), ("[4]", (4,))],
-)
-def test_seeds(given: object, seeds: tuple[int, ...]) -> None:
-    assert parse_seeds(given) == seeds  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("wrong", [0, -1, "x", [], [1, 1], [-1], "1.5"])
-def test_seeds_that_are_none(wrong: object) -> None:
-    with pytest.raises(ValueError, match="give a number of seeds"):
-        parse_seeds(wrong)  # type: ignore[arg-type]
+def test_seeds() -> None:
+    for given in (3, "3"):
+        assert parse_seeds(given) == (0, 1, 2)
+    for listed in ([0, 4], ["0", "4"], "0,4", "[0, 4]"):
+        assert parse_seeds(listed) == (0, 4)  # type: ignore[arg-type]
+    for wrong in (0, -1, "x", [], [1, 1], [-1], "1.5"):
+        with pytest.raises(ValueError, match="give a number of seeds"):
+            parse_seeds(wrong)  # type: ignore[arg-type]

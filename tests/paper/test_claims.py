@@ -1,4 +1,4 @@
-"""Claims are decided by intervals: each can hold, be contradicted, or stay undecided."""
+"""Published numbers, and claims that intervals decide: each can hold, be contradicted, or stay undecided."""
 
 import json
 
@@ -9,39 +9,25 @@ from synthetic import bench_record, row_configs, write_results
 from cropr.records import write_record
 from workflow.paper import claims
 from workflow.paper.claims import CELLS, TIMED, VERDICTS, decide, load_claims, verdicts
+from workflow.paper.records import REPOSITORY, load_published
 
 SPEEDS = ("precision", "alignment", "memory")
 HIGH, LOW = [80.0, 80.4, 80.2], [70.0, 70.3, 70.1]
 
 
-@pytest.mark.parametrize(
-    ("relation", "bounds", "outcome"),
-    [
-        ("> 0", (0.2, 1.0), "holds"),
-        ("> 0", (-0.1, 1.0), "undecided"),
-        ("> 0", (-1.0, -0.1), "contradicted"),
-        ("> 0", (0.0, 1.0), "undecided"),
-        ("> 0", (-1.0, 0.0), "contradicted"),
-        (">= -2.0", (-2.0, 1.0), "holds"),
-        (">= -2.0", (-2.1, 1.0), "undecided"),
-        (">= -2.0", (-3.0, -2.1), "contradicted"),
-        ("< 0", (-1.0, -0.1), "holds"),
-        ("< 0", (0.0, 1.0), "contradicted"),
-        ("<= 0.5", (0.6, 1.0), "contradicted"),
-        ("<= 0.5", (0.1, 0.5), "holds"),
-        (">= 0", (0.0, 0.0), "holds"),
-        ("> 0", (0.0, 0.0), "contradicted"),
-    ],
-)
-def test_decide(relation, bounds, outcome):
-    assert decide(relation, *bounds) == outcome
+DECISIONS = {
+    "> 0": {"holds": [(0.2, 1)], "undecided": [(-0.1, 1), (0, 1)], "contradicted": [(-1, -0.1), (-1, 0), (0, 0)]},
+    ">= -2": {"holds": [(-2, 1)], "undecided": [(-2.1, 1)], "contradicted": [(-3, -2.1)]},
+    "< 0": {"holds": [(-1, -0.1)], "contradicted": [(0, 1)]},
+    "<= 0.5": {"holds": [(0.1, 0.5)], "contradicted": [(0.6, 1)]},
+    ">= 0": {"holds": [(0, 0)]},
+}
 
 
-@pytest.mark.parametrize(("cropr", "random", "verdict"), [(HIGH, LOW, "holds"), (LOW, HIGH, "contradicted")])
-def test_reversed_data_contradict(tmp_path, cropr, random, verdict):
-    results = write_results(tmp_path, "imagenet_methods", cropr_r8_llf=cropr, random_r8_llf=random)
-    found = verdicts("imagenet_methods", results).set_index("claim")["verdict"]
-    assert found["Cropr is more accurate than random pruning at the same rate."] == verdict
+@pytest.mark.parametrize("relation", DECISIONS)
+def test_decide(relation):
+    for outcome, intervals in DECISIONS[relation].items():
+        assert [decide(relation, *bounds) for bounds in intervals] == [outcome] * len(intervals)
 
 
 def test_one_seed_and_few_rounds_decide_nothing(tmp_path):
@@ -62,13 +48,6 @@ def test_speed_is_decided_by_rounds(tmp_path, seconds, verdict):
     write_record(results / "bench" / "cropr" / "record.json", record)
     table = verdicts("ade20k", results)
     assert list(table[table["claimed"] == ">= 95"]["verdict"]) == [verdict]
-
-
-def test_claims_are_about_rows_that_exist():
-    for claim in load_claims():
-        rows = {row["row"] for row in row_configs(claim.artefact)}
-        assert {side["row"] if isinstance(side, dict) else side for side in claim.sides} <= rows
-        assert all(isinstance(side, dict) == (claim.quantity in CELLS) for side in claim.sides)
 
 
 def made_up(monkeypatch, claim, value):
@@ -103,6 +82,9 @@ def made_up(monkeypatch, claim, value):
 
 @pytest.mark.parametrize("claim", load_claims(), ids=lambda claim: claim.id)
 def test_each_claim_can_hold_and_is_contradicted_by_reversed_data(monkeypatch, claim):
+    rows = {row["row"] for row in row_configs(claim.artefact)}
+    assert {side["row"] if isinstance(side, dict) else side for side in claim.sides} <= rows
+    assert all(isinstance(side, dict) == (claim.quantity in CELLS) for side in claim.sides)
     up = 1 if claim.relation.startswith(">") else -1
     step = 0.3 * abs(claim.limit) or 5.0 if claim.quantity in CELLS or claim.ratio else 5.0
     for sign, verdict in ((up, "holds"), (-up, "contradicted")):
@@ -114,11 +96,9 @@ def test_each_claim_can_hold_and_is_contradicted_by_reversed_data(monkeypatch, c
 
 
 def test_claims_cover_the_paper():
-    found = load_claims()
-    assert len(found) >= 24
-    about = {claim.artefact for claim in found}
+    about = {claim.artefact for claim in load_claims()}
     assert {"imagenet_methods", "relevance", "ablations", "reactivation", "coco", *SPEEDS} <= about
-    assert any(claim.quantity.endswith("over_mac_ratio") for claim in found)
+    assert any(claim.quantity.endswith("over_mac_ratio") for claim in load_claims())
 
 
 def test_rows_without_records_have_not_run(tmp_path):
@@ -135,22 +115,45 @@ def test_rows_without_records_have_not_run(tmp_path):
 
 @pytest.mark.parametrize("gap", [1.0, 0.2, 0.0])
 def test_an_undecided_claim_says_what_would_decide_it(tmp_path, gap):
-    results = write_results(
-        tmp_path, "ade20k", cropr=[50 + gap, 51 + gap, 49 + gap], random=[50.0, 50.0, 50.0], none=[60.0] * 3
-    )
-    (line,) = verdicts("ade20k", results).query("claim.str.contains('random')").to_dict("records")
+    top = {"cropr": [50 + gap, 51 + gap, 49 + gap], "random": [50.0, 50.0, 50.0], "none": [60.0] * 3}
+    table = verdicts("ade20k", write_results(tmp_path, "ade20k", **top))
+    (line,) = table.query("claim.str.contains('random')").to_dict("records")
     assert line["verdict"] == "undecided"
     assert ("7 seeds" in line["why"]) == (gap == 1.0)  # 2.447 / sqrt(7) = 0.92, with six 1.05
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"relation": "about 3"}, "write one of"), ({"who": "x"}, "Extra inputs"), ({"id": "a"}, "given twice")],
-)
-def test_unreadable_claims_are_refused(tmp_path, change, message):
+def test_unreadable_claims_are_refused(tmp_path):
     good = {"id": "a", "artefact": "x", "text": "t", "left": "r", "quantity": "top1", "relation": "> 0"}
     good |= {"place": "Table 9", "published": "1 and 2", "threshold": "paper"}
-    path = tmp_path / "claims.yaml"
-    path.write_text(f"claims: [{good}, {good | {'id': 'b'} | change}]".replace("'", '"'))
-    with pytest.raises(ValueError, match=message):
-        load_claims(path)
+    path, wrong = tmp_path / "claims.yaml", {"write one of": {"relation": "about 3"}, "Extra inputs": {"who": "x"}}
+    for message, change in (wrong | {"given twice": {"id": "a"}}).items():
+        path.write_text(f"claims: [{good}, {good | {'id': 'b'} | change}]".replace("'", '"'))
+        with pytest.raises(ValueError, match=message):
+            load_claims(path)
+
+
+def test_every_number_has_a_row_a_source_and_a_confidence():
+    for artefact in ("imagenet_methods", "ablations", "ade20k", "reactivation", "coco"):
+        table = load_published(artefact)
+        assert set(table["row"]) <= {row["row"] for row in row_configs(artefact)}
+        assert set(table["confidence"]) <= {"T", "L", "R", "I"}
+        assert table["source"].str.len().min() > 0
+
+
+def test_table_1_is_complete_and_consistent():
+    table = load_published("imagenet_methods").pivot(index="row", columns="quantity", values="value")
+    rows = {row["row"] for row in row_configs("imagenet_methods")} - {"small_image", "cropr_r8_llf_full"}
+    assert set(table.index) == {row for row in rows if not row.endswith(("_corrected", "_teacher"))}
+    assert table.notna().all().all()
+    assert table.loc[["none", "cropr_r8_llf", "sinkhorn_r50"], "top1"].tolist() == [85.8, 85.3, 56.5]
+    # Printed with two digits each, so they agree to a rounding.
+    assert (table["images_per_s"] / table.loc["none", "images_per_s"] - table["speedup"]).abs().max() < 0.07
+
+
+def test_a_number_given_twice_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "config" / "published").mkdir(parents=True)
+    text = (REPOSITORY / "config/published/ade20k.csv").read_text()
+    (tmp_path / "config/published/ade20k.csv").write_text(text + text.splitlines()[-1] + "\n")
+    monkeypatch.setattr("workflow.paper.records.REPOSITORY", tmp_path)
+    with pytest.raises(ValueError, match="give each quantity one number"):
+        load_published("ade20k")

@@ -13,7 +13,7 @@ from cropr.pruning.schedule import Schedule, attended
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks import TASKS
 from cropr.tasks.detection import DetModelSpec
-from workflow.paper.grid import Artefact, Grid, load_grid
+from workflow.paper.grid import Grid, load_grid
 from workflow.paper.sources import shipped
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +36,6 @@ def grids(folder: Path) -> dict[str, Grid]:
     return {scale: load_grid(CONFIG, scale, roots=roots) for scale in SCALES}
 
 
-def microbench(artefact: Artefact) -> bool:
-    return artefact.config.is_microbench
-
-
 def job(path: str | None) -> str:
     """Id in the path of a record."""
     return Path(str(path)).parent.name
@@ -47,35 +43,36 @@ def job(path: str | None) -> str:
 
 def test_every_artefact_has_a_notebook_a_place_and_a_question(grids: dict[str, Grid]) -> None:
     configs = {file.stem for file in (CONFIG / "experiments").glob("*.yaml")}
-    assert configs == {file.stem for file in (ROOT / "notebooks").glob("*.ipynb")}
-    assert configs == set(grids["ci"].artefacts)
+    assert configs == {file.stem for file in (ROOT / "notebooks").glob("*.ipynb")} == set(grids["ci"].artefacts)
     artefacts = [artefact.config for artefact in grids["ci"].artefacts.values()]
     orders = [artefact.order for artefact in artefacts]
     assert orders == sorted(set(orders))
     sections = [artefact.section for artefact in artefacts]
     assert sections == sorted(sections, key=sections.index), "artefacts of a section follow each other"
-    for artefact in grids["ci"].artefacts.values():
-        assert artefact.config.question.endswith("?")
-        assert (artefact.published is None) == (artefact.config.paper_model is None)
+    assert all(artefact.question.endswith("?") for artefact in artefacts)
+    assert all((one.published is None) == (one.config.paper_model is None) for one in grids["ci"].artefacts.values())
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_row_runs_exactly_if_its_reducer_exists(grids: dict[str, Grid], scale: str) -> None:
-    for artefact in grids[scale].artefacts.values():
+def test_a_row_runs_exactly_if_its_reducer_exists_and_a_microbenchmark_has_a_record_alone(
+    grids: dict[str, Grid], scale: str
+) -> None:
+    grid, measured = grids[scale], []
+    for artefact in grid.artefacts.values():
         for row in artefact.rows:
-            if not microbench(artefact):
-                left_out = str(row.why).startswith("left out at")
-                assert (row.run is not None) == (row.reducer in REDUCERS and not left_out)
-                assert (row.run is None) == (row.why is not None) == (row.records == ())
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_microbenchmark_has_a_record_and_nothing_else(grids: dict[str, Grid], scale: str) -> None:
-    grid = grids[scale]
-    rows = [row for artefact in grid.artefacts.values() if microbench(artefact) for row in artefact.rows]
-    assert {job(row.bench) for row in rows} == set(grid.microbenches)
-    assert all(row.run is None and row.reducer is None and not row.records for row in rows)
-    assert ("eva_l_512" in {row.row for row in rows}) == (scale in ("workstation", "paper"))
+            if artefact.config.is_microbench:
+                measured.append(row)
+                assert row.run is None
+                assert row.reducer is None
+                assert not row.records
+                continue
+            left_out = str(row.why).startswith("left out at")
+            assert (row.run is not None) == (row.reducer in REDUCERS and not left_out)
+            assert (row.run is None) == (row.why is not None) == (row.records == ())
+    assert {job(row.bench) for row in measured} == set(grid.microbenches)
+    assert ("eva_l_512" in {row.row for row in measured}) == (scale in ("workstation", "paper"))
+    for digest, spec in (grid.runs | grid.benches | grid.pretrains).items():  # a spec keeps its digest on its way
+        assert type(spec).model_validate_json(json.dumps(spec.model_dump(mode="json"))).digest() == digest
 
 
 def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[str, Grid]) -> None:
@@ -89,62 +86,62 @@ def test_equal_rows_share_a_run_and_equal_inference_a_measurement(grids: dict[st
     assert {row.run for artefact in grid.artefacts.values() for row in artefact.rows if row.run} == set(grid.runs)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_spec_keeps_its_digest_on_its_way_to_the_job(grids: dict[str, Grid], scale: str) -> None:
-    grid = grids[scale]
-    for digest, spec in (grid.runs | grid.benches | grid.pretrains).items():
-        text = json.dumps(spec.model_dump(mode="json"))
-        assert type(spec).model_validate_json(text).digest() == digest
-
-
-def test_every_ablation_changes_one_thing(grids: dict[str, Grid]) -> None:
-    grid = grids["laptop"]
-    rows = grid.artefacts["ablations"].rows
-    specs = {row.row: grid.runs[row.run].model_dump() for row in rows if row.run}
+def test_every_ablation_changes_one_thing_and_a_row_of_other_scales_is_left_out(grids: dict[str, Grid]) -> None:
+    grid, paper = grids["laptop"], grids["paper"]
+    specs = {row.row: grid.runs[row.run].model_dump() for row in grid.artefacts["ablations"].rows if row.run}
     base = specs.pop("cropr")
     for row, spec in specs.items():
-        changed = {key for key in spec["prune"] if spec["prune"][key] != base["prune"][key]}
-        assert len(changed) == 1, row
+        assert len([key for key in spec["prune"] if spec["prune"][key] != base["prune"][key]]) == 1, row
         assert len(spec["prune"]["options"]) <= 1
         assert {key for key in spec if spec[key] != base[key]} == {"prune"}
+    row = grid.artefacts["imagenet_methods"]["small_image"]
+    assert (row.why, row.run, row.bench) == ("left out at the laptop scale", None, None)
+    small = paper.benches[job(paper.artefacts["imagenet_methods"]["small_image"].bench)]
+    assert (small.pruned_image_size, small.prune.reducer) == (176, "none")
 
 
 def test_paper_scale_is_the_authors_recipe(grids: dict[str, Grid]) -> None:
     grid = grids["paper"]
     spec = grid.runs[str(grid.artefacts["imagenet_methods"]["cropr_r8_llf"].run)]
-    assert spec.model.name == "vit_large_patch16_224.mae"
-    assert spec.model.args == {"global_pool": "avg", "pool_include_prefix": True}
-    assert spec.model.drop_path == 0.2
-    assert spec.init == "timm"
-    recipe = spec.recipe
+    model, recipe, augment = spec.model, spec.recipe, spec.data.augment
+    assert (model.name, model.drop_path, spec.init) == ("vit_large_patch16_224.mae", 0.2, "timm")
+    assert model.args == {"global_pool": "avg", "pool_include_prefix": True}
     assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (50, 1024, 5)
     assert (recipe.peak_lr, recipe.min_lr, recipe.layer_decay, recipe.weight_decay) == (4e-3, 1e-6, 0.75, 0.05)
-    assert recipe.precision == "fp16"
-    assert recipe.clip_grad is None
-    augment = spec.data.augment
+    assert (recipe.precision, recipe.clip_grad) == ("fp16", None)
     assert (augment.mixup, augment.cutmix, augment.erasing, augment.smoothing) == (0.8, 1.0, 0.25, 0.1)
-    assert (augment.auto_augment, augment.hflip) == ("rand-m9-mstd0.5-inc1", 0.5)
-    assert augment.scale == (0.08, 1.0)
+    assert (augment.auto_augment, augment.hflip, augment.scale) == ("rand-m9-mstd0.5-inc1", 0.5, (0.08, 1.0))
     assert spec.prune.schedule == {"constant": {"rate": 8, "first_extra": 1, "align": 1}}
     assert spec.prune.aux_weight == 1
+    spec = grid.runs[str(grid.artefacts["coco"]["cropr"].run)]
+    assert spec.detector == DetModelSpec()
+    assert (spec.data.image_size, spec.data.num_classes, spec.data.scale) == (1536, 80, (0.1, 2.0))
+    recipe = spec.recipe
+    assert (recipe.batch_size, recipe.layer_decay, recipe.ema, recipe.weight_decay) == (64, 0.8, 0.9999, 0.1)
+    assert (recipe.peak_lr, recipe.decay, spec.model.drop_path) == (pytest.approx(4e-5), "constant", 0.3)
+    assert spec.prune.schedule["kept"]["at"] == {"5": 6400, "8": 4096, "11": 2304, "14": 1024, "20": 256}
 
 
-@pytest.mark.parametrize("scale", ["laptop", "workstation", "paper"])
-def test_speed_is_measured_on_the_papers_model_and_schedules(grids: dict[str, Grid], scale: str) -> None:
+@pytest.mark.parametrize(
+    ("scale", "detectors"), [("laptop", ["cropr"]), ("workstation", None), ("paper", ["none", "random", "cropr"])]
+)
+def test_speed_is_measured_on_the_papers_models_and_schedules(
+    grids: dict[str, Grid], scale: str, detectors: list[str] | None
+) -> None:
     grid = grids[scale]
     table = grid.artefacts["imagenet_methods"]
     specs = {row.row: grid.benches[job(row.bench)] for row in table.rows if row.bench}
     assert {(spec.model.name, spec.image_size) for spec in specs.values()} == {("vit_large_patch16_224", 224)}
     assert specs["cropr_r50_llf"].prune.schedule["stages"]["at"] == {"6": 50, "12": 50, "18": 50}
     assert table["cropr_r8"].paper_schedule == "R=8"
-
-
-def test_a_row_of_other_scales_is_left_out_and_says_so(grids: dict[str, Grid]) -> None:
-    row = grids["laptop"].artefacts["imagenet_methods"]["small_image"]
-    assert (row.why, row.run, row.bench) == ("left out at the laptop scale", None, None)
-    paper = grids["paper"]
-    small = paper.benches[job(paper.artefacts["imagenet_methods"]["small_image"].bench)]
-    assert (small.pruned_image_size, small.prune.reducer) == (176, "none")
+    if detectors:
+        coco = grid.artefacts["coco"]
+        assert [row.row for row in coco.rows if row.bench] == detectors
+        spec = grid.benches[job(coco["cropr"].bench)]
+        assert (spec.model.name, spec.image_size) == ("eva02_large_patch14_224", 1536)
+        assert spec.detector == DetModelSpec()
+        others = [one for one in grid.benches.values() if (one.model.name, one.image_size) != (spec.model.name, 1536)]
+        assert all(one.detector is None for one in others)
 
 
 def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) -> None:
@@ -178,19 +175,16 @@ def test_smaller_image_is_the_nearest_to_croprs_multiply_adds(grids: dict[str, G
     assert config.image_sizes["small"] == nearest
 
 
-def test_relevance_needs_data_with_known_truth(grids: dict[str, Grid]) -> None:
-    assert "relevance" in grids["laptop"].artefacts
-    assert "relevance" not in grids["paper"].artefacts
-
-
-def test_earlier_artefacts_go_first(grids: dict[str, Grid]) -> None:
+def test_earlier_artefacts_go_first_and_relevance_needs_a_known_truth(grids: dict[str, Grid]) -> None:
     grid = grids["laptop"]
     methods, ablations = grid.artefacts["imagenet_methods"], grid.artefacts["ablations"]
     assert grid.priority(str(methods["random_r8_llf"].run)) > grid.priority(str(ablations["no_mlp"].run))
     assert grid.priority(str(ablations["cropr"].run)) == grid.priority(str(methods["none"].run))
+    assert "relevance" in grid.artefacts
+    assert "relevance" not in grids["paper"].artefacts
 
 
-def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path) -> None:
+def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path, grids: dict[str, Grid]) -> None:
     roots = {"imagenet": folder, "ade20k": None, "coco": None, "folder": None}
     grid = load_grid(CONFIG, "paper", roots=roots)
     assert {artefact.config.task for artefact in grid.artefacts.values()} == {"classification"}
@@ -199,11 +193,8 @@ def test_tasks_without_images_are_left_out_as_long_as_one_is_left(folder: Path) 
     grid = load_grid(CONFIG, "paper", roots=roots | {"imagenet": None, "ade20k": folder})
     assert "ade20k" in grid.artefacts
     assert "imagenet_methods" not in grid.artefacts
-
-
-def test_class_folders_of_the_user_are_counted(grids: dict[str, Grid]) -> None:
-    runs = grids["workstation"].runs.values()
-    assert {spec.data.num_classes for spec in runs if spec.task == "classification"} == {2}
+    own = [spec for spec in grids["workstation"].runs.values() if spec.task == "classification"]
+    assert {spec.data.num_classes for spec in own} == {2}, "class folders of the user are counted"
 
 
 def test_public_images_are_downloaded_unless_the_user_names_a_folder(folder: Path) -> None:
@@ -222,10 +213,9 @@ def test_public_images_are_downloaded_unless_the_user_names_a_folder(folder: Pat
     assert (list(fashion.artefacts), fashion.public) == (["fashion"], {"fashion": ["imagenet", "ade20k"]})
     assert {row.schedule for row in fashion.artefacts["fashion"].rows} == {"none", "R=6"}
     for wrong in ("cats", "fashion"):
+        overrides = {"tasks": {"detection": {"data": {"public": wrong}}}}
         with pytest.raises(ValueError, match=rf"detection.data.public = '{wrong}': choose one of pets"):
-            load_grid(
-                CONFIG, "workstation", roots=none, overrides={"tasks": {"detection": {"data": {"public": wrong}}}}
-            )
+            load_grid(CONFIG, "workstation", roots=none, overrides=overrides)
     with pytest.raises(ValueError, match=r"artefacts: no artefact 'fashions'; choose among .*fashion"):
         load_grid(CONFIG, "fashion", overrides={"artefacts": ["fashions"]})
 
@@ -237,21 +227,17 @@ def test_manifest_says_all_that_a_notebook_needs() -> None:
     assert manifest["metrics"]["top1"] == "Top-1"
     assert manifest["published"].endswith("config/published/imagenet_methods.csv")
     rows = {row["row"]: row for row in manifest["rows"]}
-    run = rows["cropr_r8_llf"]["run"]
-    assert rows["cropr_r8_llf"]["records"] == [f"results/laptop/runs/{run}/seed{seed}/record.json" for seed in (0, 1)]
-    assert rows["cropr_r8_llf"]["maps"] is None
-    assert rows["cropr_r50"]["schedule"] == "R=16 @ 2,4,6"
+    row, run = rows["cropr_r8_llf"], rows["cropr_r8_llf"]["run"]
+    assert row["records"] == [f"results/laptop/runs/{run}/seed{seed}/record.json" for seed in (0, 1)]
+    assert (row["maps"], rows["cropr_r50"]["schedule"]) == (None, "R=16 @ 2,4,6")
     assert rows["small_image"]["records"] == []
     assert rows["small_image"]["why"]
     assert grid.manifest("pruning_maps")["rows"][0]["maps"] == f"results/laptop/maps/{run}/seed0.npz"
     relevance = grid.artefacts["relevance"].rows
     assert set(grid.files("relevance")) == {record for row in relevance for record in row.records}
-
-
-def test_a_notebook_that_reads_another_table_waits_for_it(grids: dict[str, Grid]) -> None:
-    files = set(grids["laptop"].files("tradeoff"))
+    files = set(grid.files("tradeoff"))  # a notebook that reads another table waits for it
     for name in ("training_free", "methods_speed"):
-        assert files >= {*grids["laptop"].files(name), f"results/laptop/manifests/{name}.json"}
+        assert files >= {*grid.files(name), f"results/laptop/manifests/{name}.json"}
 
 
 def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
@@ -265,65 +251,33 @@ def test_rows_are_found_by_name(grids: dict[str, Grid]) -> None:
         grid.find_row("none")
 
 
-def test_papers_detector_is_eva_02s_recipe(grids: dict[str, Grid]) -> None:
-    grid = grids["paper"]
-    table = grid.artefacts["coco"]
-    spec = grid.runs[str(table["cropr"].run)]
-    assert spec.detector == DetModelSpec()
-    assert (spec.data.image_size, spec.data.num_classes, spec.data.scale) == (1536, 80, (0.1, 2.0))
-    recipe = spec.recipe
-    assert (recipe.batch_size, recipe.layer_decay, recipe.ema, recipe.weight_decay) == (64, 0.8, 0.9999, 0.1)
-    assert (recipe.peak_lr, recipe.decay, spec.model.drop_path) == (pytest.approx(4e-5), "constant", 0.3)
-    assert spec.prune.schedule["kept"]["at"] == {"5": 6400, "8": 4096, "11": 2304, "14": 1024, "20": 256}
+NINE = {"schedules": {"squares": {"squares": {"at": {2: 3}}}}, "detector": {"global_blocks": [4]}}
+UNFIT = {
+    "tasks.segmentation.detector: segmentation has no detector": {"segmentation": {"detector": {"window": 2}}},
+    r"global_blocks = \[2\]: .* model.depth = 4, and": {"detection": {"detector": {"global_blocks": [2]}}},
+    "image size 48 must be a multiple of 32": {"detection": {"detector": {"window": 4}}},
+    "9 patches enter block 3, whose windows need a multiple of 4.*needed by .*coco.yaml: row": {"detection": NINE},
+    r"detector: windows: unknown key; .*window": {"detection": {"detector": {"windows": 2}}},
+    "tasks.detection.bench.rows: no row 'cropper'; choose": {"detection": {"bench": {"rows": ["cropper"]}}},
+}
 
 
-@pytest.mark.parametrize(("scale", "rows"), [("laptop", ["cropr"]), ("paper", ["none", "random", "cropr"])])
-def test_a_detectors_encoder_is_measured(grids: dict[str, Grid], scale: str, rows: list[str]) -> None:
-    grid = grids[scale]
-    table = grid.artefacts["coco"]
-    assert [row.row for row in table.rows if row.bench] == rows
-    spec = grid.benches[job(table["cropr"].bench)]
-    assert (spec.model.name, spec.image_size) == ("eva02_large_patch14_224", 1536)
-    assert spec.detector == DetModelSpec()
-    others = [
-        bench for bench in grid.benches.values() if bench.model.name != spec.model.name or bench.image_size < 1536
-    ]
-    assert all(bench.detector is None for bench in others)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"segmentation": {"detector": {"window": 2}}}, "tasks.segmentation.detector: segmentation has no detector"),
-        ({"detection": {"detector": {"global_blocks": [2]}}}, r"global_blocks = \[2\]: .* model.depth = 4, and"),
-        ({"detection": {"detector": {"window": 4}}}, "image size 48 must be a multiple of 32"),
-        (
-            {"detection": {"schedules": {"squares": {"squares": {"at": {2: 3}}}}, "detector": {"global_blocks": [4]}}},
-            "9 patches enter block 3, whose windows need a multiple of 4.*needed by .*coco.yaml: row random",
-        ),
-        ({"detection": {"detector": {"windows": 2}}}, r"detector: windows: unknown key; .*window"),
-        ({"detection": {"bench": {"rows": ["cropper"]}}}, "tasks.detection.bench.rows: no row 'cropper'; choose among"),
-    ],
-)  # fmt: skip
-def test_a_detector_that_does_not_fit_is_refused(overrides: dict, message: str) -> None:
+@pytest.mark.parametrize("message", UNFIT)
+def test_a_detector_that_does_not_fit_is_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_grid(CONFIG, "ci", overrides={"tasks": overrides})
-
-
-def weights_file(path: Path, metadata: dict[str, str] | None) -> Path:
-    header = json.dumps({"__metadata__": metadata} if metadata is not None else {}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    return path
+        load_grid(CONFIG, "ci", overrides={"tasks": UNFIT[message]})
 
 
 def test_shipped_weights_count_only_if_the_same_run_made_them(tmp_path: Path) -> None:
-    file = weights_file(tmp_path / "a.safetensors", {"spec": "0123456789"})
-    assert shipped(file, "0123456789")
-    assert not shipped(file, "9876543210")
-    assert not shipped(weights_file(tmp_path / "b.safetensors", None), "0123456789")
-    assert not shipped(tmp_path / "missing.safetensors", "0123456789")
-    (tmp_path / "c.safetensors").write_bytes(b"no header at all, but long enough")
-    assert not shipped(tmp_path / "c.safetensors", "0123456789")
+    file = tmp_path / "a.safetensors"
+    assert not shipped(file, "0123456789")
+    for metadata, same in (({"__metadata__": {"spec": "0123456789"}}, True), ({}, False)):
+        header = json.dumps(metadata).encode()
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        assert shipped(file, "0123456789") == same
+        assert not shipped(file, "9876543210")
+    file.write_bytes(b"no header at all, but long enough")
+    assert not shipped(file, "0123456789")
 
 
 @pytest.mark.model

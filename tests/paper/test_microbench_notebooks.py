@@ -30,13 +30,8 @@ def cell(
     """A variant that is ``speed`` times as fast as ``base`` seconds."""
     seconds = [base * (1 if variant == "unpruned" else noise) / speed for noise in NOISE]
     setting = {"precision": "fp32", "attention": "math", "batch_size": 4, "tokens": [17, 9, 17], **setting}
-    common = {
-        "images_per_s": 4 / median(seconds),
-        "mfu": 0.5,
-        "mac_ratio": 1.1 * speed,
-        "gmacs": 9 / speed,
-        "batch_size": 2,
-    }
+    common = {"images_per_s": 4 / median(seconds), "mfu": 0.5, "mac_ratio": 1.1 * speed, "gmacs": 9 / speed}
+    common |= {"batch_size": 2}
     return {"variant": variant, **setting, "seconds": seconds, "metrics": common | (metrics or {})}
 
 
@@ -121,15 +116,12 @@ def test_counts_are_compared_with_their_neighbours(tmp_path):
     assert float(table[0]["excess_percent"]) < 0 < float(table[-1]["excess_percent"])
 
 
-def test_parts_add_up(tmp_path):
+def test_parts_add_up_and_plans_stand_beside_their_targets(tmp_path):
     made, table = run(tmp_path, "profile")
     seconds = made["vit_l_224"][0]["seconds"]
     total = sum(seconds.values())
     parts = [(part, round(1000 * s, 2), round(100 * s / total, 2)) for part, s in [*seconds.items(), ("total", total)]]
     assert {(line["part"], float(line["cropr_ms"]), float(line["cropr_percent"])) for line in table} == set(parts)
-
-
-def test_plans_stand_beside_their_targets(tmp_path):
     _, table = run(tmp_path, "plan")
     found = [(line["target"], line["measured"], line["deviation_percent"], line["reached"]) for line in table]
     assert found == [("1.5", "1.52 [1.35, 1.80]", "1.3", "True"), ("9", "", "", "False")]

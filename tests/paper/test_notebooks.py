@@ -1,38 +1,38 @@
-"""Notebooks of accuracy: clean sources without results, and tables that plain Python confirms."""
+"""Notebooks of accuracy, whose tables plain Python confirms; the notebook runner."""
+
+from __future__ import annotations
 
 import ast
 import csv
+import html
 import json
 import re
 import statistics
 import subprocess
 import sys
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic import BASE, run_cells, write_results
 
 from workflow.paper import compare
+from workflow.paper import run_notebook as runner
 from workflow.paper.records import REPOSITORY, load_published
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
+TOP1 = ("imagenet_methods", "ablations", "relevance", "scoring", "fashion", "training_free", "tradeoff", "auxiliary")
+ALL = ", all validation images"
 METRIC = {
-    "imagenet_methods": ("top1", "top-1 (%)"),
-    "ablations": ("top1", "top-1 (%)"),
-    "relevance": ("top1", "top-1 (%)"),
-    "scoring": ("top1", "top-1 (%)"),
-    "fashion": ("top1", "top-1 (%)"),
-    "training_free": ("top1", "top-1 (%)"),
-    "tradeoff": ("top1", "top-1 (%)"),
-    "auxiliary": ("top1", "top-1 (%)"),
-    "similarity": ("top1", "top-1 (%)"),
-    "ade20k": ("miou", "mIoU (%)"),
-    "reactivation": ("miou", "mIoU (%)"),
+    **dict.fromkeys((*TOP1, "similarity"), ("top1", "top-1 (%)")),
+    **dict.fromkeys(("ade20k", "reactivation"), ("miou", "mIoU (%)")),
     "coco": ("box_ap", "box AP (%)"),
-    "pruning_maps": ("top1", "top-1 (%), all validation images"),
-    "pruning_maps_segmentation": ("miou", "mIoU (%), all validation images"),
-    "pruning_maps_detection": ("box_ap", "box AP (%), all validation images"),
+    "pruning_maps": ("top1", f"top-1 (%){ALL}"),
+    "pruning_maps_segmentation": ("miou", f"mIoU (%){ALL}"),
+    "pruning_maps_detection": ("box_ap", f"box AP (%){ALL}"),
 }
 T_975 = 4.302652729911275
 """Student's t of two degrees of freedom: three seeds."""
@@ -57,23 +57,18 @@ def test_source_holds_no_result(path):
 
 
 @pytest.mark.parametrize("name", METRIC)
-def test_code_holds_no_published_or_measured_value(name):
+def test_code_has_one_parameter_one_import_and_no_published_or_measured_value(name):
     """Numbers of code cells are counts, sizes and limits; none is a number of the paper."""
+    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
     values = {value for value in load_published(name)["value"] if value > 2}
-    for source in code(REPOSITORY / "notebooks" / f"{name}.ipynb"):
+    for source in code(path):
         numbers = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
         numbers = [number for number in numbers if type(number) in (int, float)]
         assert not values & set(numbers)
         assert not [number for number in numbers if isinstance(number, float) and len(str(number)) > 3]
-
-
-@pytest.mark.parametrize("name", METRIC)
-def test_has_one_parameter_and_imports_one_package(name):
-    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
     tagged = ["".join(cell["source"]) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
     assert tagged == ['results = "results/laptop"']
-    imported = re.findall(r"from (workflow\S*|cropr\S*) import", "\n".join(code(path)))
-    assert imported == ["workflow.paper"]
+    assert re.findall(r"from (workflow\S*|cropr\S*) import", "\n".join(code(path))) == ["workflow.paper"]
 
 
 @pytest.mark.workflow
@@ -140,3 +135,100 @@ def test_two_results_folders_stand_beside_each_other(tmp_path, capsys, monkeypat
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "mine"), str(tmp_path)])
     with pytest.raises(SystemExit):
         compare.main()
+
+
+ROOT = Path(__file__).parents[2]
+PICTURE = """
+import base64
+from IPython.display import Image, display
+display(Image(base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)))
+"""
+
+
+@cache
+def nbformat() -> Any:
+    """The package, imported where it is needed: it takes seconds."""
+    return import_module("nbformat")
+
+
+def notebook(path: Path, *sources: str) -> Path:
+    """A notebook with the parameters ``number`` and ``name``, a formula, and code cells."""
+    cells = [
+        nbformat().v4.new_markdown_cell(
+            "# Title\n\nA formula $a_j = \\sum_n A_{nj}$, prices of $5 and $6, and\n\n$$x^2$$"
+        ),
+        nbformat().v4.new_code_cell("number = 1\nname = 'nobody'", metadata={"tags": ["parameters"]}),
+        *map(nbformat().v4.new_code_cell, sources),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat().write(nbformat().v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def run(source: Path, out: Path, **parameters: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "workflow.paper.run_notebook", str(source), "--params", json.dumps(parameters)]
+    command += ["--executed", str(out / "log.ipynb"), "--notebook", str(out / "page.ipynb")]
+    return subprocess.run(
+        [*command, "--html", str(out / "page.html")], capture_output=True, text=True, check=False, timeout=300, cwd=ROOT
+    )
+
+
+@pytest.mark.workflow
+def test_runs_with_typed_parameters_and_is_stable(tmp_path: Path) -> None:
+    source = notebook(
+        tmp_path / "page.ipynb", "import os; print(type(number).__name__, number, name, os.getcwd(), object())", PICTURE
+    )
+    for folder in ("one", "two"):
+        result = run(source, tmp_path / folder, number=2.5, name="somebody")
+        assert result.returncode == 0, result.stderr
+    for file in ("page.ipynb", "page.html"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    published = nbformat().read(tmp_path / "one/page.ipynb", as_version=4)
+    text = "".join(output.get("text", "") for cell in published.cells for output in cell.get("outputs", []))
+    assert text.startswith("float 2.5 somebody . <object object at 0x0>"), "started in the repository; no machine paths"
+    assert published.metadata["papermill"] == {"parameters": {"number": 2.5, "name": "somebody"}}
+    page = (tmp_path / "one/page.html").read_text()
+    assert_offline(page)
+    assert "data:image/png;base64," in page
+    assert page.count("<math") == 2
+    assert "$5 and $6" in page
+
+
+@pytest.mark.workflow
+def test_failed_notebook_is_kept_and_not_published_and_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
+    source = notebook(tmp_path / "page.ipynb", "print('before')", "raise KeyError('cropr_r9')")
+    result = run(source, tmp_path / "out")
+    assert result.returncode == 1
+    assert "KeyError" in result.stderr
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"log.ipynb"}
+    executed = (tmp_path / "out/log.ipynb").read_text()
+    assert "before" in executed
+    assert "cropr_r9" in executed
+    with pytest.raises(ValueError, match="no parameter nmae; it has number, name"):
+        runner.execute(source, tmp_path / "out.ipynb", {"nmae": "x"})
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ipynb: no such notebook"):
+        runner.execute(tmp_path / "nothing.ipynb", tmp_path / "out.ipynb", {})
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_page_loads_nothing_and_pictures_keep_their_alt_text(tmp_path: Path) -> None:
+    content = nbformat().read(notebook(tmp_path / "page.ipynb", "x = 1", "y = 2"), as_version=4)
+    for cell, alt in zip(content.cells[2:], ({"alt": 'Top-1 of "Cropr" > 80 & rising'}, {}), strict=True):
+        cell.outputs = [nbformat().v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": alt})]
+    before = nbformat().writes(content)
+    page = runner.render(content, "Title")
+    assert_offline(page)
+    assert nbformat().writes(content) == before, "rendering changes the notebook"
+    assert "<title>Title</title>" in page
+    first, second = re.findall(r"<img[^>]*>", page)
+    assert 'src="data:image/png;base64,AAAA"' in first
+    assert 'Top-1 of "Cropr" > 80 & rising' in html.unescape(first)
+    assert "No description" in second  # nbconvert says so itself
+
+
+def assert_offline(page: str) -> None:
+    """No script, style sheet, picture or frame comes from elsewhere."""
+    elsewhere = r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?!data:)|<link\b[^>]*\bhref=["'](?!data:)"""
+    assert not re.findall(elsewhere + r"""|@import|url\(["']?(?:https?:)?//|import\(["']https?:""", page)

@@ -16,9 +16,9 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def stubbed(project: Project) -> Project:
+def stubbed(tmp_path: Path) -> Project:
     """A copy of the repository with stub jobs."""
-    return with_stubs(project)
+    return with_stubs(copy_repository(tmp_path / "repository"))
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +30,9 @@ def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+def everything(finished_template: Path) -> dict[str, int]:
     """Rule -> jobs of the ci scale."""
-    project = with_stubs(copy_repository(tmp_path_factory.mktemp("everything") / "repository"))
-    return project.planned("--config", "scale=ci")
+    return Project(finished_template).planned("--config", "scale=ci", "--forceall")
 
 
 @pytest.fixture

@@ -78,10 +78,8 @@ def test_a_reducer_is_its_module_and_a_row(project: Project) -> None:
         "print(*model.eval()(torch.zeros(1, 3, 64, 64)).logits.shape)"
     )
     assert python(project, code).split() == ["largest", "1", "1", "2"]
-    help_text = python(
-        project, "import sys; sys.argv = ['cropr', 'bench', '--help']; from cropr.__main__ import main; main()"
-    )
-    assert "largest" in help_text
+    code = "import sys; sys.argv = ['cropr', 'bench', '--help']; from cropr.__main__ import main; main()"
+    assert "largest" in python(project, code)
 
 
 def test_the_workflow_commands_of_the_how_tos_run(stubbed: Project) -> None:

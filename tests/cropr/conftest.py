@@ -1,0 +1,26 @@
+"""Fixtures of several files: images on disk, and how often fused attention was called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders that tests only read."""
+    return tiny.write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Keyword arguments of every call of fused attention."""
+    from torch.nn import functional as F
+
+    calls: list[dict[str, Any]] = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
+    return calls
