@@ -110,13 +110,17 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "named"),
     [
         (["data", "check", "nowhere"], "nowhere"),
+        (["data", "check", "images", "--classes", "9"], "error: images has 2 classes"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--data", "images", "--model", "vit_nonsense"], "vit_nonsense"),
+        (["train", "--data", "images", "--model", "google/vit-base-patch16-224"], "cropr.prune(model, schedule)"),
         (["train", "--data", "images", "--model", "vit_tiny_patch16_224", "--schedule", "{nonsense"], "nonsense"),
         (["train", "--data", "images", "--model", "vit_tiny_patch16_224", "--rate", "900"], "900"),
         (["train", "--data", "images", "--model", "vit_tiny_patch16_224", "--set", "recipe.epoch=3"], "recipe.epoch"),
         (["evaluate", "--run", "nowhere", "--data", "images"], "nowhere"),
         (["bench", "--model", "vit_nonsense"], "vit_nonsense"),
+        (["bench", "--model", "resnet18"], "no adapter for ResNet"),
+        (["plan", "--model", "resnet18"], "no adapter for ResNet"),
         (["bench", "--model", "vit_tiny_patch16_224", "--rate", "900"], "900"),
         (
             ["bench", "--model", "vit_tiny_patch16_224", "--spec", "{}"],
