@@ -100,7 +100,7 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write ``record`` as JSON with sorted keys, whole or not at all. Raises ValueError: a number is NaN or infinite;
     the message names its key; TypeError: a value is not JSON (a tensor, a path)."""
     if bad := [key for key, number in _numbers(record, "record") if not math.isfinite(number)]:
-        raise ValueError(f"{path}: {', '.join(bad)} is not a finite number; if a training diverged, lower its learning rate")
+        raise ValueError(f"{path}: {', '.join(bad)} is not finite; if training diverged, lower the learning rate")
     write_text(path, json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
 

@@ -265,9 +265,13 @@ def prune(
         kind: what to make: a model for images, or a task's own, such as a segmenter.
 
     Raises:
-        TypeError: a host or block type that has no adapter.
+        TypeError: no adapter for the host or a block; a name instead of a model, a number instead of a schedule.
         ValueError: an impossible schedule, an unknown name or option.
     """
+    if isinstance(host, str):
+        raise TypeError(f"host = {host!r}: give the model itself, as timm.create_model or from_pretrained returns it")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule = {schedule!r}: give a Schedule, such as cropr.Schedule.constant(rate=8)")
     backbone = host if isinstance(host, Backbone) else adapt(host)
     choose(FUSIONS, "fusion", fusion)
     sites = schedule.sites(backbone.depth, before_last_block(fusion))

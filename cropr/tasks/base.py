@@ -206,8 +206,9 @@ def require_known(name: str) -> str:
         known, wanted = timm.list_models(["vit_*", "deit*", "eva*"]), name.partition(".")[0]
         close = [one for one in known if wanted in one][:5] or get_close_matches(wanted, known, 5, 0.4)
         raise ValueError(
-            f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}. The command line takes timm's models "
-            "alone; prune those of Hugging Face, torchvision and open_clip in Python: cropr.prune(model, schedule), docs/hosts.md"
+            f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}. The command line takes timm's "
+            "models alone; those of Hugging Face, torchvision and open_clip are pruned in Python: "
+            "cropr.prune(model, schedule), see docs/hosts.md"
         )
     return name
 

@@ -207,6 +207,10 @@ def test_deployed_is_one_graph(name, reducer):
 def test_unsupported_hosts_and_settings_are_refused_by_name():
     with pytest.raises(TypeError, match=r"no adapter for ResNet; supported:.*Eva.*VisionTransformer"):
         cropr.prune(timm.create_model("resnet18", num_classes=5), Schedule.constant(2))
+    with pytest.raises(TypeError, match="give the model itself"):
+        cropr.prune("google/vit-base-patch16-224", Schedule.constant(2))
+    with pytest.raises(TypeError, match=r"schedule = 8: give a Schedule"):
+        cropr.prune(_host("vit"), 8)
     with pytest.raises(TypeError, match="patch dropout"):
         cropr.prune(timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5), Schedule.constant(2))
     host = _host("vit")

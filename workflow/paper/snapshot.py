@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of a finished scale")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="repository with README.md and docs/")
-    parser.add_argument("--under", default="", metavar="NAME", help="copy to docs/rendered/NAME and leave README.md alone")
+    parser.add_argument("--under", default="", metavar="NAME", help="copy to docs/rendered/NAME; README.md stays")
     args = parser.parse_args(argv)
     target = args.root / "docs" / "rendered" / args.under
     copy(args.results, target)
@@ -65,14 +65,14 @@ def _docs(target: Path) -> str:
 
 
 def index(results: Path, docs: str) -> str:
-    """List of the notebooks with their questions, by section, as Markdown; ``docs`` is the link to the folder ``docs``."""
+    """List of the notebooks with their questions, by section, as Markdown; ``docs``: link to the folder ``docs``."""
     executed = {path.stem for path in (results / "notebooks").glob("*.ipynb")}
     manifests = [load_manifest(name, results) for name in artefacts(results)]
-    seeds = ", ".join(map(str, manifests[0]["seeds"]))
+    scale, seeds = manifests[0]["scale"], ", ".join(map(str, manifests[0]["seeds"]))
     lines = [
         "# Rendered notebooks",
         "",
-        f"A copy of a run of the scale `{manifests[0]['scale']}`, seeds {seeds}; `make snapshot SCALE={manifests[0]['scale']}` copies",
+        f"A copy of a run of the scale `{scale}`, seeds {seeds}; `make snapshot SCALE={scale}` copies",
         f"`{manifests[0]['results']}/`. Every notebook names its device and ends with the command that makes it again.",
         f"How to read the numbers: [reading.md]({docs}reading.md). Claims and verdicts: [claims.md](claims.md).",
     ]
