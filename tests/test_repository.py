@@ -130,6 +130,12 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     assert not missing
 
 
+def test_links_of_rendered_notebooks_lead_somewhere() -> None:
+    for path in (path for path in files() if "rendered" in path.parts and path.suffix in (".md", ".ipynb")):
+        links = re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))", path.read_text(encoding="utf-8"))
+        assert [link for link in links if not (path.parent / link).exists()] == [], path
+
+
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_number_is_left_to_fill_in(path: Path) -> None:
     assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", path.read_text(encoding="utf-8"))
