@@ -33,7 +33,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "variables: SCALE=laptop SEEDS=(the scale's) CORES=all PYTHON=python3 (3.11 or newer)"
 
-reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|workstation|paper SEEDS=3
+reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|fashion|workstation|paper SEEDS=3
 	$(SNAKEMAKE)
 	@echo "The report lies in $(CURDIR)/results/$(SCALE)/report.html"
 
@@ -42,7 +42,7 @@ ablation: $(READY) ## one row of the ablations beside its baseline: make ablatio
 	$(SNAKEMAKE) row=$(ROW) -- compare
 
 snapshot: $(READY) ## copy the executed notebooks of a finished run to docs/rendered/, their numbers to the README
-	$(RUN) workflow.paper.snapshot results/$(SCALE)
+	$(RUN) workflow.paper.snapshot results/$(SCALE) $(if $(filter-out laptop,$(SCALE)),--under $(SCALE))
 
 test: $(READY) ## all tests but those that need a GPU
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not gpu"

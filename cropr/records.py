@@ -107,7 +107,7 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
     the message names its key; TypeError: a value is not JSON (a tensor, a path)."""
     values = leaves(record, "record", lists=True)
     if bad := [key for key, value in values if isinstance(value, float) and not math.isfinite(value)]:
-        raise ValueError(f"{path}: {', '.join(bad)} is not a finite number; a record holds results, not failures")
+        raise ValueError(f"{path}: {', '.join(bad)} is not finite; if training diverged, lower the learning rate")
     write_text(path, json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
 

@@ -143,3 +143,9 @@ def test_every_page_of_the_site_exists_and_the_api_page_names_modules() -> None:
     assert set(pages) == {path.name for path in (ROOT / "docs").glob("*.md")}
     modules = re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert [name for name in modules if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()] == []
+
+
+def test_links_of_rendered_notebooks_lead_somewhere() -> None:
+    for path in (path for path in files() if "rendered" in path.parts and path.suffix in (".md", ".ipynb")):
+        links = re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))", path.read_text(encoding="utf-8"))
+        assert [link for link in links if not (path.parent / link).exists()] == [], path

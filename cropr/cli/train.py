@@ -142,7 +142,7 @@ def _initial_id(path: Path) -> str:
     if (path.parent / RECORD).exists():
         return str(read_record(path.parent)["id"])
     if not path.is_file():
-        raise FileNotFoundError(f"--init {path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file of weights (--init, --teacher)")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 

@@ -30,7 +30,8 @@ class CheckReport:
         """ValueError with all problems and up to ``limit`` bad files, if there are any."""
         if self.problems or self.bad:
             summary = f"{self.root}: {len(self.bad)} of {sum(self.images.values())} images cannot be used"
-            raise ValueError("\n  ".join([summary, *self.problems, some(self.bad, "\n  ", limit)]))
+            lines = [summary, some(self.bad, "\n  ", limit)] if self.bad else []
+            raise ValueError("\n  ".join([*lines[:1], *self.problems, *lines[1:]]))
 
 
 def check(

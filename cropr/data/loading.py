@@ -89,7 +89,8 @@ def require_folders(root: Path, task: Task, inner: str = "") -> Path:
     top = root / inner if (root / inner).is_dir() else root
     for folder in (top, *(top / name for name in task.folders)):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such directory; {task.layout} has {', '.join(task.folders)}")
+            places = ", ".join(str(top / name) for name in task.folders)
+            raise FileNotFoundError(f"{folder}: no such directory; images for {task.name} lie in {places}")
     return top
 
 

@@ -244,9 +244,13 @@ def prune(
         num_outputs: outputs of the auxiliary heads; the host's classes unless given.
         kind: what to make: a model for images, or a task's own, such as a segmenter.
 
-    Raises TypeError for a host or block type without adapter, ValueError for an impossible schedule and for an unknown
-    name or option.
+    Raises TypeError for a host or block type without adapter and for a name instead of a model, ValueError for an
+    impossible schedule and for an unknown name or option.
     """
+    if isinstance(host, str):
+        raise TypeError(f"host = {host!r}: give the model itself, as timm.create_model or from_pretrained returns it")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule = {schedule!r}: give a Schedule, such as cropr.Schedule.constant(rate=8)")
     backbone = host if isinstance(host, Backbone) else adapt(host)
     method, fused = choose(FUSIONS, "fusion", fusion), before_last_block(fusion)
     sites = schedule.sites(backbone.depth, fused)

@@ -158,7 +158,20 @@ def build_model(
     kind: type[Model] = PrunedViT,  # type: ignore[assignment]
 ) -> Model:
     """The model of a training or benchmark spec; ``kind`` as of ``prune``. The last block has no drop path where tokens
-    are pruned (paper, section 4.1; the authors' code); in dense models, it never has (the authors' code)."""
+    are pruned (paper, section 4.1; the authors' code); in dense models, it never has (the authors' code). Raises
+    ValueError: timm has no such model or argument, no adapter for it, or an image size that patches do not divide."""
+    schedule = Schedule.from_config(spec.schedule)
+    try:
+        host = _create_host(model, num_classes, image_size, pretrained)
+        pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
+    except TypeError as error:  # timm: unknown argument; ours: no adapter
+        raise ValueError(f"model {model.name}: {error}") from error
+    if pruned.reducers or pruned.dense:
+        keep_last_block(host)
+    return pruned
+
+
+def _create_host(model: ModelSpec, num_classes: int, image_size: int, pretrained: bool) -> Any:
     arguments = {"num_classes": num_classes, "drop_path_rate": model.drop_path, "img_size": image_size, **model.args}
     try:
         host: Any = timm.create_model(require_known(model.name), pretrained, **arguments)
@@ -169,11 +182,7 @@ def build_model(
     side = getattr(getattr(host, "patch_embed", None), "patch_size", (1, 1))[0]
     if image_size % side:
         raise ValueError(f"image_size = {image_size}: must be a multiple of the model's patch size, {side} px")
-    schedule = Schedule.from_config(spec.schedule)
-    pruned = prune(host, schedule, spec.reducer, spec.fusion, spec.options, kind=kind)
-    if pruned.reducers or pruned.dense:
-        keep_last_block(host)
-    return pruned
+    return host
 
 
 def keep_last_block(host: Any) -> None:
@@ -188,7 +197,11 @@ def require_known(name: str) -> str:
     if not timm.is_model(name):
         known, wanted = timm.list_models(["vit_*", "deit*", "eva*"]), name.partition(".")[0]
         close = [one for one in known if wanted in one][:5] or get_close_matches(wanted, known, 5, 0.4)
-        raise ValueError(f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}")
+        raise ValueError(
+            f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}. The command line takes timm's "
+            "models alone; those of Hugging Face, torchvision and open_clip are pruned in Python: "
+            "cropr.prune(model, schedule), see docs/hosts.md"
+        )
     return name
 
 

@@ -114,6 +114,8 @@ def foreign_block():
     ("host", "arguments", "says"),
     [
         (lambda: timm.create_model("resnet18", num_classes=5), {}, r"no adapter for ResNet; .*Eva.*VisionTransformer"),
+        (lambda: "google/vit-base-patch16-224", {}, "give the model itself"),
+        (None, {"schedule": 8}, "schedule = 8: give a Schedule"),
         (lambda: host_of("vit", patch_drop_rate=0.5), {}, "patch dropout"),
         (foreign_block, {}, "no adapter for block type TransformerEncoderLayer; supported:"),
         (lambda: host_of("gap-without-cls"), {"reducer": "attn_topk"}, "no class token"),

@@ -29,6 +29,8 @@ def results(tmp_path_factory):
     for name in ("imagenet_methods", "ade20k"):
         write_results(root, name)
     (root / "tables").mkdir()
+    (root / "notebooks").mkdir()
+    (root / "notebooks" / "ade20k.ipynb").write_text("[reading](../docs/reading.md)")
     (root / "tables" / "ade20k.md").write_text("| name | mIoU |\n| --- | --- |\n| <Cropr> |  |\n")
     (root / "tables" / "ade20k_speed.csv").write_text('name,speed-up\nCropr,"1.70 [1.63, 1.74]"\n')
     assert page.main(["--results", str(root), "--out", str(root / "report.html")]) == 0
@@ -82,6 +84,13 @@ def test_headline_has_the_numbers_of_the_notebooks_and_an_empty_cell_for_a_missi
     assert headline(copy).endswith("| 2.0 |  |")
 
 
+def test_headline_of_an_experiment_that_the_paper_lacks_shows_what_was_measured(tmp_path):
+    table = page.headline(write_results(tmp_path, "fashion"), ["fashion"])
+    accuracy = with_interval(mean_interval(load_records("fashion", tmp_path), "top1"))
+    assert all(text in table for text in accuracy)
+    assert "published" not in table
+
+
 def test_pruned_patches_are_read_image_by_image(tmp_path):
     found = load_pruned_after("similarity", write_results(tmp_path, "similarity"))
     assert set(found) == {row["name"] for row in load_manifest("similarity", tmp_path)["rows"]}
@@ -102,7 +111,14 @@ def test_snapshot_copies_files_and_puts_in_the_headline(results, tmp_path_factor
     assert text == f"a\n<!-- headline -->\n{table}<!-- end -->\nb\n"
     assert snapshot.with_headline(text, table) == text
     copied = {path.name for path in (root / "docs" / "rendered").iterdir() if path.suffix != ".png"}
-    assert copied == {"README.md", "ade20k.md", "ade20k_speed.csv", "claims.csv", "claims.md", "headline.md"}
+    files = {"README.md", "ade20k.ipynb", "ade20k.md", "ade20k_speed.csv", "claims.csv", "claims.md", "headline.md"}
+    assert copied == files
+    snapshot.main([str(results), "--root", str(root), "--under", "ci"])
+    snapshot.main([str(results), "--root", str(root)])
+    assert (root / "README.md").read_text() == text
+    for folder, link in (("rendered", "../reading.md"), ("rendered/ci", "../../reading.md")):
+        assert f"({link})" in (root / "docs" / folder / "README.md").read_text()
+        assert f"({link})" in (root / "docs" / folder / "ade20k.ipynb").read_text()
     with pytest.raises(ValueError, match="no lines"):
         snapshot.with_headline("a", table)
     with pytest.raises(FileNotFoundError, match="not finished"):

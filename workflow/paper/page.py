@@ -62,7 +62,10 @@ def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
 
 
 def headline(results: Path, names: list[str]) -> str:
-    """The README's table as Markdown: published beside measured, of the notebook that compares methods on each task."""
+    """The README's table as Markdown: published beside measured, of the notebook that compares methods on each task.
+
+    Columns without any value are left out.
+    """
     lines: list[dict[str, str]] = []
     captions: dict[str, None] = {}
     seen: set[str] = set()
@@ -73,20 +76,24 @@ def headline(results: Path, names: list[str]) -> str:
             lines += _headline(manifest, results)
             captions |= dict.fromkeys(setting(name, results).splitlines()[1:])
     about = "\n".join(f"* {line.strip()}" for line in captions)
-    return f"{to_markdown(pd.DataFrame(lines))}\n{about}\n"
+    table = pd.DataFrame(lines)
+    return f"{to_markdown(table.loc[:, table.astype(bool).any()])}\n{about}\n"
 
 
 def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
-    """Lines of the rows of which the paper has an accuracy or a speed-up; speeds are those of the notebook's table."""
+    """Lines of the rows of which the paper has an accuracy or a speed-up, of all rows if it has none; speeds are those
+    of the notebook's table."""
     name, (metric, label) = manifest["artefact"], next(iter(manifest["metrics"].items()))
     value = load_published(name).set_index(["row", "quantity"])["value"]
     runs, speeds = load_records(name, results), results / "tables" / f"{name}_speed.csv"
     accuracy = with_interval(mean_interval(runs, metric)) if len(runs) else pd.Series(dtype=object)
     table = pd.read_csv(speeds, dtype=str, keep_default_na=False) if speeds.is_file() else pd.DataFrame({"name": []})
     speedup = dict(zip(table["name"], table.get("speed-up", []), strict=True))
+    ran = [row for row in manifest["rows"] if row["why"] is None]
+    published = [row for row in ran if (row["row"], metric) in value or (row["row"], "speedup") in value]
     return [
         {
-            "paper's model": manifest["paper_model"],
+            "paper's model": manifest["paper_model"] or "",
             "pruning": row["paper_name"],
             "metric": f"{label} (%)",
             "published": write(value.get((row["row"], metric), float("nan"))),
@@ -94,8 +101,7 @@ def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
             "published speed-up": write(value.get((row["row"], "speedup"), float("nan"))),
             "measured speed-up": speedup.get(row["paper_name"], ""),
         }
-        for row in manifest["rows"]
-        if row["why"] is None and ((row["row"], metric) in value or (row["row"], "speedup") in value)
+        for row in published or ran
     ]
 
 

@@ -1,6 +1,7 @@
 """Copy a finished scale to ``docs/rendered/`` and its headline table into the README.
 
     python -m workflow.paper.snapshot results/laptop
+    python -m workflow.paper.snapshot results/fashion --under fashion    # to docs/rendered/fashion/, README.md stays
 
 Copies executed notebooks, tables and PNG figures, and lists them in ``docs/rendered/README.md``. In README.md, the text
 between ``<!-- headline -->`` and ``<!-- end -->`` becomes ``tables/headline.md``; nothing else of it is touched.
@@ -26,10 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of a finished scale")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="repository with README.md and docs/")
+    parser.add_argument("--under", default="", metavar="NAME", help="copy to docs/rendered/NAME; README.md stays")
     args = parser.parse_args(argv)
-    target = args.root / "docs" / "rendered"
+    target = args.root / "docs" / "rendered" / args.under
     copy(args.results, target)
-    write_text(target / "README.md", index(args.results))
+    write_text(target / "README.md", index(args.results, _docs(target)))
+    if args.under:
+        return 0
     readme = args.root / "README.md"
     table = (args.results / "tables" / "headline.md").read_text(encoding="utf-8")
     write_text(readme, with_headline(readme.read_text(encoding="utf-8"), table))
@@ -51,19 +55,26 @@ def copy(results: Path, target: Path) -> None:
     for pattern in FILES:
         for new in sorted(results.glob(pattern)):
             shutil.copyfile(new, target / new.name)
+    for notebook in target.glob("*.ipynb"):
+        write_text(notebook, notebook.read_text(encoding="utf-8").replace("(../docs/", f"({_docs(target)}"))
 
 
-def index(results: Path) -> str:
-    """List of the notebooks with their questions, by section, as Markdown."""
+def _docs(target: Path) -> str:
+    """Relative link from ``target`` to the folder ``docs`` that it lies in."""
+    return "../" * target.parts[::-1].index("docs")
+
+
+def index(results: Path, docs: str) -> str:
+    """List of the notebooks with their questions, by section, as Markdown; ``docs``: link to the folder ``docs``."""
     executed = {path.stem for path in (results / "notebooks").glob("*.ipynb")}
     manifests = [load_manifest(name, results) for name in artefacts(results)]
-    seeds = ", ".join(map(str, manifests[0]["seeds"]))
+    scale, seeds = manifests[0]["scale"], ", ".join(map(str, manifests[0]["seeds"]))
     lines = [
         "# Rendered notebooks",
         "",
-        f"A copy of a run of the scale `{manifests[0]['scale']}`, seeds {seeds}; `make snapshot` copies",
+        f"A copy of a run of the scale `{scale}`, seeds {seeds}; `make snapshot SCALE={scale}` copies",
         f"`{manifests[0]['results']}/`. Every notebook names its device and ends with the command that makes it again.",
-        "How to read the numbers: [reading.md](../reading.md). Claims and verdicts: [claims.md](claims.md).",
+        f"How to read the numbers: [reading.md]({docs}reading.md). Claims and verdicts: [claims.md](claims.md).",
     ]
     for section in dict.fromkeys(manifest["section"] for manifest in manifests):
         lines += ["", f"## {section}", ""]

@@ -84,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="folder of a finished scale")
     parser.add_argument("--row", metavar="ARTEFACT/ROW", help="say what the cells of this row come from")
     args = parser.parse_args(argv)
-    results = find_results(args.results)
+    try:
+        results = find_results(args.results)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     if args.row:
         artefact, _, row = args.row.partition("/")
         found = sources(artefact, results)
