@@ -94,7 +94,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "named"),
     [
         (["data", "check", "nowhere"], "nowhere"),
-        (["data", "check", "images", "--classes", "9"], "error: images has 2 classes"),
+        (["data", "check", "images", "--classes", "9"], "error: images has 3 classes"),
         (["train", "--data", "nowhere"], "nowhere"),
         ([*TRAIN, "vit_smal_patch16_224"], "close to it: vit_small_patch16_224"),
         ([*TRAIN, "google/vit-base-patch16-224"], "cropr.prune(model, schedule)"),
