@@ -167,7 +167,7 @@ def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float
         options: keyword arguments of the reducer.
 
     Raises:
-        ValueError: unknown name or option, with the known ones.
+        ValueError: unknown name or option, with the known ones; an impossible value.
     """
     method = choose(REDUCERS, "reducer", name)
     if unknown := sorted(set(options) - set(method.options)):
@@ -175,5 +175,8 @@ def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float
         raise ValueError(f"reducer {name!r} has no option {', '.join(unknown)}; it has {allowed}")
     kind = method.load()
     site = {"keep": keep, "depth": depth}
-    reducer: Reducer = kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
+    try:
+        reducer: Reducer = kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
+    except (TypeError, RuntimeError) as error:  # a value of another type, or of a size that torch refuses
+        raise ValueError(f"reducer {name!r} cannot be made with {options}: {error}") from error
     return reducer
