@@ -302,7 +302,7 @@ def _sorted(at: Mapping[int, float], whole: bool = True) -> tuple[tuple[int, Any
 
 def _number(value: Any, what: str, whole: bool = True) -> Any:
     """A finite number, as int if it must be ``whole``. ValueError: it is none."""
-    known = isinstance(value, Real) and not isinstance(value, bool) and -MOST <= value <= MOST
-    if not known or (whole and value != int(value)):
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and -MOST <= value <= MOST) or (whole and value != int(value)):
         raise ValueError(f"{what} {value!r}: must be a {'whole ' * whole}number up to {MOST}")
     return int(value) if whole else value

@@ -168,23 +168,23 @@ def test_a_signal_in_the_last_step_of_an_epoch_does_not_lose_its_evaluation(
     images: Path, tmp_path: Path, step: int
 ) -> None:
     spec, split = tiny.spec(), imagenet.load_splits(images)[0]
-    settings = Settings(out=tmp_path, evaluate_every=1)
+
+    def run(task: Objective) -> list[dict[str, float]]:
+        how = {"settings": Settings(out=tmp_path, evaluate_every=1), "evaluate": lambda _: {"top1": 1.0}}
+        return fit(tiny.model(spec), task, tiny.batches(split, spec), spec.recipe, 0, **how)
+
     with pytest.raises(TrainingInterrupted):
-        task = tiny.Signalled(spec.data, step, signal.SIGTERM)
-        fit(tiny.model(spec), task, tiny.batches(split, spec), spec.recipe, 0, settings, evaluate=lambda _: {"top1": 1})
-    task = Objective(spec.data)
-    history = fit(
-        tiny.model(spec), task, tiny.batches(split, spec), spec.recipe, 0, settings, evaluate=lambda _: {"top1": 1}
-    )
-    assert [entry["epoch"] for entry in history] == [1, 2]
+        run(tiny.Signalled(spec.data, step, signal.SIGTERM))
+    assert [entry["epoch"] for entry in run(Objective(spec.data))] == [1, 2]
 
 
 def test_a_log_that_is_cut_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("1\n2\n3\n")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_room)
-        open_log(log, 2)
+        with pytest.raises(OSError, match="No space"):
+            open_log(log, 2)
     assert log.read_text() == "1\n2\n3\n"
     open_log(log, 2).close()
     assert log.read_text() == "1\n2\n"
@@ -192,10 +192,11 @@ def test_a_log_that_is_cut_is_whole_at_every_moment(tmp_path: Path, monkeypatch:
     assert Path(os.devnull).is_char_device()
 
 
-def test_a_run_killed_after_its_record_leaves_no_checkpoint(trained: Path, images: Path) -> None:
+def test_a_run_that_was_killed_leaves_neither_checkpoint_nor_temporary_file(trained: Path, images: Path) -> None:
     (trained / "checkpoint/step_00000003").mkdir(parents=True)
+    (trained / ".weights.safetensors.123.tmp").touch()
     assert main(["train", "--data", str(images), *TRAIN, "--out", str(trained)]) == 0
-    assert not (trained / "checkpoint").exists()
+    assert [file.name for file in trained.iterdir() if file.name.startswith((".", "checkpoint"))] == []
 
 
 def test_equal_weights_are_equal_files(tmp_path: Path) -> None:

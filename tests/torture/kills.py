@@ -16,12 +16,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import tiny
 import tiny_coco
-from project import copy_repository
+from project import ROOT, copy_repository
 from synthetic import write_results
 from test_detection_run import SPEC as DETECTION
 
@@ -33,58 +34,58 @@ from workflow.paper import page, run_notebook
 from workflow.paper.grid import load_grid
 from workflow.paper.microbench import __main__ as microbench
 
-ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-TIMES = {"provenance", "train_images_per_s", "step_ms", "data_ms", "images_per_s"}
-LEFT_OUT = {"logs", ".snakemake", "__pycache__"}
-RERUNS = 9
+TIMES = {"provenance", "train_images_per_s", "step_ms"}
+UNFINISHED = ("log.", ".lock", "checkpoint/", "best")
+"""Files that a run writes while it trains."""
 SHARES = {"data": 14, "bench": 5, "microbench": 5, "report page": 5, "notebook": 4, "snakemake": 3}
 """Percent of all kills; 16 for the other kinds."""
-Job = tuple[Callable[[list[str]], Any], list[str]]
-"""A function of the command line and its arguments, in which ``OUT`` is the folder of the results."""
+Job = tuple[Callable[[list[str]], Any], list[str], Path | None]
+"""Function of a command line, its words with ``OUT`` for the folder of the results, what that folder begins with."""
 
 
-def jobs(base: Path) -> dict[str, tuple[Job, Path | None]]:
-    """Kind of job -> job, and what its folder begins with. ``base`` gets what they read."""
+def jobs(base: Path) -> dict[str, Job]:
+    """Kinds of job by name; ``base`` gets what they read."""
     scenes = {"image_size": 32, "train": 48, "val": 12, "distractors": (0, 1)}
-    photos, coco = tiny.write_folder(base / "photos"), tiny_coco.write_coco(base / "coco", train=15, val=5)
-    write(ScenesSpec(**scenes), base / "maps", "ade20k")
-    write_results(base / "notebook", "breakeven")
-    for name in ("imagenet_methods", "ade20k"):
-        write_results(base / "page", name)
-    repository = copy_repository(base / "repository").path
     dense = {"task": "segmentation", "data": {"image_size": 32, "num_classes": 11, "scenes": scenes}}
+    write(ScenesSpec(**scenes), base / "maps", "ade20k")
     plain = {"reducer": "none", "schedule": {"constant": {"rate": 0}}, "fusion": "none"}
     train = {
         "pretrain": (tiny.spec(**dense, prune=plain, recipe__epochs=4), base / "maps"),
-        "train classification": (tiny.spec(recipe__epochs=4, model__drop_path=0.1), photos),
+        "train classification": (
+            tiny.spec(recipe__epochs=4, model__drop_path=0.1),
+            tiny.write_folder(base / "photos"),
+        ),
         "train segmentation": (tiny.spec(**dense, recipe__epochs=3, recipe__ema=0.9), base / "maps"),
-        "train detection": (DETECTION, coco),
+        "train detection": (DETECTION, tiny_coco.write_coco(base / "coco", train=15, val=5)),
     }
-    made: dict[str, tuple[Job, Path | None]] = {}
+    made: dict[str, Job] = {}
     for name, (spec, data) in train.items():
-        arguments = ["train", "--spec", spec.model_dump_json(), "--data", str(data), "--evaluate-every", "2"]
-        made[name] = (cropr.main, [*arguments, "--out", "OUT"]), None
-    measured = {"model": tiny.spec().model.model_dump(), "image_size": 32}
-    bench = json.dumps({**measured, "prune": tiny.spec().prune.model_dump(), "rounds": 3})
-    sweep = json.dumps({**measured, "batch_sizes": [1], "variants": {"cropr": tiny.spec().prune.model_dump()}})
-    notebook = ["notebooks/breakeven.ipynb", "--params", '{"results": "OUT"}', "--executed", "OUT/logs/run.ipynb"]
-    made["data"] = (cropr.main, "data scenes --out OUT --train 400 --val 100 --layout coco".split()), None
-    made["bench"] = (cropr.main, ["bench", "--spec", bench, "--out", "OUT"]), None
-    made["microbench"] = (microbench.main, ["sweep", "--spec", sweep, "--out", "OUT"]), None
-    published = ["--notebook", "OUT/notebook.ipynb", "--html", "OUT/page.html"]
-    made["notebook"] = (run_notebook.main, [*notebook, *published]), base / "notebook"
-    made["report page"] = (page.main, ["--results", "OUT", "--out", "OUT/report.html"]), base / "page"
+        words = ["train", "--spec", spec.model_dump_json(), "--data", str(data), "--evaluate-every", "2"]
+        made[name] = cropr.main, [*words, "--out", "OUT"], None
+    model, prune = tiny.spec().model.model_dump(), tiny.spec().prune.model_dump()
+    bench = json.dumps({"model": model, "image_size": 32, "prune": prune, "rounds": 3})
+    sweep = json.dumps({"model": model, "image_size": 32, "batch_sizes": [1], "variants": {"cropr": prune}})
+    words = ["data", "scenes", "--out", "OUT", "--train", "400", "--val", "100", "--layout", "coco"]
+    made["data"] = cropr.main, words, None
+    made["bench"] = cropr.main, ["bench", "--spec", bench, "--out", "OUT"], None
+    made["microbench"] = microbench.main, ["sweep", "--spec", sweep, "--out", "OUT"], None
+    words = ["notebooks/breakeven.ipynb", "--params", '{"results": "OUT"}', "--executed", "OUT/logs/run.ipynb"]
+    words += ["--notebook", "OUT/notebook.ipynb", "--html", "OUT/page.html"]
+    made["notebook"] = run_notebook.main, words, write_results(base / "notebook", "breakeven")
+    results = [write_results(base / "page", name) for name in ("imagenet_methods", "ade20k")]
+    made["report page"] = page.main, ["--results", "OUT", "--out", "OUT/report.html"], results[0]
     pretrain = next(run for run, spec in load_grid(ROOT / "config", "ci").pretrains.items() if spec.init == "random")
-    target = ["scale=ci", "pretrain=make", "--", f"results/ci/pretrain/{pretrain}/weights.safetensors"]
-    made["snakemake"] = (snakemake, ["-d", "OUT", "--cores", "1", "--config", *target]), repository
+    words = ["scale=ci", "pretrain=make", "--", f"results/ci/pretrain/{pretrain}/weights.safetensors"]
+    repository = copy_repository(base / "repository").path
+    made["snakemake"] = snakemake, ["-d", "OUT", "--cores", "1", "--config", *words], repository
     return made
 
 
-def snakemake(arguments: list[str]) -> None:
-    os.chdir(arguments[1])
-    os.environ["PYTHONPATH"] = arguments[1]
-    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *arguments])
+def snakemake(words: list[str]) -> None:
+    os.chdir(words[1])
+    os.environ["PYTHONPATH"] = words[1]
+    os.execv(sys.executable, [sys.executable, "-m", "snakemake", *words])
 
 
 def start(job: Job, out: Path) -> int:
@@ -98,15 +99,14 @@ def start(job: Job, out: Path) -> int:
         for stream in (1, 2):
             os.dup2(os.open(out.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
         status = job[0]([word.replace("OUT", str(out)) for word in job[1]]) or 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
+    except BaseException as stop:
+        status = int(getattr(stop, "code", 1) or 0)
         traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def wait(child: int, seconds: float = 300) -> int | None:
+def wait(child: int, seconds: float = 600) -> int | None:
     """Exit status, negative for a signal; None if the job still runs after so long."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -118,16 +118,14 @@ def wait(child: int, seconds: float = 300) -> int | None:
 
 
 def state(out: Path) -> dict[str, Any]:
-    """What a job left, without times: files by name, records and logs by what they hold."""
+    """What a job left, by name: contents; records without times; the number of lines of logs."""
     found: dict[str, Any] = {}
     for file in out.rglob("*"):
-        if file.is_file() and not set(file.parts) & LEFT_OUT and file.suffix != ".tmp":
-            name, content = str(file.relative_to(out)), file.read_bytes()
-            if file.name == "record.json":
-                content = timeless(json.loads(content))
-            elif file.name.startswith("log."):
-                content = content.count(b"\n")
-            found[name] = content
+        if file.is_file() and not set(file.parts) & {"logs", ".snakemake", "__pycache__"} and file.suffix != ".tmp":
+            content = file.read_bytes()
+            record = file.name == "record.json"
+            lines = content.count(b"\n") if file.name.startswith("log.") else content
+            found[str(file.relative_to(out))] = timeless(json.loads(content)) if record else lines
     return found
 
 
@@ -141,74 +139,62 @@ def timeless(value: Any, measured: bool = False) -> Any:
     return value if isinstance(value, str) or not measured else None
 
 
-def disturbed(job: Job, out: Path, number: signal.Signals, moment: float, whole: dict[str, Any]) -> str | None:
-    """Kill a job, look at what it left, run it to its end. What is wrong; None for nothing; "late" if it had ended."""
+def disturbed(job: Job, out: Path, number: signal.Signals, moment: float, whole: dict[str, Any]) -> str:
+    """Kill a job, look at what it left, run it to its end. What is wrong, or "survived", or "late": it had ended."""
     children = [start(job, out)]
     if wait(children[0], moment) is not None:
         return "late"
-    (os.killpg if number == signal.SIGINT else os.kill)(children[0], number)
+    (os.killpg if number == signal.SIGINT else os.kill)(children[0], number)  # Ctrl-C reaches the whole group
     wait(children[0])
-    if job[0] is not snakemake and not (out / INCOMPLETE).exists():
-        for name, content in state(out).items():
-            final = not name.startswith(("log.", ".lock", "checkpoint/", "best"))
-            if final and whole.get(name) != content:
-                return f"{name} is half-written under its name"
-    for attempt in range(RERUNS):
+    left = {} if job[0] is snakemake or (out / INCOMPLETE).exists() else state(out)
+    if half := [name for name in left if not name.startswith(UNFINISHED) and whole.get(name) != left[name]]:
+        return f"half-written: {half}"
+    for pause in range(9):
         children.append(start(job, out))
         if not (status := wait(children[-1])):
             break
-        if "--unlock" in out.with_suffix(".log").read_text():  # what its message says
-            wait(start((snakemake, ["-d", "OUT", "--unlock"]), out))
-        time.sleep(attempt)
+        if "--unlock" in out.with_suffix(".log").read_text():  # what Snakemake's message says
+            wait(start((snakemake, ["-d", "OUT", "--unlock"], None), out))
+        time.sleep(pause)
     for child in children:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    if status != 0:
-        return f"does not end, status {status}: {out.with_suffix('.log').read_text()[-600:]}"
     now = state(out)
     wrong = sorted(name for name in {*now, *whole} if now.get(name) != whole.get(name))
-    return f"differs from an undisturbed run: {', '.join(wrong[:5])}" if wrong else None
+    return f"status {status}; differs: {wrong[:5]}" if status or wrong else "survived"
 
 
-def prepare(out: Path, source: Path | None) -> None:
+def prepare(job: Job, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(exist_ok=True)
-    if source:
-        shutil.copytree(source, out)
+    if job[2]:
+        shutil.copytree(job[2], out)
 
 
-def run(kills: int, seed: int, say: Callable[[str], None], only: str = "") -> int:
-    """Kill jobs in turn; says a table in the end. Returns the number of failures."""
-    dice, survived, injected, strays = random.Random(seed), Counter(), Counter(), Counter()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        base, whole, seconds = Path(folder), {}, {}
-        kinds = {name: made for name, made in jobs(base).items() if name.startswith(only)}
-        out = base / "results" / "job"  # of all, since notebooks name it
-        for name, (job, source) in kinds.items():
-            prepare(out, source)
+def run(kills: int, seed: int, only: str = "") -> int:
+    """Kill jobs; prints a line a kill and a table. Returns the number of failures."""
+    dice, counts, whole, seconds = random.Random(seed), Counter[Any](), dict[str, Any](), dict[str, float]()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as base:
+        kinds = {name: job for name, job in jobs(Path(base)).items() if name.startswith(only)}
+        out = Path(base, "results/job")  # of all kinds, since notebooks name it
+        for name, job in kinds.items():
+            prepare(job, out)
             began = time.monotonic()
-            if wait(start(job, out)):
-                raise RuntimeError(f"{name} fails undisturbed: {out.with_suffix('.log').read_text()[-3000:]}")
+            assert wait(start(job, out)) == 0, f"{name} undisturbed: {out.with_suffix('.log').read_text()}"
             seconds[name], whole[name] = time.monotonic() - began, state(out)
-            say(f"{name}: {seconds[name]:.1f} s undisturbed, {len(whole[name])} files")
         each = {name: round(kills * SHARES.get(name, 16) / 100) for name in kinds}
-        todo = [(name, SIGNALS[count % len(SIGNALS)]) for name in kinds for count in range(each[name])]
+        todo = [(name, SIGNALS[count % 3]) for name in kinds for count in range(each[name])]
         dice.shuffle(todo)
-        for number, (name, one) in enumerate(todo, start=1):
-            job, source = kinds[name]
-            wrong: str | None = "late"
-            while wrong == "late":
-                prepare(out, source)
+        for name, one in todo:
+            result = "late"
+            while result == "late":
+                prepare(kinds[name], out)
                 moment = dice.uniform(0, seconds[name])
-                wrong = disturbed(job, out, one, moment, whole[name])
-            injected[name, one] += 1
-            survived[name, one] += wrong is None
-            strays[name] += len([*out.rglob(".*.tmp")])
-            say(f"{number} {name} {one.name} after {moment:.2f} s: {wrong or 'survived'}")
-    say(f"| job | {' | '.join(one.name for one in SIGNALS)} | temporary files left |\n|---|---|---|---|---|")
+                result = disturbed(kinds[name], out, one, moment, whole[name])
+            counts.update([(name, one, result == "survived"), name, *[(name, ".tmp") for _ in out.rglob(".*.tmp")]])
+            print(f"{name}, {one.name} after {moment:.2f} of {seconds[name]:.2f} s: {result}", flush=True)
+    print(f"| job | {' | '.join(one.name for one in SIGNALS)} | temporary files left |\n|---|---|---|---|---|")
     for name in kinds:
-        counts = " | ".join(f"{survived[name, one]}/{injected[name, one]}" for one in SIGNALS)
-        say(f"| {name} | {counts} | {strays[name]} |")
-    return injected.total() - survived.total()
+        cells = [f"{(ok := counts[name, one, True])}/{ok + counts[name, one, False]}" for one in SIGNALS]
+        print(f"| {name} | {' | '.join(cells)} | {counts[name, '.tmp']} |")
+    return sum(counts[name, one, False] for name in kinds for one in SIGNALS)

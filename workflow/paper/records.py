@@ -34,7 +34,9 @@ SCORING = (
 )  # fmt: skip
 """Columns of blocks that say what a Cropr module sees."""
 _TEXT = (str, type(None))
-_MANIFEST: dict[str, Any] = {"artefact": str, "scale": str, "seeds": list, "results": str, "rows": list, "metrics": dict}
+_MANIFEST: dict[str, Any] = {
+    **dict.fromkeys(("artefact", "scale", "results"), str), **dict.fromkeys(("seeds", "rows"), list), "metrics": dict,
+}  # fmt: skip
 _ROW: dict[str, Any] = {
     **dict.fromkeys(set(FACTS) - {"name"}, object), "row": str, "label": str, "records": list,
     **dict.fromkeys(("fusion", "schedule", "paper_schedule", "why", "bench", "maps"), _TEXT),
@@ -301,7 +303,9 @@ def _expected(path: str | Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: lacks a value or has one of another form ({found}); delete it, run it again") from error
+        raise ValueError(
+            f"{path}: lacks a value or has one of another form ({found}); delete it, run it again"
+        ) from error
 
 
 def _require(values: dict[str, Any], kinds: dict[str, Any]) -> None:
