@@ -182,7 +182,7 @@ def _wrong(entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], la
 
 def _wrong_segmentation(segmentation: Any, image: Mapping[str, Any]) -> str | None:
     """What is wrong with it. pycocotools' C code checks nothing and reads and writes outside of its arrays."""
-    size = [image.get("height"), image.get("width")]
+    size: list[Any] = [image.get("height"), image.get("width")]
     if not all(type(side) is int and side > 0 for side in size):
         return None  # a finding of the image
     if isinstance(segmentation, list):

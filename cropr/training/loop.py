@@ -186,16 +186,13 @@ def fit(
     if not recipe.epochs:
         return []
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
-    steps = len(loader)
-    bar = Progress(run.total, run.step, steps, show=run.world.leads)
 
-    def due() -> int:
-        """Epoch that is to be evaluated now; 0 for none."""
-        epoch, begun = divmod(run.step, steps)
+    def due() -> int:  # epoch that is to be evaluated now; 0 for none
+        epoch, begun = divmod(run.step, len(loader))
         wanted = evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0
         return epoch if wanted and all(entry["epoch"] != epoch for entry in run.history) else 0
 
-    with run.log, StopRequest() as stop, bar as progress:
+    with run.log, StopRequest() as stop, Progress(run.total, run.step, len(loader), run.world.leads) as progress:
         while run.step < run.total or due():
             try:
                 if not due():  # else a signal came at the end of an epoch, before its evaluation

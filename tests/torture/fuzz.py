@@ -47,7 +47,7 @@ from workflow.paper import configuration as scales
 from workflow.paper import microbench, records
 
 SECONDS = 5
-"""An input that takes longer hangs."""
+"""Of the processor; an input that takes longer hangs."""
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, 10**30, 10**400, 0.5, -0.5, 1e308, math.nan, math.inf, -math.inf, "",
     "x", "1", "nan", "none", "cropr", "llf", "\ud800", "é" * 300, [], [1], [None], ["x", "x"], [math.nan] * 2, {},
@@ -295,13 +295,13 @@ def hang(*_: object) -> None:
 
 def _try(family: Callable[[Path], Attempt], places: range, seed: int, done: mmap.mmap) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
-    signal.signal(signal.SIGALRM, hang)
+    signal.signal(signal.SIGPROF, hang)
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     folder, seen = Path(tempfile.mkdtemp()), set[str]()
     attempt = family(folder)
     for place in places:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             attempt(random.Random(f"{seed}/{family.__name__}/{place}"))
             outcome = "success"
@@ -313,6 +313,6 @@ def _try(family: Callable[[Path], Attempt], places: range, seed: int, done: mmap
             if (key := f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}") not in seen:
                 print(f"{family.__name__} {place}: {key}: {str(error)[:200]}", flush=True)
             seen.add(key)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         done[place] = OUTCOMES.index(outcome)
     shutil.rmtree(folder)
