@@ -5,6 +5,9 @@ SCALE ?= laptop
 SEEDS ?=
 CORES ?= all
 ROW ?=
+KILLS ?= 100
+INPUTS ?= 100000
+SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +30,7 @@ ACTUAL := $(call version,$(BIN)/python)
 WANTED := $(if $(filter file,$(origin PYTHON)),$(or $(ACTUAL),any),$(call version,$(PYTHON)))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablation snapshot test fast lint format env clean FORCE
+.PHONY: help reproduce ablation snapshot test fast torture lint format env clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +52,9 @@ test: $(READY) ## all tests but those that need a GPU
 
 fast: $(READY) ## the fast tests, a minute
 	$(PYTEST) --dist worksteal
+
+torture: $(READY) ## kills and broken input, an hour: make torture KILLS=100 INPUTS=100000 SEED=0
+	$(BIN)/python tests/torture --kills $(KILLS) --inputs $(INPUTS) --seed $(SEED)
 
 lint: $(READY) ## ruff, mypy, snakefmt, snakemake --lint
 	$(RUN) ruff check .

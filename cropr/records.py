@@ -51,7 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make a folder for one process alone. If the body fails, folders made here that hold no content are removed.
+    """Make a folder for one process alone, without the temporary files of one that was killed. If the body fails,
+    folders made here that hold no content are removed.
 
     Raises ValueError: another process runs there; the message names it."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -64,6 +65,8 @@ def claimed(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now().isoformat(' ', 'seconds')},")
             file.flush()
+            for left in folder.glob(".*.*.tmp"):  # as ``replacing`` names them
+                left.unlink()
             try:
                 yield
             finally:

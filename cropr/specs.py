@@ -77,7 +77,7 @@ class PruneSpec(Spec):
 class ScenesSpec(Spec):
     """The embedded data set (see ``cropr.data.scenes``)."""
 
-    image_size: int = Field(64, ge=16)
+    image_size: int = Field(64, ge=16, le=2**15)
     """Pixels a side."""
     train: int = Field(20_000, ge=1)
     """Training images."""
@@ -104,7 +104,7 @@ class ScenesSpec(Spec):
             if not 0 <= fewest <= most:
                 raise ValueError(f"{name} {(fewest, most)} is not an increasing pair of counts")
         digits = f"at scale {self.scale[1]} in an image of {self.image_size} px"
-        if not (room := len(self.places) ** 2):
+        if 8 * self.scale[1] > self.image_size + 1 or not (room := len(self.places) ** 2):
             fix = f"lower scale to at most {self.image_size / 8:g} or raise image_size"
             raise ValueError(f"no digit fits {digits}; {fix}")
         if self.objects[1] > room:

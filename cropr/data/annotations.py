@@ -18,6 +18,11 @@ Segmentation = list[list[float]] | dict[str, Any]
 """Polygons, or RLE with ``size`` and ``counts`` (compressed to text, or a list of run lengths)."""
 
 
+FAR = 10
+"""How far out a polygon may reach, in units of the longer side of its image."""
+LARGEST = 1e300
+
+
 class CocoImage(NamedTuple):
     """An image of an annotation file; ``file`` is relative to the folder of the split."""
 
@@ -165,13 +170,46 @@ def _wrong(entry: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], la
 
 
 def _wrong_segmentation(segmentation: Any, image: Mapping[str, Any]) -> str | None:
+    """What is wrong with it. pycocotools' C code checks nothing and reads and writes outside of its arrays."""
+    size: list[Any] = [image.get("height"), image.get("width")]
+    if not all(type(side) is int and side > 0 for side in size):
+        return None  # a finding of the image
     if isinstance(segmentation, list):
-        wrong = [part for part in segmentation if not isinstance(part, list) or len(part) % 2]
-        return "segmentation: a polygon is a list of x, y, x, y, ..." if wrong else None
+        if any(not isinstance(part, list) or len(part) % 2 for part in segmentation):
+            return "segmentation: a polygon is a list of x, y, x, y, ..."
+        far = FAR * max(size)
+        inside = all(type(value) in (int, float) and abs(value) <= far for part in segmentation for value in part)
+        return None if inside else f"segmentation: a polygon has a value that is no number up to {far}"
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "segmentation is neither a list of polygons nor RLE with size and counts"
-    size = [image.get("height"), image.get("width")]
-    return None if segmentation["size"] == size else f"segmentation has size {segmentation['size']}, its image {size}"
+    if segmentation["size"] != size:
+        return f"segmentation has size {segmentation['size']}, its image {size}"
+    return wrong_runs(segmentation["counts"], size)
+
+
+def wrong_runs(counts: Any, size: Sequence[int]) -> str | None:
+    """Why the ``counts`` of RLE, a list or compressed to text, are no mask of height and width; None if they are."""
+    runs = _decompress(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or any(type(run) is not int or run < 0 for run in runs):
+        return "segmentation: counts are neither whole numbers from 0 nor such numbers compressed to text"
+    total = sum(runs)
+    return None if total == math.prod(size) else f"segmentation: counts add up to {total}, not {size[0]} x {size[1]}"
+
+
+def _decompress(text: str) -> list[int] | None:
+    """Run lengths from COCO's text: groups of 5 bits from the lowest, each with a bit that says whether another
+    follows, 48 added to make a letter; from the fourth number on, the difference to the last but one."""
+    runs, value, shift = list[int](), 0, 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64 or shift > 30:
+            return None
+        value, shift = value | (code & 31) << shift, shift + 5
+        if not code & 32:
+            value -= (code & 16) << shift - 4  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs
 
 
 def _instance(entry: Mapping[str, Any], image: CocoImage, labels: Mapping[int, int]) -> Instance | None:
@@ -196,4 +234,4 @@ def wrong_box(box: Any) -> str | None:
 
 def is_number(value: Any) -> bool:
     """A finite number; True and False are none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST  # false for NaN

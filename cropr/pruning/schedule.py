@@ -20,11 +20,14 @@ from fractions import Fraction
 from importlib import import_module
 from itertools import groupby
 from math import floor
+from numbers import Real
 from typing import Any, Literal
 
 from cropr.pruning.methods import FUSIONS, choose
 
 Rule = Literal["constant", "stages", "fraction", "kept"]
+MOST = 10**9
+"""Largest number of a schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +46,10 @@ class Schedule:
     """Round the count, prefix included, up to a multiple of this."""
 
     def __post_init__(self) -> None:
+        for name in ("rate", "first_extra", "align"):
+            object.__setattr__(self, name, _number(getattr(self, name), name))
+        if len({block for block, _ in self.at}) < len(self.at):
+            raise ValueError(f"{self.rule} at {[block for block, _ in self.at]}: name each block once")
         if self.rate < 0 or self.first_extra < 0:
             raise ValueError(
                 f"rate={self.rate}, first_extra={self.first_extra}: both must be 0 or more; rate 0 prunes nothing"
@@ -73,7 +80,7 @@ class Schedule:
     @classmethod
     def fraction(cls, share: Mapping[int, float], align: int = 1) -> Schedule:
         """Prune this share of the tokens then alive: ``{3: 0.8}`` is the paper's early schedule."""
-        return cls(rule="fraction", at=_sorted(share), align=align)
+        return cls(rule="fraction", at=_sorted(share, whole=False), align=align)
 
     @classmethod
     def kept(cls, count: Mapping[int, int], align: int = 1) -> Schedule:
@@ -83,7 +90,7 @@ class Schedule:
     @classmethod
     def squares(cls, side: Mapping[int, int]) -> Schedule:
         """Keep ``side[block] ** 2`` tokens, so that survivors fill whole windows (docs/detection.md)."""
-        return cls.kept({block: int(edge) ** 2 for block, edge in side.items()})
+        return cls.kept({block: edge**2 for block, edge in _sorted(side)})
 
     @classmethod
     def for_speedup(cls, speedup: float, model: Any, *, fusion: str = "none", align: int = 1) -> Schedule:
@@ -133,11 +140,13 @@ class Schedule:
         ValueError for an unknown rule or argument, with the ones that exist."""
         allowed_for: dict[str, tuple[str, ...]] = dict.fromkeys(("fraction", "kept", "stages"), ("at", "align"))
         allowed_for |= {"constant": ("rate", "first_extra", "align"), "squares": ("at",)}
-        if len(config) != 1 or (rule := next(iter(config))) not in allowed_for:
-            raise ValueError(f"schedule {dict(config)}: name exactly one rule of {sorted(allowed_for)}")
-        first, allowed = allowed_for[rule][0], sorted(allowed_for[rule])
-        arguments = dict(config[rule] or {})
-        if unknown := sorted(set(arguments) - set(allowed)):
+        if not isinstance(config, Mapping) or len(config) != 1 or (rule := next(iter(config))) not in allowed_for:
+            raise ValueError(f"schedule {config}: name exactly one rule of {sorted(allowed_for)}")
+        first, allowed, given = allowed_for[rule][0], sorted(allowed_for[rule]), config[rule] or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"schedule {rule}: {given!r} is not a mapping; allowed: {allowed}")
+        arguments = dict(given)
+        if unknown := sorted(map(str, set(arguments) - set(allowed))):
             raise ValueError(f"schedule {rule}: unknown {unknown}; allowed: {allowed}")
         if first not in arguments:
             raise ValueError(f"schedule {rule}: {[first]} is missing; allowed: {allowed}")
@@ -174,6 +183,8 @@ class Schedule:
 
         Raises ValueError if nothing would be left or a block is out of range, with the limit.
         """
+        if num_patches < 1 or depth < 1:
+            raise ValueError(f"{num_patches} patch tokens, {depth} blocks: a model has 1 or more of both")
         last = depth - 2 if fusion else depth - 1
         wanted = self._wanted(num_patches, max(last, 0), share)
         counts, alive = [], num_patches
@@ -255,5 +266,18 @@ def _ranges(blocks: list[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
-def _sorted(at: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
-    return tuple(sorted((int(block), number) for block, number in at.items()))
+def _sorted(at: Mapping[int, float], whole: bool = True) -> tuple[tuple[int, Any], ...]:
+    """Blocks, which JSON has as text, and numbers. ValueError: not numbers."""
+    if not isinstance(at, Mapping):
+        raise ValueError(f"at {at!r}: must be a mapping of block to number, such as {{6: 50}}")
+    blocks = [int(block) if isinstance(block, str) and block.isdecimal() else block for block in at]
+    pairs = zip(blocks, at.values(), strict=True)
+    return tuple(sorted((_number(block, "block"), _number(number, "number", whole)) for block, number in pairs))
+
+
+def _number(value: Any, what: str, whole: bool = True) -> Any:
+    """A finite number, as int if it must be ``whole``. ValueError: it is none."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and -MOST <= value <= MOST) or (whole and value != int(value)):
+        raise ValueError(f"{what} {value!r}: must be a {'whole ' * whole}number up to {MOST}")
+    return int(value) if whole else value

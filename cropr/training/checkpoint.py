@@ -281,5 +281,17 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with replacing(path) as temporary:
         try:
             save_file(plain, temporary, {**(metadata or {}), CHECKSUM: _checksum(plain)})
+            _order_metadata(temporary)
         except SafetensorError as error:  # also of a full disk
             raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort what the header says beside the tensors: safetensors writes it in random order, but the digest of a file
+    names initial weights, so that equal weights must be equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

@@ -29,7 +29,7 @@ import cropr.training.checkpoint as store
 import cropr.training.optim as optim
 from cropr.data.loading import TrainBatches, some
 from cropr.distributed import StopRequest, World
-from cropr.records import RECORD, code_origin, make_record, read_record, write_record, write_table
+from cropr.records import RECORD, code_origin, make_record, read_record, write_record, write_table, write_text
 from cropr.specs import RecipeSpec
 from cropr.tasks import TrainSpec, open_task
 from cropr.tasks.base import BatchTask, EvaluationSettings, differences, write_arrays
@@ -89,6 +89,7 @@ def train(
     that do not fit, and what ``fit`` raises.
     """
     if (record := finished(out, spec, seed)) is not None:
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # of a run that was killed after it wrote its record
         return record
     code_origin()  # now, since the code may change before the record is written
     started, recipe, task = time.time(), spec.recipe, open_task(spec, data_root)
@@ -157,18 +158,23 @@ def fit(
     if not recipe.epochs:
         return []
     run = _Run(model, task, loader, recipe, seed, settings, world or World())
-    steps = len(loader)
-    with run.log, StopRequest() as stop, Progress(run.total, run.step, steps, run.world.leads) as progress:
-        while run.step < run.total:
+
+    def due() -> int:  # epoch that is to be evaluated now; 0 for none
+        epoch, begun = divmod(run.step, len(loader))
+        wanted = evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0
+        return epoch if wanted and all(entry["epoch"] != epoch for entry in run.history) else 0
+
+    with run.log, StopRequest() as stop, Progress(run.total, run.step, len(loader), run.world.leads) as progress:
+        while run.step < run.total or due():
             try:
-                run.train_epoch(stop, progress)
+                if not due():  # else a signal came at the end of an epoch, before its evaluation
+                    run.train_epoch(stop, progress)
             except (RuntimeError, OSError, EOFError) as error:
                 # A signal to the whole process group ends the workers of the loader, too, and that surfaces here.
                 if stop.requested is None:
                     raise
                 raise TrainingInterrupted(f"stopped by {stop.name}; {run.last_checkpoint}", stop.requested) from error
-            epoch, begun = divmod(run.step, steps)
-            if evaluate and settings.evaluate_every and not begun and epoch % settings.evaluate_every == 0:
+            if evaluate and (epoch := due()):
                 own = run.average.module if run.average else model
                 run.evaluated(epoch, own, evaluate(own))
             run.save()
@@ -315,8 +321,9 @@ def _line(step: int, epoch: int, lr: float, result: optim.StepResult, seconds: t
 def open_log(path: Path, step: int) -> TextIO:
     """The log of a run in which ``step`` steps are done; lines of later ones, which a killed run left, are dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if path.is_file():  # a process that does not lead writes to the null device
+        kept = path.read_text(encoding="utf-8").splitlines()[:step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
     return path.open("a", buffering=1, encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,9 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from cropr.__main__ import main
 from cropr.data import annotations, imagenet
+from cropr.pruning.schedule import Schedule
 from cropr.records import claimed
-from cropr.specs import load_yaml
+from cropr.specs import Refused, ScenesSpec, check, load_yaml
+from cropr.tasks.classification.run import Objective
 from cropr.training.checkpoint import load_initial, load_weights, save_weights
+from cropr.training.loop import Settings, TrainingInterrupted, fit, open_log
 
 MODEL = ["--model", "test_vit", "--image-size", "64", "--rate", "2"]
 TRAIN = [*MODEL, "--epochs", "1", "--batch-size", "16"]
@@ -136,3 +140,110 @@ def test_aliases_that_multiply_are_refused_at_once() -> None:
         load_yaml("\n".join(["a0: &a0 [1, 1, 1]", *nine]), "spec.yaml")
     assert len(str(caught.value)) < 200
     assert load_yaml("a: &x {b: 1}\nc: *x", "spec.yaml")["c"] == {"b": 1}
+
+
+# Found by `make torture` (docs/faults.md) ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [5, 11])
+def test_a_signal_in_the_last_step_of_an_epoch_does_not_lose_its_evaluation(
+    images: Path, tmp_path: Path, step: int
+) -> None:
+    spec, split = tiny.spec(), imagenet.load_splits(images)[0]
+
+    def run(task: Objective) -> list[dict[str, float]]:
+        how = {"settings": Settings(out=tmp_path, evaluate_every=1), "evaluate": lambda _: {"top1": 1.0}}
+        return fit(tiny.model(spec), task, tiny.batches(split, spec), spec.recipe, 0, **how)
+
+    with pytest.raises(TrainingInterrupted):
+        run(tiny.Signalled(spec.data, step, signal.SIGTERM))
+    assert [entry["epoch"] for entry in run(Objective(spec.data))] == [1, 2]
+
+
+def test_a_log_that_is_cut_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("1\n2\n3\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        with pytest.raises(OSError, match="No space"):
+            open_log(log, 2)
+    assert log.read_text() == "1\n2\n3\n"
+    open_log(log, 2).close()
+    assert log.read_text() == "1\n2\n"
+    open_log(Path(os.devnull), 2).close()
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_run_that_was_killed_leaves_neither_checkpoint_nor_temporary_file(trained: Path, images: Path) -> None:
+    (trained / "checkpoint/step_00000003").mkdir(parents=True)
+    (trained / ".weights.safetensors.123.tmp").touch()
+    assert main(["train", "--data", str(images), *TRAIN, "--out", str(trained)]) == 0
+    assert [file.name for file in trained.iterdir() if file.name.startswith((".", "checkpoint"))] == []
+
+
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    """Their digest tells a run whether its initial weights changed."""
+    model = tiny.model(tiny.spec())
+    for number in range(8):
+        save_weights(tmp_path / f"{number}.safetensors", model, "0123456789")
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    load_weights(model, tmp_path / "0.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"constant": {"rate": [3]}},
+        {"constant": True},
+        {"constant": {1: 2, "x": 3}},
+        {"stages": {"at": 5}},
+        {"stages": {"at": {"x": 5}}},
+        {"stages": {"at": {1: 10**400}}},
+        {"stages": {"at": {1: 4, "1": 5}}},
+        {"kept": {"at": {float("inf"): 4}}},
+        {"fraction": {"at": {1: float("nan")}}},
+        {"squares": {"at": {1: None}}},
+    ],
+)
+def test_schedules_of_anything_but_numbers_are_refused(config: dict) -> None:
+    with pytest.raises(ValueError, match=r"must be|mapping|unknown|once"):
+        Schedule.from_config(config)
+
+
+def test_scenes_of_any_size_and_options_of_any_type_are_refused(tmp_path: Path) -> None:
+    for values in ({"scale": (1, 1e308)}, {"image_size": 10**30}):
+        with pytest.raises(Refused):
+            check(ScenesSpec, values, "spec")
+    for options in ({"num_queries": "x"}, {"num_queries": 10**30}, {"mlp_ratio": -1}):
+        with pytest.raises(ValueError, match="reducer 'cropr'"):
+            tiny.model(tiny.spec(prune__options=options))
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[2**63, 0, 4, 0, 4, 4]],
+        [[float("nan"), 0, 4, 0, 4, 4]],
+        [[10**400, 0, 4, 0, 4, 4]],
+        {"size": [4, 4], "counts": [4, {}, 12]},
+        {"size": [4, 4], "counts": [4, -4, 16]},
+        {"size": [4, 4], "counts": [4, 400]},
+        {"size": [4, 4], "counts": "4`"},
+        {"size": [4, 4], "counts": "ooooooooo"},
+    ],
+)
+def test_masks_that_make_pycocotools_crash_are_refused(segmentation: Any) -> None:
+    image = {"id": 1, "file_name": "a.png", "height": 4, "width": 4}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0}
+    content = {"images": [image], "annotations": [{**annotation, "segmentation": segmentation}]}
+    _, problems = annotations.parse(Path("x.json"), {**content, "categories": [{"id": 1}]})
+    assert any("annotation 1: segmentation" in problem for problem in problems)
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them() -> None:
+    mask = pytest.importorskip("pycocotools.mask")
+    for side in (1, 7, 90):
+        region = torch.rand(side, side).numpy() < 0.3
+        code = mask.encode(np.asfortranarray(region.astype(np.uint8)))
+        assert annotations.wrong_runs(code["counts"].decode(), code["size"]) is None
+        assert "add up" in str(annotations.wrong_runs(code["counts"].decode(), [side, side + 1]))

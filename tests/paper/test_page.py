@@ -37,6 +37,20 @@ def results(tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize(
+    ("pattern", "key"),
+    [("runs/*/*/record.json", "metrics"), ("bench/*/record.json", "series"), ("manifests/*", "rows")],
+)
+def test_a_file_that_lacks_a_value_is_named_with_the_value(tmp_path, pattern, key):
+    root = write_results(tmp_path, "imagenet_methods", seeds=1)
+    for file in root.glob(pattern):
+        content = json.loads(file.read_text())
+        del content[key]
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"json: lacks a value.*{key}"):
+        (load_speed if "bench" in pattern else load_records)("imagenet_methods", root)
+
+
 def test_page_shows_every_artefact_and_claim_and_loads_nothing(results):
     html = (results / "report.html").read_text()
     assert not re.search(r'(?:src|href)="(?:https?:)?//', html)

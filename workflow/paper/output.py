@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from IPython.display import Image
 from pandas.io.formats.style import Styler
 
 from cropr.pruning.methods import REDUCERS
-from cropr.records import write_text
+from cropr.records import replacing, write_text
 from workflow.paper.records import find_results
 
 _RC: dict[Any, Any] = {
@@ -93,14 +92,12 @@ def save_figure(figure: Any, artefact: str, results: str | Path, name: str | Non
     """
     figure = getattr(figure, "figure", figure)
     stem = find_results(results) / "figures" / "_".join(filter(None, (artefact, name)))
-    stem.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(_RC):
-        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        for kind, key in (("pdf", "CreationDate"), ("png", "Software")):
+            with replacing(stem.with_suffix(f".{kind}")) as file:
+                figure.savefig(file, format=kind, metadata={key: None})
     plt.close(figure)
-    stem.with_suffix(".png").write_bytes(buffer.getvalue())
-    return Image(data=buffer.getvalue(), alt=alt or None, metadata={"alt": alt or stem.name})
+    return Image(data=stem.with_suffix(".png").read_bytes(), alt=alt or None, metadata={"alt": alt or stem.name})
 
 
 def _text(value: object) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ SCORING = (
     "aux_top1",
 )  # fmt: skip
 """Columns of blocks that say what a Cropr module sees."""
+_TEXT = (str, type(None))
+_MANIFEST: dict[str, Any] = {
+    **dict.fromkeys(("artefact", "scale", "results"), str), **dict.fromkeys(("seeds", "rows"), list), "metrics": dict,
+}  # fmt: skip
+_ROW: dict[str, Any] = {
+    **dict.fromkeys(set(FACTS) - {"name"}, object), "row": str, "label": str, "records": list,
+    **dict.fromkeys(("fusion", "schedule", "paper_schedule", "why", "bench", "maps"), _TEXT),
+}  # fmt: skip
+"""What a manifest and its rows hold."""
 PUBLISHED = ("row", "quantity", "value", "source", "confidence")
 
 
@@ -67,14 +77,18 @@ def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
     path = find_results(results) / "manifests" / f"{artefact}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no manifest; make it with: snakemake --cores all {artefact}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    labels = [row["label"] for row in manifest["rows"]]
-    for row in manifest["rows"]:
-        row["paper_schedule"] = row["paper_schedule"] or row["schedule"]
-        for name, schedule in (("name", row["schedule"]), ("paper_name", row["paper_schedule"])):
-            twice = schedule and labels.count(row["label"]) > 1
-            fusion = f" + {row['fusion'].upper()}" if twice and row["fusion"] != "none" else ""
-            row[name] = row["label"] + (f", {schedule}{fusion}" if twice else "")
+    with _expected(path):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _require(manifest, _MANIFEST)
+        for row in manifest["rows"]:
+            _require(row, _ROW)
+        labels = [row["label"] for row in manifest["rows"]]
+        for row in manifest["rows"]:
+            row["paper_schedule"] = row["paper_schedule"] or row["schedule"]
+            for name, schedule in (("name", row["schedule"]), ("paper_name", row["paper_schedule"])):
+                twice = schedule and labels.count(row["label"]) > 1
+                fusion = f" + {row['fusion'].upper()}" if twice and row["fusion"] != "none" else ""
+                row[name] = row["label"] + (f", {schedule}{fusion}" if twice else "")
     return manifest
 
 
@@ -92,14 +106,14 @@ def load_records(artefact: str, results: str | Path, rows: Collection[str] | Non
     manifest, lines = load_manifest(artefact, results), []
     for row in _ran(manifest, rows):
         for path in row["records"]:
-            record = _read(manifest, path, results)
-            metrics = {"tpr": _pruned_share(record), **record["metrics"]}
-            if relevance := record["series"].get("relevance"):
-                metrics |= {name: relevance[-1][name] for name in ("kept_on_object", "object_kept")}
-            images = _path(manifest, path, results).with_name(record.get("per_image", RECORD))
-            there = images.name != RECORD and images.is_file()
-            files = {"record": path, "per_image": relpath(images) if there else None}
-            lines.append({**_facts(row), "seed": record["seed"], **metrics, **files})
+            with _reading(manifest, path, results) as record:
+                metrics = {"tpr": _pruned_share(record), **record["metrics"]}
+                if relevance := record["series"].get("relevance"):
+                    metrics |= {name: relevance[-1][name] for name in ("kept_on_object", "object_kept")}
+                images = _path(manifest, path, results).with_name(record.get("per_image", RECORD))
+                there = images.name != RECORD and images.is_file()
+                files = {"record": path, "per_image": relpath(images) if there else None}
+                lines.append({**_facts(row), "seed": record["seed"], **metrics, **files})
     return pd.DataFrame(lines, columns=None if lines else [*FACTS, "seed", "record", "per_image"])
 
 
@@ -114,13 +128,13 @@ def load_blocks(artefact: str, results: str | Path) -> pd.DataFrame:
     manifest, lines = load_manifest(artefact, results), []
     for row in _ran(manifest):
         for path in row["records"]:
-            record = _read(manifest, path, results)
-            known: dict[int, dict[str, float]] = {}
-            for entry in [*record["series"].get("relevance", []), *record["series"].get("scoring", [])]:
-                known.setdefault(entry["block"], {}).update(entry)
-            for block, tokens in enumerate(record.get("tokens", ())):
-                line = {**_facts(row), "seed": record["seed"], "block": block, "tokens": tokens}
-                lines.append({**line, **dict.fromkeys(SCORING, math.nan), **known.get(block, {})})
+            with _reading(manifest, path, results) as record:
+                known: dict[int, dict[str, float]] = {}
+                for entry in [*record["series"].get("relevance", []), *record["series"].get("scoring", [])]:
+                    known.setdefault(entry["block"], {}).update(entry)
+                for block, tokens in enumerate(record.get("tokens", ())):
+                    line = {**_facts(row), "seed": record["seed"], "block": block, "tokens": tokens}
+                    lines.append({**line, **dict.fromkeys(SCORING, math.nan), **known.get(block, {})})
     return pd.DataFrame(lines)
 
 
@@ -137,18 +151,18 @@ def load_speed(artefact: str, results: str | Path, partial: bool = False) -> pd.
     for row in _ran(manifest):
         if row["bench"] is None or (partial and not _there(manifest, row["bench"], results)):
             continue
-        record = _read(manifest, row["bench"], results)
-        if "unsupported" in record:  # this device cannot run it; ``not_run`` gives the reason
-            continue
-        series, metrics = pd.DataFrame(record["series"]), record["metrics"]
-        ratios = {"speedup": series["base_seconds"] / series["seconds"]}
-        ratios["speedup_over_mac_ratio"] = 100 * ratios["speedup"] / metrics["mac_ratio"]
-        if "heads_seconds" in series:
-            whole = series[["base_seconds", "seconds"]].add(series["heads_seconds"], axis=0)
-            ratios["speedup_whole"] = whole["base_seconds"] / whole["seconds"]
-        constant = {name: value for name, value in metrics.items() if not name.startswith("speedup")}
-        facts = _facts(row, paper=True) | {"round": series.index, "device": _device(record)}
-        parts.append(series.assign(**ratios, **constant, **facts)[[*facts, *series, *ratios, *constant]])
+        with _reading(manifest, row["bench"], results) as record:
+            if "unsupported" in record:  # this device cannot run it; ``not_run`` gives the reason
+                continue
+            series, metrics = pd.DataFrame(record["series"]), record["metrics"]
+            ratios = {"speedup": series["base_seconds"] / series["seconds"]}
+            ratios["speedup_over_mac_ratio"] = 100 * ratios["speedup"] / metrics["mac_ratio"]
+            if "heads_seconds" in series:
+                whole = series[["base_seconds", "seconds"]].add(series["heads_seconds"], axis=0)
+                ratios["speedup_whole"] = whole["base_seconds"] / whole["seconds"]
+            constant = {name: value for name, value in metrics.items() if not name.startswith("speedup")}
+            facts = _facts(row, paper=True) | {"round": series.index, "device": _device(record)}
+            parts.append(series.assign(**ratios, **constant, **facts)[[*facts, *series, *ratios, *constant]])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*FACTS, *SPEED])
 
 
@@ -240,13 +254,14 @@ def load_maps(artefact: str, results: str | Path) -> dict[str, dict[str, Any]]:
 def not_run(artefact: str, results: str | Path) -> Markdown:
     """One sentence that names the rows that have not run, and why; empty if all have run."""
     reasons: dict[str, list[str]] = {}
-    for row in load_manifest(artefact, results)["rows"]:
+    manifest = load_manifest(artefact, results)
+    for row in manifest["rows"]:
         if row["why"] is not None:
             reasons.setdefault(row["why"], []).append(row["name"])
-        elif row["bench"] and (
-            why := _read(load_manifest(artefact, results), row["bench"], results).get("unsupported")
-        ):
-            reasons.setdefault(why, []).append(f"speed of {row['name']}")
+        elif row["bench"]:
+            with _reading(manifest, row["bench"], results) as record:
+                if why := record.get("unsupported"):
+                    reasons.setdefault(why, []).append(f"speed of {row['name']}")
     parts = [f"{', '.join(names)} ({why})" for why, names in reasons.items()]
     return Markdown(f"Rows that have not run: {'; '.join(parts)}." if parts else "")
 
@@ -257,17 +272,17 @@ def setting(artefact: str, results: str | Path) -> Markdown:
     lines = [f"Scale `{manifest['scale']}`, seeds {', '.join(map(str, manifest['seeds']))}."]
     rows = _ran(manifest)
     if path := next((row["records"][0] for row in rows if row["records"]), None):
-        record = _read(manifest, path, results)
-        spec, metrics = record["spec"], record["metrics"]
-        lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
-                     f"{metrics['val_images']} validation images, epochs: {spec['recipe']['epochs']}.")  # fmt: skip
+        with _reading(manifest, path, results) as record:
+            spec, metrics = record["spec"], record["metrics"]
+            lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
+                         f"{metrics['val_images']} validation images, epochs: {spec['recipe']['epochs']}.")  # fmt: skip
     if path := next((p for row in rows if (p := row["bench"]) and _there(manifest, p, results)), None):
-        record = _read(manifest, path, results)
-        spec = record["spec"]
-        if record["kind"] == "bench":
-            lines.append(f"Speed: {_model(spec)}, {spec['image_size']} px, batch {spec['batch_size']}, "
-                         f"{spec['precision']}, {spec['rounds']} rounds.")  # fmt: skip
-        lines.append(f"Device of the speed measurements: {_device(record)}.")
+        with _reading(manifest, path, results) as record:
+            if record["kind"] == "bench":
+                spec = record["spec"]
+                lines.append(f"Speed: {_model(spec)}, {spec['image_size']} px, batch {spec['batch_size']}, "
+                             f"{spec['precision']}, {spec['rounds']} rounds.")  # fmt: skip
+            lines.append(f"Device of the speed measurements: {_device(record)}.")
     return Markdown("  \n".join(lines))
 
 
@@ -279,6 +294,24 @@ def rerun(artefact: str, results: str | Path) -> Markdown:
     chosen = f" seeds={len(seeds) if first else ','.join(map(str, seeds))}" if seeds != [0] else ""
     command = f"snakemake --cores all {artefact} --config scale={manifest['scale']}{chosen}"
     return Markdown(f"```sh\n{command}\n```")
+
+
+@contextmanager
+def _expected(path: str | Path) -> Iterator[None]:
+    """Errors of a body that reads a file's values become a ValueError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path}: lacks a value or has one of another form ({found}); delete it, run it again"
+        ) from error
+
+
+def _require(values: dict[str, Any], kinds: dict[str, Any]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} = {values[key]!r}")
 
 
 def _ran(manifest: dict[str, Any], names: Collection[str] | None = None) -> list[dict[str, Any]]:
@@ -305,16 +338,21 @@ def _path(manifest: dict[str, Any], path: str, results: str | Path) -> Path:
     return found
 
 
-def _read(manifest: dict[str, Any], path: str, results: str | Path) -> dict[str, Any]:
-    return read_record(_path(manifest, path, results))
+@contextmanager
+def _reading(manifest: dict[str, Any], path: str, results: str | Path) -> Iterator[dict[str, Any]]:
+    """The record that a manifest names; for the body that reads its values, see ``_expected``."""
+    with _expected(path):
+        yield read_record(_path(manifest, path, results))
 
 
 def _cells(artefact: str, results: str | Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     manifest, found = load_manifest(artefact, results), []
     for row in _ran(manifest):
-        record = _read(manifest, row["bench"], results)
-        facts = {"row": row["row"], "label": row["label"], "device": _device(record)}
-        found += [(facts, cell) for cell in record["cells"]]
+        with _reading(manifest, row["bench"], results) as record:
+            facts = {"row": row["row"], "label": row["label"], "device": _device(record)}
+            for cell in record["cells"]:
+                _metrics(cell), _settings(cell)  # errors here name the file
+                found.append((facts, cell))
     return found
 
 

@@ -150,10 +150,14 @@ def pool(x: Tensor, assignment: Tensor, keep: int) -> Tensor:
 
 def create(name: str, dim: int, num_outputs: int, *, keep: int = 0, depth: float = 0.5, **options: Any) -> Reducer:
     """Make the reducer of one block from its name in ``cropr.pruning.methods.REDUCERS`` and its options. ``keep`` and
-    ``depth`` are for methods that must know (``Reducer.told``). Raises ValueError for an unknown name or option."""
+    ``depth`` are for methods that must know (``Reducer.told``). Raises ValueError for an unknown name, option or value.
+    """
     method = choose(REDUCERS, "reducer", name)
     if unknown := sorted(set(options) - set(method.options)):
         allowed = ", ".join(method.options) or "none"
         raise ValueError(f"reducer {name!r} has no option {', '.join(unknown)}; it has {allowed}")
     kind, site = method.load(), {"keep": keep, "depth": depth}
-    return kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
+    try:
+        return kind(dim, num_outputs, **{key: site[key] for key in kind.told}, **options)
+    except (TypeError, RuntimeError) as error:  # a value of another type, or of a size that torch refuses
+        raise ValueError(f"reducer {name!r} cannot be made with {options}: {error}") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from cropr.data.annotations import Annotations, is_number, read_annotations, read_content, wrong_box
+from cropr.data.annotations import Annotations, is_number, read_annotations, read_content, wrong_box, wrong_runs
 from cropr.data.coco import Target
 from cropr.data.loading import some
 from cropr.records import write_text
@@ -187,6 +187,7 @@ def _wrong(result: Mapping[str, Any], truth: COCO) -> str | None:
             return "segmentation is not compressed RLE (size, counts)"
         if code.get("size") != [listed["height"], listed["width"]]:
             return f"segmentation has size {code.get('size')}, its image {[listed['height'], listed['width']]}"
+        return wrong_runs(code["counts"], code["size"])
     return None
 
 
