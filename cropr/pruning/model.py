@@ -160,8 +160,7 @@ class PrunedViT(nn.Module):
         self, reducer: Reducer, block: int, count: int, before: Tokens, position: Any, pixels: Tensor | None
     ) -> Reduction:
         """Run a block with its reducer."""
-        half = reducer.place == "after_attention"
-        backbone = self.backbone
+        backbone, half = self.backbone, reducer.place == "after_attention"
         tokens = (backbone.attend if half else backbone.run)(block, before, position)
         found = {name: getattr(backbone, name)(block, before, position) for name in reducer.reads - {"pixels"}}
         context = Context(**found, pixels=pixels if "pixels" in reducer.reads else None)

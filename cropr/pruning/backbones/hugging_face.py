@@ -1,6 +1,5 @@
 """Hugging Face transformers 4.57 and 5: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
-SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention. docs/hosts.md says what their
-outputs mean.
+SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention (outputs: docs/hosts.md).
 """
 
 from __future__ import annotations

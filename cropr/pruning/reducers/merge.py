@@ -153,8 +153,7 @@ def match(metric: Tensor, source: Tensor, target: Tensor, others: Tensor, count:
     """Bipartite soft matching: the ``count`` sources that are closest to a target go into it.
 
     ``metric`` is [B, N, d] of length 1; ``source``, ``target`` and ``others`` are positions, each once. Returns the
-    positions [B, N - count] of the tokens that stay (others, sources, targets), and which of these each token goes
-    into, [B, N].
+    positions [B, N - count] of tokens that stay (others, sources, targets), and which of them each goes into, [B, N].
     """
     closest = (take(metric, source) @ take(metric, target).transpose(1, 2)).max(dim=2)
     stay, gone = split(-closest.values, source.shape[1] - count)
