@@ -24,7 +24,7 @@ from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.pruning.tokens import take
 from cropr.specs import PruneSpec
 from cropr.tasks import TrainSpec
-from cropr.tasks.base import DEFAULT, BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast
+from cropr.tasks.base import DEFAULT, BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, build_model
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.scoring import Scoring
 
@@ -73,7 +73,7 @@ class Classification(Objective, TaskRun):
 
     def build(self, pretrained: bool = False) -> PrunedViT:
         spec, data = self.spec, self.data
-        model: PrunedViT = base.build_model(spec.model, spec.prune, data.num_classes, data.image_size, pretrained)
+        model: PrunedViT = build_model(spec.model, spec.prune, data.num_classes, data.image_size, pretrained)
         for reducer in cast(Iterable[Any], model.reducers.values()):
             if hasattr(reducer, "aggregator"):
                 reducer.aggregator.initialise(std=0.02)  # the authors' for classification alone
@@ -81,7 +81,7 @@ class Classification(Objective, TaskRun):
 
     def teach(self) -> nn.Module:
         spec, data = self.spec, self.data
-        self.teacher = base.build_model(spec.model, PruneSpec(), data.num_classes, data.image_size)
+        self.teacher = build_model(spec.model, PruneSpec(), data.num_classes, data.image_size)
         return self.teacher.requires_grad_(False).eval()
 
     def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:

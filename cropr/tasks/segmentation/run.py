@@ -27,7 +27,7 @@ from cropr.pruning.reducers import Reducer
 from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens, take
-from cropr.tasks.base import DEFAULT, Evaluation, EvaluationSettings, Losses, TaskRun, autocast
+from cropr.tasks.base import DEFAULT, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, build_model
 from cropr.tasks.scoring import Scoring
 from cropr.tasks.segmentation import SegDataSpec
 
@@ -43,7 +43,7 @@ class Segmentation(TaskRun):
 
     def build(self, pretrained: bool = False) -> "PrunedSegmenter":
         shape = self.data.num_classes, self.data.image_size
-        return base.build_model(self.spec.model, self.spec.prune, *shape, pretrained, PrunedSegmenter)
+        return build_model(self.spec.model, self.spec.prune, *shape, pretrained, PrunedSegmenter)
 
     def batches(self, seed: int, world: World = ALONE, workers: int = 0) -> TrainBatches:
         images = TrainImages(self.splits[0], self.data, seed)
