@@ -20,11 +20,8 @@ VERBS = {
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser. It has the flags of the named verb only: importing the modules of all takes longer."""
-    parser = argparse.ArgumentParser(
-        prog="cropr",
-        description="Token Cropr: train, prune, measure. Each verb has its own --help with examples.",
-        epilog="example: python -m cropr train --help",
-    )
+    text = "Token Cropr: train, prune, measure. Each verb has its own --help with examples."
+    parser = argparse.ArgumentParser("cropr", description=text, epilog="example: python -m cropr train --help")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
         child = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)

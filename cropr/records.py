@@ -28,7 +28,6 @@ RECORD = "record.json"
 """Name of the file in the job's directory."""
 LOCK = ".lock"
 """Name of the file that says which process runs in a directory."""
-
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "pydantic", "scikit-learn")
 """Packages whose version can change a number; those that are not installed are left out of the record."""
 
@@ -52,9 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Make a folder for one process alone, without the temporary files of one that was killed. If the body fails,
-    folders made here that hold no content are removed.
-
-    Raises ValueError: another process runs there; the message names it."""
+    folders made here that hold no content are removed. Raises ValueError: another process, by name, runs there."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -161,8 +161,7 @@ def panels(arrays: Mapping[str, Any]) -> Image.Image:
     names = [name for name in titles if name in arrays]
     texts = {name: [fill(text or "", _SIDE // 8) for text in all_] for name, all_ in texts.items()}
     lines = _TEXT * max((text.count("\n") + 1 for all_ in texts.values() for text in all_ if text), default=0)
-    width, height = _SIDE + _GAP, _SIDE + _GAP + lines
-    top = _TEXT + _GAP
+    width, height, top = _SIDE + _GAP, _SIDE + _GAP + lines, _TEXT + _GAP
     page = Image.new("RGB", (_GAP + width * len(names), top + height * len(arrays["images"]) + 3 * _TEXT), "white")
     pen = ImageDraw.Draw(page)
     for column, name in enumerate(names):

@@ -122,8 +122,8 @@ class ImagesSpec(Spec):
 
     image_size: int
     num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     scenes: ScenesSpec | None = None
     """Which generated set this is; None for a folder of the user's."""
 

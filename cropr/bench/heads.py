@@ -34,8 +34,7 @@ class Heads(nn.Module):
             self.neck = SimpleFeaturePyramid(dim, spec.channels, patch, spec.scales)
             self.rpn = ProposalNetwork(candidates, self.neck.strides)
             self.heads = CascadeHeads(candidates, NUM_CLASSES, self.neck.strides[:-1])
-        self.patch = patch
-        self.shape = (dim, *grid)
+        self.patch, self.shape = patch, (dim, *grid)
 
     def forward(self, features: Tensor) -> Tensor:
         rows, columns = features.shape[-2:]

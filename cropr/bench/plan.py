@@ -22,7 +22,6 @@ TOLERANCE = 0.03
 """Largest relative difference between target and measured speed-up."""
 ATTEMPTS = 6
 """Schedules measured for one target at most."""
-
 _Search: TypeAlias = Generator[Schedule, Any, dict[str, Any]]
 
 
@@ -108,10 +107,8 @@ def _finer(spec: PlanSpec, cost: Cost, schedule: Schedule, asked: float) -> Sche
 
 def _measure(spec: PlanSpec, pending: dict[_Search, Schedule], device: str, tell: Tell) -> dict[_Search, Any]:
     """Measure the pending schedules; all take turns with one unpruned model in one process."""
-    variants = {
-        f"schedule {number}": spec.prune.model_copy(update={"schedule": schedule.to_config()})
-        for number, schedule in enumerate(pending.values(), 1)
-    }
+    prunes = (spec.prune.model_copy(update={"schedule": own.to_config()}) for own in pending.values())
+    variants = {f"schedule {number}": prune for number, prune in enumerate(prunes, 1)}
     tell("build")
     models = build_variants(spec.model, variants, spec.image_size, device, weights_dtype(spec.precision))
     shape = (3, spec.image_size, spec.image_size)

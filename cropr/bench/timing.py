@@ -2,8 +2,7 @@
 
 What is compared runs in one process, one after the other in every round and in random order, so that what slows the
 machine down for a while slows all of it, and no case always follows the same one. Warm-up is left out. Reported are
-medians over rounds with the interquartile range, and ratios, taken round by round, with a bootstrap interval of their
-median.
+medians and interquartile ranges of rounds, and ratios, taken round by round, with a bootstrap interval of their median.
 """
 
 import math
@@ -25,7 +24,6 @@ from cropr.specs import Spec
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
-
 Tell = Callable[[str], None]
 """Is called with a word on what comes next, for a progress bar."""
 Clock = Callable[[], float]

@@ -137,8 +137,7 @@ def model_and_pruning(args: argparse.Namespace, instead: str = "a spec with --sp
     and ``instead`` says what else there is; flags that do not go together; a schedule that is not JSON."""
     if not args.model:
         raise ValueError(f"name a model with --model (for example vit_large_patch16_224) or {instead}")
-    reducer = args.reducer or "cropr"
-    pruned = reducer != "none"
+    reducer, pruned = args.reducer or "cropr", args.reducer != "none"
     prune = {"reducer": reducer, "fusion": args.fusion or ("llf" if pruned else "none")}
     if hasattr(args, "schedule"):
         if args.schedule and args.rate is not None:

@@ -32,7 +32,6 @@ LONGEST = 4
 """Limit of the longer side after a resize, in units of what the shorter side should have (mmseg's 2048 by 512)."""
 CROPS = 10
 """Crops that are tried for one in which no class prevails."""
-
 Pair = tuple[Tensor, Tensor]
 
 

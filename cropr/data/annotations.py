@@ -1,8 +1,7 @@
 """COCO's annotation files (``instances_*.json``): reading, checking, and compact storage.
 
 A wrong id, size, box or segmentation is a finding that names the file and the id; all findings of a file come at once.
-Crowd regions, and instances without area (a box outside of the image, polygons of fewer than three points), are left
-out; the latter are counted.
+Left out are crowd regions and, counted, instances without area (box outside of the image, polygons below three points).
 """
 
 import json
@@ -16,8 +15,6 @@ import numpy as np
 
 Segmentation = list[list[float]] | dict[str, Any]
 """Polygons, or RLE with ``size`` and ``counts`` (compressed to text, or a list of run lengths)."""
-
-
 FAR = 10
 """How far out a polygon may reach, in units of the longer side of its image."""
 LARGEST = 1e300
@@ -92,11 +89,8 @@ def read_annotations(path: Path, content: Mapping[str, Any] | None = None) -> tu
         problems += [f"lists no {kind}" for key, kind in kinds.items() if not content[key]]
     wrong_images = {number: _wrong_image(entry) for number, entry in images.items()}
     problems += [f"image {number}: {wrong}" for number, wrong in wrong_images.items() if wrong]
-    by_id = {
-        number: CocoImage(number, entry["file_name"], entry["height"], entry["width"])
-        for number, entry in images.items()
-        if not wrong_images[number]
-    }
+    sound = {number: entry for number, entry in images.items() if not wrong_images[number]}
+    by_id = {n: CocoImage(n, entry["file_name"], entry["height"], entry["width"]) for n, entry in sound.items()}
     labels = {number: label for label, number in enumerate(sorted(categories), start=1)}
     packed, skipped = dict[int, list[Instance]](), 0
     for number, entry in annotations.items():

@@ -1,6 +1,5 @@
 """Detection in COCO 2017's layout: ``train2017/``, ``val2017/`` and ``annotations/instances_{train,val}2017.json``.
 
-
 Images [B, 3, S, S] are normalised and padded with zeros on the right and at the bottom. Targets are a list of
 dictionaries, one an image of n instances, with torchvision's keys and conventions:
 
@@ -90,12 +89,9 @@ def load_coco(
 def _missing_files(split: CocoSplit) -> list[str]:
     """One listing instead of a look at every file; what it lacks may still lie in a folder below."""
     there = {entry.name for entry in (split.root / f"{split.name}2017").iterdir()}
-    absent = [index for index, image in enumerate(split.images) if image.file not in there]
-    return [
-        f"{split.path(index)}: no such file; {split.annotations.path} lists it as image {split.images[index].id}"
-        for index in absent
-        if not split.path(index).is_file()
-    ]
+    absent = [i for i, image in enumerate(split.images) if image.file not in there and not split.path(i).is_file()]
+    listed = f"no such file; {split.annotations.path} lists it as image"
+    return [f"{split.path(index)}: {listed} {split.images[index].id}" for index in absent]
 
 
 def fingerprint(splits: Iterable[CocoSplit]) -> str:

@@ -24,7 +24,6 @@ PARALLEL_FROM = 1_000
 """Scenes from which starting worker processes (about 2 s) pays."""
 CHUNK = 200
 """Scenes that a worker writes at a time."""
-
 TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
 """Folders of all layouts, which are removed before a set is written."""
 Entry = dict[str, Any]
@@ -32,7 +31,6 @@ Entry = dict[str, Any]
 Region = tuple[int, NDArray[np.bool_], tuple[int, int, int, int]]
 """Category, mask [H, W] and box (left, top, right, bottom) of an instance."""
 Place = tuple[Split, int]
-
 CATEGORIES = (1, 2, 3, 5, 7, 8, 11, 13, 17, 18)
 """COCO ids of the digits: with gaps, as in the public files."""
 
@@ -76,8 +74,7 @@ def coco_entry(number: int, name: str, size: tuple[int, ...], regions: Sequence[
         }
         for category, region, (left, top, right, bottom) in regions
     ]
-    image = {"id": number, "file_name": name, "height": size[0], "width": size[1]}
-    return {"image": image, "annotations": annotations}
+    return {"image": {"id": number, "file_name": name, "height": size[0], "width": size[1]}, "annotations": annotations}
 
 
 def coco_index(root: Path, split: str, entries: list[Entry], categories: Mapping[int, str], description: str) -> None:
@@ -135,8 +132,7 @@ def write(
     size = sum(file.stat().st_size for name in TOPS for file in (root / name).rglob("*") if file.is_file())
     metrics = {"train_images": spec.train, "val_images": spec.val, "classes": classes, "megabytes": size / 1e6}
     result = {"layout": layout, "seed": spec.seed, "metrics": metrics, "tokens": [], "series": {}}
-    record = make_record("data", spec, started, result, data_fingerprint=fingerprint(spec))
-    write_record(root / RECORD, record)
+    write_record(root / RECORD, make_record("data", spec, started, result, data_fingerprint=fingerprint(spec)))
     (root / INCOMPLETE).unlink()
 
 

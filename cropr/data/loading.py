@@ -165,10 +165,8 @@ class TrainBatches:
         self._loader = Loader(samples, **how)
         self.world = world = self._loader.world
         if len(samples) < batch_size:
-            raise ValueError(
-                f"{samples.split.root}: {samples.split.name} has {len(samples)} images, fewer than one batch of "
-                f"{batch_size}; lower batch_size to at most {len(samples)} or add images"
-            )
+            few = f"{samples.split.root}: {samples.split.name} has {len(samples)} images, fewer than one batch"
+            raise ValueError(f"{few} of {batch_size}; lower batch_size to at most {len(samples)} or add images")
         if batch_size % world.size:
             raise ValueError(f"batch_size {batch_size} does not divide into {world.size} processes; make it a multiple")
         self.count, self.batch_size, self.seed = len(samples), batch_size, seed

@@ -92,10 +92,8 @@ def _open(name: str, root: Path, training: bool) -> Any:
         return OxfordIIITPet(root, "trainval" if training else "test", download=True)
     except (RuntimeError, OSError, ValueError) as error:
         what = f"{name} cannot be read or downloaded to {root}: {' '.join(str(error).split())}; without a network, get"
-        fix = (
-            "the archives elsewhere and name their folder (--source DIR); after an extraction that was cut off, delete"
-        )
-        raise ValueError(f"{what} {fix} {root / _FOLDERS[name]}") from None
+        fix = "archives elsewhere and name their folder (--source DIR); after an extraction that was cut off, delete"
+        raise ValueError(f"{what} the {fix} {root / _FOLDERS[name]}") from None
 
 
 def _samples(data: Any) -> Iterator[Sample]:

@@ -27,7 +27,6 @@ from cropr.specs import ScenesSpec
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
-
 VERSION = 2
 """Version of the generator, part of the fingerprint: raise it with any change that alters a pixel or a mask."""
 CLASSES = 10
@@ -35,7 +34,6 @@ OBJECT, DISTRACTOR = 255, 128
 """Values of the truth mask; the background is 0."""
 INCOMPLETE = "INCOMPLETE"
 """Lies in the root of a set while it is being written."""
-
 CELL = 8
 """Side of an original digit, and of the grid on which digits are placed, in pixels. The grid makes the digit easier to
 learn (few phases between strokes and patches); sizes between its steps keep the strokes themselves varied."""
@@ -56,8 +54,7 @@ class Instance:
 
     label: int
     region: NDArray[np.bool_]
-    """[H, W]: its strokes, and the pixels that lie between strokes both in their row and in their column (the inside of
-    a 0). Regions of a scene do not overlap."""
+    """[H, W]: its strokes, and what lies between strokes in both row and column. Regions of a scene do not overlap."""
 
     @property
     def box(self) -> tuple[int, int, int, int]:

@@ -19,19 +19,14 @@ from torch import Tensor, nn
 from cropr.pruning.methods import Place
 from cropr.pruning.tokens import Tokens
 
-METHODS = {
+METHODS = {  # a literal, which cropr.pruning.methods reads without importing this file
     "none": {"class": None, "label": "No reactivation"},
     "concat": {"class": "TokenConcat", "label": "Token concatenation", "place": "after_last_block"},
     "exit": {"class": "EarlyExit", "label": "Early exit", "place": "after_head"},
     "cross": {"class": "CrossAttention", "label": "Cross-attention", "place": "after_last_block"},
     "llf": {"class": "LastLayerFusion", "label": "Last Layer Fusion", "place": "before_last_block"},
-    "llf_no_self": {
-        "class": "LastLayerFusionNoSelf",
-        "label": "Last Layer Fusion, pruned apart",
-        "place": "before_last_block",
-    },
+    "llf_no_self": {"like": "llf", "class": "LastLayerFusionNoSelf", "label": "Last Layer Fusion, pruned apart"},
 }
-"""Read by ``cropr.pruning.methods`` without importing this file, so it must be a literal."""
 
 
 class Fusion(nn.Module):

@@ -98,10 +98,8 @@ class PrunedViT(nn.Module):
     def counts(self, num_patches: int, share: Fraction | None = None) -> tuple[int, ...]:
         """Patch tokens alive after each block, for an image of so many patches; by default by the whole schedule."""
         if (num_patches, share) not in self._counts:
-            fused, prefix, whole = self.fuses_early, self.backbone.prefix, Fraction(1)
-            found = self.schedule.resolve(
-                num_patches, self.backbone.depth, fused, prefix, whole if share is None else share
-            )
+            fused, force = self.fuses_early, Fraction(1) if share is None else share
+            found = self.schedule.resolve(num_patches, self.backbone.depth, fused, self.backbone.prefix, force)
             self.backbone.verify_counts(attended(found, num_patches, fused))
             self._counts[num_patches, share] = found
         return self._counts[num_patches, share]
@@ -113,8 +111,7 @@ class PrunedViT(nn.Module):
 
     @property
     def token_trace(self) -> tuple[int, ...]:
-        """Tokens with prefix at the input and after every block: 197, 188, 180, ... Without those that a fusion brings
-        back after the last block."""
+        """Tokens with prefix at the input and after every block (197, 188, 180, ...); no fusion after the last."""
         patches = self.backbone.num_patches
         return trace(self.counts(patches), patches, self.backbone.prefix)
 
@@ -163,8 +160,7 @@ class PrunedViT(nn.Module):
         self, reducer: Reducer, block: int, count: int, before: Tokens, position: Any, pixels: Tensor | None
     ) -> Reduction:
         """Run a block with its reducer."""
-        half = reducer.place == "after_attention"
-        backbone = self.backbone
+        backbone, half = self.backbone, reducer.place == "after_attention"
         tokens = (backbone.attend if half else backbone.run)(block, before, position)
         found = {name: getattr(backbone, name)(block, before, position) for name in reducer.reads - {"pixels"}}
         context = Context(**found, pixels=pixels if "pixels" in reducer.reads else None)
@@ -182,10 +178,8 @@ class PrunedViT(nn.Module):
         if self.fusion is not None and not reducer.leaves_pruned:
             raise ValueError(f"{name} leaves no pruned tokens behind that {back} could bring back; use fusion 'none'")
         if self.dense and reducer.slots:
-            problem = (
-                f"{name} mixes all patches into slots without a place, and this model makes a prediction per patch"
-            )
-            raise ValueError(f"{problem}; use a method that prunes or merges")
+            problem = "mixes all patches into slots without a place, and this model makes a prediction per patch"
+            raise ValueError(f"{name} {problem}; use a method that prunes or merges")
         self.backbone.verify_reducer(reducer, self.fusion)
 
     def _predict(self, images: Tensor, tokens: Tokens, pruned: Mapping[int, Tokens]) -> Tensor:

@@ -51,9 +51,8 @@ class Schedule:
         if len({block for block, _ in self.at}) < len(self.at):
             raise ValueError(f"{self.rule} at {[block for block, _ in self.at]}: name each block once")
         if self.rate < 0 or self.first_extra < 0:
-            raise ValueError(
-                f"rate={self.rate}, first_extra={self.first_extra}: both must be 0 or more; rate 0 prunes nothing"
-            )
+            both = f"rate={self.rate}, first_extra={self.first_extra}: both must be 0 or more"
+            raise ValueError(f"{both}; rate 0 prunes nothing")
         if self.align < 1:
             raise ValueError(f"align={self.align} must be 1 (off) or more, for example 8")
         for block, number in self.at:
@@ -145,12 +144,11 @@ class Schedule:
         first, allowed, given = allowed_for[rule][0], sorted(allowed_for[rule]), config[rule] or {}
         if not isinstance(given, Mapping):
             raise ValueError(f"schedule {rule}: {given!r} is not a mapping; allowed: {allowed}")
-        arguments = dict(given)
-        if unknown := sorted(map(str, set(arguments) - set(allowed))):
+        if unknown := sorted(map(str, set(given) - set(allowed))):
             raise ValueError(f"schedule {rule}: unknown {unknown}; allowed: {allowed}")
-        if first not in arguments:
+        if first not in given:
             raise ValueError(f"schedule {rule}: {[first]} is missing; allowed: {allowed}")
-        return getattr(cls, rule)(arguments.pop(first), **arguments)
+        return getattr(cls, rule)(given[first], **{key: value for key, value in given.items() if key != first})
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of ``from_config``, with plain JSON types."""
@@ -210,10 +208,8 @@ class Schedule:
             total = self.rate * last + self.first_extra
             if total >= num_patches:
                 fix = (num_patches - 1 - self.first_extra) // last if last else 0
-                raise ValueError(
-                    f"rate {self.rate} prunes {total} of {num_patches} patch tokens over {last} blocks; "
-                    f"at least 1 must stay: lower the rate to {fix} or less"
-                )
+                pruned = f"rate {self.rate} prunes {total} of {num_patches} patch tokens over {last} blocks"
+                raise ValueError(f"{pruned}; at least 1 must stay: lower the rate to {fix} or less")
             if not (rate := floor(self.rate * share)):
                 return {}
             return {b: num_patches - self.first_extra - rate * b for b in range(1, last + 1)}
@@ -222,16 +218,11 @@ class Schedule:
             if block > last:
                 reason = f"the last block to prune after is {last} here (one block must follow, two with fusion)"
                 raise ValueError(f"prune after block {block}: {reason}")
-            before = alive
-            if self.rule == "stages":
-                alive -= int(number)
-            elif self.rule == "fraction":
-                alive = round(alive * (1 - number))
-            else:
-                alive = int(number)
+            before, left = alive, {"fraction": alive * (1 - number), "stages": alive - number, "kept": number}
+            alive = round(left[self.rule])
             if not 1 <= alive <= before:
-                left = f"{self.rule} {number:g} after block {block} would leave {alive} of {before} patch tokens"
-                raise ValueError(f"{left}; it must leave 1 to {before}")
+                found = f"{self.rule} {number:g} after block {block} would leave {alive} of {before} patch tokens"
+                raise ValueError(f"{found}; it must leave 1 to {before}")
             wanted[block] = alive
         return {block: num_patches - floor((num_patches - count) * share) for block, count in wanted.items()}
 
@@ -239,9 +230,8 @@ class Schedule:
 def ramp(position: int, length: int) -> Fraction:
     """Share of the schedule in force at ``position`` (from 0) of a training run of ``length``: the curriculum.
 
-    It rises linearly over the first half and is 1 from there: min(1, position / (length / 2 - 1)), exactly. Counted in
-    epochs and multiplied by R, this is the authors' floor(R e / (E / 2 - 1)); odd lengths are no exception. Runs of
-    less than 3 have no ramp.
+    It rises linearly over the first half and is 1 from there: min(1, position / (length / 2 - 1)), odd lengths too.
+    In epochs and times R, this is the authors' floor(R e / (E / 2 - 1)). Runs of less than 3 have no ramp.
     """
     return Fraction(1) if length < 3 else min(Fraction(2 * position, length - 2), Fraction(1))
 

@@ -43,12 +43,8 @@ class Task:
 
 
 _PACKAGES = sorted(file.parent.name for file in Path(__file__).parent.glob("*/__init__.py"))
-
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK
-    for module in (import_module(f"{__name__}.{name}") for name in _PACKAGES)
-    if hasattr(module, "TASK")
-}
+_MODULES = [import_module(f"{__name__}.{name}") for name in _PACKAGES]
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES if hasattr(module, "TASK")}
 """Every task by name."""
 
 

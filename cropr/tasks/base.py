@@ -197,11 +197,9 @@ def require_known(name: str) -> str:
     if not timm.is_model(name):
         known, wanted = timm.list_models(["vit_*", "deit*", "eva*"]), name.partition(".")[0]
         close = [one for one in known if wanted in one][:5] or get_close_matches(wanted, known, 5, 0.4)
-        raise ValueError(
-            f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}. The command line takes timm's "
-            "models alone; those of Hugging Face, torchvision and open_clip are pruned in Python: "
-            "cropr.prune(model, schedule), see docs/hosts.md"
-        )
+        found = f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}"
+        fix = "those of Hugging Face, torchvision and open_clip are pruned in Python: cropr.prune(model, schedule)"
+        raise ValueError(f"{found}. The command line takes timm's models alone; {fix}, see docs/hosts.md")
     return name
 
 

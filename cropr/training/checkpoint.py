@@ -29,12 +29,10 @@ from cropr.training.optim import HOST
 
 WEIGHTS = "weights.safetensors"
 """A finished run's weights, training form, in the run's directory."""
-
 BEST = "best.safetensors"
 """The weights whose first metric was the highest, where a run was evaluated while it trained."""
 CHECKSUM = "sha256"
 """Key of a file's header with the digest of its tensors, by which a damaged file is refused."""
-
 AVERAGE = "average.safetensors"
 FINAL_NORMS = ("norm", "fc_norm")
 """timm's two places for the last norm: with average pooling ``fc_norm``, else ``norm``. A host whose pooling differs
@@ -59,11 +57,8 @@ def save_checkpoint(
     save_weights(temporary / "model.safetensors", model)
     if average is not None:
         save_weights(temporary / AVERAGE, average)
-    tensors = {
-        f"{name}/{part}": tensor
-        for name, parameter in _trained(optimizer).items()
-        for part, tensor in optimizer.state.get(parameter, {}).items()
-    }
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in _trained(optimizer).items()}
+    tensors = {f"{name}/{part}": tensor for name, own in states.items() for part, tensor in own.items()}
     _save_tensors(temporary / "optimizer.safetensors", tensors)
     write_text(temporary / "state.json", json.dumps({**state, "step": step}, sort_keys=True))
     temporary.rename(final)
@@ -86,8 +81,7 @@ def load_checkpoint(
     load_weights(model, checkpoint / "model.safetensors")
     if average is not None:
         load_weights(average, checkpoint / AVERAGE)
-    path = checkpoint / "optimizer.safetensors"
-    parameters = _trained(optimizer)
+    path, parameters = checkpoint / "optimizer.safetensors", _trained(optimizer)
     optimizer.state.clear()
     for key, tensor in _read(path).items():
         name, _, part = key.rpartition("/")
@@ -99,8 +93,7 @@ def load_checkpoint(
 
 def _trained(optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Parameters of an optimizer by name."""
-    pairs = (pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True))
-    return dict(pairs)
+    return {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)}
 
 
 def save_weights(path: Path, model: nn.Module, spec: str | None = None) -> None:
@@ -209,11 +202,8 @@ def load_initial(model: nn.Module, path: Path) -> dict[str, list[str]]:
     host.load_state_dict({**own, **found})
     _LOG.info("%s: %d host tensors loaded; reducers start fresh", path, len(found))
     fresh, ignored = [name for name in own if name in apart], [name for name in tensors if name in apart - own.keys()]
-    for text, names in (
-        ("interpolated to this patch grid", resampled),
-        ("start fresh, since the file has none that fit", fresh),
-        ("in the file only", ignored),
-    ):
+    notes = {"interpolated to this patch grid": resampled, "start fresh, since the file has none that fit": fresh}
+    for text, names in {**notes, "in the file only": ignored}.items():
         if names:
             _LOG.info("  %s: %s", text, some(names, ", "))
     return {"loaded": list(found), "interpolated": resampled, "fresh": fresh, "ignored": ignored}

@@ -230,8 +230,7 @@ class _Run:
                 self.average.update(self.model)
             seconds = loaded - clock, time.perf_counter() - loaded
             lr = max(group["lr"] for group in self.optimizer.param_groups)
-            line = _line(self.step, epoch, lr, result, seconds)
-            self.log.write(json.dumps(line) + "\n")
+            self.log.write(json.dumps(line := _line(self.step, epoch, lr, result, seconds)) + "\n")
             self._show("train", line)
             progress.step(line)
             self._require_finite(result, epoch, lr)
@@ -239,8 +238,7 @@ class _Run:
             if result.stop:
                 self.save()
                 raise TrainingInterrupted(f"stopped by {stop.name}; {self.last_checkpoint}", stop.requested)
-            due = time.monotonic() - self._saved > 60 * self.settings.checkpoint_minutes
-            if due and self.step % len(self.loader):
+            if self.step % len(self.loader) and time.monotonic() - self._saved > 60 * self.settings.checkpoint_minutes:
                 self.save()
             clock = time.perf_counter()
 
@@ -289,10 +287,9 @@ class _Run:
         numbers = {"loss": result.loss, "auxiliary loss": result.aux_loss or 0}
         numbers |= {"gradient norm": result.grad_norm} if overflown else {}
         if wrong := [f"the {name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
-            raise TrainingDiverged(
-                f"{wrong[0]} at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}. "
-                "Lower recipe.base_lr, lengthen recipe.warmup_epochs or set recipe.clip_grad"
-            )
+            place = f"at step {self.step} (epoch {epoch + 1}), learning rate {lr:.3g}; {self.last_checkpoint}"
+            fix = "Lower recipe.base_lr, lengthen recipe.warmup_epochs or set recipe.clip_grad"
+            raise TrainingDiverged(f"{wrong[0]} {place}. {fix}")
 
 
 def summarise(log: Path) -> dict[str, float]:

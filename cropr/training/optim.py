@@ -1,5 +1,4 @@
-"""One optimizer step: AdamW with layer decay, the step's learning rate, pruning rate and gradients, as the authors have
-them (docs/authors_code.md).
+"""One optimizer step, as the authors have it (docs/authors_code.md): AdamW with layer decay, rates, clipping.
 
 A model of depth L has L + 2 levels: the stem (patch embedding, positions, prefix tokens) is level 0, block l level l,
 all else level L + 1 with scale 1: final norms, head, and what pruning adds for training.
@@ -29,7 +28,6 @@ from cropr.tasks.base import BatchTask, autocast
 
 HOST = "backbone.host."
 """Prefix of the host model's parameters in a ``PrunedViT``."""
-
 POWERS = {"poly": 0.9, "constant": 0.0}
 """Exponent of a learning rate that falls as (1 - t) ** power; 0.9 is the authors' for segmentation."""
 NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token"})

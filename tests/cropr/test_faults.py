@@ -130,7 +130,7 @@ def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Pat
 def test_names_of_images_stay_in_their_folder() -> None:
     for name in ("../../secret.png", "/data/secret.png", "a/../../b.png"):
         image = {"id": 1, "file_name": name, "height": 4, "width": 4}
-        _, problems = annotations.parse(Path("x.json"), {"images": [image], "annotations": [], "categories": []})
+        _, problems = annotations.read_annotations(Path("x.json"), {"images": [image], "annotations": [], "categories": []})
         assert any("leads out of the folder of images" in problem for problem in problems)
 
 
@@ -236,7 +236,7 @@ def test_masks_that_make_pycocotools_crash_are_refused(segmentation: Any) -> Non
     image = {"id": 1, "file_name": "a.png", "height": 4, "width": 4}
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0}
     content = {"images": [image], "annotations": [{**annotation, "segmentation": segmentation}]}
-    _, problems = annotations.parse(Path("x.json"), {**content, "categories": [{"id": 1}]})
+    _, problems = annotations.read_annotations(Path("x.json"), {**content, "categories": [{"id": 1}]})
     assert any("annotation 1: segmentation" in problem for problem in problems)
 
 

@@ -116,8 +116,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _part(self, block: int, part: int, x: Tensor) -> Tensor:
-        """Scaled queries (0), keys (1) or values (2) [B, H, L, d] of a block's normed input [B, L, C], before rotary
-        positions."""
+        """Scaled queries (0), keys (1) or values (2) [B, H, L, d], without rotary positions, of normed x [B, L, C]."""
         raise NotImplementedError
 
     def _turn(self, block: int, x: Tensor, tokens: Tokens, position: Any) -> Tensor:
@@ -195,8 +194,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def head(self, tokens: Tokens) -> Tensor:
-        """The host's own pooling and classifier: [B, classes]; of hosts without classes, the pooled [B, channels]. A
-        mean weighs tokens by ``Tokens.weight``."""
+        """The host's own pooling and classifier: [B, classes], or pooled [B, channels]. Means use ``Tokens.weight``."""
         raise NotImplementedError
 
     def _mean(self, tokens: Tokens, lead: int = 0) -> Tensor:

@@ -1,6 +1,5 @@
 """Hugging Face transformers 4.57 and 5: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
-SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention. docs/hosts.md says what their
-outputs mean.
+SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention (outputs: docs/hosts.md).
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from torch.nn import functional as F
 from cropr.pruning.backbones.base import Backbone, _compute_dtype
 from cropr.pruning.tokens import Tokens
 
-_HOST = re.compile(
-    r".*((?<!CLIP|glip|Text)Model|VisionTransformer|ForImageClassification\w*)|CLIPVisionModelWithProjection"
-)
+_HOST = r".*((?<!CLIP|glip|Text)Model|VisionTransformer|ForImageClassification\w*)|CLIPVisionModelWithProjection"
 _FAMILIES = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "CLIPEncoder", "SiglipEncoder")
 
 
@@ -134,7 +131,7 @@ class HuggingFaceBackbone(Backbone):
 
     def _verify(self) -> None:
         kind = type(self.host)
-        if not _HOST.fullmatch(kind.__name__) or not kind.__module__.startswith("transformers."):
+        if not re.fullmatch(_HOST, kind.__name__) or not kind.__module__.startswith("transformers."):
             raise self._refuse("this head, forward or text tower (supported: vision models, bare or with a classifier)")
         for module in self.blocks:
             if type(module).__name__ not in [f"{name}Layer" for name in _FAMILIES]:

@@ -41,10 +41,8 @@ class WindowedBackbone(TimmBackbone):
         if outside := sorted(block for block in self.global_blocks if not 1 <= block <= self.depth):
             raise ValueError(f"global blocks {outside}: blocks count from 1 to {self.depth}")
         if self.depth not in self.global_blocks:
-            raise ValueError(
-                f"global blocks {sorted(self.global_blocks)} lack the last one, {self.depth}: tokens that are fused "
-                "back before it come from all over the image; add it"
-            )
+            lack = f"global blocks {sorted(self.global_blocks)} lack the last one, {self.depth}"
+            raise ValueError(f"{lack}: tokens that are fused back before it come from all over the image; add it")
         rope = getattr(host, "rope", None)
         if rope is not None and (
             type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.grid_type != "index" or rope.aug_active
@@ -58,12 +56,10 @@ class WindowedBackbone(TimmBackbone):
         size = self.window_tokens
         for block, count in enumerate(entering, start=1):
             if block not in self.global_blocks and count % size:
-                fits = [fit for fit in (count // size * size, -(-count // size) * size) if fit]
-                raise ValueError(
-                    f"{count} patch tokens enter block {block}, which attends in windows of {self.window} x "
-                    f"{self.window} = {size}: keep a multiple of {size}, here {' or '.join(map(str, fits))} "
-                    f"(Schedule.squares, or align={size} for other rules)"
-                )
+                fits = " or ".join(str(fit) for fit in (count // size * size, -(-count // size) * size) if fit)
+                where = f"block {block}, which attends in windows of {self.window} x {self.window} = {size}"
+                fix = f"keep a multiple of {size}, here {fits} (Schedule.squares, or align={size} for other rules)"
+                raise ValueError(f"{count} patch tokens enter {where}: {fix}")
 
     def embed(self, images: Tensor) -> tuple[Tokens, tuple[Tensor | None, Tensor | None]]:
         """Tokens in window-major order; rotary tables [grid, 2 d], or None, for global and for windowed blocks. Raises
@@ -71,10 +67,8 @@ class WindowedBackbone(TimmBackbone):
         height, width = images.shape[-2:]
         down, across = (self.window * edge for edge in self.patch_size)
         if height % down or width % across:
-            raise ValueError(
-                f"images of {height} x {width} px do not hold whole windows of {down} x {across} px: "
-                f"pad them to {-(-height // down) * down} x {-(-width // across) * across}"
-            )
+            found = f"images of {height} x {width} px do not hold whole windows of {down} x {across} px"
+            raise ValueError(f"{found}: pad them to {-(-height // down) * down} x {-(-width // across) * across}")
         rows, columns = self.grid(images)
         tokens, table = super().embed(images)
         order = window_order(rows, columns, self.window, images.device)

@@ -1,6 +1,5 @@
 """Methods whose token count depends on the image, in evaluation (ATS) or in training (DynamicViT).
 
-Rules are those of the reference code as far as they could be established, and a corrected one (docs/reducers.md).
 B batch, H heads, N patch tokens, K kept at most, C channels.
 """
 
@@ -17,20 +16,18 @@ from cropr.pruning.methods import Place
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled, select
 from cropr.pruning.tokens import Tokens
 
-METHODS = {
+METHODS = {  # a literal, which cropr.pruning.methods reads; "*" holds for all methods of this file
     "*": {"marker": "P", "family": "adaptive"},
     "ats": {"class": "ATS", "colour": "#ff7f0e", "options": ("place", "rule"), "place": "after_attention"},
     "dynamic_vit": {"class": "DynamicViT", "colour": "#e377c2", "options": ("ratio_weight",), "trained": True},
 }
-"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class ATS(Ruled):
     """Adaptive token sampling (Fayyaz et al., 2022): inverse transform sampling of attention times value norm.
 
-    K fixed points of the cumulative score pick tokens; a token that several points pick is kept once. Fewer than K
-    tokens are then valid, and padding, which no token attends to, fills the rest, so that an image does not depend on
-    the batch.
+    K fixed points of the cumulative score pick tokens; a token that several points pick is kept once. Padding, which no
+    token attends to, fills the rest, so that an image does not depend on the batch.
 
     A point picks, by rule ``corrected``, the first token whose cumulative score reaches it; by ``reference``, that of
     the nearest cumulative score, which also picks neighbours of important tokens.

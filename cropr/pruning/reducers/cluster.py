@@ -1,6 +1,5 @@
 """Methods that cluster the patch tokens: K-Medoids (Token Pooling) and DPC-KNN.
 
-Rules are those of the reference code as far as they could be established, and corrected ones (docs/reducers.md).
 B batch, N patch tokens, K clusters, C channels.
 """
 
@@ -16,7 +15,7 @@ from cropr.pruning.methods import Place
 from cropr.pruning.reducers.base import Context, Reduction, Ruled, pool
 from cropr.pruning.tokens import Tokens, take
 
-METHODS = {
+METHODS = {  # a literal, which cropr.pruning.methods reads; "*" holds for all methods of this file
     "*": {"marker": "v", "family": "merger"},
     "k_medoids": {
         "class": "KMedoids",
@@ -32,7 +31,6 @@ METHODS = {
         "trained": True,
     },
 }
-"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class KMedoids(Ruled):

@@ -1,6 +1,5 @@
 """Mergers that average similar tokens: EViT, ToMe, PiToMe and ToFu.
 
-Rules are those of the papers and of their reference code as far as they could be established (docs/reducers.md).
 B batch, P prefix tokens, N patch tokens, K kept, R = N - K, C channels.
 """
 
@@ -16,14 +15,13 @@ from cropr.pruning.methods import Place
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled, pool, split
 from cropr.pruning.tokens import Tokens, take
 
-METHODS = {
+METHODS = {  # a literal, which cropr.pruning.methods reads; "*" holds for all methods of this file
     "*": {"marker": "^", "family": "merger", "place": "after_attention"},
     "evit": {"class": "EViT", "colour": "#e69f00", "options": ("place", "rule")},
     "tome": {"class": "ToMe", "colour": "#8c564b", "options": ("place",)},
     "pitome": {"class": "PiToMe", "colour": "#7f7f7f", "options": ("place",)},
     "tofu": {"class": "ToFu", "colour": "#bcbd22", "options": ("place",)},
 }
-"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class EViT(Ruled):
@@ -155,8 +153,7 @@ def match(metric: Tensor, source: Tensor, target: Tensor, others: Tensor, count:
     """Bipartite soft matching: the ``count`` sources that are closest to a target go into it.
 
     ``metric`` is [B, N, d] of length 1; ``source``, ``target`` and ``others`` are positions, each once. Returns the
-    positions [B, N - count] of the tokens that stay (others, sources, targets), and which of these each token goes
-    into, [B, N].
+    positions [B, N - count] of tokens that stay (others, sources, targets), and which of them each goes into, [B, N].
     """
     closest = (take(metric, source) @ take(metric, target).transpose(1, 2)).max(dim=2)
     stay, gone = split(-closest.values, source.shape[1] - count)

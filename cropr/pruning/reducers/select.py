@@ -17,7 +17,7 @@ from cropr.pruning.reducers.base import Context, Reducer, Reduction, ScoreReduce
 from cropr.pruning.scorer import Aggregator, AuxiliaryHead, FoldedScorer, Scorer
 from cropr.pruning.tokens import Tokens
 
-METHODS = {
+METHODS = {  # a literal, which cropr.pruning.methods reads; "*" holds for all methods of this file
     "*": {"marker": "o"},
     "cropr": {
         "class": "Cropr",
@@ -31,7 +31,6 @@ METHODS = {
     "variance": {"class": "Variance", "colour": "#009e73"},
     "attn_topk": {"class": "AttentionTopK", "label": "Attn Top-K", "colour": "#cc79a7", "options": ("place",)},
 }
-"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class FoldedCropr(ScoreReducer):

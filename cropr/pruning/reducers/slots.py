@@ -1,6 +1,5 @@
 """Methods that rewrite all patch tokens as K mixtures: SiT, Sinkhorn and PatchMerger. All are trained by the main loss.
 
-Rules are those of the reference code as far as they could be established, and a corrected one (docs/reducers.md).
 B batch, N patch tokens, K slots, C channels.
 """
 
@@ -15,13 +14,12 @@ from torch.nn import functional as F
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, Ruled
 from cropr.pruning.tokens import Tokens
 
-METHODS = {
+METHODS = {  # a literal, which cropr.pruning.methods reads; "*" holds for all methods of this file
     "*": {"marker": "D", "family": "slots", "trained": True},
     "sit": {"class": "SiT", "colour": "#1f77b4"},
     "sinkhorn": {"class": "Sinkhorn", "colour": "#2ca02c", "options": ("epsilon", "iterations")},
     "patch_merger": {"class": "PatchMerger", "colour": "#d62728", "options": ("rule",)},
 }
-"""A literal, which ``cropr.pruning.methods`` reads; ``*`` holds for all methods of this file."""
 
 
 class Slots(Reducer):

@@ -31,8 +31,6 @@ class DataSpec(ImagesSpec):
     crop_pct: float = Field(0.875, gt=0, le=1)
     """Evaluation: shorter side resized to ``image_size / crop_pct``, then centre crop."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 TASK = Task(

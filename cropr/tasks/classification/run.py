@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
+import cropr.tasks.base as base
 from cropr.data.imagenet import EvalImages, Split, TrainImages, load_splits, mixup
 from cropr.data.loading import EvalBatches, TrainBatches
 from cropr.data.scenes import object_mask, object_patches
@@ -23,18 +24,7 @@ from cropr.pruning.model import DeployedViT, Output, PrunedViT
 from cropr.pruning.tokens import take
 from cropr.specs import PruneSpec
 from cropr.tasks import TrainSpec
-from cropr.tasks.base import (
-    DEFAULT,
-    BatchTask,
-    Evaluation,
-    EvaluationSettings,
-    Losses,
-    TaskRun,
-    autocast,
-    build_model,
-    in_order,
-    names_fingerprint,
-)
+from cropr.tasks.base import DEFAULT, BatchTask, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, build_model
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.scoring import Scoring
 
@@ -79,7 +69,7 @@ class Classification(Objective, TaskRun):
         return list(self.splits[0].classes)
 
     def folder_fingerprint(self) -> str:
-        return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
+        return base.names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.paths))
 
     def build(self, pretrained: bool = False) -> PrunedViT:
         spec, data = self.spec, self.data
@@ -111,7 +101,7 @@ class Classification(Objective, TaskRun):
         objects = object_map([split.paths[index] for index in batches.indices], self.data, host.patch_embed.grid_size)
         result = evaluate(model, batches, settings, objects)
         names = np.array([Path(split.paths[index]).relative_to(split.root).as_posix() for index in batches.indices])
-        arrays = in_order(world.gather, batches.indices, {"image": names, **result.images})
+        arrays = base.in_order(world.gather, batches.indices, {"image": names, **result.images})
         return replace(result, images=arrays)
 
 

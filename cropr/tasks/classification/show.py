@@ -21,9 +21,8 @@ class ClassAnswers(Answers):
         image = eval_transform(self.data)(decode(str(item) if split is None or number is None else split.paths[number]))
         output: Output = self.model(image[None].to(device))
         scores, best = output.logits[0].float().softmax(dim=-1).sort(descending=True)
-        rows = tuple(
-            {"class": label, "score": p} for p, label in zip(scores.tolist()[:5], best.tolist()[:5], strict=True)
-        )
+        pairs = zip(best.tolist()[:5], scores.tolist()[:5], strict=True)
+        rows = tuple({"class": label, "score": score} for label, score in pairs)
         names = split.classes if split else self.names
         return Shown(
             image=to_pixels(image, self.data.mean, self.data.std),

@@ -18,8 +18,6 @@ class DetDataSpec(ImagesSpec):
     scale: Range = (0.1, 2.0)
     """Large-scale jitter: training images are resized to this range times the size that fits into the square."""
     hflip: float = Field(0.5, ge=0, le=1)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 class DetModelSpec(Spec):

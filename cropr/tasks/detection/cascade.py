@@ -199,8 +199,7 @@ def _mask_head(spec: DetModelSpec, num_classes: int) -> nn.Sequential:
 
 
 def mean_over_processes(count: int, device: torch.device) -> float:
-    """Mean of a number over the processes that train, above 0. A loss over it, averaged over the processes, is the loss
-    of one process with all their images."""
+    """Mean of a number over processes, above 0. Losses over it average to that of one process with all the images."""
     if not distributed.is_initialized():
         return max(count, 1)
     total = torch.tensor(float(count), device=device)
@@ -241,8 +240,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit
 @torch.no_grad()
 def soft_nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit: int) -> Picks:
     """Linear soft suppression (Bodla et al., 2017) of boxes [R, 4] with scores [R, K], not negative: a picked box
-    multiplies scores of boxes by 1 - IoU, where the IoU is above ``threshold``. Scores up to ``min_score`` are dropped;
-    the ``limit`` highest remain.
+    multiplies scores by 1 - IoU where the IoU is above ``threshold``; the ``limit`` highest above ``min_score`` remain.
 
     One matrix of overlaps serves all classes, in float32, since float16 is off by half a pixel above 1024. Each step
     picks one box of every class, in falling order: the ``limit`` best are among the first ``limit`` of each class.

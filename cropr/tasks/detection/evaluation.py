@@ -118,8 +118,7 @@ def score(
     given, gets what ``matches`` finds for boxes (``box_image``, ...) and masks; ``source`` names the results in
     messages. Raises FileNotFoundError, ValueError: truth or results are missing or wrong.
     """
-    truth = _truth(annotations)
-    problems = []
+    truth, problems = _truth(annotations), list[str]()
     for position, result in enumerate(results):
         if wrong := _wrong(result, truth):
             problems.append(f"{source}: detection {position}: {wrong}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import cropr.tasks.base as base
 from cropr.data.ade20k import IGNORE, EvalImages, Split, TrainImages, load_splits
 from cropr.data.loading import EvalBatches, TrainBatches, pad
 from cropr.data.scenes import OBJECT, object_patches
@@ -26,17 +27,7 @@ from cropr.pruning.reducers import Reducer
 from cropr.pruning.reducers.select import Cropr
 from cropr.pruning.schedule import Schedule
 from cropr.pruning.tokens import Tokens, take
-from cropr.tasks.base import (
-    DEFAULT,
-    Evaluation,
-    EvaluationSettings,
-    Losses,
-    TaskRun,
-    autocast,
-    build_model,
-    in_order,
-    names_fingerprint,
-)
+from cropr.tasks.base import DEFAULT, Evaluation, EvaluationSettings, Losses, TaskRun, autocast, build_model
 from cropr.tasks.scoring import Scoring
 from cropr.tasks.segmentation import SegDataSpec
 
@@ -48,7 +39,7 @@ class Segmentation(TaskRun):
         return load_splits(root)
 
     def folder_fingerprint(self) -> str:
-        return names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.images))
+        return base.names_fingerprint(self.splits[0].root, (path for split in self.splits for path in split.images))
 
     def build(self, pretrained: bool = False) -> "PrunedSegmenter":
         shape = self.data.num_classes, self.data.image_size
@@ -63,8 +54,7 @@ class Segmentation(TaskRun):
 
     @torch.no_grad()
     def evaluate(self, model: "PrunedSegmenter | DeployedViT", settings: EvaluationSettings = DEFAULT) -> Evaluation:
-        """Metrics and series ``iou`` of ``scores``, series ``scoring`` (``cropr.tasks.scoring``); images: ``pixels``
-        [n, 3, C] of ``count_pixels``."""
+        """Metrics and series ``iou`` of ``scores``, series of ``Scoring``; images: ``pixels`` of ``count_pixels``."""
         training, world, device = model.training, settings.world, settings.world.device
         scoring, host = Scoring(model), (model.model if isinstance(model, DeployedViT) else model).backbone.host
         model.eval()
@@ -85,7 +75,7 @@ class Segmentation(TaskRun):
         model.train(training)
         pixels = torch.cat(counts).numpy() if counts else np.zeros((0, 3, self.data.num_classes), np.int32)
         names = np.array([Path(split.images[index]).stem for index in batches.indices])
-        found = in_order(world.gather, batches.indices, {"image": names, "pixels": pixels})
+        found = base.in_order(world.gather, batches.indices, {"image": names, "pixels": pixels})
         metrics, iou = scores(torch.from_numpy(found["pixels"]).sum(dim=0))
         series: dict[str, list[Any]] = {"iou": iou, **scoring.series(world.sum)}
         return Evaluation({**metrics, "val_images": len(found["image"])}, series, found)
@@ -169,9 +159,8 @@ def scores(counts: Tensor) -> tuple[dict[str, float], list[float | None]]:
 class PrunedSegmenter(PrunedViT):
     """A host with token pruning that predicts a class for every pixel: logits [B, classes, H, W].
 
-    The host's norm and linear classifier serve every token, without pooling (the authors' head); the predictions return
-    to raster order and are upsampled bilinearly. Patches that no fusion brought back take the prediction of the nearest
-    survivor (ours: the paper does not say).
+    The host's norm and linear classifier serve every token (the authors' head); the predictions return to raster order
+    and are upsampled bilinearly. Patches that no fusion brought back take that of the nearest survivor (our reading).
 
     Images may have any size that the host takes; modules with queries are trained on images of the size that the host
     was built for, since each query belongs to one patch. Raises TypeError for a host without a linear classifier that
