@@ -130,7 +130,8 @@ def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Pat
 def test_names_of_images_stay_in_their_folder() -> None:
     for name in ("../../secret.png", "/data/secret.png", "a/../../b.png"):
         image = {"id": 1, "file_name": name, "height": 4, "width": 4}
-        _, problems = annotations.read_annotations(Path("x.json"), {"images": [image], "annotations": [], "categories": []})
+        content = {"images": [image], "annotations": [], "categories": []}
+        _, problems = annotations.read_annotations(Path("x.json"), content)
         assert any("leads out of the folder of images" in problem for problem in problems)
 
 
