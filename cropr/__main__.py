@@ -37,8 +37,9 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0; 2 for a wrong command, file or value, in one message; 130: Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     verb, log = next((word for word in argv if word in VERBS), None), logging.getLogger("cropr")
+    log.setLevel(logging.INFO)  # of other packages, warnings alone
     try:
         args = build_parser(verb).parse_args(argv)
         args.run(args)
