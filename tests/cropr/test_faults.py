@@ -242,7 +242,7 @@ def test_masks_that_make_pycocotools_crash_are_refused(segmentation: Any) -> Non
 
 
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them() -> None:
-    mask = pytest.importorskip("pycocotools.mask")
+    mask = pytest.importorskip("pycocotools.mask", reason="an extra of the package: cropr[detection]")
     for side in (1, 7, 90):
         region = torch.rand(side, side).numpy() < 0.3
         code = mask.encode(np.asfortranarray(region.astype(np.uint8)))

@@ -176,7 +176,7 @@ def test_fashion(clothes, tmp_path):
 
 
 def test_pets_have_classes_maps_and_instances(written_pets):
-    coco = pytest.importorskip("cropr.data.coco")
+    coco = pytest.importorskip("cropr.data.coco", reason="it needs pycocotools, an extra of the package")
     for layout, classes in PUBLIC["pets"].items():
         report = check(written_pets / layout, classes, layout)
         report.raise_for_problems()
