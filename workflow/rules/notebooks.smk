@@ -1,7 +1,10 @@
 # A manifest tells a notebook where its records lie; papermill runs the notebook; one page joins them all.
 
 
+# `params` hold what it writes; its YAML is an input so that --rerun-triggers mtime sees new rows, too.
 rule manifest:
+    input:
+        "config/experiments/{artefact}.yaml",
     output:
         f"{OUT}/manifests/{{artefact}}.json",
     log:
