@@ -34,10 +34,31 @@ def test_mean_interval_is_students_t():
     half = 4.302652729911275 / np.sqrt(3)
     assert list(line[["mean", "low", "high", "n"]]) == pytest.approx([2.0, 2 - half, 2 + half, 3])
     assert line["over"] == "seeds"
-    table = mean_interval(frame(b=[89.4], a=[1.0, 2.0]), "top1")
-    assert list(table.index) == ["b", "a"], "rows keep their order"
+    table = mean_interval(frame(b=[89.4]), "top1")
     assert np.isnan(table.loc["b", ["low", "high"]]).all(), "one seed has no interval"
     assert with_interval(table)["b"] == "89.4"
+
+
+def test_one_seed_takes_the_spread_of_the_other_rows():
+    # Variances 1 (2 degrees) and 4 (1 degree): pooled 2 with 3 degrees, t(0.975, 3) = 3.18245.
+    runs = frame(b=[89.0], a=[1.0, 2.0, 3.0], c=[5.0, 5.0 + 8**0.5])
+    table, half = mean_interval(runs, "top1"), 3.182446305284263 * np.sqrt(2)
+    assert list(table.index) == ["b", "a", "c"], "rows keep their order"
+    assert list(table.loc["b", ["low", "high", "over"]]) == [
+        pytest.approx(89 - half), pytest.approx(89 + half), "other rows' seeds"
+    ]  # fmt: skip
+    difference = paired_difference(runs[runs["row"].isin(["a", "b"])], "top1", "b", others=runs)
+    assert difference.loc["a", "n"] == 1
+    assert difference.loc["a", "high"] - difference.loc["a", "mean"] == pytest.approx(half * np.sqrt(2))
+
+
+def test_coverage_of_one_seed_with_the_spread_of_the_others():
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(400):
+        runs = frame(a=rng.normal(1, 2, 1), base=rng.normal(0, 2, 3), c=rng.normal(0, 2, 3), d=rng.normal(0, 2, 3))
+        line = paired_difference(runs, "top1", "base").loc["a"]
+        hits.append(line["low"] <= 1 <= line["high"])
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.03)
 
 
 def test_coverage_of_the_mean_interval():

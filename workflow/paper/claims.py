@@ -169,7 +169,7 @@ def _judge(claim: Claim, results: str | Path) -> Found:
         elif claim.quantity in TIMED:
             interval = _timed(load_speed(claim.artefact, results), claim)
         else:
-            interval = _trained(load_records(claim.artefact, results, rows=claim.sides), claim)
+            interval = _trained(load_records(claim.artefact, results), claim)
     except FileNotFoundError:
         return None, "not run", "a record is missing"
     if interval is None:
@@ -179,7 +179,7 @@ def _judge(claim: Claim, results: str | Path) -> Found:
     line = interval.iloc[0]
     if line["over"] == "rounds" and line["n"] < MIN_ROUNDS:
         return interval, "undecided", f"{line['n']:.0f} rounds; a 95 % interval needs {MIN_ROUNDS}"
-    if line["over"] in ("", "images"):  # one seed: its images say nothing of another seed
+    if line["over"] in ("", "images"):  # one seed, and no row has several
         return interval, "undecided", seeds_needed(line, claim.limit)
     verdict = decide(claim.relation, line["low"], line["high"])
     if verdict != "undecided":
@@ -189,13 +189,13 @@ def _judge(claim: Claim, results: str | Path) -> Found:
 
 
 def _trained(runs: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
-    """Interval over seeds and images; None without records."""
+    """Interval over seeds and images; None without records. One seed takes its spread from all rows of the artefact."""
     if claim.quantity not in runs or not {*claim.sides} <= set(runs.dropna(subset=[claim.quantity])["row"]):
         return None
-    runs = runs[runs["row"].isin(claim.sides)]
+    sides = runs[runs["row"].isin(claim.sides)]
     if claim.right is None:
-        return mean_interval(runs, claim.quantity)
-    return paired_difference(runs, claim.quantity, str(claim.right), ratio=claim.ratio)
+        return mean_interval(sides, claim.quantity, others=runs)
+    return paired_difference(sides, claim.quantity, str(claim.right), ratio=claim.ratio, others=runs)
 
 
 def _timed(speed: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:

@@ -35,7 +35,9 @@ Arrays = Mapping[str, NDArray[Any]]
 set, and the arrays of its task."""
 
 
-def mean_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "row") -> pd.DataFrame:
+def mean_interval(
+    frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "row", others: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Interval of the mean of a metric, per row, in the order of the frame; see ``combine``.
 
     Args:
@@ -43,6 +45,7 @@ def mean_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "r
             results of each image. Without them, the interval is over seeds alone.
         metric: column; lines without a number are left out.
         by: column or columns that tell rows apart.
+        others: lines from which a row with one seed takes its spread (``seed_variance``); default: ``frame``.
 
     Returns:
         mean, low, high, n (seeds), over: what the interval is over, ``seed_sd`` (standard deviation over seeds) and
@@ -50,11 +53,17 @@ def mean_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "r
     """
     lines = frame.dropna(subset=[metric]).copy()
     lines["_draws"] = pd.Series([draws(path, metric) for path in _files(lines)], index=lines.index, dtype=object)
-    return _means(lines, metric, by)
+    return _means(lines, metric, by, seed_variance(frame if others is None else others, metric, by))
 
 
 def paired_difference(
-    frame: pd.DataFrame, metric: str, baseline: str, by: str = "row", pair: str = "seed", ratio: bool = False
+    frame: pd.DataFrame,
+    metric: str,
+    baseline: str,
+    by: str = "row",
+    pair: str = "seed",
+    ratio: bool = False,
+    others: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Interval of the mean difference to a row, paired by seed and by image; see ``combine``.
 
@@ -67,7 +76,8 @@ def paired_difference(
         baseline: the row that is subtracted; it gets no line itself.
         by: column that holds the rows' names.
         pair: column by which lines are paired. Seeds that only one side has are left out.
-        ratio: divide by the baseline instead.
+        ratio: divide by the baseline instead; a row with one seed then gets an interval over images alone.
+        others: as for ``mean_interval``. A difference of one seed each has twice their variance.
 
     Returns:
         As ``mean_interval``; rows that share no seed with the baseline are left out.
@@ -79,19 +89,34 @@ def paired_difference(
         raise ValueError(f"no row {baseline!r} to compare with; there are {', '.join(map(str, frame[by].unique()))}")
     lines = frame.assign(per_image=_files(frame))
     base = lines[lines[by] == baseline].set_index(pair)
-    others = lines[(lines[by] != baseline) & lines[pair].isin(base.index)].copy()
+    rest = lines[(lines[by] != baseline) & lines[pair].isin(base.index)].copy()
     against: Any = np.divide if ratio else np.subtract
-    theirs = others[pair].map(base["per_image"])
+    theirs = rest[pair].map(base["per_image"])
     pairs = [
         against(draws(mine, metric), draws(other, metric)) if same_images(mine, other, metric) else None
-        for mine, other in zip(others["per_image"], theirs, strict=True)
+        for mine, other in zip(rest["per_image"], theirs, strict=True)
     ]
-    others["_draws"] = pd.Series(pairs, index=others.index, dtype=object)
-    others[metric] = against(others[metric], others[pair].map(base[metric]))
-    return _means(others.dropna(subset=[metric]), metric, by)
+    rest["_draws"] = pd.Series(pairs, index=rest.index, dtype=object)
+    rest[metric] = against(rest[metric], rest[pair].map(base[metric]))
+    variance, freedom = (math.nan, 0) if ratio else seed_variance(frame if others is None else others, metric, by)
+    return _means(rest.dropna(subset=[metric]), metric, by, (2 * variance, freedom))
 
 
-def combine(values: np.ndarray, images: np.ndarray | None) -> tuple[float, float, float, int, str, float, float]:
+def seed_variance(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "row") -> tuple[float, int]:
+    """Pooled variance over seeds of the rows that have several, and its degrees of freedom; (NaN, 0) if none has, or if
+    several columns tell rows apart. A row with one seed is given it, as in an analysis of variance: this assumes that
+    seeds spread all rows alike. What both rows of a difference share by their seed is not subtracted.
+    """
+    seeds = frame.dropna(subset=[metric]).groupby(_key(by))[metric]
+    extra = seeds.size() - 1
+    freedom = int(extra.sum())
+    known = freedom and isinstance(by, str)
+    return (float((extra * seeds.var().fillna(0)).sum()) / freedom, freedom) if known else (math.nan, 0)
+
+
+def combine(
+    values: np.ndarray, images: np.ndarray | None, others: tuple[float, int] = (math.nan, 0)
+) -> tuple[float, float, float, int, str, float, float]:
     """Interval of the mean of S seeds that were scored on the same n images.
 
     What varies is the seed and the choice of images. All seeds share the images, so that more seeds do not make the
@@ -107,27 +132,29 @@ def combine(values: np.ndarray, images: np.ndarray | None) -> tuple[float, float
     Args:
         values: [S], the metric or difference of each seed.
         images: [S, draws], the same of resampled images; None if there are none.
+        others: s^2 for a single seed, from other rows, and its degrees of freedom (``seed_variance``).
 
     Returns:
-        mean, low, high, seeds, what the interval is over, s, sqrt(v). One seed without images has no bounds; one seed
-        with images has an interval that says nothing of other seeds.
+        mean, low, high, seeds, what the interval is over, s, sqrt(v). Where s is not known, one seed without images has
+        no bounds; one seed with images has an interval that says nothing of other seeds.
     """
     count, mean = len(values), float(values.mean())
-    spread = float(values.std(ddof=1)) if count > 1 else math.nan
-    by_seed = spread**2 / count if count > 1 else 0.0
+    variance, freedom = (float(values.var(ddof=1)), count - 1) if count > 1 else others
+    spread, by_seed = math.sqrt(variance), variance / count if freedom else 0.0
     by_image = float(images.mean(axis=0).var(ddof=1)) if images is not None else 0.0
-    over = " and ".join([*["seeds"] * (count > 1), *["images"] * (images is not None)])
+    seeds = "seeds" if count > 1 else "other rows' seeds"
+    over = " and ".join([*[seeds] * (freedom > 0), *["images"] * (images is not None)])
     if not over:
         return mean, math.nan, math.nan, count, "", spread, math.nan
-    half = half_width(by_seed, count, by_image)
+    half = half_width(by_seed, freedom, by_image)
     return mean, mean - half, mean + half, count, over, spread, math.sqrt(by_image) if images is not None else math.nan
 
 
-def half_width(by_seed: float, seeds: int, by_image: float) -> float:
-    """Half the interval whose mean has the variances ``by_seed`` (estimated from so many seeds) and ``by_image``."""
+def half_width(by_seed: float, freedom: int, by_image: float) -> float:
+    """Half the interval whose mean has the variances ``by_seed`` (with its degrees of freedom) and ``by_image``."""
     total = by_seed + by_image
-    freedom = (seeds - 1) * (total / by_seed) ** 2 if by_seed else math.inf
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
+    joint = freedom * (total / by_seed) ** 2 if by_seed else math.inf
+    return float(stats.t.ppf((1 + LEVEL) / 2, joint)) * math.sqrt(total)
 
 
 def seeds_needed(line: pd.Series, threshold: float) -> str:
@@ -136,9 +163,9 @@ def seeds_needed(line: pd.Series, threshold: float) -> str:
     if math.isnan(line["seed_sd"]):
         return "one seed; its spread is not known: 3 seeds show it"
     for seeds in range(int(line["n"]) + 1, MOST_SEEDS + 1):
-        if half_width(line["seed_sd"] ** 2 / seeds, seeds, by_image) < gap:
+        if half_width(line["seed_sd"] ** 2 / seeds, seeds - 1, by_image) < gap:
             return f"{seeds} seeds at the present spread would decide it"
-    alone = half_width(0.0, 1, by_image)
+    alone = half_width(0.0, 0, by_image)
     if alone < gap:
         return f"more than {MOST_SEEDS} seeds would be needed at the present spread"
     factor = f"{(alone / gap) ** 2:.1f}" if gap else "many"
@@ -215,13 +242,13 @@ def _files(frame: pd.DataFrame) -> pd.Series:
     return frame["per_image"] if "per_image" in frame else pd.Series(None, index=frame.index, dtype=object)
 
 
-def _means(lines: pd.DataFrame, metric: str, by: str | Sequence[str]) -> pd.DataFrame:
+def _means(lines: pd.DataFrame, metric: str, by: str | Sequence[str], others: tuple[float, int]) -> pd.DataFrame:
     """``combine`` of each row; images count if all its seeds have them, and the same."""
     found = {}
     for row, own in lines.groupby(_key(by), sort=False):
         parts = list(own["_draws"])
         images = np.stack(parts) if all(part is not None for part in parts) else None
-        found[row] = combine(own[metric].to_numpy(float), images)
+        found[row] = combine(own[metric].to_numpy(float), images, others)
     columns = ["mean", "low", "high", "n", "over", "seed_sd", "image_sd"]
     return _indexed(pd.DataFrame.from_dict(found, orient="index", columns=columns), by)
 
