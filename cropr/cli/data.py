@@ -14,11 +14,13 @@ examples:
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from cropr.cli.spec_flags import LAYOUTS, add_fields, given, make_spec, progress, read_values, say
+from cropr.records import claimed
 from cropr.specs import ScenesSpec
 
 
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write or read the images, then print how many there are."""
-    with progress(MofNCompleteColumn(), TimeRemainingColumn()) as tick:
+    alone = nullcontext() if args.what == "check" else claimed(args.out)
+    with alone, progress(MofNCompleteColumn(), TimeRemainingColumn()) as tick:
         text = {"scenes": _scenes, "check": _check}.get(args.what, _public)(args, tick)
     say(text)
 

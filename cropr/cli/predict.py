@@ -38,13 +38,14 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from cropr.data.loading import find_images
+    from cropr.data.loading import ImageError, find_images, some
     from cropr.distributed import start
     from cropr.show import Answers, panels
     from cropr.training.checkpoint import load_weights
 
     task, files = TASKS[spec.task], [file for path in args.paths for file in find_images(path)]
-    rows, columns = list[dict[str, Any]](), flags.progress(MofNCompleteColumn(), TimeRemainingColumn())
+    rows, broken = list[dict[str, Any]](), list[str]()
+    columns = flags.progress(MofNCompleteColumn(), TimeRemainingColumn())
     with start(args.device, args.threads) as world, columns as tick, torch.inference_mode():
         answers: Answers = task.load(task.show)(spec, args.data)
         answers.names = names = read_record(args.run_dir).get("classes", ())
@@ -52,7 +53,12 @@ def run(args: argparse.Namespace) -> None:
         answers.model.to(world.device)
         torch.manual_seed(seed)
         for done, file in enumerate(files, start=1):
-            shown = answers.show(str(file), world.device)
+            tick("predicting", completed=done, total=len(files))
+            try:
+                shown = answers.show(str(file), world.device)
+            except ImageError as error:
+                broken.append(str(error))
+                continue
             for rank, found in enumerate(shown.found, start=1):
                 label = found["class"]
                 rows.append({"file": str(file), "rank": rank, **found, "class": names[label] if names else label})
@@ -60,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
                 args.pictures.mkdir(parents=True, exist_ok=True)
                 picture = panels(to_arrays([shown], spec.task, answers.model.backbone.depth))
                 picture.save(args.pictures / f"{done:05d}_{file.stem}.png")
-            tick("predicting", completed=done, total=len(files))
     write_table(args.out, rows, ("file", "rank", "class"))
     flags.show_table("first predictions", [row for row in rows if row["rank"] == 1][:SHOWN])
-    flags.say(f"{len(files)} images: {args.out}" + f", pictures in {args.pictures}" * bool(args.pictures))
+    flags.say(f"{len(files) - len(broken)} images: {args.out}" + f", pictures in {args.pictures}" * bool(args.pictures))
+    if broken:
+        raise ImageError(f"{len(broken)} of {len(files)} files are left out: {some(broken)}")

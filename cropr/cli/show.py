@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cropr.cli.spec_flags import add_machine_flags, add_run_flags, say, trained_run
+from cropr.records import read_record
 
 if TYPE_CHECKING:
     from cropr.show import Answers, Shown
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     task = TASKS[spec.task]
     with start(args.device, args.threads) as world:
         answers: Answers = task.load(task.show)(spec, args.data)
+        answers.names = read_record(args.run_dir).get("classes", ())
         load_weights(answers.model, weights)
         answers.model.to(world.device)
         items: list[Any] = [*map(str, args.image)] if args.image else choose(answers.labels(), args.images)

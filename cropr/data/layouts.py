@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cropr.data.scenes import CLASSES, INCOMPLETE, SPLITS, Array, Scene, Split, compose, fingerprint
-from cropr.records import RECORD, make_record, read_record, write_record
+from cropr.records import LOCK, RECORD, make_record, read_record, write_record
 from cropr.specs import ScenesSpec
 
 PARALLEL_FROM = 1_000
@@ -140,7 +140,7 @@ def clear(root: Path) -> None:
     """Make room: remove a set written earlier, refuse anything else, mark what follows as unfinished."""
     record, mark = root / RECORD, root / INCOMPLETE
     ours = mark.exists() or (record.exists() and read_record(record).get("kind") == "data")
-    if root.exists() and any(root.iterdir()) and not ours:
+    if root.exists() and not ours and any(entry.name != LOCK for entry in root.iterdir()):
         raise ValueError(f"{root} is not empty and holds no set written by this command; empty it or choose another")
     root.mkdir(parents=True, exist_ok=True)
     mark.write_text("This data set is being written, or its writing was interrupted. Write it again.\n")

@@ -212,10 +212,19 @@ def test_the_example_of_the_docs_measures_a_speed_up(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.model
-def test_the_vision_language_example_runs() -> None:
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (
+            "vlm_tower",
+            ["--width=64", "--depth=6", "--text-width=64", "--text-depth=1", "--image-size=224", "--rounds=1"],
+            "time to first token",
+        ),
+        ("host_speed", ["--batch-size=1", "--rounds=1"], "| DINOv2-B/14, 224 px | 256 | 167 |"),
+    ],
+)
+def test_the_examples_run(script: str, flags: list[str], said: str) -> None:
     pytest.importorskip("transformers")
-    sizes = {"width": 64, "depth": 6, "text-width": 64, "text-depth": 1, "image-size": 224, "rounds": 1}
-    flags = [f"--{name}={size}" for name, size in sizes.items()]
-    script = Path(__file__).parents[2] / "examples/vlm_tower.py"
-    run = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=False)
-    assert "time to first token" in run.stdout, run.stderr
+    command = [sys.executable, str(Path(__file__).parents[2] / f"examples/{script}.py"), *flags]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said in run.stdout, run.stderr

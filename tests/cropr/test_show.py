@@ -174,7 +174,7 @@ def test_classes_are_named_and_images_those_of_the_data(tmp_path, roots):
 
 
 @pytest.mark.parametrize("task", SPECS)
-def test_pictures_of_the_users_own_need_no_data(tmp_path, task, monkeypatch):
+def test_pictures_of_the_users_own_need_no_data(tmp_path, task, monkeypatch, caplog):
     """Of other sizes and forms, without truth: maps, a table of predictions and what is drawn of them."""
     monkeypatch.setattr(detection, "MIN_SCORE", 0.0)
     run = tmp_path / "run"
@@ -200,6 +200,11 @@ def test_pictures_of_the_users_own_need_no_data(tmp_path, task, monkeypatch):
     if task == "detection":
         assert all(0 <= float(row["left"]) < float(row["right"]) <= 51 for row in rows if row["file"].endswith("a.png"))
     assert main(["predict", str(tmp_path / "nothing"), *arguments]) == 2
+    (tmp_path / "photos/0_broken.png").write_bytes(b"no image")
+    assert main(["predict", str(tmp_path / "photos"), *arguments]) == 2
+    assert "0_broken.png" in caplog.text
+    with (tmp_path / "found.csv").open() as file:
+        assert list(csv.DictReader(file)) == rows, "the others are predicted all the same"
 
 
 def test_refusals(tmp_path, roots, caplog):
