@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import re
@@ -86,15 +85,6 @@ def test_data_files_parse_and_tables_are_rectangular() -> None:
         rows = list(csv.reader(line for line in lines if not line.startswith("#")))
         assert rows, name  # heads alone where nothing was measured
         assert {len(row) for row in rows} == {len(set(rows[0]))}, f"{name}: ragged, or two columns of the same name"
-
-
-def test_library_modules_say_what_they_are_for_and_print_nothing() -> None:
-    for name in with_suffix(".py"):
-        if name.startswith("cropr/"):
-            tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-            assert ast.get_docstring(tree) or not tree.body, name
-            called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-            assert "print" not in [function.id for function in called if isinstance(function, ast.Name)], name
 
 
 def test_make_help_lists_every_public_target_and_the_readme_opens_with_two() -> None:

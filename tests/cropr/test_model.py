@@ -88,16 +88,6 @@ def test_pruned_after_is_the_block_that_pruned_each_patch():
     assert [model(pictures(2, size)).tokens.num_patches for size in (32, 48)] == [8, 18]
 
 
-def test_activation_checkpointing_of_the_host_is_honoured():
-    gradients = []
-    for enable in (False, True):
-        host = host_of("eva")
-        host.set_grad_checkpointing(enable)
-        pruned(host, 3, "variance").train()(pictures()).logits.sum().backward()
-        gradients.append(host.blocks[0].mlp.fc2.weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 @pytest.mark.model
 @pytest.mark.parametrize(("name", "reducer"), [*(("vit", reducer) for reducer in METHODS), ("eva", "attn_topk")])
 def test_deployed_is_one_graph(name, reducer):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DIM, KEEP, PATCHES, PRUNERS, RULES, case, make, part, read, run
+from cases import DIM, KEEP, PATCHES, PRUNERS, RULES, case, make, read, run
 
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.model import patch_variance
@@ -55,21 +55,6 @@ def test_with_as_many_tokens_as_there_are_nothing_changes(name):
     torch.testing.assert_close(kept.raster().x, tokens.x, rtol=2e-6 if name == "dpc_knn" else 0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "options"), [rule for rule in ALL if rule[0] != "random"], ids=str)
-@torch.no_grad()
-def test_an_image_does_not_depend_on_the_batch(name, options):
-    """Images of very different scale: a maximum over the batch would show."""
-    tokens, context = case()
-    tokens = tokens.replace(tokens.x * torch.tensor([0.1, 1.0, 10.0])[:, None, None])
-    reducer = make(name, **options)
-    together = reducer(tokens, KEEP, read(reducer, context), want_pruned=False).kept
-    for b in range(3):
-        one, seen = part(tokens, context, b)
-        alone = reducer(one, KEEP, read(reducer, seen), want_pruned=False).kept
-        torch.testing.assert_close(alone.x[0], together.x[b], rtol=1e-5, atol=1e-6)
-        assert together.index is None or torch.equal(alone.index[0], together.index[b])
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tome", "tofu", "ats")])
 @torch.no_grad()
 def test_the_order_of_the_patches_does_not_matter(name):
@@ -91,22 +76,16 @@ def test_the_order_of_the_patches_does_not_matter(name):
 
 @pytest.mark.parametrize(("name", "options"), AVERAGING, ids=str)
 @torch.no_grad()
-def test_an_average_lies_between_its_members_and_equal_tokens_stay(name, options):
+def test_an_average_of_equal_tokens_is_that_token(name, options):
     tokens, context = case()
-    low, high = tokens.patches.amin(dim=1, keepdim=True), tokens.patches.amax(dim=1, keepdim=True)
     same = tokens.replace(torch.randn(3, 1, DIM).expand_as(tokens.x).contiguous())
-    fixed = same.patches[:, :1]
-    if name == "patch_merger":
-        values = make(name).norm(tokens.patches)
-        low, high, fixed = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True), make(name).norm(fixed)
-    x = run(name, tokens, context, **options).patches
-    assert ((x >= low - 1e-5) & (x <= high + 1e-5)).all()
+    fixed = make(name).norm(same.patches) if name == "patch_merger" else same.patches
     x = run(name, same, context, **options).patches
-    torch.testing.assert_close(x, fixed.expand_as(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x, fixed[:, :1].expand_as(x), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_mass_is_conserved_over_many_merges_and_by_clusters_of_equal_weights():
+def test_mass_is_conserved_over_many_merges():
     for name in ("tome", "pitome", "tofu"):
         tokens, context = case(patches=40)
         total = tokens.patches.sum(dim=1)
@@ -118,12 +97,6 @@ def test_mass_is_conserved_over_many_merges_and_by_clusters_of_equal_weights():
             assert name == "tofu" or torch.allclose(mass, total, rtol=1e-5, atol=1e-4)
         holds = torch.stack([torch.bincount(row, minlength=3) for row in tokens.source])
         assert torch.equal(holds.float(), tokens.size)
-    tokens, context = case()
-    for rule in ("reference", "corrected"):
-        kept = run("dpc_knn", tokens, context, weights="equal", rule=rule)
-        holds = torch.stack([torch.bincount(row, minlength=KEEP) for row in kept.source])
-        mass = (holds[..., None] * kept.patches).sum(dim=1)
-        torch.testing.assert_close(mass, tokens.patches.sum(dim=1), rtol=1e-5, atol=2e-5)
 
 
 @each
@@ -258,13 +231,6 @@ def test_an_entry_lists_the_options_of_its_class(name):
     assert PruneSpec(reducer=name, options=defaults).options == defaults
 
 
-def _tokens(batch: int = 3, prefix: int = 2, patches: int = 12, channels: int = 5) -> Tokens:
-    """Values that tell where they came from: x[b, p + n, 0] = n."""
-    x = torch.randn(batch, prefix + patches, channels)
-    x[:, prefix:, 0] = torch.arange(patches)
-    return Tokens.full(x, prefix)
-
-
 @pytest.mark.parametrize("x", [torch.randn(4, 9, 3), torch.randn(4, 10, 6)[:, 1:, ::2]], ids=["plain", "strided"])
 def test_take_is_indexing_and_passes_gradients_to_the_rows_taken_only(x):
     rows = torch.stack([torch.randperm(9)[:5] for _ in range(4)])
@@ -273,19 +239,3 @@ def test_take_is_indexing_and_passes_gradients_to_the_rows_taken_only(x):
     assert torch.equal(taken, torch.stack([image[row] for image, row in zip(x, rows, strict=True)]))
     taken.sum().backward()
     assert torch.equal(x.grad[..., 0], torch.zeros(4, 9).scatter(1, rows, 1.0))
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_keep_and_cut_partition_the_patches_and_append_restores_the_grid(prefix):
-    tokens = _tokens(prefix=prefix)
-    order = torch.stack([torch.randperm(12) for _ in range(3)])
-    kept, pruned = tokens.keep(order[:, :7]), tokens.cut(order[:, 7:])
-    assert torch.equal(kept.x[:, :prefix], tokens.x[:, :prefix])
-    assert (kept.num_patches, pruned.num_patches) == (7, 5)
-    assert torch.equal(torch.cat((kept.index, pruned.index), 1).sort(1).values, tokens.index)
-    for one in (kept, pruned):
-        assert torch.equal(one.patches[..., 0].long(), one.index)
-    parts = tokens.keep(order[:, :4]).append([tokens.cut(order[:, 4:6]), tokens.cut(order[:, 6:])])
-    assert torch.equal(parts.raster().x, tokens.x)
-    assert torch.equal(parts.raster().index, tokens.index)
-    assert tokens.append([]) is tokens

