@@ -1,7 +1,5 @@
 """What all tests share: one thread each, no network, the same seed."""
 
-from __future__ import annotations
-
 import os
 
 # Before torch is imported, and for every process that a test starts: tests run side by side, and numbers must not

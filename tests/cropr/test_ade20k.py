@@ -1,7 +1,5 @@
 """ADE20k's layout: what is refused, that image and labels stay together, and what a sample depends on."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command line: every verb explains itself, its examples parse, and errors are one message with status 2."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import re
@@ -127,9 +125,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.usefixtures("images")
-def test_user_error_is_one_message_and_status_2(
-    arguments: list[str], named: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_user_error_is_one_message_and_status_2(arguments: list[str], named: str, caplog, monkeypatch) -> None:
     monkeypatch.setattr("cropr.cli.train.find_spec", lambda name: None)
     with caplog.at_level(logging.ERROR):
         assert main(arguments) == 2

@@ -1,7 +1,5 @@
 """AP of detections with a known answer; COCO's result files; masks in the image."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The detector: identity without pruning, batches of mixed sizes, losses, gradients, deployment; its parts by hand."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Faults of disks, folders, files and users: one clear message, nothing half-written, nothing believed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
@@ -58,9 +56,7 @@ COMMANDS = [
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_disk_that_takes_nothing_is_one_message_and_no_file(
-    command: list[str], fault: str, images: Path, trained: Path, tmp_path: Path, caplog: Any, monkeypatch: Any
-) -> None:
+def test_a_full_disk_is_one_message_and_no_file(command, fault, images, trained, tmp_path, caplog, monkeypatch):
     """Writing is refused by the functions that all writers call: a test may run as root, who can write anywhere."""
     out = tmp_path / "out"
     command = [word.replace("IMAGES", str(images)).replace("RUN", str(trained)) for word in command]
@@ -147,9 +143,7 @@ def test_aliases_that_multiply_are_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("step", [5, 11])
-def test_a_signal_in_the_last_step_of_an_epoch_does_not_lose_its_evaluation(
-    images: Path, tmp_path: Path, step: int
-) -> None:
+def test_a_signal_at_the_end_of_an_epoch_does_not_lose_its_evaluation(images: Path, tmp_path: Path, step: int) -> None:
     spec, split = tiny.spec(), imagenet.load_splits(images)[0]
 
     def run(task: Objective) -> list[dict[str, float]]:

@@ -1,7 +1,5 @@
 """What becomes of pruned tokens: every fusion keeps them all, and does what its docstring says."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import pytest

@@ -1,7 +1,5 @@
 """Class folders: what is refused, what a sample depends on, who sees which image; batches of all tasks."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from pathlib import Path

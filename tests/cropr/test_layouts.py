@@ -1,7 +1,5 @@
 """Scenes and public sets on disk, in the layouts of ImageNet, ADE20k and COCO, read by our loaders."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import hashlib

@@ -3,8 +3,6 @@
 References take one image, with plain loops. Properties are in ``test_reducers.py``; ``test_model.py`` has whole models.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The pruned model around every host: identity, traces, fusion, deployment, blocks by halves, what a reducer reads."""
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Records: whole or not at all, finite numbers, where they come from; what the doctor tells of a machine."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -96,9 +94,7 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_json_holds_what_a_bug_report_needs_and_nothing_else_of_the_environment(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_holds_what_a_bug_report_needs_and_nothing_else_of_the_environment(config, monkeypatch, capsys):
     monkeypatch.setenv("SOME_TOKEN", "hush-hush")
     monkeypatch.setenv("CONDA_PREFIX", "secret-folder")
     assert main(["doctor", "--json", "--config", str(config)]) == 0

@@ -1,7 +1,5 @@
 """Properties of all reducers, by family; what pruners have alone, the rule of each pruner; tokens."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import replace
 

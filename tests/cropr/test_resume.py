@@ -1,7 +1,5 @@
 """Runs from spec to record: killed and resumed, finished already, through the command line."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import os

@@ -1,7 +1,5 @@
 """The embedded data set: reproducible, true to its masks, whole on disk or not there."""
 
-from __future__ import annotations
-
 import json
 from unittest.mock import Mock
 

@@ -1,7 +1,5 @@
 """The Cropr module: one vector scores like many queries, and gradients stop where the paper stops them."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

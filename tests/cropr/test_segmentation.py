@@ -1,7 +1,5 @@
 """The segmenter: places, losses, published counts, hosts, initial weights; scores and windows."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Two processes train as one does: the same batches in halves give the same weights, but for rounding."""
 
-from __future__ import annotations
-
 import os
 import socket
 

@@ -1,7 +1,5 @@
 """Weights on disk: strict loading, initial weights that differ from the model, detectron2's names."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

@@ -1,7 +1,5 @@
 """Windowed and global blocks: order, rotary rows, chunks of survivors, refusals, fusion, gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from cases import host_of, pictures

@@ -1,7 +1,5 @@
 """A detector and images with objects that train within seconds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The notebooks of the microbenchmarks run on made-up records; plain Python computes their main tables again."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from statistics import median

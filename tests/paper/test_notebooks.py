@@ -1,7 +1,5 @@
 """Notebooks of accuracy, whose tables plain Python confirms; the notebook runner."""
 
-from __future__ import annotations
-
 import ast
 import csv
 import html

@@ -1,7 +1,5 @@
 """The report page, the headline table, the snapshot; tables are checked against their records."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Intervals against values by hand, pairing, the one formatter; results image by image."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -82,7 +80,7 @@ def test_coverage_over_seeds_and_images(tmp_path, monkeypatch, seeds, seed_sd):
     """The truth is the difference over all images and seeds, which no run has seen."""
     monkeypatch.setattr(stats, "IMAGE_DRAWS", 200)
     rng, covered = np.random.default_rng(0), []
-    for k in range(200):
+    for k in range(80):
         (folder := tmp_path / str(k)).mkdir()
         line = paired_difference(simulate(rng, folder, seeds, gap=0.05, seed_sd=seed_sd), "top1", "base").loc["a"]
         assert line["over"] == "seeds and images"

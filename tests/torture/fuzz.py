@@ -3,8 +3,6 @@
 An input is a function of (seed, family, index). A crash of the process that tries them is counted; the next follows.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json

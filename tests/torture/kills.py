@@ -3,8 +3,6 @@
 A job is forked from this process, which has imported the libraries: nothing is written while they are imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """How many files a change touches: toys are added to a copy of the repository, which must then know them."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
