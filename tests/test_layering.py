@@ -1,7 +1,6 @@
 """Size and direction: what imports what, and how long files, functions and packages are (CONTRIBUTING.md)."""
 
 import ast
-import json
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -11,7 +10,7 @@ import pytest
 
 from cropr.pruning.methods import REDUCERS
 from cropr.tasks import TASKS
-from workflow.paper.sources import closure, imports
+from workflow.paper.sources import NOTEBOOK_MODULES, closure, imports
 
 ROOT = Path(__file__).parents[1]
 LINES = {"cropr": 11_000, "cropr/pruning": 3_000, "workflow": 6_000, "tests": 10_500}
@@ -86,20 +85,10 @@ def test_what_builds_the_graph_loads_no_torch() -> None:
     assert (result.stdout.split(), result.returncode) == ([], 0), result.stderr
 
 
-def entered(notebook: Path) -> list[str]:
-    """Modules of the reproduction that the imports of a notebook load."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
-    needed = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    program = "\n".join([*map(ast.unparse, needed), "import sys", "print(*sys.modules)"])
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in result.stdout.split() if name.startswith("workflow.")]
-
-
 def test_few_modules_lie_on_the_way_of_one_row() -> None:
     entries = ["workflow.paper.grid", "workflow.paper.sources", "cropr.__main__", "cropr.cli.train"]
     entries += [TASKS["classification"].run.partition(":")[0], str(REDUCERS["cropr"].module)]
-    entries += ["cropr.pruning.backbones.vit", *entered(ROOT / "notebooks/imagenet_methods.ipynb")]
+    entries += ["cropr.pruning.backbones.vit", *NOTEBOOK_MODULES]
     found = closure(*entries, without=frozenset(), by_name=False)
     assert len(found) <= ONE_ROW, sorted(found)
 

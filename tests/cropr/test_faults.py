@@ -123,12 +123,17 @@ def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Pat
     assert "class_0 is the only class; two or more are needed" in found[0]
 
 
+def problems_of(name: str = "a.png", **changes: Any) -> str:
+    """What is wrong with a file of one image and one annotation."""
+    image = {"id": 1, "file_name": name, "height": 4, "width": 4}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0, **changes}
+    content = {"images": [image], "annotations": [annotation], "categories": [{"id": 1}]}
+    return "\n".join(annotations.read_annotations(Path("x.json"), content)[1])
+
+
 def test_names_of_images_stay_in_their_folder() -> None:
     for name in ("../../secret.png", "/data/secret.png", "a/../../b.png"):
-        image = {"id": 1, "file_name": name, "height": 4, "width": 4}
-        content = {"images": [image], "annotations": [], "categories": []}
-        _, problems = annotations.read_annotations(Path("x.json"), content)
-        assert any("leads out of the folder of images" in problem for problem in problems)
+        assert "leads out of the folder of images" in problems_of(name)
 
 
 def test_aliases_that_multiply_are_refused_at_once() -> None:
@@ -208,25 +213,12 @@ def test_scenes_of_any_size_and_options_of_any_type_are_refused(tmp_path: Path) 
             tiny.model(tiny.spec(prune__options=options))
 
 
-@pytest.mark.parametrize(
-    "segmentation",
-    [
-        [[2**63, 0, 4, 0, 4, 4]],
-        [[float("nan"), 0, 4, 0, 4, 4]],
-        [[10**400, 0, 4, 0, 4, 4]],
-        {"size": [4, 4], "counts": [4, {}, 12]},
-        {"size": [4, 4], "counts": [4, -4, 16]},
-        {"size": [4, 4], "counts": [4, 400]},
-        {"size": [4, 4], "counts": "4`"},
-        {"size": [4, 4], "counts": "ooooooooo"},
-    ],
-)
-def test_masks_that_make_pycocotools_crash_are_refused(segmentation: Any) -> None:
-    image = {"id": 1, "file_name": "a.png", "height": 4, "width": 4}
-    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0}
-    content = {"images": [image], "annotations": [{**annotation, "segmentation": segmentation}]}
-    _, problems = annotations.read_annotations(Path("x.json"), {**content, "categories": [{"id": 1}]})
-    assert any("annotation 1: segmentation" in problem for problem in problems)
+def test_masks_that_make_pycocotools_crash_are_refused() -> None:
+    for number in (2**63, float("nan"), 10**400):
+        assert "annotation 1: segmentation" in problems_of(segmentation=[[number, 0, 4, 0, 4, 4]])
+    for counts in ([4, {}, 12], [4, -4, 16], [4, 400], "4`", "ooooooooo"):
+        assert "annotation 1: segmentation" in problems_of(segmentation={"size": [4, 4], "counts": counts})
+    assert "segmentation" not in problems_of(segmentation={"size": [4, 4], "counts": [4, 12]})
 
 
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them() -> None:

@@ -70,15 +70,13 @@ def test_run_lengths_by_hand():
         assert run_lengths(np.array(mask, bool)) == lengths
 
 
-def test_all_layouts_hold_the_same_images(tmp_path):
-    spec, images, truth = ScenesSpec(train=3, val=1, image_size=32), [], ("truth", "annotations", f"{TOP}/annotations")
+def test_a_layout_replaces_the_one_before(tmp_path):
+    spec, truth = ScenesSpec(train=3, val=1, image_size=32), ("truth", "annotations", f"{TOP}/annotations")
     for layout in layouts.LAYOUTS:
-        write(spec, tmp_path, layout)  # each replaces the one before
+        write(spec, tmp_path, layout)
         record = json.loads((tmp_path / "record.json").read_text())
         assert (record["kind"], record["layout"], record["id"]) == ("data", layout, spec.digest())
-        images.append({content for name, content in files(tmp_path).items() if not name.startswith(truth)})
-        assert len(images[-1]) == 4
-    assert images[0] == images[1] == images[2]
+        assert len([name for name in files(tmp_path) if not name.startswith(truth)]) == 4
     with pytest.raises(ValueError, match=r"objects \(0, 2\): an image without a digit has no class; begin at 1"):
         write(SMALL, tmp_path / "set")
     assert not (tmp_path / "set").exists()

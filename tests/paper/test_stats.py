@@ -203,11 +203,6 @@ def test_top1_and_kept_patches_by_hand():
     assert resampled(images, "loss", counts) is None
 
 
-def test_shares_of_processes_are_put_in_order():
-    parts = [([0, 2, 4], {"x": np.array([0, 20, 40])}), ([], {"x": np.zeros(0)}), ([3, 1], {"x": np.array([30, 10])})]
-    assert in_order(lambda own: own + parts[1:], *parts[0])["x"].tolist() == [0, 10, 20, 30, 40]
-
-
 @pytest.mark.parametrize("world", [2, 5])
 def test_processes_together_give_the_file_of_one(tmp_path, world):
     spec = tiny.spec()

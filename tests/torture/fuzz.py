@@ -85,15 +85,13 @@ def damaged(content: bytes, dice: Dice, head: int = 64) -> bytes:
     data = bytearray(content)
     for _ in range(dice.choice([1, 1, 2, 8])):
         place = dice.randrange(max(1, min(len(data), dice.choice([head, len(data)]))))
-        match dice.randrange(6):
+        twice, most = data[place : place + dice.randint(1, 64)] * 2, b"\x7f\xff\xff\xff"
+        piece = dice.choice([b"", twice, b"\xff" * 4, b"\0" * 4, most, b"\0\0\x40\0"])
+        match dice.randrange(3):
             case 0:
                 del data[place:]
             case 1:
-                del data[place : place + dice.randint(1, 8)]
-            case 2:
-                data[place:place] = data[place : place + dice.randint(1, 64)]
-            case 3:
-                data[place : place + 4] = dice.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\x40\0"])
+                data[place : place + dice.randint(1, 8)] = piece
             case _:
                 data[place : place + 1] = bytes(byte ^ 1 << dice.randrange(8) for byte in data[place : place + 1])
     place = 8 if data[1:4] == b"PNG" and dice.random() < 0.8 else len(data)
