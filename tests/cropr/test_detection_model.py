@@ -16,7 +16,6 @@ from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.cascade import Anchors, BoxStage, RegionPooler, Regions, match, nms, soft_nms
 from cropr.tasks.detection.model import SimpleFeaturePyramid, build_detector, losses
-from cropr.training.checkpoint import load_initial, save_weights
 
 DENSE = {"reducer": "none"}
 SCENES = [([(8, 8, 28, 24), (36, 30, 60, 58)], [1, 2]), ([(10, 30, 40, 56)], [3]), ([], [])]
@@ -123,13 +122,6 @@ def test_boxes_stay_in_float32_under_autocast():
         found = model.eval().detect(pictures)
     assert all(loss.dtype == torch.float32 for loss in output.losses.values())
     assert all(found.boxes.dtype == torch.float32 for found in found)
-
-
-@pytest.mark.parametrize("nms", ["soft", "plain"])
-def test_no_more_detections_than_the_limit(nms):
-    found = detector(nms=nms, max_detections=3, min_score=0.0).eval().detect(images([(64, 64)]))
-    assert len(found[0].boxes) == 3
-    assert (found[0].scores.diff() <= 0).all()
 
 
 def test_any_image_size_is_rounded_up_to_whole_windows_and_padding_changes_nothing():
@@ -263,20 +255,6 @@ def test_pretrained_weights_come_without_their_class_token(host, tmp_path):
             assert torch.equal(own[name], theirs[name]), name
         assert torch.equal(own["pos_embed"], theirs["pos_embed"][:, 1:]) == (size == 64)
         assert own["pos_embed"].shape[1] == (size // 8) ** 2
-
-
-def test_a_run_takes_over_the_heads_of_the_run_that_it_starts_from(tmp_path):
-    first = detector(prune=DENSE)
-    save_weights(tmp_path / "weights.safetensors", first)
-    later = detector(prune=PRUNED, spread=False)
-    scorers = [parameter.clone() for parameter in later.reducers.parameters()]
-    load_initial(later, tmp_path / "weights.safetensors")
-    theirs = first.state_dict()
-    for name, tensor in later.state_dict().items():
-        assert name.startswith("reducers.") or torch.equal(tensor, theirs[name]), name
-    assert all(torch.equal(*pair) for pair in zip(scorers, later.reducers.parameters(), strict=True))
-    with pytest.raises(ValueError, match=r"other shape .*heads\.stages\.0"):
-        load_initial(detector(box_width=16), tmp_path / "weights.safetensors")
 
 
 def crowded(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

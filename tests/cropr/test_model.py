@@ -121,11 +121,6 @@ def test_unsupported_hosts_and_settings_are_refused_by_name(host, arguments, say
         cropr.prune(host() if host else host_of("vit"), **{"schedule": Schedule.constant(2), **arguments})
 
 
-def test_auxiliary_heads_of_a_host_without_classes_have_the_outputs_that_are_named():
-    model = cropr.prune(host_of("vit", num_classes=0), Schedule.constant(2), num_outputs=7)
-    assert model.train()(pictures()).aux[0].shape == (2, 1, 7)
-
-
 READ = ["vit", "layerscale", "norms", "registers-avg", "eva", "eva-fused-qkv", "eva-norms"]
 """Hosts whose attention can be read and gated."""
 each_host = pytest.mark.parametrize("name", [*READ, "eva-mixed-rope"])

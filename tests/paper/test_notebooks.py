@@ -134,7 +134,6 @@ def test_two_results_folders_stand_beside_each_other(tmp_path, capsys, monkeypat
         compare.main()
 
 
-ROOT = Path(__file__).parents[2]
 PICTURE = """
 import base64
 from IPython.display import Image, display
@@ -167,9 +166,8 @@ def notebook(path: Path, *sources: str) -> Path:
 def run(source: Path, out: Path, **parameters: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "workflow.paper.run_notebook", str(source), "--params", json.dumps(parameters)]
     command += ["--executed", str(out / "log.ipynb"), "--notebook", str(out / "page.ipynb")]
-    return subprocess.run(
-        [*command, "--html", str(out / "page.html")], capture_output=True, text=True, check=False, timeout=300, cwd=ROOT
-    )
+    command += ["--html", str(out / "page.html")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=REPOSITORY)
 
 
 @pytest.mark.workflow
