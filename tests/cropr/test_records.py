@@ -20,13 +20,6 @@ from cropr.cli.doctor import collect, find_problems, measure_loader
 from cropr.records import provenance, read_record, write_record
 
 
-def test_a_record_round_trips_with_sorted_keys(tmp_path):
-    record = {"kind": "train", "metrics": {"top1": 89.4, "images": 3}, "tokens": [65, 56], "commit": None}
-    write_record(tmp_path / "run" / "record.json", record)
-    assert read_record(tmp_path / "run" / "record.json") == read_record(tmp_path / "run") == record
-    assert list(json.loads((tmp_path / "run" / "record.json").read_text())) == sorted(record)
-
-
 def test_what_cannot_be_written_leaves_the_old_record_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     write_record(path, {"seed": 0})
