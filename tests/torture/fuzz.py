@@ -87,10 +87,10 @@ def damaged(content: bytes, dice: Dice, head: int = 64) -> bytes:
         place = dice.randrange(max(1, min(len(data), dice.choice([head, len(data)]))))
         twice, most = data[place : place + dice.randint(1, 64)] * 2, b"\x7f\xff\xff\xff"
         piece = dice.choice([b"", twice, b"\xff" * 4, b"\0" * 4, most, b"\0\0\x40\0"])
-        match dice.randrange(3):
+        match dice.randrange(6):
             case 0:
                 del data[place:]
-            case 1:
+            case 1 | 2:
                 data[place : place + dice.randint(1, 8)] = piece
             case _:
                 data[place : place + 1] = bytes(byte ^ 1 << dice.randrange(8) for byte in data[place : place + 1])
