@@ -1,9 +1,6 @@
 """What all tests share: one thread each, no network, the same seed."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 # Before torch is imported, and for every process that a test starts: tests run side by side, and numbers must not
 # depend on how many cores there are. torch is not imported here: pytest-xdist's first process never needs it.
@@ -23,9 +20,3 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def root() -> Path:
-    """The repository."""
-    return Path(__file__).parents[1]

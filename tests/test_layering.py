@@ -1,9 +1,6 @@
 """Size and direction: what imports what, and how long files, functions and packages are (CONTRIBUTING.md)."""
 
-from __future__ import annotations
-
 import ast
-import json
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -13,11 +10,11 @@ import pytest
 
 from cropr.pruning.methods import REDUCERS
 from cropr.tasks import TASKS
-from workflow.paper.sources import closure, imports
+from workflow.paper.sources import NOTEBOOK_MODULES, closure, imports
 
 ROOT = Path(__file__).parents[1]
-LINES = {"cropr": 11_000, "cropr/pruning": 3_000, "workflow": 6_000, "tests": 10_500, "tests/torture": 550}
-"""Lines of .py and .smk files, at most; ``make torture`` counts by itself."""
+LINES = {"cropr": 11_000, "cropr/pruning": 3_000, "workflow": 6_000, "tests": 10_500}
+"""Lines of .py and .smk files, at most."""
 FILE, FUNCTION = 400, 60
 ONE_ROW = 38
 """Modules that a reader enters who follows one row from its YAML to its table, at most."""
@@ -88,20 +85,10 @@ def test_what_builds_the_graph_loads_no_torch() -> None:
     assert (result.stdout.split(), result.returncode) == ([], 0), result.stderr
 
 
-def entered(notebook: Path) -> list[str]:
-    """Modules of the reproduction that the imports of a notebook load."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
-    needed = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    program = "\n".join([*map(ast.unparse, needed), "import sys", "print(*sys.modules)"])
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in result.stdout.split() if name.startswith("workflow.")]
-
-
 def test_few_modules_lie_on_the_way_of_one_row() -> None:
     entries = ["workflow.paper.grid", "workflow.paper.sources", "cropr.__main__", "cropr.cli.train"]
     entries += [TASKS["classification"].run.partition(":")[0], str(REDUCERS["cropr"].module)]
-    entries += ["cropr.pruning.backbones.vit", *entered(ROOT / "notebooks/imagenet_methods.ipynb")]
+    entries += ["cropr.pruning.backbones.vit", *NOTEBOOK_MODULES]
     found = closure(*entries, without=frozenset(), by_name=False)
     assert len(found) <= ONE_ROW, sorted(found)
 
@@ -122,6 +109,5 @@ def test_files_and_functions_are_short() -> None:
 
 @pytest.mark.parametrize("folder", LINES)
 def test_packages_are_small(folder: str) -> None:
-    counted = [file for file in files(folder, ".py", ".smk") if folder != "tests" or file.parent.name != "torture"]
-    length = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in counted)
+    length = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files(folder, ".py", ".smk"))
     assert length <= LINES[folder]

@@ -1,10 +1,8 @@
 """What a repository owes its readers: small files, no traces of a machine, commands that exist, files that parse."""
 
-from __future__ import annotations
-
-import ast
 import csv
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -15,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from rattler import MatchSpec
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +25,11 @@ GENERATED = re.compile(
 
 # Folders of somebody's machine (a path that a reader is to replace begins with /data or /path), and package indexes.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|Users|root|work|opt|mnt|srv|private|tmp)/\w")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONDA_FILES = [ROOT / "environment.yml", *sorted((ROOT / "envs").glob("*.yaml"))]
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+"""Conda package -> its name on PyPI, where they differ."""
+CONDA_ONLY = {"python", "snakemake-executor-plugin-slurm"}
 INDEX_OPTION = re.compile(r"--?(?:extra-)?index-url|--find-links|--trusted-host|^-[if] ", re.MULTILINE)
 
 
@@ -88,15 +92,6 @@ def test_data_files_parse_and_tables_are_rectangular() -> None:
         assert {len(row) for row in rows} == {len(set(rows[0]))}, f"{name}: ragged, or two columns of the same name"
 
 
-def test_library_modules_say_what_they_are_for_and_print_nothing() -> None:
-    for name in with_suffix(".py"):
-        if name.startswith("cropr/"):
-            tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-            assert ast.get_docstring(tree) or not tree.body, name
-            called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-            assert "print" not in [function.id for function in called if isinstance(function, ast.Name)], name
-
-
 def test_make_help_lists_every_public_target_and_the_readme_opens_with_two() -> None:
     documented = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert documented == make_targets() >= {"help", "reproduce", "test", "fast", "lint", "ablation", "clean"}
@@ -113,24 +108,71 @@ def test_commands_and_links_of_documents_lead_somewhere_and_no_number_is_left_to
     assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", text)
 
 
-def test_lock_pins_everything_within_the_ranges_of_pyproject() -> None:
+def locked() -> dict[str, str]:
+    """Package -> version in requirements.lock."""
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; platform_system == \"Linux\")?", line), line
     pins = dict(line.partition(" ;")[0].split("==") for line in lines)
     assert len(pins) == len(lines)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "slurm"]
-    for requirement in map(Requirement, sum(extras, project["dependencies"])):
-        if requirement.name != "cropr":
-            pin = pins.get(canonicalize_name(requirement.name))
-            assert pin, f"{requirement.name} is not in requirements.lock"
-            assert requirement.specifier.contains(pin), f"{requirement} but requirements.lock has {pin}"
+    return pins
+
+
+def required(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for."""
+    lines = sum(
+        (PROJECT["project"]["optional-dependencies"][name] for name in extras), PROJECT["project"]["dependencies"]
+    )
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != "cropr"]
+
+
+def test_lock_pins_everything_within_the_ranges_of_pyproject() -> None:
+    pins = locked()
+    for requirement in required(*set(PROJECT["project"]["optional-dependencies"]) - {"slurm"}):
+        pin = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} but requirements.lock has {pin}"
+
+
+def conda_specs(file: Path) -> list[str]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["dependencies"]
+
+
+@pytest.mark.parametrize("file", CONDA_FILES, ids=lambda file: file.name)
+def test_conda_specs_parse_and_pin_what_pip_pins_which_does_not_prove_that_they_solve(file: Path) -> None:
+    pins = locked()
+    for spec in conda_specs(file):
+        assert MatchSpec(spec, strict=True).name is not None
+        name, _, version = spec.partition(" ")
+        assert name in CONDA_ONLY or version == f"={pins[CONDA_NAMES.get(name, name)]}", spec
+    channels = yaml.safe_load(file.read_text(encoding="utf-8"))["channels"]
+    assert (channels[0], channels[-1]) == ("conda-forge", "nodefaults")
+
+
+def test_every_environment_is_used_by_a_rule_and_every_job_finds_what_the_package_requires() -> None:
+    rules = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "workflow/rules").glob("*.smk"))
+    assert set(re.findall(r"envs/(\w+\.yaml)", rules)) == {file.name for file in (ROOT / "envs").glob("*.yaml")}
+
+    def names(file: str) -> set[str]:
+        found = {spec.partition(" ")[0] for spec in conda_specs(ROOT / "envs" / file)}
+        return {CONDA_NAMES.get(name, name) for name in found}
+
+    assert names("train.yaml") >= {one.name for one in required("scenes", "detection")}
+    runner = {"ipykernel", "latex2mathml", "nbconvert", "nbformat", "papermill"}
+    torch = {"torch", "torchvision", "timm", "safetensors", "pillow"}
+    assert names("report.yaml") >= {one.name for one in required("report")} - torch | runner
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="needs the environment that make sets up")
+def test_notebooks_find_the_reproduction_with_the_kernel_of_venv() -> None:
+    call = [ROOT / ".venv/bin/python", "-c", "import workflow.paper, sys; sys.stdout.write(workflow.paper.__file__)"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(call, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True, check=True)
+    assert Path(found.stdout).is_relative_to(ROOT)
 
 
 def test_the_package_is_the_library_alone_and_typed() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    setuptools = PROJECT["tool"]["setuptools"]
     assert setuptools["packages"]["find"]["include"] == ["cropr", "cropr.*"]
     assert setuptools["package-data"] == {"cropr": ["py.typed"]}
     assert (ROOT / "cropr/py.typed").is_file()

@@ -1,7 +1,5 @@
 """Tiny hosts and reducers with weights that matter, random tokens for them, and checks that many tests make."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 
 import pytest

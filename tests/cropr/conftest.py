@@ -1,7 +1,5 @@
 """Fixtures of several files: images on disk, and how often fused attention was called."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

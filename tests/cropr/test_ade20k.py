@@ -1,7 +1,5 @@
 """ADE20k's layout: what is refused, that image and labels stay together, and what a sample depends on."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -116,7 +114,7 @@ def test_annotations_of_a_wrong_kind_are_refused(tmp_path, pixels, mode, message
         decode_map(tmp_path / "a.png", 5)
 
 
-def test_check_lists_all_that_cannot_be_used(root, caplog):
+def test_check_lists_all_that_cannot_be_used(root):
     assert main(["data", "check", str(root), "--layout", "ade20k"]) == 0  # any label will do
     assert check(root, 5, "ade20k").images == {"training": 6, "validation": 6}
     top = root / FOLDER
@@ -129,8 +127,6 @@ def test_check_lists_all_that_cannot_be_used(root, caplog):
     assert len(report.bad) == 4
     assert re.search(r"training/1.png: 16 x 16 px, its annotation .*/1.png 17 x 16 px", report.bad[1])
     assert [problem.endswith("of 5.png") for problem in report.problems] == [True]
-    assert main(["data", "check", str(root), "--layout", "ade20k", "--classes", "5"]) == 2
-    assert "4 of 11 images" in caplog.text
 
 
 def test_with_everything_off_images_of_the_right_size_are_only_normalised(root):
@@ -249,6 +245,7 @@ def test_scenes_are_read_as_they_were_drawn(tmp_path, known):
         torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
         assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))
     ((images, maps),) = EvalBatches(EvalImages(val, spec), 8)
-    assert images.shape == (4, 3, 64, 64)
-    assert maps.unique().tolist()[0] == 0
-    assert maps.max() <= 10
+    for index, image, labels in zip(range(4), images, maps, strict=True):
+        scene = compose(scenes, "val", index)
+        torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
+        assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))

@@ -1,7 +1,5 @@
 """Losses, accuracy, relevance and figures of scores against values by hand."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -18,7 +16,7 @@ from cropr.data.loading import EvalBatches
 from cropr.distributed import World
 from cropr.pruning.model import Output
 from cropr.pruning.tokens import Tokens
-from cropr.tasks import TrainSpec, open_task
+from cropr.tasks import open_task
 from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.classification import DataSpec
 from cropr.tasks.classification.run import (
@@ -251,12 +249,9 @@ def test_recall_is_what_the_module_keeps():
 
 @pytest.mark.parametrize("shown", [32, 48])
 def test_segmentation_knows_objects_of_scenes_as_they_were_drawn(tmp_path, shown):
-    host = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
     scenes = {"image_size": shown, "train": 4, "val": 6, "distractors": [0, 1]}
-    spec = TrainSpec.model_validate({
-        "task": "segmentation", "model": {"name": "eva02_tiny_patch14_224", "args": host}, "recipe": {"epochs": 1},
-        "prune": tiny.spec().prune.model_dump(), "data": {"image_size": 32, "num_classes": 11, "scenes": scenes},
-    })  # fmt: skip
+    data = {"image_size": 32, "num_classes": 11, "scenes": scenes}
+    spec = tiny.spec(task="segmentation", model__name="eva02_tiny_patch14_224", data=data)
     write(spec.data.scenes, tmp_path, "ade20k")
     task = open_task(spec, tmp_path)
     rows = task.evaluate(task.build(), EvaluationSettings(batch_size=4)).series["scoring"]

@@ -1,7 +1,5 @@
 """COCO's layout: what is read, what is refused, and what augmentation does to boxes and masks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Faults of disks, folders, files and users: one clear message, nothing half-written, nothing believed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
@@ -58,9 +56,7 @@ COMMANDS = [
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_disk_that_takes_nothing_is_one_message_and_no_file(
-    command: list[str], fault: str, images: Path, trained: Path, tmp_path: Path, caplog: Any, monkeypatch: Any
-) -> None:
+def test_a_full_disk_is_one_message_and_no_file(command, fault, images, trained, tmp_path, caplog, monkeypatch):
     """Writing is refused by the functions that all writers call: a test may run as root, who can write anywhere."""
     out = tmp_path / "out"
     command = [word.replace("IMAGES", str(images)).replace("RUN", str(trained)) for word in command]
@@ -128,12 +124,17 @@ def test_links_in_a_loop_are_not_followed_and_one_class_is_refused(tmp_path: Pat
     assert "class_0 is the only class; two or more are needed" in found[0]
 
 
+def problems_of(name: str = "a.png", **changes: Any) -> str:
+    """What is wrong with a file of one image and one annotation."""
+    image = {"id": 1, "file_name": name, "height": 4, "width": 4}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0, **changes}
+    content = {"images": [image], "annotations": [annotation], "categories": [{"id": 1}]}
+    return "\n".join(annotations.read_annotations(Path("x.json"), content)[1])
+
+
 def test_names_of_images_stay_in_their_folder() -> None:
     for name in ("../../secret.png", "/data/secret.png", "a/../../b.png"):
-        image = {"id": 1, "file_name": name, "height": 4, "width": 4}
-        content = {"images": [image], "annotations": [], "categories": []}
-        _, problems = annotations.read_annotations(Path("x.json"), content)
-        assert any("leads out of the folder of images" in problem for problem in problems)
+        assert "leads out of the folder of images" in problems_of(name)
 
 
 def test_aliases_that_multiply_are_refused_at_once() -> None:
@@ -148,9 +149,7 @@ def test_aliases_that_multiply_are_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("step", [5, 11])
-def test_a_signal_in_the_last_step_of_an_epoch_does_not_lose_its_evaluation(
-    images: Path, tmp_path: Path, step: int
-) -> None:
+def test_a_signal_at_the_end_of_an_epoch_does_not_lose_its_evaluation(images: Path, tmp_path: Path, step: int) -> None:
     spec, split = tiny.spec(), imagenet.load_splits(images)[0]
 
     def run(task: Objective) -> list[dict[str, float]]:
@@ -192,24 +191,18 @@ def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
     load_weights(model, tmp_path / "0.safetensors")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"constant": {"rate": [3]}},
-        {"constant": True},
-        {"constant": {1: 2, "x": 3}},
-        {"stages": {"at": 5}},
-        {"stages": {"at": {"x": 5}}},
-        {"stages": {"at": {1: 10**400}}},
-        {"stages": {"at": {1: 4, "1": 5}}},
-        {"kept": {"at": {float("inf"): 4}}},
-        {"fraction": {"at": {1: float("nan")}}},
-        {"squares": {"at": {1: None}}},
-    ],
-)
-def test_schedules_of_anything_but_numbers_are_refused(config: dict) -> None:
-    with pytest.raises(ValueError, match=r"must be|mapping|unknown|once"):
-        Schedule.from_config(config)
+NO_NUMBERS = {
+    "constant": [{"rate": [3]}, True, {1: 2, "x": 3}],
+    "stages": [{"at": 5}, {"at": {"x": 5}}, {"at": {1: 10**400}}, {"at": {1: 4, "1": 5}}],
+    **{"kept": [{"at": {float("inf"): 4}}], "fraction": [{"at": {1: float("nan")}}], "squares": [{"at": {1: None}}]},
+}
+
+
+@pytest.mark.parametrize("rule", NO_NUMBERS)
+def test_schedules_of_anything_but_numbers_are_refused(rule: str) -> None:
+    for values in NO_NUMBERS[rule]:
+        with pytest.raises(ValueError, match=r"must be|mapping|unknown|once"):
+            Schedule.from_config({rule: values})
 
 
 def test_scenes_of_any_size_and_options_of_any_type_are_refused(tmp_path: Path) -> None:
@@ -221,25 +214,12 @@ def test_scenes_of_any_size_and_options_of_any_type_are_refused(tmp_path: Path) 
             tiny.model(tiny.spec(prune__options=options))
 
 
-@pytest.mark.parametrize(
-    "segmentation",
-    [
-        [[2**63, 0, 4, 0, 4, 4]],
-        [[float("nan"), 0, 4, 0, 4, 4]],
-        [[10**400, 0, 4, 0, 4, 4]],
-        {"size": [4, 4], "counts": [4, {}, 12]},
-        {"size": [4, 4], "counts": [4, -4, 16]},
-        {"size": [4, 4], "counts": [4, 400]},
-        {"size": [4, 4], "counts": "4`"},
-        {"size": [4, 4], "counts": "ooooooooo"},
-    ],
-)
-def test_masks_that_make_pycocotools_crash_are_refused(segmentation: Any) -> None:
-    image = {"id": 1, "file_name": "a.png", "height": 4, "width": 4}
-    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0}
-    content = {"images": [image], "annotations": [{**annotation, "segmentation": segmentation}]}
-    _, problems = annotations.read_annotations(Path("x.json"), {**content, "categories": [{"id": 1}]})
-    assert any("annotation 1: segmentation" in problem for problem in problems)
+def test_masks_that_make_pycocotools_crash_are_refused() -> None:
+    for number in (2**63, float("nan"), 10**400):
+        assert "annotation 1: segmentation" in problems_of(segmentation=[[number, 0, 4, 0, 4, 4]])
+    for counts in ([4, {}, 12], [4, -4, 16], [4, 400], "4`", "ooooooooo"):
+        assert "annotation 1: segmentation" in problems_of(segmentation={"size": [4, 4], "counts": counts})
+    assert "segmentation" not in problems_of(segmentation={"size": [4, 4], "counts": [4, 12]})
 
 
 def test_compressed_run_lengths_are_read_as_pycocotools_writes_them() -> None:

@@ -1,7 +1,5 @@
 """Deployment: one graph, programs and ONNX files that do what the model does; multiply-adds and published counts."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest

@@ -1,7 +1,5 @@
 """Hosts of other libraries: Hugging Face, open_clip, torchvision, and timm's attention pooling, DINOv3 and NaFlex."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import subprocess
@@ -82,9 +80,7 @@ def answer(host: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_rate_zero_is_the_host_a_higher_rate_is_not_and_deployment_changes_nothing(
-    name: str, attention_calls: list
-) -> None:
+def test_rate_zero_is_the_host_a_higher_rate_is_not_and_deployed_is_the_same(name: str, attention_calls: list) -> None:
     host = host_of(name)
     expected = answer(host)
     unpruned = len(attention_calls)

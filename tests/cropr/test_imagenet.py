@@ -1,7 +1,5 @@
 """Class folders: what is refused, what a sample depends on, who sees which image; batches of all tasks."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from pathlib import Path
@@ -100,7 +98,7 @@ def test_all_modes_become_rgb_and_the_orientation_is_applied(tmp_path):
     deep = Image.fromarray(np.full((4, 4), 200 * 256, np.uint16))
     images = {
         "grey.png": grey,
-        "grey_alpha.png": grey.convert("LA"),
+        "alpha.png": grey.convert("LA"),
         "rgba.png": grey.convert("RGBA"),
         "deep.png": deep,
     }

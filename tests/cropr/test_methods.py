@@ -3,8 +3,6 @@
 References take one image, with plain loops. Properties are in ``test_reducers.py``; ``test_model.py`` has whole models.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -161,7 +159,9 @@ def test_every_method_beyond_the_pruners_has_a_reference():
 @each_rule
 @torch.no_grad()
 def test_a_method_equals_its_slow_reference(name, options, prefix, keep):
+    """Images of different scale, one at a time in the reference: a maximum over the batch would show."""
     tokens, context = case(prefix=prefix)
+    tokens = tokens.replace(tokens.x * torch.tensor([0.2, 1.0, 3.0])[:, None, None])
     if "size" in REDUCERS[name].load().sets:
         tokens = replace(tokens, size=torch.randint(1, 5, (3, PATCHES)).float())
     reducer = make(name, keep, **options)
@@ -205,17 +205,6 @@ def test_medoids_of_the_textbook_are_central_and_those_of_the_reference_light():
     assert set(found["reference"]) <= {0, 4, 5, 9, 10, 14}
 
 
-def test_the_objective_of_k_medoids_does_not_grow():
-    tokens, context = case(patches=40)
-    weight, values = context.column_sums, []
-    for iterations in range(6):
-        medoids, _ = make("k_medoids", rule="corrected", iterations=iterations).clusters(tokens.patches, weight, 5)
-        distance = torch.cdist(tokens.patches, tokens.keep(medoids).patches)
-        values.append((weight * distance.amin(dim=2)).sum(dim=1))
-    assert (torch.stack(values).diff(dim=0) <= 1e-5).all()
-    assert (values[-1] < values[0]).any()
-
-
 def test_density_peaks_of_large_tokens_do_not_underflow_in_the_corrected_rule():
     """At a spread of 30 every density of the reference is 0: the order of the patches decides."""
     tokens, overlap = Tokens.full(30 * torch.randn(2, 60, 256), 0), {}
@@ -254,27 +243,6 @@ def test_sampling_keeps_a_patch_of_all_score_spreads_evenly_and_never_repeats_pa
             assert set(kept) <= set(first.index[b][first.valid[b]].tolist())
 
 
-def test_equal_neighbours_merge_into_themselves():
-    """A source and a target with the same key and value, R = 1."""
-    for name in ("tome", "tofu"):
-        tokens, context = case()
-        context.mean_key[:, 1 + 4] = context.mean_key[:, 1 + 9]
-        tokens.x[:, 1 + 4] = tokens.x[:, 1 + 9]
-        kept = run(name, tokens, context, PATCHES - 1)
-        (position,) = {*kept.source[0, [4, 9]].tolist()}
-        torch.testing.assert_close(kept.patches[:, position], tokens.x[:, 1 + 9])
-        assert kept.size[0, position] == 2
-        assert kept.size.sum() == 3 * PATCHES
-
-
-def test_evit_fuses_equal_tokens_to_their_share_of_attention():
-    tokens, context = case()
-    same = tokens.replace(torch.ones_like(tokens.x))
-    rest = context.cls_attention.mean(dim=1).sort(dim=1).values[:, : PATCHES - KEEP + 1].sum(dim=1)
-    torch.testing.assert_close(run("evit", same, context).patches[:, -1], rest[:, None].expand(-1, DIM))
-    torch.testing.assert_close(run("evit", same, context, rule="corrected").patches[:, -1], torch.ones(3, DIM))
-
-
 @torch.no_grad()
 def test_the_transport_plan_has_columns_of_one_and_rows_of_n_over_k():
     x = F.normalize(torch.randn(2, 196, 64), dim=2)
@@ -282,13 +250,8 @@ def test_the_transport_plan_has_columns_of_one_and_rows_of_n_over_k():
         plan = make("sinkhorn", 146, 64, epsilon=epsilon).plan(x)
         assert (plan.sum(dim=1) - 1).abs().max() < 1e-5
         assert float(plan.sum(dim=2).mean()) == pytest.approx(196 / 146, abs=1e-4)
-    assert (make("sinkhorn", 5, 64, epsilon=1e4).plan(x) - 1 / 5).abs().max() < 1e-4
     hard = make("sinkhorn", 2, 64, epsilon=1e-3, iterations=50).plan(x).amax(dim=1)
     assert (hard > 0.95).float().mean() > 0.9
-    tokens, context = case()
-    torch.testing.assert_close(
-        run("sinkhorn", tokens.replace(tokens.x * 7), context).patches, run("sinkhorn", tokens, context).patches
-    )
 
 
 @torch.no_grad()
@@ -301,8 +264,3 @@ def test_patch_merger_is_almost_one_hot_without_a_scale_and_even_with_one():
         largest[rule] = float(weight.amax(dim=2).mean())
     assert largest["reference"] > 0.85
     assert largest["corrected"] < 0.1
-    tokens, _ = case()
-    reducer = make("patch_merger")
-    reducer.queries.data[:] = reducer.queries.data[:1].clone()
-    slots = reducer(tokens, KEEP, Context(), want_pruned=False).kept.patches
-    assert torch.equal(slots, slots[:, :1].expand_as(slots))

@@ -1,7 +1,5 @@
 """The pruned model around every host: identity, traces, fusion, deployment, blocks by halves, what a reducer reads."""
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import replace
 
@@ -88,16 +86,6 @@ def test_pruned_after_is_the_block_that_pruned_each_patch():
     assert [model(pictures(2, size)).tokens.num_patches for size in (32, 48)] == [8, 18]
 
 
-def test_activation_checkpointing_of_the_host_is_honoured():
-    gradients = []
-    for enable in (False, True):
-        host = host_of("eva")
-        host.set_grad_checkpointing(enable)
-        pruned(host, 3, "variance").train()(pictures()).logits.sum().backward()
-        gradients.append(host.blocks[0].mlp.fc2.weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 @pytest.mark.model
 @pytest.mark.parametrize(("name", "reducer"), [*(("vit", reducer) for reducer in METHODS), ("eva", "attn_topk")])
 def test_deployed_is_one_graph(name, reducer):
@@ -131,11 +119,6 @@ def foreign_block():
 def test_unsupported_hosts_and_settings_are_refused_by_name(host, arguments, says):
     with pytest.raises((TypeError, ValueError), match=says):
         cropr.prune(host() if host else host_of("vit"), **{"schedule": Schedule.constant(2), **arguments})
-
-
-def test_auxiliary_heads_of_a_host_without_classes_have_the_outputs_that_are_named():
-    model = cropr.prune(host_of("vit", num_classes=0), Schedule.constant(2), num_outputs=7)
-    assert model.train()(pictures()).aux[0].shape == (2, 1, 7)
 
 
 READ = ["vit", "layerscale", "norms", "registers-avg", "eva", "eva-fused-qkv", "eva-norms"]

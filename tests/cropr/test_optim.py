@@ -1,7 +1,5 @@
 """Parameter groups and learning rates of the authors' recipe, by hand; the pruning rate over a run."""
 
-from __future__ import annotations
-
 import signal
 from contextlib import suppress
 from fractions import Fraction

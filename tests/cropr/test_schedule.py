@@ -1,7 +1,5 @@
 """Schedules against traces written out by hand (paper, section 4.1; reference counts of the authors' code)."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

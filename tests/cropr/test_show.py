@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+import tiny
 import tiny_coco
 import tiny_detector
 import torch
@@ -19,32 +20,24 @@ from cropr.records import write_record
 from cropr.show import OPACITY, block_colour, choose, draw_map, pruned_after, rarest, show
 from cropr.specs import ModelSpec, PruneSpec, ScenesSpec
 from cropr.tasks import TASKS, TrainSpec
-from cropr.tasks.classification import AugmentSpec, DataSpec
 from cropr.tasks.detection import show as detection
-from cropr.tasks.segmentation import SegDataSpec
 from cropr.training.checkpoint import WEIGHTS, save_weights
 
 SCENES = ScenesSpec(image_size=32, train=10, val=30, scale=(2.0, 2.0), distractors=(0, 1))
 CPU = torch.device("cpu")
 
 
-def classifier(reducer="cropr"):
-    data = DataSpec(image_size=32, num_classes=10, crop_pct=1.0, scenes=SCENES, augment=AugmentSpec(hflip=0))
-    args = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
-    schedule = {"constant": {"rate": 0 if reducer == "none" else 4, "first_extra": 0}}
-    prune = PruneSpec(reducer=reducer, schedule=schedule, fusion="none")
-    return TrainSpec(model=ModelSpec(name="vit_tiny_patch16_224", args=args), prune=prune, data=data)
+def classifier():
+    data = {"image_size": 32, "num_classes": 10, "crop_pct": 1.0, "scenes": SCENES, "augment": {"hflip": 0}}
+    prune = {"reducer": "cropr", "schedule": {"constant": {"rate": 4, "first_extra": 0}}}
+    return tiny.spec(model__args__depth=3, prune=prune, data=data)
 
 
-def segmenter(reducer="cropr", **data):
+def segmenter(**data):
     """16 patches, of which 6 are pruned after each of the first two blocks; all come back."""
-    args = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    return TrainSpec(
-        task="segmentation",
-        model=ModelSpec(name="eva02_tiny_patch14_224", args=args),
-        prune=PruneSpec(reducer=reducer, schedule={"stages": {"at": {1: 6, 2: 6}}}, fusion="llf"),
-        data=SegDataSpec(**{"image_size": 32, "num_classes": 11, "scenes": SCENES, **data}),
-    )
+    data = {"image_size": 32, "num_classes": 11, "scenes": SCENES, **data}
+    model, schedule = "eva02_tiny_patch14_224", {"stages": {"at": {1: 6, 2: 6}}}
+    return tiny.spec(task="segmentation", model__name=model, prune__schedule=schedule, data=data)
 
 
 def detector(reducer="cropr"):
@@ -207,13 +200,12 @@ def test_pictures_of_the_users_own_need_no_data(tmp_path, task, monkeypatch, cap
         assert list(csv.DictReader(file)) == rows, "the others are predicted all the same"
 
 
-def test_refusals(tmp_path, roots, caplog):
+def test_refusals(tmp_path, caplog):
     write_run(tmp_path / "run", classifier())
     base = ["show", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.npz")]
     for arguments, message in (
         ([], "name what to show"),
         (["--image", str(tmp_path / "no.jpg")], "no such file"),
-        (["--data", str(roots / "classification"), "--images", "0"], "--images 0"),
         (["--data", str(tmp_path / "nowhere")], "no such directory"),
     ):
         caplog.clear()

@@ -1,7 +1,5 @@
 """Steps, the loop, checkpoints, initial weights: properties that a wrong trainer breaks."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

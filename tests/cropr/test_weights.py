@@ -1,7 +1,5 @@
 """Weights on disk: strict loading, initial weights that differ from the model, detectron2's names."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch
@@ -100,17 +98,23 @@ def test_weights_of_another_depth_or_width_are_refused(pretrained, tmp_path):
         load_weights(new_model(tiny.spec()), tmp_path / "absent.safetensors")
 
 
-def test_a_segmenters_host_starts_a_detector_without_its_class_token_and_classifier(tmp_path):
-    host = ModelSpec(name=HOSTS["eva"], args={**SHAPE, "global_pool": "avg"})
-    donor = build_model(host, PruneSpec(), CLASSES + 1, SIZE, kind=PrunedSegmenter)
-    save_weights(tmp_path / "weights.safetensors", donor)
-    later = detector("eva")
-    heads = [parameter.clone() for parameter in later.heads.parameters()]
-    load_initial(later, tmp_path / "weights.safetensors")
-    theirs = donor.backbone.host.state_dict()
-    for name, tensor in later.backbone.host.state_dict().items():
-        assert torch.equal(tensor, theirs[name][:, 1:] if name == "pos_embed" else theirs[name]), name
-    assert all(torch.equal(*pair) for pair in zip(heads, later.heads.parameters(), strict=True))
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_a_detector_starts_from_a_detector_or_from_the_host_of_a_segmenter(tmp_path, task):
+    """Reducers stay as they are; beside a segmenter, which gives neither class token nor classifier, heads do too."""
+    host, path = ModelSpec(name=HOSTS["eva"], args={**SHAPE, "global_pool": "avg"}), tmp_path / "weights.safetensors"
+    segmenter = build_model(host, PruneSpec(), CLASSES + 1, SIZE, kind=PrunedSegmenter)
+    donor = detector("eva", {"reducer": "none"}) if task == "detection" else segmenter
+    save_weights(path, donor)
+    later = detector("eva", spread=False)
+    before, theirs = ({name: tensor.clone() for name, tensor in one.state_dict().items()} for one in (later, donor))
+    theirs["backbone.host.pos_embed"] = theirs["backbone.host.pos_embed"][:, -64:]
+    load_initial(later, path)
+    for name, tensor in later.state_dict().items():
+        taken = not name.startswith("reducers.") if task == "detection" else name.startswith("backbone.")
+        assert torch.equal(tensor, (theirs if taken else before)[name]), name
+    if task == "detection":
+        with pytest.raises(ValueError, match=r"other shape .*heads\.stages\.0"):
+            load_initial(detector("eva", box_width=16), path)
 
 
 C, D, K, DEPTH, HIDDEN, WIDTH = 16, 8, 5, 3, 42, 12

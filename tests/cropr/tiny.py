@@ -1,7 +1,5 @@
 """A model and a folder of images that train within a second."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A few images in COCO's layout, with everything that the layout allows: written in a moment, and learnable."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,13 +1,12 @@
 """A detector and images with objects that train within seconds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cropr.specs import ModelSpec, PruneSpec
+from cropr.tasks import TrainSpec
 from cropr.tasks.detection import DetModelSpec
 from cropr.tasks.detection.model import Detector, build_detector
 
@@ -27,6 +26,18 @@ def detector_spec(**changes: Any) -> DetModelSpec:
         "canonical_stride": 8, "rois": 24, "box_convs": 1, "box_width": 32, "mask_convs": 1, "max_detections": 10,
     }  # fmt: skip
     return DetModelSpec(**{**small, **changes})
+
+
+DETECTION = TrainSpec(
+    task="detection",
+    model={"name": HOSTS["eva"], "args": SHAPE, "drop_path": 0.1},
+    prune=PRUNED,
+    data={"image_size": 64, "num_classes": 3, "scale": (0.7, 1.5)},
+    detector=detector_spec(),
+    recipe={"epochs": 2, "batch_size": 4, "accumulate": 2, "warmup_epochs": 0.5, "base_lr": 0.05}
+    | {"precision": "fp32", "ema": 0.5},
+)
+"""Everything that draws or carries state: jitter, drop path, sampled regions, an average, micro-batches."""
 
 
 def detector(

@@ -5,8 +5,6 @@
 Rows are those of the artefact's YAML. Numbers come from a fixed seed; they resemble no run.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The grid: every row at every scale, and runs that rows share."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path
@@ -54,9 +52,7 @@ def test_every_artefact_has_a_notebook_a_place_and_a_question(grids: dict[str, G
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_row_runs_exactly_if_its_reducer_exists_and_a_microbenchmark_has_a_record_alone(
-    grids: dict[str, Grid], scale: str
-) -> None:
+def test_a_row_runs_exactly_if_its_reducer_exists_and_a_microbenchmark_has_a_record_alone(grids, scale: str) -> None:
     grid, measured = grids[scale], []
     for artefact in grid.artefacts.values():
         for row in artefact.rows:
@@ -125,9 +121,7 @@ def test_paper_scale_is_the_authors_recipe(grids: dict[str, Grid]) -> None:
 @pytest.mark.parametrize(
     ("scale", "detectors"), [("laptop", ["cropr"]), ("workstation", None), ("paper", ["none", "random", "cropr"])]
 )
-def test_speed_is_measured_on_the_papers_models_and_schedules(
-    grids: dict[str, Grid], scale: str, detectors: list[str] | None
-) -> None:
+def test_speed_is_measured_on_the_papers_models_and_schedules(grids: dict[str, Grid], scale: str, detectors) -> None:
     grid = grids[scale]
     table = grid.artefacts["imagenet_methods"]
     specs = {row.row: grid.benches[job(row.bench)] for row in table.rows if row.bench}

@@ -8,9 +8,7 @@ import torch
 from instant import MODEL, RATE, VARIANTS, instant, on_cuda  # noqa: F401
 
 from cropr.bench import models, timing
-from cropr.pruning.reducers import Context
 from cropr.pruning.schedule import Schedule
-from cropr.pruning.tokens import Tokens
 from cropr.records import read_record
 from cropr.specs import ModelSpec, PruneSpec
 from workflow.paper.microbench import MEASURES, profiling, scoring, sweep, time_blocks, training_step
@@ -166,16 +164,6 @@ def test_one_vector_keeps_the_tokens_that_all_queries_keep(queries):
     assert cells[scoring.ONE]["tokens"] == cells[scoring.ALL]["tokens"] == [17, 13, 10, 10, 17]
     ratios = [a / b for a, b in zip(cells[scoring.ALL]["seconds"], cells[scoring.ONE]["seconds"], strict=True)]
     assert one["over_all_queries"] == pytest.approx(sorted(ratios)[1])
-
-
-def test_all_queries_score_as_the_training_form_does():
-    found = scoring.build(spec("scoring"), "cpu")
-    one, every = (found[name].model.reducers["1"] for name in (scoring.ONE, scoring.ALL))
-    tokens = Tokens.full(torch.randn(2, 17, 48), prefix=1)
-    logits, _ = every.scorer(tokens.x)
-    assert logits.shape == (2, 1, 16, 17)
-    torch.testing.assert_close(every.score(tokens, Context()), logits.sum(dim=(1, 2))[:, 1:])
-    torch.testing.assert_close(one.score(tokens, Context()), every.score(tokens, Context()), rtol=0, atol=1e-4)
 
 
 @pytest.mark.model

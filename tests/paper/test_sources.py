@@ -1,7 +1,5 @@
 """The digest of a job's code: it changes with the code that the job runs, and with nothing else."""
 
-from __future__ import annotations
-
 import ast
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Kills and broken input, at length: ``make torture KILLS=100 INPUTS=100000 SEED=0``. Not part of ``make test``."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

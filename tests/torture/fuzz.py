@@ -3,8 +3,6 @@
 An input is a function of (seed, family, index). A crash of the process that tries them is counted; the next follows.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -34,6 +32,7 @@ import yaml
 from PIL import Image
 from project import ROOT
 from synthetic import write_results
+from tiny_detector import DETECTION
 
 from cropr.bench.specs import BenchSpec, PlanSpec
 from cropr.cli.spec_flags import read_values
@@ -41,7 +40,7 @@ from cropr.data import ade20k, annotations, coco, loading
 from cropr.pruning.methods import REDUCERS
 from cropr.pruning.schedule import Schedule, ramp
 from cropr.specs import PruneSpec, ScenesSpec, check
-from cropr.tasks import TrainSpec, base
+from cropr.tasks import base
 from cropr.training import checkpoint, optim
 from workflow.paper import configuration as scales
 from workflow.paper import microbench, records
@@ -86,15 +85,13 @@ def damaged(content: bytes, dice: Dice, head: int = 64) -> bytes:
     data = bytearray(content)
     for _ in range(dice.choice([1, 1, 2, 8])):
         place = dice.randrange(max(1, min(len(data), dice.choice([head, len(data)]))))
+        twice, most = data[place : place + dice.randint(1, 64)] * 2, b"\x7f\xff\xff\xff"
+        piece = dice.choice([b"", twice, b"\xff" * 4, b"\0" * 4, most, b"\0\0\x40\0"])
         match dice.randrange(6):
             case 0:
                 del data[place:]
-            case 1:
-                del data[place : place + dice.randint(1, 8)]
-            case 2:
-                data[place:place] = data[place : place + dice.randint(1, 64)]
-            case 3:
-                data[place : place + 4] = dice.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\x40\0"])
+            case 1 | 2:
+                data[place : place + dice.randint(1, 8)] = piece
             case _:
                 data[place : place + 1] = bytes(byte ^ 1 << dice.randrange(8) for byte in data[place : place + 1])
     place = 8 if data[1:4] == b"PNG" and dice.random() < 0.8 else len(data)
@@ -106,18 +103,16 @@ def damaged(content: bytes, dice: Dice, head: int = 64) -> bytes:
 
 def configuration(folder: Path) -> Attempt:
     """Specifications of every kind, and the workflow's YAML; of what is accepted as pruning, a tiny model is built."""
-    prune = {"reducer": "cropr", "schedule": {"stages": {"at": {"1": 4}}}, "fusion": "llf", "options": {"mlp": False}}
-    compared = {"model": {"name": "vit", "args": {"depth": 4}}, "prune": prune, "image_size": 64}
-    dense = {"task": "detection", "model": {"name": "vit"}, "data": {"image_size": 64}, "detector": {"window": 2}}
-    valid: list[tuple[Any, Any]] = [(TrainSpec, tiny.spec().model_dump(mode="json")), (TrainSpec, dense)]
-    valid += [
-        (BenchSpec, BenchSpec.model_validate(compared).model_dump(mode="json")),
+    compared = {"model": {"name": "vit", "args": {"depth": 4}}, "image_size": 64}
+    pruned = BenchSpec.model_validate({**compared, "prune": tiny.spec().prune.model_dump()})
+    valid: list[tuple[Any, Any]] = [
+        *((type(spec), spec.model_dump(mode="json")) for spec in (tiny.spec(), DETECTION, pruned)),
+        *((kind, kind(measure=name).model_dump(mode="json")) for name, kind in microbench.MEASURES.items()),
+        (PlanSpec, {**compared, "prune": {"reducer": "cropr"}, "targets": [1.5, 2]}),
         (ScenesSpec, {"objects": [1, 2]}),
     ]
-    valid += [(PlanSpec, {**compared, "prune": {"reducer": "cropr"}, "targets": [1.5, 2]})]
-    valid += [(kind, kind(measure=name).model_dump(mode="json")) for name, kind in microbench.MEASURES.items()]
-    for kind, place in ((scales.ScaleConfig, "config/scales"), (scales.ArtefactConfig, "config/experiments")):
-        valid += [(kind, yaml.safe_load(file.read_text())) for file in sorted((ROOT / place).glob("*.yaml"))]
+    for kind, place in ((scales.ScaleConfig, "scales"), (scales.ArtefactConfig, "experiments")):
+        valid += [(kind, yaml.safe_load(file.read_text())) for file in sorted((ROOT / "config" / place).glob("*.yaml"))]
     for name, method in REDUCERS.items():
         options = dict.fromkeys(method.options, 1)
         valid.append((PruneSpec, {"reducer": name, "schedule": {"constant": {"rate": 2}}, "options": options}))
@@ -170,9 +165,8 @@ def checkpoints(folder: Path) -> Attempt:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    place = checkpoint.save_checkpoint(
-        folder, 7, model, optimizer, {"identity": {"spec": "x"}, "history": [], "scaler": {}}
-    )
+    state: dict[str, Any] = {"identity": {"spec": "x"}, "history": [], "scaler": {}}
+    place = checkpoint.save_checkpoint(folder, 7, model, optimizer, state)
     whole = {file.name: file.read_bytes() for file in place.iterdir()}
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -217,7 +211,7 @@ def images(folder: Path) -> Attempt:
 
 def instances(folder: Path) -> Attempt:
     """COCO's annotation files: changed values and damaged bytes, then every mask of what was accepted."""
-    path = tiny_coco.write_split(folder, "train", 6)
+    path = tiny_coco.save(tiny_coco.write_coco(folder), "train", tiny_coco.load(folder, "train"))
     content = tiny_coco.load(folder, "train")
 
     def attempt(dice: Dice) -> None:
@@ -236,8 +230,10 @@ def instances(folder: Path) -> Attempt:
 
 def results(folder: Path) -> Attempt:
     """Records and manifests of a finished scale, changed, through what notebooks read them with."""
-    reads: dict[str, list[Any]] = {"breakeven": [records.load_cells, records.load_rounds], "imagenet_methods": []}
-    reads["imagenet_methods"] = [records.load_records, records.load_blocks, records.load_speed, records.setting]
+    reads: dict[str, list[Any]] = {
+        "breakeven": [records.load_cells, records.load_rounds],
+        "imagenet_methods": [records.load_records, records.load_blocks, records.load_speed, records.setting],
+    }
     for name in reads:
         write_results(folder, name, seeds=1)
     files = {file: file.read_bytes() for file in sorted(folder.rglob("*.json"))}

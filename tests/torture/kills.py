@@ -3,8 +3,6 @@
 A job is forked from this process, which has imported the libraries: nothing is written while they are imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -24,7 +22,7 @@ import tiny
 import tiny_coco
 from project import ROOT, copy_repository
 from synthetic import write_results
-from test_detection_run import SPEC as DETECTION
+from tiny_detector import DETECTION
 
 import cropr.__main__ as cropr
 from cropr.data.layouts import write
@@ -49,23 +47,19 @@ def jobs(base: Path) -> dict[str, Job]:
     scenes = {"image_size": 32, "train": 48, "val": 12, "distractors": (0, 1)}
     dense = {"task": "segmentation", "data": {"image_size": 32, "num_classes": 11, "scenes": scenes}}
     write(ScenesSpec(**scenes), base / "maps", "ade20k")
-    plain = {"reducer": "none", "schedule": {"constant": {"rate": 0}}, "fusion": "none"}
-    train = {
-        "pretrain": (tiny.spec(**dense, prune=plain, recipe__epochs=4), base / "maps"),
-        "train classification": (
-            tiny.spec(recipe__epochs=4, model__drop_path=0.1),
-            tiny.write_folder(base / "photos"),
-        ),
-        "train segmentation": (tiny.spec(**dense, recipe__epochs=3, recipe__ema=0.9), base / "maps"),
-        "train detection": (DETECTION, tiny_coco.write_coco(base / "coco", train=15, val=5)),
-    }
+    photos = tiny.write_folder(base / "photos")
     made: dict[str, Job] = {}
-    for name, (spec, data) in train.items():
+    for name, spec, data in (
+        ("pretrain", tiny.spec(**dense, prune={"reducer": "none"}, recipe__epochs=4), base / "maps"),
+        ("train classification", tiny.spec(recipe__epochs=4, model__drop_path=0.1), photos),
+        ("train segmentation", tiny.spec(**dense, recipe__epochs=3, recipe__ema=0.9), base / "maps"),
+        ("train detection", DETECTION, tiny_coco.write_coco(base / "coco", train=15, val=5)),
+    ):
         words = ["train", "--spec", spec.model_dump_json(), "--data", str(data), "--evaluate-every", "2"]
         made[name] = cropr.main, [*words, "--out", "OUT"], None
-    model, prune = tiny.spec().model.model_dump(), tiny.spec().prune.model_dump()
-    bench = json.dumps({"model": model, "image_size": 32, "prune": prune, "rounds": 3})
-    sweep = json.dumps({"model": model, "image_size": 32, "batch_sizes": [1], "variants": {"cropr": prune}})
+    small, prune = {"model": tiny.spec().model.model_dump(), "image_size": 32}, tiny.spec().prune.model_dump()
+    bench = json.dumps({**small, "prune": prune, "rounds": 3})
+    sweep = json.dumps({**small, "batch_sizes": [1], "variants": {"cropr": prune}})
     words = ["data", "scenes", "--out", "OUT", "--train", "400", "--val", "100", "--layout", "coco"]
     made["data"] = cropr.main, words, None
     made["bench"] = cropr.main, ["bench", "--spec", bench, "--out", "OUT"], None
@@ -76,9 +70,9 @@ def jobs(base: Path) -> dict[str, Job]:
     results = [write_results(base / "page", name) for name in ("imagenet_methods", "ade20k")]
     made["report page"] = page.main, ["--results", "OUT", "--out", "OUT/report.html"], results[0]
     pretrain = next(run for run, spec in load_grid(ROOT / "config", "ci").pretrains.items() if spec.init == "random")
-    words = ["scale=ci", "pretrain=make", "--", f"results/ci/pretrain/{pretrain}/weights.safetensors"]
-    repository = copy_repository(base / "repository").path
-    made["snakemake"] = snakemake, ["-d", "OUT", "--cores", "1", "--config", *words], repository
+    words = ["-d", "OUT", "--cores", "1", "--config", "scale=ci", "pretrain=make", "--"]
+    words += [f"results/ci/pretrain/{pretrain}/weights.safetensors"]
+    made["snakemake"] = snakemake, words, copy_repository(base / "repository").path
     return made
 
 

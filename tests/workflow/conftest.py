@@ -1,7 +1,5 @@
 """Copies of the repository, with the jobs as they are or as stubs."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

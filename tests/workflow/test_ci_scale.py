@@ -1,7 +1,5 @@
 """The ci scale for real: every verb, every notebook, the page. Minutes; says nothing about accuracy or speed."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What a cluster is asked for, and what a failed or stopped job leaves."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess
@@ -28,9 +26,7 @@ for one in workflow.rules:
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("gpus", [1, 8])
-def test_every_job_of_the_paper_fits_the_partition_that_it_is_sent_to(
-    project: Project, tmp_path: Path, gpus: int
-) -> None:
+def test_every_job_of_the_paper_fits_its_partition(project: Project, tmp_path: Path, gpus: int) -> None:
     """The profile without its executor, which needs the plugin."""
     profile = yaml.safe_load(SLURM.read_text())
     kept = {key: value for key, value in profile.items() if key != "executor" and not key.startswith("slurm-")}

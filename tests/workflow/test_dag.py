@@ -1,16 +1,15 @@
-"""What runs, and what runs again: with stub jobs, so in seconds."""
-
-from __future__ import annotations
+"""What runs, and what runs again; how few files a change touches. With stub jobs, so in seconds."""
 
 import json
 import os
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from project import Project, counts
+from project import ROOT, Project, counts
 
 from workflow.paper.configuration import read_yaml
 
@@ -101,9 +100,7 @@ def test_editing_a_row_reruns_that_row_its_notebook_and_the_report(finished: Pro
         ("workflow/paper/page.py", "import argparse", "import argparse, sys", set()),
     ],
 )
-def test_editing_what_a_notebook_reads_trains_nothing(
-    finished: Project, file: str, old: str, new: str, jobs: set[str]
-) -> None:
+def test_editing_what_a_notebook_reads_trains_nothing(finished: Project, file: str, old: str, new: str, jobs) -> None:
     finished.edit(file, old, new)
     assert finished.planned(*CI) == dict.fromkeys(jobs | ALWAYS, 1)
 
@@ -117,9 +114,7 @@ def test_editing_what_a_notebook_reads_trains_nothing(
         ("workflow/paper/grid.py", set(), {"data", "train", "bench", "microbench", "notebook", "report"}),
     ],
 )
-def test_editing_code_reruns_its_jobs(
-    finished: Project, everything: dict[str, int], file: str, rerun: set[str], kept: set[str]
-) -> None:
+def test_editing_code_reruns_its_jobs(finished: Project, everything: dict[str, int], file: str, rerun, kept) -> None:
     with (finished / file).open("a") as source:
         source.write("\nCHANGED = 1\n")
     jobs = finished.planned(*CI)
@@ -156,9 +151,7 @@ def test_use_conda_without_conda_names_the_pip_path(stubbed: Project, tmp_path: 
     assert "make reproduce, or pip install" in result.stdout
 
 
-def test_use_conda_with_a_stand_in_runs_which_does_not_prove_that_the_specs_solve(
-    stubbed: Project, tmp_path: Path
-) -> None:
+def test_use_conda_with_a_stand_in_runs_if_the_specs_solve(stubbed: Project, tmp_path: Path) -> None:
     conda = tmp_path / "conda-root/conda"
     conda.parent.mkdir()
     body = (Path(__file__).parent / "conda_stand_in.py").read_text().partition("\n")[2]
@@ -174,8 +167,8 @@ def test_use_conda_with_a_stand_in_runs_which_does_not_prove_that_the_specs_solv
 
 
 @pytest.mark.parametrize(("scale", "name"), [("fashion", "fashion"), ("workstation", "pets")])
-def test_a_public_set_is_downloaded_once_and_a_folder_replaces_it(
-    stubbed: Project, tmp_path: Path, scale: str, name: str
+def test_a_public_set_is_downloaded_once_or_replaced_by_a_folder(
+    stubbed, tmp_path: Path, scale: str, name: str
 ) -> None:
     config = ("--config", f"scale={scale}", "source=/data/archives")
     shown = stubbed.run("--dry-run", "--printshellcmds", *config)
@@ -189,3 +182,92 @@ def test_a_public_set_is_downloaded_once_and_a_folder_replaces_it(
         (tmp_path / "own" / folder).mkdir(parents=True)
     if scale == "workstation":
         assert "download_pets" not in stubbed.planned(*config, f"folder={tmp_path / 'own'}")
+
+
+PAGE = (ROOT / "docs/how_to.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+"""Files that the how-tos add, by their path."""
+COMMANDS = [
+    line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) for line in block.splitlines()
+]
+NOTEBOOK = json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+ROW = "  - {row: largest, label: Largest, reducer: largest, schedule: r8, fusion: llf}\n"
+BACKBONE = '''"""A host of one's own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cropr.pruning.backbones.vit import ViTBackbone
+
+
+class Host(nn.Module):
+    pass
+
+
+class Adapter(ViTBackbone):
+    def __init__(self, host: nn.Module) -> None:
+        nn.Module.__init__(self)
+
+
+ADAPTERS = {"cropr.pruning.backbones.toy.Host": "Adapter"}
+'''
+
+
+def python(project: Project, code: str) -> str:
+    """What a program prints that runs in the copy."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def add(project: Project, changes: dict[str, str]) -> None:
+    """Append to files, or make them."""
+    for name, text in changes.items():
+        with (project / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def test_a_reducer_is_its_module_and_a_row(project: Project) -> None:
+    (reducer,) = (name for name in FILES if "reducers" in name)
+    add(project, {reducer: FILES[reducer], "config/experiments/imagenet_methods.yaml": ROW})
+    code = (
+        "import timm, torch, cropr; from workflow.paper.grid import load_grid\n"
+        "row = load_grid('config', 'ci').artefacts['imagenet_methods']['largest']\n"
+        "print(row.reducer, len(row.records))\n"
+        "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, num_classes=2)\n"
+        "model = cropr.prune(vit, schedule=cropr.Schedule.constant(rate=4), reducer='largest')\n"
+        "print(*model.eval()(torch.zeros(1, 3, 64, 64)).logits.shape)"
+    )
+    assert python(project, code).split() == ["largest", "1", "1", "2"]
+    code = "import sys; sys.argv = ['cropr', 'bench', '--help']; from cropr.__main__ import main; main()"
+    assert "largest" in python(project, code)
+
+
+def test_the_workflow_commands_of_the_how_tos_run(stubbed: Project) -> None:
+    """With stub jobs; the files that the page shows are there, and a table is its YAML and its notebook."""
+    (table,) = (name for name in FILES if "experiments" in name)
+    add(stubbed, {table: FILES[table], f"notebooks/{Path(table).stem}.ipynb": NOTEBOOK})
+    add(stubbed, {name: text for name, text in FILES.items() if "/" not in name})
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (stubbed / "photos" / folder).mkdir(parents=True)
+    run = [command for command in COMMANDS if command.startswith(("snakemake", "cp"))]
+    assert len(run) >= 7
+    for command in run:
+        if "-- compare" in command or command.endswith("-n"):  # stubs write no images to compare
+            command = command.replace(" --", " -n --", 1)
+        shell = command.replace("snakemake", f"{sys.executable} -m snakemake", 1).replace("--cores all", "--cores 2")
+        done = subprocess.run(shell, shell=True, cwd=stubbed.path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+
+
+def test_a_backbone_is_one_adapter(project: Project) -> None:
+    add(project, {"cropr/pruning/backbones/toy.py": BACKBONE})
+    code = (
+        "from cropr.pruning.backbones import adapt; from cropr.pruning.backbones.toy import Host\n"
+        "from workflow.paper.sources import closure\n"
+        "print(type(adapt(Host())).__name__, 'cropr.pruning.backbones.toy' in closure('cropr.pruning.model'))"
+    )
+    assert python(project, code).split() == ["Adapter", "True"]
