@@ -129,9 +129,10 @@ class Grid:
             "rows": [asdict(row) for row in self.artefacts[artefact].rows],
         }
 
-    def priority(self, job: str) -> int:
-        """Greater for runs, first weights (both by id) and images (by layout) that an earlier artefact waits for; what
-        runs wait for comes before what waits for nothing."""
+    def priority(self, job: str, seed: int | None = None) -> int:
+        """Greater for runs (of a seed), first weights (both by id) and images (by layout) that an earlier artefact
+        waits for; pruning maps, for which a few runs are enough, come first. What runs wait for comes before what waits
+        for nothing."""
 
         def needs(run: str) -> set[str]:
             chain = [run]
@@ -140,8 +141,12 @@ class Grid:
                 chain += [other for other in (spec.init, spec.teacher) if other in self.runs or other in self.pretrains]
             return {*chain, *(self.source(one).layout for one in chain)}
 
-        ranked = enumerate(reversed(self.artefacts.values()), start=1)
-        rank = max((rank for rank, a in ranked if any(row.run and job in needs(row.run) for row in a.rows)), default=0)
+        def waits(row: Row) -> bool:
+            return bool(row.run) and seed in (None, *self.seeds[: len(row.records)]) and job in needs(str(row.run))
+
+        ordered = sorted(self.artefacts.values(), key=lambda artefact: "maps" not in artefact.config.needs)
+        ranked = enumerate(reversed(ordered), start=1)
+        rank = max((rank for rank, artefact in ranked if any(map(waits, artefact.rows))), default=0)
         return 2 * rank + (job not in self.runs)
 
     def comparable(self) -> list[str]:

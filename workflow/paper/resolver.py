@@ -126,7 +126,8 @@ class Resolver:
         if meant.scales is not None and self.scale.name not in meant.scales:
             why = f"left out at the {self.scale.name} scale"
         run, bench, settings = None, None, own.config.bench
-        seeds = self.seeds if meant.repeat or self.every_row else self.seeds[:1]
+        several = (meant.repeat or self.every_row) and "maps" not in needs  # maps are drawn of the first seed alone
+        seeds = self.seeds if several else self.seeds[:1]
         if why is None:
             init = self.inits[task]
             ids = {key: self._run(where, getattr(meant, key), row, own, init) for key, row in others.items()}

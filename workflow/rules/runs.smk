@@ -115,7 +115,7 @@ rule train:
         weights=kept(f"{OUT}/runs/{{run}}/seed{{seed}}/weights.safetensors"),
     log:
         f"{LOGS}/train/{{run}}-seed{{seed}}.log",
-    priority: lambda wildcards: GRID.priority(wildcards.run)
+    priority: lambda wildcards: GRID.priority(wildcards.run, int(wildcards.seed))
     conda:
         "../../envs/train.yaml"
     threads: JOBS.threads
