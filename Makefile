@@ -83,11 +83,14 @@ $(INSTALLED):
 		"PYTHON=$(PYTHON) says: $$($(PYTHON) --version 2>&1 | head -n 1). Name another: make ... PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module;" \
 		"on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@# One installation at a time: a second one would empty the folder under the first.
+	@mkdir $(VENV).lock 2>/dev/null || { echo "Another make is installing $(VENV). Wait for it, or delete the folder $(VENV).lock" \
+		"if none is running." >&2; exit 1; }
 	@echo "Making $(VENV) from requirements.lock: once, some minutes, 6 GB on Linux."
-	rm -f $(VENV)/installed-* $(VENV)/ready-*
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
-	touch $@
+	@trap 'rmdir $(VENV).lock' EXIT; trap 'exit 130' INT TERM; set -ex; rm -f $(VENV)/installed-* $(VENV)/ready-*; \
+		$(PYTHON) -m venv --clear $(VENV); \
+		$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock; \
+		touch $@
 
 $(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
