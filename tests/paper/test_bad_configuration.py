@@ -47,6 +47,7 @@ def classification(**values: object) -> dict[str, Any]:
         ("paper", classification(schedules={"r50": {"stages": {"at": {24: 50}}}}),
          r"paper\.yaml: tasks\.classification\.schedules\.r50 = .*the last block to prune after is 23"),
         ("ci", classification(bench={"rows": ["cropper"]}), r"classification\.bench\.rows: no row 'cropper'; choose"),
+        ("ci", {"leave_out": ["coco/nothing"]}, r"leave_out: no row 'coco/nothing'; choose among .*coco/none"),
         ("ci", {"microbench": {"profil": {"passes": 1}}},
          r"ci\.yaml: microbench\.profil: no such microbenchmark; there are .*profile/vit_l_224"),
         ("ci", {"microbench": {"profile/vit_l_224": {"pases": 1}}},

@@ -101,6 +101,8 @@ class ScaleConfig(Block):
     """Artefacts of other tasks do not exist at this scale."""
     artefacts: list[str] | None = Field(None, min_length=1)
     """The artefacts of this scale; None: all of its tasks."""
+    leave_out: list[str] = Field(default_factory=list)
+    """``artefact/row`` of the rows that this scale does not run; a row with ``use`` follows the one that it names."""
     jobs: JobsBlock = JobsBlock()
     microbench: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of those microbenchmarks."""
@@ -134,8 +136,6 @@ class RowConfig(Block):
     measure: str | None = None
     """A microbenchmark, or ``plan``, instead of a run; ``settings`` are the keys of its specification."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    scales: list[str] | None = None
-    """Scales that have this row; None: all."""
 
 
 class ArtefactConfig(Block):
@@ -265,6 +265,9 @@ def read_artefacts(folder: Path, scale: Scale) -> dict[str, ArtefactConfig]:
     if unknown := sorted(set(listed) - set(configs)):
         choices = ", ".join(sorted(configs))
         raise ValueError(f"{scale.source}: artefacts: no artefact {unknown[0]!r}; choose among {choices}")
+    rows = {f"{name}/{row.row}": None for name, config in configs.items() for row in config.rows if not row.use}
+    if unknown := sorted(set(scale.config.leave_out) - set(rows)):
+        raise ValueError(f"{scale.source}: leave_out: no row {unknown[0]!r}; choose among {', '.join(rows)}")
     ordered = sorted(((name, configs[name]) for name in listed), key=lambda item: (item[1].order, item[0]))
     here = {name: config for name, config in ordered if config.scales is None or scale.name in config.scales}
     return {name: config for name, config in here.items() if config.is_microbench or config.task in scale.config.tasks}

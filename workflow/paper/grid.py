@@ -241,7 +241,7 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
     """Rows of an artefact; none if its images or a truth that it needs are missing, or if it has none at this scale."""
     file, artefact = folder / "experiments" / f"{name}.yaml", artefacts[name]
     if artefact.is_microbench:
-        here = [row for row in artefact.rows if row.scales is None or resolver.scale.name in row.scales]
+        here = [row for row in artefact.rows if f"{name}/{row.row}" not in resolver.scale.config.leave_out]
         return tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in here)
     task = resolver.tasks.get(artefact.task)
     if task is None or ("truth" in artefact.needs and not (task.data.scenes or task.public)):

@@ -123,7 +123,7 @@ class Resolver:
         schedule, why = own.schedule(where, meant), None
         if meant.reducer not in REDUCERS:
             raise ValueError(f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}")
-        if meant.scales is not None and self.scale.name not in meant.scales:
+        if (listed.use or name) in self.scale.config.leave_out:
             why = f"left out at the {self.scale.name} scale"
         run, bench, settings = None, None, own.config.bench
         several = (meant.repeat or self.every_row) and "maps" not in needs  # maps are drawn of the first seed alone
