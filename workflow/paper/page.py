@@ -81,8 +81,8 @@ def headline(results: Path, names: list[str]) -> str:
 
 
 def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
-    """Lines of the rows of which the paper has an accuracy or a speed-up, of all rows if it has none; speeds are those
-    of the notebook's table."""
+    """Lines of the baseline and of the rows of which the paper has an accuracy or a speed-up, of all rows if it has
+    none; speeds are those of the notebook's table."""
     name, (metric, label) = manifest["artefact"], next(iter(manifest["metrics"].items()))
     value = load_published(name).set_index(["row", "quantity"])["value"]
     runs, speeds = load_records(name, results), results / "tables" / f"{name}_speed.csv"
@@ -90,7 +90,7 @@ def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
     table = pd.read_csv(speeds, dtype=str, keep_default_na=False) if speeds.is_file() else pd.DataFrame({"name": []})
     speedup = dict(zip(table["name"], table.get("speed-up", []), strict=True))
     ran = [row for row in manifest["rows"] if row["why"] is None]
-    published = [row for row in ran if (row["row"], metric) in value or (row["row"], "speedup") in value]
+    known = {name for name, quantity in value if quantity in (metric, "speedup")}
     return [
         {
             "paper's model": manifest["paper_model"] or "",
@@ -101,7 +101,8 @@ def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
             "published speed-up": write(value.get((row["row"], "speedup"), float("nan"))),
             "measured speed-up": speedup.get(row["paper_name"], ""),
         }
-        for row in published or ran
+        for row in ran
+        if not known or row["row"] in known or row["row"] == manifest["baseline"]
     ]
 
 
