@@ -42,7 +42,7 @@ reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|fashion|wo
 
 ablation: $(READY) ## one row of the ablations beside its baseline: make ablation ROW=no_mlp SEEDS=3
 	@test -n "$(ROW)" || { echo 'Name the row, as in config/experiments/ablations.yaml: make ablation ROW=...' >&2; exit 2; }
-	$(SNAKEMAKE) row=$(ROW) -- compare
+	$(SNAKEMAKE) row=$(if $(findstring /,$(ROW)),,ablations/)$(ROW) -- compare
 
 snapshot: $(READY) ## copy the executed notebooks of a finished run to docs/rendered/, their numbers to the README
 	$(RUN) workflow.paper.snapshot results/$(SCALE) $(if $(filter-out laptop,$(SCALE)),--under $(SCALE))

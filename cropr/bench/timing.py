@@ -2,7 +2,7 @@
 
 What is compared runs in one process, one after the other in every round and in random order, so that what slows the
 machine down for a while slows all of it, and no case always follows the same one. Warm-up is left out. Reported are
-medians and interquartile ranges of rounds, and ratios, taken round by round, with a bootstrap interval of their median.
+medians and interquartile ranges of rounds, and ratios, taken round by round, with an interval of their median.
 """
 
 import math
@@ -21,6 +21,7 @@ from cropr.bench.device import Unsupported, largest_batch, noise, run_forced, wi
 from cropr.distributed import reuse_freed_memory
 from cropr.records import make_record
 from cropr.specs import Spec
+from cropr.statistics import median_bounds
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""
@@ -165,18 +166,8 @@ def against(base_seconds: Sequence[float], seconds: Sequence[float], mac_ratio: 
 def ratio(name: str, base_seconds: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
     """How many times faster the second is: median of paired rounds, interquartile range, 95 % interval."""
     values = np.asarray(base_seconds) / np.asarray(seconds)
-    low, high = bootstrap_median(values)
+    low, high = median_bounds(values)
     return {name: float(np.median(values)), f"{name}_iqr": iqr(values), f"{name}_low": low, f"{name}_high": high}
-
-
-def bootstrap_median(
-    values: Sequence[float] | np.ndarray, level: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median: resampled with replacement, ``draws`` times."""
-    data = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
-    low, high = np.quantile(np.median(data[picks], axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def iqr(values: np.ndarray) -> float:

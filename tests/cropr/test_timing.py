@@ -65,16 +65,6 @@ def test_speed_up_is_the_median_of_paired_ratios():
     assert alone["images_per_s_iqr"] == pytest.approx((4 + 2) / 2 - (2 + 8 / 6) / 2)
 
 
-def test_bootstrap_has_the_width_that_theory_gives():
-    """Standard error of a normal sample's median: 1.2533 / sqrt(n); checked on the mean of 20 samples."""
-    draws = np.random.default_rng(1).normal(size=(20, 100))
-    intervals = np.array([timing.bootstrap_median(row, draws=400) for row in draws])
-    half = (intervals[:, 1] - intervals[:, 0]).mean() / 2
-    assert half == pytest.approx(1.96 * 1.2533 / 10, rel=0.2)
-    assert timing.bootstrap_median(draws[0]) == timing.bootstrap_median(draws[0])
-    assert timing.bootstrap_median([1.7] * 5) == pytest.approx((1.7, 1.7))
-
-
 def test_utilisation_and_peak_by_hand(monkeypatch):
     # 5 GMAC an image are 10 GFLOP; 2 images a second are 20 GFLOP/s, a fifth of 100.
     found = models.model_metrics(torch.nn.Linear(1, 1), timing.Outcome(seconds=[0.5] * 3), 1, macs=5e9, peak=100e9)

@@ -65,7 +65,7 @@ def test_a_row_runs_exactly_if_its_reducer_exists_and_a_microbenchmark_has_a_rec
             left_out = str(row.why).startswith("left out at")
             assert (row.run is not None) == (row.reducer in REDUCERS and not left_out)
             assert (row.run is None) == (row.why is not None) == (row.records == ())
-    assert {job(row.bench) for row in measured} == set(grid.microbenches)
+    assert {job(row.bench) for row in measured if row.why is None} == set(grid.microbenches)
     assert ("eva_l_512" in {row.row for row in measured}) == (scale in ("workstation", "paper"))
     for digest, spec in (grid.runs | grid.benches | grid.pretrains).items():  # a spec keeps its digest on its way
         assert type(spec).model_validate_json(json.dumps(spec.model_dump(mode="json"))).digest() == digest

@@ -9,7 +9,7 @@ import tiny
 import tiny_coco
 import torch
 
-from cropr.bench.timing import bootstrap_median
+from cropr.statistics import median_bounds
 from cropr.data.ade20k import IGNORE
 from cropr.distributed import World
 from cropr.tasks.base import EvaluationSettings, in_order, write_arrays
@@ -74,10 +74,22 @@ def test_difference_is_paired_by_seed():
         paired_difference(frame(a=[1.0]), "top1", "other")
 
 
-def test_median_interval_equals_the_bounds_in_records_and_few_rounds_give_their_range():
+def test_median_interval_leaves_out_as_many_rounds_at_either_end():
     values = np.random.default_rng(1).normal(1.7, 0.1, 9)
     line = median_interval(frame(a=values), "top1").loc["a"]
-    assert (line["low"], line["high"], line["median"]) == (*bootstrap_median(values), np.median(values))
+    assert (line["low"], line["high"], line["median"]) == (*sorted(values)[1:8:6], np.median(values))
+
+
+@pytest.mark.parametrize(("rounds", "left_out"), [(6, 0), (7, 0), (9, 1), (15, 3), (100, 39)])
+def test_an_interval_of_a_median_covers_it(rounds, left_out):
+    """Skewed values, whose true median is known; the number left out at either end is from tables of the sign test."""
+    values = np.random.default_rng(0).exponential(size=(4000, rounds))
+    bounds = np.array([median_bounds(row) for row in values])
+    assert bounds[0].tolist() == [np.sort(values[0])[left_out], np.sort(values[0])[-1 - left_out]]
+    assert 0.94 < np.mean((bounds[:, 0] <= np.log(2)) & (np.log(2) <= bounds[:, 1])) < 0.99
+
+
+def test_few_rounds_give_their_range():
     assert list(median_interval(frame(a=[1.5, 1.9, 1.6]), "top1").loc["a"]) == [1.6, 1.5, 1.9, 3, "rounds"]
 
 

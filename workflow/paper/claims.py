@@ -220,8 +220,6 @@ def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
         times, cell = _chosen(rounds, side), _chosen(cells, side)
         if times is None or cell is None or times["seconds"].isna().any():
             return None
-        if len(cell) > 1:
-            raise ValueError(f"claim {claim.id}: {side} fits {len(cell)} cells of {claim.artefact}; name one")
         seconds.append(times.set_index("round")["seconds"])
         macs.append(float(cell["mac_ratio"].iloc[0]) if "mac_ratio" in cell else math.nan)
     ratio = seconds[1] / seconds[0]
@@ -258,4 +256,6 @@ def _chosen(frame: pd.DataFrame, side: Any) -> pd.DataFrame | None:
     if not side.keys() <= set(frame):
         return None
     found = frame[np.logical_and.reduce([frame[name] == value for name, value in side.items()])]
+    if (found["round"] if "round" in found else pd.Series(0, found.index)).duplicated().any():
+        raise ValueError(f"a claim's {side} fits several cells; name one")
     return found if len(found) else None

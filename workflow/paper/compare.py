@@ -23,7 +23,6 @@ from workflow.paper.stats import mcnemar, mean_interval, median_interval, paired
 COSTS = {
     "loss": ("Validation loss", 3),
     "tpr": ("Pruned patches (%)", 1),
-    "step_ms": ("Training step (ms)", 0),
     "parameters_training_only": ("Parameters of training alone", 0),
 }
 """What stands below the metrics of the task: label and digits."""

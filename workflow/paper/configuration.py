@@ -268,6 +268,12 @@ def read_artefacts(folder: Path, scale: Scale) -> dict[str, ArtefactConfig]:
     rows = {f"{name}/{row.row}": None for name, config in configs.items() for row in config.rows if not row.use}
     if unknown := sorted(set(scale.config.leave_out) - set(rows)):
         raise ValueError(f"{scale.source}: leave_out: no row {unknown[0]!r}; choose among {', '.join(rows)}")
+    measured = {name: config for name, config in configs.items() if config.is_microbench}
+    known = {*measured, *(f"{name}/{row.row}" for name, config in measured.items() for row in config.rows)}
+    if unknown := sorted(set(scale.config.microbench) - known):
+        choices = ", ".join(sorted(known))
+        raise ValueError(f"{scale.source}: microbench.{unknown[0]}: no such microbenchmark; there are {choices}")
+    listed = {*listed, *(other for name in listed for other in configs[name].reads)}
     ordered = sorted(((name, configs[name]) for name in listed), key=lambda item: (item[1].order, item[0]))
     here = {name: config for name, config in ordered if config.scales is None or scale.name in config.scales}
     return {name: config for name, config in here.items() if config.is_microbench or config.task in scale.config.tasks}

@@ -241,8 +241,8 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
     """Rows of an artefact; none if its images or a truth that it needs are missing, or if it has none at this scale."""
     file, artefact = folder / "experiments" / f"{name}.yaml", artefacts[name]
     if artefact.is_microbench:
-        here = [row for row in artefact.rows if f"{name}/{row.row}" not in resolver.scale.config.leave_out]
-        return tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in here)
+        found = tuple(resolver.microbench(f"{file}: row {row.row}", f"{name}/{row.row}", row) for row in artefact.rows)
+        return found if any(row.bench for row in found) else ()
     task = resolver.tasks.get(artefact.task)
     if task is None or ("truth" in artefact.needs and not (task.data.scenes or task.public)):
         return ()
@@ -257,6 +257,10 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
             if other.start or other.teacher:
                 raise ValueError(f"{where}: {key} = {named[key]!r} needs the weights of another row itself")
         rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, others, artefact.task, artefact.needs))
+    if not any(row.run for row in rows):
+        return ()
+    if any(row.why and row.row == artefact.baseline for row in rows):
+        raise ValueError(f"{resolver.scale.source}: leave_out: {name} needs its baseline {artefact.baseline!r}")
     return tuple(rows)
 
 
@@ -278,16 +282,7 @@ def _find(where: str, name: str, artefacts: Mapping[str, ArtefactConfig]) -> Row
 
 
 def _verify_names(scale: Scale, artefacts: Mapping[str, Artefact], resolver: Resolver) -> None:
-    """Refuse settings of rows that do not exist: ``microbench`` and ``bench.rows`` of a scale."""
-    known = {
-        name
-        for one in artefacts.values()
-        if one.config.is_microbench
-        for name in (one.name, *(f"{one.name}/{row.row}" for row in one.rows))
-    }
-    if unknown := sorted(set(scale.config.microbench) - known):
-        choices = ", ".join(sorted(known))
-        raise ValueError(f"{scale.source}: microbench.{unknown[0]}: no such microbenchmark; there are {choices}")
+    """Refuse ``bench.rows`` that do not exist."""
     for task in resolver.tasks:
         tables = [one for one in artefacts.values() if one.config.task == task and "bench" in one.config.needs]
         rows = {row.row for table in tables for row in table.rows}

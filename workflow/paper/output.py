@@ -67,7 +67,7 @@ def save_table(frame: pd.DataFrame, artefact: str, results: str | Path, name: st
     write_text(stem.with_suffix(".csv"), shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     write_text(stem.with_suffix(".md"), to_markdown(shown))
     left: Any = [{"selector": "th, td", "props": "text-align: left"}]
-    return shown.style.format(_text).hide(axis="index").set_uuid(stem.name).set_table_styles(left)
+    return shown.style.format(_text, escape="html").hide(axis="index").set_uuid(stem.name).set_table_styles(left)
 
 
 def to_markdown(frame: pd.DataFrame) -> str:

@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="folder of a scale, with its manifests")
     parser.add_argument("--out", type=Path, required=True, help="page to write")
+    parser.add_argument("--artefacts", nargs="+", metavar="NAME", help="in the order of the page; default: all there are")
     args = parser.parse_args(argv)
-    names = artefacts(args.results)
+    names = args.artefacts or artefacts(args.results)
     tables, claims = args.results / "tables", claims_table(args.results, names)
     write_text(tables / "claims.csv", claims.to_csv(index=False, lineterminator="\n"))
     write_text(tables / "claims.md", to_markdown(claims))
@@ -56,7 +57,7 @@ def artefacts(results: Path) -> list[str]:
 def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
     """Verdicts of all claims: notebook, claim, measured, claimed, verdict, why, over, source."""
     about = {claim.artefact for claim in load_claims()}
-    parts = [verdicts(name, results).assign(notebook=name) for name in names if name in about]
+    parts = [verdicts(name, results).assign(notebook=name) for name in names if name in about or name == names[0]]
     table = pd.concat(parts, ignore_index=True)
     return table[["notebook", *table.columns.drop("notebook")]]
 
@@ -90,7 +91,7 @@ def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
     table = pd.read_csv(speeds, dtype=str, keep_default_na=False) if speeds.is_file() else pd.DataFrame({"name": []})
     speedup = dict(zip(table["name"], table.get("speed-up", []), strict=True))
     ran = [row for row in manifest["rows"] if row["why"] is None]
-    known = {name for name, quantity in value if quantity in (metric, "speedup")}
+    known = {row for row, quantity in value.index if quantity in (metric, "speedup")}
     return [
         {
             "paper's model": manifest["paper_model"] or "",

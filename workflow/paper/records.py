@@ -76,7 +76,7 @@ def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
     """
     path = find_results(results) / "manifests" / f"{artefact}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no manifest; make it with: snakemake --cores all {artefact}")
+        raise FileNotFoundError(f"{path}: no manifest; make it with: snakemake --cores all {artefact} --config scale={path.parts[-3]}")
     with _expected(path):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _require(manifest, _MANIFEST)
@@ -274,8 +274,8 @@ def setting(artefact: str, results: str | Path) -> Markdown:
     if path := next((row["records"][0] for row in rows if row["records"]), None):
         with _reading(manifest, path, results) as record:
             spec, metrics = record["spec"], record["metrics"]
-            lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} training and "
-                         f"{metrics['val_images']} validation images, epochs: {spec['recipe']['epochs']}.")  # fmt: skip
+            lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} images trained on "
+                         f"(epochs: {spec['recipe']['epochs']}), {metrics['val_images']} validation images.")  # fmt: skip
     if path := next((p for row in rows if (p := row["bench"]) and _there(manifest, p, results)), None):
         with _reading(manifest, path, results) as record:
             if record["kind"] == "bench":
@@ -291,7 +291,8 @@ def rerun(artefact: str, results: str | Path) -> Markdown:
     manifest = load_manifest(artefact, results)
     seeds = manifest["seeds"]
     first = seeds == list(range(len(seeds)))
-    chosen = f" seeds={len(seeds) if first else ','.join(map(str, seeds))}" if seeds != [0] else ""
+    every = {len(row["records"]) for row in _ran(manifest)} == {len(seeds)}  # the call named seeds, or all rows repeat
+    chosen = f" seeds={len(seeds) if first else ','.join(map(str, seeds))}" if every and seeds != [0] else ""
     command = f"snakemake --cores all {artefact} --config scale={manifest['scale']}{chosen}"
     return Markdown(f"```sh\n{command}\n```")
 

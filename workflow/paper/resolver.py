@@ -159,6 +159,8 @@ class Resolver:
         Raises:
             ValueError: no such measurement, or settings that it does not have.
         """
+        if name in self.scale.config.leave_out:
+            return Row(row=row.row, label=row.label, why=f"left out at the {self.scale.name} scale")
         kinds: dict[str, type[Spec]] = dict(MEASURES) | {"plan": PlanSpec}
         if row.measure is None or row.measure not in kinds:
             raise ValueError(f"{where}: measure = {row.measure!r}: choose one of {', '.join(kinds)}")

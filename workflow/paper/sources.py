@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-_GRID_SIDE = ("configuration", "grid", "sources")
+_GRID_SIDE = ("configuration", "grid", "resolver", "sources")
 _NO_NOTEBOOK = ("__init__", "compare", "cost", "launch", "page", "snapshot", "verify", *_GRID_SIDE)
 NEUTRAL = frozenset(
     {

@@ -17,12 +17,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from cropr.statistics import median_bounds
+
 LEVEL = 0.95
 """Coverage of every interval."""
 MIN_ROUNDS = 6
-"""Fewest rounds whose bootstrap interval of the median covers 95 %. The interval of n < 6 rounds is their range, which
-holds the median in 1 - 2 / 2^n of all cases (3 rounds: 75 %, 5: 94 %, 6: 97 %), so that it decides no claim."""
-DRAWS = 10_000
+"""Fewest rounds whose interval (``cropr.statistics``) covers 95 %; that of fewer decides no claim."""
 IMAGE_DRAWS = 1_000
 """Resamples of the images, of which the variance is used, not the tails."""
 MOST_SEEDS = 50
@@ -254,9 +254,7 @@ def _means(lines: pd.DataFrame, metric: str, by: str | Sequence[str], others: tu
 
 
 def median_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = "row") -> pd.DataFrame:
-    """Percentile bootstrap interval of the median over the rounds of one process, per row.
-
-    Fewer than ``MIN_ROUNDS`` rounds give their range. Equal to the bounds in the records of ``cropr.bench``.
+    """Interval of the median over the rounds of one process, per row, as in the records of ``cropr.bench``.
 
     Args:
         frame: a line per row and round, as ``load_speed`` and ``load_rounds`` give it.
@@ -264,7 +262,7 @@ def median_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = 
         by: column or columns that tell rows apart.
     """
     groups = frame.dropna(subset=[metric]).groupby(_key(by), sort=False)[metric]
-    found = {row: (*_bootstrap(values.to_numpy(float)), len(values), "rounds") for row, values in groups}
+    found = {row: (values.median(), *median_bounds(values), len(values), "rounds") for row, values in groups}
     return _indexed(pd.DataFrame.from_dict(found, orient="index", columns=["median", "low", "high", "n", "over"]), by)
 
 
@@ -304,12 +302,6 @@ def _indexed(table: pd.DataFrame, by: str | Sequence[str]) -> pd.DataFrame:
         return table.rename_axis(by)
     table.index = pd.MultiIndex.from_tuples(table.index, names=list(by))
     return table
-
-
-def _bootstrap(values: np.ndarray) -> tuple[float, float, float]:
-    picks = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.quantile(np.median(values[picks], axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(np.median(values)), float(low), float(high)
 
 
 # Metrics of resampled images. D draws, n images, C classes, T IoU thresholds.

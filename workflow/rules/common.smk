@@ -1,5 +1,6 @@
 # Functions that the rules share: what a job is told, the digest of its code, the files it needs.
 import hashlib
+import shlex
 
 from cropr.pruning.methods import REDUCERS
 from cropr.tasks import TASKS
@@ -95,8 +96,8 @@ def init_flag(wildcards, input):
 
 def notebook_inputs(wildcards):
     """Records and published numbers."""
-    published = GRID.artefacts[wildcards.artefact].published
-    return GRID.files(wildcards.artefact) + ([published] if published else [])
+    published = sorted(map(str, Path("config/published").glob("*.csv")))
+    return GRID.files(wildcards.artefact) + published
 
 
 def claims_about(artefact):

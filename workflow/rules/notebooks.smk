@@ -61,6 +61,7 @@ rule report:
         expand(f"{OUT}/notebooks/{{artefact}}.html", artefact=GRID.artefacts),
         expand(f"{OUT}/manifests/{{artefact}}.json", artefact=GRID.artefacts),
         "config/claims.yaml",
+        "workflow/report/report.html.j2",
     output:
         page=report(REPORT, caption="../report/report.rst", category="Report"),
         tables=expand(
@@ -77,7 +78,9 @@ rule report:
     shell:
         "python -m workflow.paper.page --results "
         + OUT
-        + " --out {output.page} > {log} 2>&1"
+        + " --out {output.page} --artefacts "
+        + " ".join(GRID.artefacts)
+        + " > {log} 2>&1"
 
 
 # `snakemake imagenet_methods` makes one table or figure.
