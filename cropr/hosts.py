@@ -37,7 +37,7 @@ def _forward(
 
     model = getattr(self.pruned, "model", self.pruned)
     tokens = model(pixel_values).tokens
-    tokens = tokens if model.fusion is None else tokens.raster()
+    tokens = tokens if tokens.index is None else tokens.raster()
     states = (tokens.x,) if output_hidden_states else None
     found = BaseModelOutputWithPooling(tokens.x, model.backbone._pooled(tokens), hidden_states=states)
     return found.to_tuple() if return_dict is False else found

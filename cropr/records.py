@@ -119,7 +119,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no record; the job has not run to its end") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a record, {error}; delete it and run the job again") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a record, its top level is a {type(record).__name__}")

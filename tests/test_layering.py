@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LINES = {"cropr": 11_000, "cropr/pruning": 3_000, "workflow": 6_000, "tests": 10_500}
 """Lines of .py and .smk files, at most."""
 FILE, FUNCTION = 400, 60
-ONE_ROW = 38
+ONE_ROW = 39
 """Modules that a reader enters who follows one row from its YAML to its table, at most."""
 LAYERS = ("pruning", "specs", "data", "tasks", "training", "bench", "cli")
 """Packages and modules of ``cropr``, lowest first: each imports only itself and those before it."""

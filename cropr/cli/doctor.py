@@ -124,16 +124,13 @@ def _folders(config: Path, results: Path) -> dict[str, Any]:
         values, problem = load_yaml(config.read_text(encoding="utf-8"), str(config)), None
     except (OSError, ValueError) as error:
         values, problem = {}, f"{config}: {error}"
+    reads = os.R_OK | os.X_OK
     roots = {name: values[name] for name in ("folder", *LAYOUTS) if values.get(name)}
     return {
         "config": str(config),
         "config_error": problem,
-        "data_roots": {name: {"path": root, "readable": _allows(root, os.R_OK)} for name, root in roots.items()},
+        "data_roots": {name: {"path": root, "readable": os.access(f"{root}/.", reads)} for name, root in roots.items()},
         "results": str(results),
-        "results_writable": _allows(existing, os.W_OK),
+        "results_writable": os.access(f"{existing}/.", os.W_OK | os.X_OK),
         "disk_free_gb": round(shutil.disk_usage(existing).free / 1e9, 1),
     }
-
-
-def _allows(folder: str | Path, mode: int) -> bool:
-    return os.path.isdir(folder) and os.access(folder, mode | os.X_OK)

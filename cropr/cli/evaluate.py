@@ -82,7 +82,7 @@ def _named(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     if args.run_dir:
         flags.require_alone(args, "run", ("spec", "weights"))
         return flags.trained_run(args)
-    if args.spec and args.weights:
+    if args.spec and args.weights and not args.best:
         return flags.make_spec(args.spec), args.weights, args.seed or 0
     own = "--spec FILE with --weights FILE, or --predictions FILE with --annotations FILE"
     raise ValueError(f"name what to evaluate: --run DIR, or {own}")
@@ -92,8 +92,9 @@ def _score(args: argparse.Namespace, started: float) -> None:
     """Detections that lie in a file."""
     if not (args.predictions and args.annotations):
         raise ValueError("--predictions and --annotations go together: the detections, and the truth")
-    if args.run_dir or args.spec or args.weights or args.data:
-        raise ValueError("--predictions needs no model and no images; leave --run, --spec, --weights and --data out")
+    others = ("run_dir", "spec", "weights", "data", "save_predictions", "deployed", "best")
+    if extra := [f"--{name.removesuffix('_dir').replace('_', '-')}" for name in others if getattr(args, name)]:
+        raise ValueError(f"--predictions needs no model and no images; leave {', '.join(extra)} out")
 
     from cropr.tasks.detection.evaluation import score_file
 

@@ -194,8 +194,8 @@ def trained_run(args: argparse.Namespace) -> tuple[TrainSpec, Path, int]:
     if not folder.is_dir():
         raise FileNotFoundError(f"--run {folder}: no such directory")
     record = read_record(folder)
-    if record["kind"] != "train":
-        raise ValueError(f"--run {folder}: holds a record of kind {record['kind']}, not of a training run")
+    if record.get("kind") != "train" or not {"spec", "seed"} <= record.keys():
+        raise ValueError(f"--run {folder}: holds a record of kind {record.get('kind')}, not of a training run")
     asked = given(args, ("best", "seed"))
     return make_spec(record["spec"]), folder / (BEST if "best" in asked else WEIGHTS), asked.get("seed", record["seed"])
 

@@ -109,6 +109,8 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     policy = args.auto_augment or _RANDAUGMENT
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr:g}: must be a finite number above 0")
+    if args.lr is not None and any(one.startswith(("recipe.batch_size", "recipe.base_lr")) for one in args.set or ()):
+        raise ValueError("--lr with --set recipe.batch_size or recipe.base_lr: use --batch-size, or --set without --lr")
     batch = args.batch_size if args.batch_size is not None else min(64, len(split))
     values["model"] |= {"drop_path": 0.0 if args.freeze_encoder else 0.1, **flags.given(args, ["drop_path"])}
     values |= {

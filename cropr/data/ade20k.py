@@ -134,8 +134,8 @@ class TrainImages(EvalImages):
 
 def train_view(image: tv_tensors.Image, labels: tv_tensors.Mask, spec: SegDataSpec) -> Pair:
     """Resize, crop, flip, distort colours, normalise, pad: image [3, S, S] and labels [S, S]. The authors' pipeline,
-    mmseg's, by torchvision, whose colour distortions and bilinear filter differ in the last digit. Padding, at
-    the right and the bottom, is 0 in the normalised image, ``IGNORE`` in the labels."""
+    mmseg's, by torchvision, whose colour distortions differ in the last digit and whose bilinear filter is
+    antialiased. Padding, at the right and the bottom, is 0 in the normalised image, ``IGNORE`` in the labels."""
     size = random_size(image, spec)
     image, labels = F.resize(image, size), F.resize(labels, size)
     crop = capped_crop(labels, spec)

@@ -115,7 +115,7 @@ def read_content(path: Path) -> dict[str, Any]:
         content = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; COCO's annotations belong there") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = f"not JSON: {error}" if text else "the file is empty; it should hold COCO's annotations as JSON"
         raise ValueError(f"{path}: {reason}") from None
     for key in ("images", "annotations", "categories"):

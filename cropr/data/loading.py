@@ -194,6 +194,8 @@ class EvalBatches:
     def __init__(self, samples: Samples, batch_size: int, **how: Any) -> None:
         assert samples.seed is None, "evaluation is not random"
         self._loader = Loader(samples, **how)
+        if len(samples) < self._loader.world.size:
+            raise ValueError(f"{len(samples)} images for {self._loader.world.size} processes: start as many or fewer")
         kinds: dict[Hashable, list[int]] = {}
         for index in range(self._loader.world.rank, len(samples), self._loader.world.size):
             kinds.setdefault(samples.kind(index), []).append(index)

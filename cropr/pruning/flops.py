@@ -7,8 +7,6 @@ The counter knows no fused attention on the CPU, so torch's plain kernel is forc
 of a matrix and a vector, with which a folded scorer scores, so a formula for it is added.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain

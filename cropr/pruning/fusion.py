@@ -7,8 +7,6 @@ only. Each class says what is from the paper and what is our reading.
 B batch, P prefix tokens, K survivors, R pruned, N = K + R patch tokens, L = P + N, C channels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import ClassVar

@@ -6,8 +6,6 @@ source text, as setuptools reads a version, because importing the file would imp
 to ``reducers/`` with its class and its entry.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass

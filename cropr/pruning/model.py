@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cropr.pruning.backbones.base import Backbone, adapt
 from cropr.pruning.fusion import Fusion
-from cropr.pruning.methods import FUSIONS, Place, before_last_block, choose
+from cropr.pruning.methods import FUSIONS, REDUCERS, Place, before_last_block, choose
 from cropr.pruning.reducers.base import Context, Reducer, Reduction, create
 from cropr.pruning.schedule import Schedule, attended, trace
 from cropr.pruning.tokens import Tokens
@@ -254,7 +254,7 @@ def prune(
         if sites:
             raise ValueError(f"reducer 'none' with a schedule that prunes ({schedule}); use rate 0 or name a reducer")
         return kind(backbone, schedule, {}, bring_back)
-    if not outputs:
+    if not outputs and "num_queries" in REDUCERS[reducer].options:
         raise ValueError("the host has no classes: name num_outputs for the auxiliary heads")
     options = {**kind.default_options(reducer, backbone), **(reducer_options or {})}
     counts = schedule.resolve(backbone.num_patches, backbone.depth, fused, backbone.prefix)

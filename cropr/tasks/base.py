@@ -179,8 +179,9 @@ def _create_host(model: ModelSpec, num_classes: int, image_size: int, pretrained
         with torch.device("meta"):
             adapt(timm.create_model(model.name))  # says that its kind cannot be pruned, where that is why
         raise
-    side = getattr(getattr(host, "patch_embed", None), "patch_size", (1, 1))[0]
-    if image_size % side:
+    if not hasattr(host, "patch_embed"):
+        raise ValueError(f"{model.name}: can be pruned in Python alone (docs/hosts.md)")
+    if image_size % (side := host.patch_embed.patch_size[0]):
         raise ValueError(f"image_size = {image_size}: must be a multiple of the model's patch size, {side} px")
     return host
 

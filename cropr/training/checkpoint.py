@@ -153,7 +153,7 @@ def load_teacher(task: TaskRun, path: Path | None, device: torch.device) -> None
 
 def _require_run(path: Path, key: str, name: str) -> None:
     """Refuse weights that lie beside the record of another run."""
-    if (path.parent / RECORD).exists() and (found := read_record(path.parent)["id"]) != name:
+    if (path.parent / RECORD).exists() and (found := read_record(path.parent).get("id")) != name:
         raise ValueError(f"{path} was made by run {found}, spec.{key} asks for {name}")
 
 

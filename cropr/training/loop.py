@@ -155,9 +155,12 @@ def fit(
     ``evaluate`` returned, with ``epoch`` (from 1), including evaluations before a resumption. Raises TrainingDiverged;
     TrainingInterrupted: after SIGTERM or SIGINT; ValueError: recipe that cannot run here, or checkpoint of another run.
     """
+    world = world or World()
+    if recipe.precision == "fp16" and world.device.type == "cpu":
+        raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
     if not recipe.epochs:
         return []
-    run = _Run(model, task, loader, recipe, seed, settings, world or World())
+    run = _Run(model, task, loader, recipe, seed, settings, world)
 
     def due() -> int:  # epoch that is to be evaluated now; 0 for none
         epoch, begun = divmod(run.step, len(loader))
@@ -191,8 +194,6 @@ class _Run:
     ) -> None:
         self.model, self.loader, self.recipe, self.seed = model, loader, recipe, seed
         self.settings, self.world = how, world
-        if recipe.precision == "fp16" and world.device.type == "cpu":
-            raise ValueError("recipe.precision = fp16: the CPU computes in fp32 or bf16; choose one of these")
         if recipe.grad_checkpointing:
             model.backbone.host.set_grad_checkpointing()
         if recipe.freeze_encoder:
@@ -202,6 +203,8 @@ class _Run:
         self.optimizer = optim.create_optimizer(model, recipe)
         self.schedule = optim.create_schedule(self.optimizer, recipe, len(loader))
         self.total = optim.total_steps(recipe, len(loader))
+        for step in range(0, self.total if recipe.curriculum else 0, len(loader)):  # windows may refuse a count
+            model.counts(model.backbone.num_patches, optim.pruning_share(recipe, step, len(loader)))
         self.stepper = optim.Stepper(model, task, self.optimizer, recipe, world)
         self.identity = {**how.identity, "seed": seed, "steps_per_epoch": len(loader)}
         self.step, self.history = 0, list[dict[str, float]]()

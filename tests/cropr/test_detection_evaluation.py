@@ -176,6 +176,10 @@ def test_a_detector_that_knows_the_truth(root, annotations, tmp_path):
     assert metrics["mask_ap"] > 90
     assert model.training
     assert {**score_file(file, annotations), "val_images": 5} == metrics
+    for text, says in (('[{"image_id": [1], "category_id": 1}]', "image_id"), ("[" * 100_000, "found.json")):
+        (tmp_path / "found.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            score_file(tmp_path / "found.json", annotations)
 
 
 def test_results_of_all_processes_are_joined_by_image(root, tmp_path):
@@ -192,6 +196,9 @@ def test_results_of_all_processes_are_joined_by_image(root, tmp_path):
         assert images == [100, 107, 114, 121, 128]
         found.append([result["image_id"] for result in json.loads(settings.predictions.read_text())])
     assert found[0] == found[1]
+    images = EvalImages(val, DetDataSpec(image_size=96, num_classes=3))
+    with pytest.raises(ValueError, match="5 images for 6 processes"):
+        EvalBatches(images, 2, collate=collate, world=World(size=6))
 
 
 def test_results_are_in_pixels_of_the_file():

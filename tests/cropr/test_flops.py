@@ -54,7 +54,7 @@ def test_outputs_are_named_after_the_blocks_that_prune(settings, blocks, counts)
 
 @pytest.mark.model
 def test_inductor_compiles_a_model_that_does_the_same():
-    """Without a C++ compiler, up to the code that Inductor would compile. Other hosts and methods: ``test_model.py``."""
+    """Without a C++ compiler, up to the code that Inductor would compile. Other models: ``test_model.py``."""
     torch.compiler.reset()
     model = deployed("eva", fusion="llf", depth=3)
     backend = "inductor" if torch._inductor.config.cpp.cxx[-1] else "aot_eager"

@@ -264,3 +264,28 @@ def test_patch_merger_is_almost_one_hot_without_a_scale_and_even_with_one():
         largest[rule] = float(weight.amax(dim=2).mean())
     assert largest["reference"] > 0.85
     assert largest["corrected"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["tome", "pitome", "tofu"])
+def test_means_of_merged_tokens_do_not_overflow_in_half_precision(name):
+    tokens, context = case(prefix=0)
+    tokens = replace(tokens, x=torch.full_like(tokens.x, 2000).half(), size=torch.full((3, PATCHES), 49.0))
+    merged = run(name, tokens, context)
+    assert merged.x.dtype == torch.float16
+    assert (merged.x == 2000).all()
+
+
+def test_a_corrected_fused_token_of_patches_without_attention_is_finite():
+    tokens, context = case()
+    unseen = torch.zeros_like(context.cls_attention)
+    unseen[..., : KEEP - 1] = 1 / (KEEP - 1)
+    assert run("evit", tokens, replace(context, cls_attention=unseen), rule="corrected").x.isfinite().all()
+
+
+def test_training_and_deployment_keep_the_same_tokens_under_autocast():
+    tokens, context = case(8, patches=256, dim=64)
+    reducer = make("cropr", 128, 64, qkv_proj=True)
+    both = (reducer, reducer.deploy())
+    with torch.autocast("cpu", torch.bfloat16):
+        trained, deployed = (one(tokens, 128, context, want_pruned=False).kept for one in both)
+    assert torch.equal(trained.index, deployed.index)

@@ -105,6 +105,7 @@ def foreign_block():
         (lambda: "google/vit-base-patch16-224", {}, "give the model itself"),
         (None, {"schedule": 8}, "schedule = 8: give a Schedule"),
         (lambda: host_of("vit", patch_drop_rate=0.5), {}, "patch dropout"),
+        (lambda: host_of("vit", dynamic_img_pad=True), {}, "dynamic_img_pad"),
         (foreign_block, {}, "no adapter for block type TransformerEncoderLayer; supported:"),
         (lambda: host_of("gap-without-cls"), {"reducer": "attn_topk"}, "no class token"),
         (lambda: host_of("parallel"), {"reducer": "attn_topk"}, "ParallelScalingBlock"),
@@ -119,6 +120,10 @@ def foreign_block():
 def test_unsupported_hosts_and_settings_are_refused_by_name(host, arguments, says):
     with pytest.raises((TypeError, ValueError), match=says):
         cropr.prune(host() if host else host_of("vit"), **{"schedule": Schedule.constant(2), **arguments})
+
+
+def test_a_host_without_classes_takes_a_method_without_a_head():
+    assert pruned(host_of("vit", num_classes=0), reducer="tome", fusion="none")(pictures()).logits.shape == (2, 32)
 
 
 READ = ["vit", "layerscale", "norms", "registers-avg", "eva", "eva-fused-qkv", "eva-norms"]

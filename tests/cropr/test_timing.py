@@ -1,6 +1,5 @@
 """The clock, the order of rounds, statistics, memory, devices. No test depends on how long anything takes."""
 
-import numpy as np
 import pytest
 import torch
 

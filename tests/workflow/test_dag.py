@@ -93,7 +93,7 @@ def test_editing_a_row_reruns_that_row_its_notebook_and_the_report(finished: Pro
 @pytest.mark.parametrize(
     ("file", "old", "new", "jobs"),
     [
-        ("config/experiments/ablations.yaml", '"Scorer: 16 heads, q/k/v projections"', '"Scorer: many heads"', {"manifest", "notebook"}),
+        ("config/experiments/ablations.yaml", '"Scorer: 16 heads', '"Scorer: many heads', {"manifest", "notebook"}),
         ("config/published/ablations.csv", "heads_16,top1,85.2", "heads_16,top1,85.3", {"notebook"}),
         ("config/claims.yaml", "- id: mlp_helps", "- id: mlp_is_better", {"notebook"}),
         ("notebooks/ablations.ipynb", '"nbformat": 4', '"nbformat":  4', {"notebook"}),

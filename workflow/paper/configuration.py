@@ -261,22 +261,31 @@ def read_scale(folder: Path, name: str, overrides: Mapping[str, Any] | None = No
 def read_artefacts(folder: Path, scale: Scale) -> dict[str, ArtefactConfig]:
     """The artefacts of a scale, in their order. ValueError: the scale lists one that does not exist."""
     configs = {file.stem: _read_artefact(file, scale.config) for file in (folder / "experiments").glob("*.yaml")}
-    listed = configs if scale.config.artefacts is None else scale.config.artefacts
-    if unknown := sorted(set(listed) - set(configs)):
+    listed = set(configs if scale.config.artefacts is None else scale.config.artefacts)
+    if unknown := sorted(listed - set(configs)):
         choices = ", ".join(sorted(configs))
         raise ValueError(f"{scale.source}: artefacts: no artefact {unknown[0]!r}; choose among {choices}")
-    rows = {f"{name}/{row.row}": None for name, config in configs.items() for row in config.rows if not row.use}
-    if unknown := sorted(set(scale.config.leave_out) - set(rows)):
-        raise ValueError(f"{scale.source}: leave_out: no row {unknown[0]!r}; choose among {', '.join(rows)}")
-    measured = {name: config for name, config in configs.items() if config.is_microbench}
-    known = {*measured, *(f"{name}/{row.row}" for name, config in measured.items() for row in config.rows)}
-    if unknown := sorted(set(scale.config.microbench) - known):
-        choices = ", ".join(sorted(known))
-        raise ValueError(f"{scale.source}: microbench.{unknown[0]}: no such microbenchmark; there are {choices}")
-    listed = {*listed, *(other for name in listed for other in configs[name].reads)}
+    _verify_names(scale, configs)
+    listed |= {other for name in listed for other in configs[name].reads}
     ordered = sorted(((name, configs[name]) for name in listed), key=lambda item: (item[1].order, item[0]))
     here = {name: config for name, config in ordered if config.scales is None or scale.name in config.scales}
     return {name: config for name, config in here.items() if config.is_microbench or config.task in scale.config.tasks}
+
+
+def _verify_names(scale: Scale, configs: Mapping[str, ArtefactConfig]) -> None:
+    """Refuse keys of a scale that name rows which no artefact has."""
+    rows = {f"{name}/{row.row}" for name, config in configs.items() for row in config.rows if not row.use}
+    measured = {name for name, config in configs.items() if config.is_microbench}
+    measured |= {row for row in rows if row.partition("/")[0] in measured}
+    keys = [("leave_out", scale.config.leave_out, rows), ("microbench", scale.config.microbench, measured)]
+    for task, config in scale.config.tasks.items():
+        tables = [one for one in configs.values() if one.task == task and "bench" in one.needs]
+        benches = {row.row for table in tables for row in table.rows}
+        keys.append((f"tasks.{task}.bench.rows", config.bench.rows or (), benches))
+    for key, given, known in keys:
+        if unknown := sorted(set(given) - known):
+            choices = ", ".join(sorted(known))
+            raise ValueError(f"{scale.source}: {key}: no row {unknown[0]!r}; choose among {choices}")
 
 
 def _read_artefact(file: Path, scale: ScaleConfig) -> ArtefactConfig:

@@ -23,7 +23,6 @@ from cropr.tasks import TASKS, TrainSpec
 from workflow.paper.configuration import (
     ArtefactConfig,
     RowConfig,
-    Scale,
     ScaleConfig,
     parse_seeds,
     read_artefacts,
@@ -212,7 +211,6 @@ def load_grid(
         if rows := _rows(folder, name, artefacts, resolver):
             published = folder / "published" / f"{name}.csv"
             resolved[name] = Artefact(name, artefact, str(published) if published.is_file() else None, rows)
-    _verify_names(own, resolved, resolver)
     return Grid(
         scale=scale,
         config=own.config,
@@ -279,16 +277,6 @@ def _find(where: str, name: str, artefacts: Mapping[str, ArtefactConfig]) -> Row
     if name not in places:
         raise ValueError(f"{where} = {name!r} is no row; choose one of {', '.join(places)}")
     return places[name]
-
-
-def _verify_names(scale: Scale, artefacts: Mapping[str, Artefact], resolver: Resolver) -> None:
-    """Refuse ``bench.rows`` that do not exist."""
-    for task in resolver.tasks:
-        tables = [one for one in artefacts.values() if one.config.task == task and "bench" in one.config.needs]
-        rows = {row.row for table in tables for row in table.rows}
-        if tables and (unknown := sorted(set(scale.config.tasks[task].bench.rows or ()) - rows)):
-            choices = ", ".join(sorted(rows))
-            raise ValueError(f"{scale.source}: tasks.{task}.bench.rows: no row {unknown[0]!r}; choose among {choices}")
 
 
 def _source(task: str, resolver: Resolver) -> Source:

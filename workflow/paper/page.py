@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="folder of a scale, with its manifests")
     parser.add_argument("--out", type=Path, required=True, help="page to write")
-    parser.add_argument("--artefacts", nargs="+", metavar="NAME", help="in the order of the page; default: all there are")
+    parser.add_argument("--artefacts", nargs="+", metavar="NAME", help="in their order; default: all there are")
     args = parser.parse_args(argv)
     names = args.artefacts or artefacts(args.results)
     tables, claims = args.results / "tables", claims_table(args.results, names)

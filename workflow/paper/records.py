@@ -76,7 +76,8 @@ def load_manifest(artefact: str, results: str | Path) -> dict[str, Any]:
     """
     path = find_results(results) / "manifests" / f"{artefact}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no manifest; make it with: snakemake --cores all {artefact} --config scale={path.parts[-3]}")
+        command = f"snakemake --cores all {artefact} --config scale={path.parts[-3]}"
+        raise FileNotFoundError(f"{path}: no manifest; make it with: {command}")
     with _expected(path):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _require(manifest, _MANIFEST)
@@ -274,8 +275,9 @@ def setting(artefact: str, results: str | Path) -> Markdown:
     if path := next((row["records"][0] for row in rows if row["records"]), None):
         with _reading(manifest, path, results) as record:
             spec, metrics = record["spec"], record["metrics"]
-            lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {metrics['images']} images trained on "
-                         f"(epochs: {spec['recipe']['epochs']}), {metrics['val_images']} validation images.")  # fmt: skip
+            seen = f"{metrics['images']} images trained on (epochs: {spec['recipe']['epochs']})"
+            lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {seen}, "
+                         f"{metrics['val_images']} validation images.")  # fmt: skip
     if path := next((p for row in rows if (p := row["bench"]) and _there(manifest, p, results)), None):
         with _reading(manifest, path, results) as record:
             if record["kind"] == "bench":

@@ -262,7 +262,7 @@ def median_interval(frame: pd.DataFrame, metric: str, by: str | Sequence[str] = 
         by: column or columns that tell rows apart.
     """
     groups = frame.dropna(subset=[metric]).groupby(_key(by), sort=False)[metric]
-    found = {row: (values.median(), *median_bounds(values), len(values), "rounds") for row, values in groups}
+    found = {row: (values.median(), *median_bounds(values.to_numpy()), len(values), "rounds") for row, values in groups}
     return _indexed(pd.DataFrame.from_dict(found, orient="index", columns=["median", "low", "high", "n", "over"]), by)
 
 

@@ -202,9 +202,9 @@ class Backbone(nn.Module):
         weight, x = tokens.weight, tokens.x[:, self.prefix - lead :]
         if weight is None:
             return x.mean(dim=1)
-        weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(1)
-        total = weight.sum(dim=2).clamp(min=1).to(x.dtype)  # gates may all be closed
-        return (weight.to(x.dtype) @ x).squeeze(1) / total
+        weight = F.pad(weight, (lead, 0), value=1.0).unsqueeze(2)
+        total = weight.sum(dim=1).clamp(min=1)  # gates may all be closed
+        return ((weight * x).sum(dim=1) / total).to(x.dtype)
 
     def predict(self, tokens: Tokens) -> Tokens:
         """The host's classifier on every token, without its pooling: values [B, P + N, classes]."""

@@ -1,7 +1,5 @@
 """timm ``Eva``: EVA-02 and other models with rotary positions, whose rows must follow the kept tokens."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

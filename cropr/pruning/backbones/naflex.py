@@ -1,7 +1,5 @@
 """timm ``NaFlexVit`` on images [B, 3, H, W]; its batches of patches with padding are not taken."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from timm.models.eva import EvaBlock

@@ -1,7 +1,5 @@
 """open_clip ``VisionTransformer``, the ``visual`` tower of its CLIP models, with images of one size."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer

@@ -1,7 +1,5 @@
 """torchvision ``VisionTransformer``: ``vit_b_16`` and its kin, with images of one size. Their blocks take no mask."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

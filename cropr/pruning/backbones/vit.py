@@ -75,8 +75,8 @@ class TimmBackbone(Backbone):
         else:
             heads = gated_attention(*self._project(block, normed, tokens, position), tokens.gate, self.prefix)
             found = attention.norm(heads.transpose(1, 2).flatten(2))
-            if attention.gate is not None:
-                found = found * attention.gate(normed).sigmoid()
+            if (gate := getattr(attention, "gate", None)) is not None:
+                found = found * gate(normed).sigmoid()
             found = attention.proj_drop(attention.proj(found))
         return x + module.drop_path1(self._scale(module, 1, found))
 
@@ -119,6 +119,8 @@ class TimmBackbone(Backbone):
         drop = getattr(self.host, "patch_drop", None)
         if drop is not None and not isinstance(drop, nn.Identity):
             raise self._refuse("patch dropout (patch_drop_rate > 0)")
+        if getattr(getattr(self.host, "patch_embed", None), "dynamic_img_pad", False):
+            raise self._refuse("dynamic_img_pad")
 
 
 class ViTBackbone(TimmBackbone):

@@ -12,8 +12,6 @@ for a chunk that spans several. Both tables are gathered by original place.
 B batch, N patch tokens, W tokens of a window, C channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

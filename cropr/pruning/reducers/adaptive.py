@@ -3,8 +3,6 @@
 B batch, H heads, N patch tokens, K kept at most, C channels.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import ClassVar
 

@@ -3,8 +3,6 @@
 B batch, N patch tokens, K clusters, C channels.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

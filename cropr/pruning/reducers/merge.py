@@ -3,8 +3,6 @@
 B batch, P prefix tokens, N patch tokens, K kept, R = N - K, C channels.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +38,7 @@ class EViT(Ruled):
         kept, rest = split(score.detach(), keep - 1)
         weight = score.gather(1, rest)
         if self.corrected:
-            weight = weight / weight.sum(dim=1, keepdim=True)
+            weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-30)
         others = take(tokens.patches, rest)
         fused = weight.to(others.dtype).unsqueeze(1) @ others
         # The fused token stands where the most attended of the others stood.
@@ -93,8 +91,8 @@ class ToMe(Reducer):
         """Average what goes into one token, weighted by size."""
         size = torch.ones_like(assignment, dtype=torch.float32) if tokens.size is None else tokens.size
         total = pool(size.unsqueeze(2), assignment, centre.shape[1])
-        x = pool(tokens.patches * size.unsqueeze(2).to(tokens.x.dtype), assignment, centre.shape[1])
-        return tokens.merge(x / total.to(x.dtype), centre, assignment, total.squeeze(2))
+        x = pool(tokens.patches * size.unsqueeze(2), assignment, centre.shape[1]) / total
+        return tokens.merge(x.to(tokens.x.dtype), centre, assignment, total.squeeze(2))
 
     def macs(self, tokens: int, patches: int, keep: int, dim: int, head: int) -> int:
         total = 0

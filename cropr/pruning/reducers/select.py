@@ -3,8 +3,6 @@
 Sources: paper, section 3 and Table 1; rules of the competitors as they could be established are in docs/reducers.md.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -89,7 +87,7 @@ class Cropr(Reducer):
     def forward(self, tokens: Tokens, keep: int, context: Context, want_pruned: bool) -> Reduction:
         # The deployed form scores in every mode, in float32 under any autocast, so that training, evaluation and
         # deployment keep the same tokens. No gradient passes a Top-K.
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
             score = self.deploy().score(tokens, context)
         if not self.training:
             return select(tokens, score, keep, want_pruned)

@@ -96,7 +96,7 @@ def score_file(predictions: Path, annotations: Path) -> dict[str, float]:
         results = json.loads(predictions.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{predictions}: no such file; COCO's results belong there") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{predictions}: not JSON: {error}") from None
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         kind = "annotations" if isinstance(results, dict) and "annotations" in results else "something else"
@@ -170,9 +170,9 @@ def _coco(content: dict[str, Any]) -> COCO:
 
 def _wrong(result: Mapping[str, Any], truth: COCO) -> str | None:
     """What is wrong with a detection, None if it is valid."""
-    if (image := result.get("image_id")) not in truth.imgs:
+    if type(image := result.get("image_id")) is not int or image not in truth.imgs:
         return f"image_id {image!r} is not among the images of the annotations"
-    if (category := result.get("category_id")) not in truth.cats:
+    if type(category := result.get("category_id")) is not int or category not in truth.cats:
         return f"category_id {category!r} is not among the categories {sorted(truth.cats)}"
     if not is_number(result.get("score")):
         return f"score is {result.get('score')!r}, not a number"
