@@ -95,9 +95,13 @@ def init_flag(wildcards, input):
 
 
 def notebook_inputs(wildcards):
-    """Records and published numbers."""
-    published = sorted(map(str, Path("config/published").glob("*.csv")))
-    return GRID.files(wildcards.artefact) + published
+    """Records, and the published numbers that the notebook asks for by name."""
+    text = Path(f"notebooks/{wildcards.artefact}.ipynb").read_text(encoding="utf-8")
+    published = sorted(Path("config/published").glob("*.csv"))
+    wanted = [
+        str(file) for file in published if rf"load_published(\"{file.stem}\"" in text
+    ]
+    return GRID.files(wildcards.artefact) + wanted
 
 
 def claims_about(artefact):

@@ -52,7 +52,9 @@ for name, layouts in GRID.public.items():
             name=name,
             code=code_digest("cropr.cli.data:_public"),
             source=lambda wildcards, output: (
-                f"--source {shlex.quote(str(SETTINGS.source))}" if SETTINGS.source else ""
+                f"--source {shlex.quote(str(SETTINGS.source))}"
+                if SETTINGS.source
+                else ""
             ),
         message:
             "Downloading the images of {params.name}, or reading their archives (log: {log})"
