@@ -203,8 +203,6 @@ class _Run:
         self.optimizer = optim.create_optimizer(model, recipe)
         self.schedule = optim.create_schedule(self.optimizer, recipe, len(loader))
         self.total = optim.total_steps(recipe, len(loader))
-        for step in range(0, self.total if recipe.curriculum else 0, len(loader)):  # windows may refuse a count
-            model.counts(model.backbone.num_patches, optim.pruning_share(recipe, step, len(loader)))
         self.stepper = optim.Stepper(model, task, self.optimizer, recipe, world)
         self.identity = {**how.identity, "seed": seed, "steps_per_epoch": len(loader)}
         self.step, self.history = 0, list[dict[str, float]]()

@@ -247,14 +247,6 @@ def test_a_spec_is_read_from_yaml_and_records_and_bad_values_are_named_with_what
             make_spec(tiny.spec().model_dump_json(exclude_none=True), [override])
 
 
-def test_a_ramp_that_does_not_fill_windows_is_refused_before_the_first_step(tmp_path):
-    root = tiny_coco.write_coco(tmp_path / "coco", train=15, val=5)
-    spec = make_spec(DETECTION.model_dump_json(exclude_none=True), ["recipe.curriculum=true", "recipe.epochs=6"])
-    with pytest.raises(ValueError, match="patch tokens"):
-        train(spec, 0, root, tmp_path / "run", world=World())
-    assert not list(tmp_path.rglob("log.csv"))
-
-
 @pytest.mark.model
 def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch):
     root = tiny_coco.write_coco(tmp_path / "coco", train=15, val=5)

@@ -75,7 +75,7 @@ def test_the_first_table_is_made_first_and_measurements_last(finished: Project) 
 
 def test_a_second_run_does_nothing_nor_after_a_touch_or_a_comment(finished: Project) -> None:
     os.utime(finished / "notebooks/ablations.ipynb")
-    finished.edit("cropr/pruning/reducers/select.py", "from __future__", "# A comment.\nfrom __future__")
+    finished.edit("cropr/pruning/reducers/select.py", "import math", "# A comment.\nimport math")
     assert finished.planned(*CI) == {}
     finished.run(*CI, "--report", "provenance.html")
     assert (finished / "provenance.html").stat().st_size > 1e6
