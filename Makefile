@@ -53,7 +53,7 @@ test: $(READY) ## all tests but those that need a GPU
 fast: $(READY) ## the fast tests, a minute
 	$(PYTEST) --dist worksteal
 
-torture: $(READY) ## kills and broken input, an hour: make torture KILLS=100 INPUTS=100000 SEED=0
+torture: $(READY) ## kills and broken input, ten minutes: make torture KILLS=100 INPUTS=100000 SEED=0
 	$(BIN)/python tests/torture --kills $(KILLS) --inputs $(INPUTS) --seed $(SEED)
 
 lint: $(READY) ## ruff, mypy, snakefmt, snakemake --lint

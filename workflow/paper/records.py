@@ -209,7 +209,7 @@ def load_rounds(artefact: str, results: str | Path) -> pd.DataFrame:
         series = {k: v for k, v in cell.items() if isinstance(v, list) and k.endswith("seconds")} or {"seconds": []}
         settings = _settings(cell)
         frame = pd.DataFrame(series).rename_axis("round").reset_index()
-        parts.append(frame.assign(**facts, **settings)[[*facts, *settings, *frame]])
+        parts.append(frame.assign(**facts, **settings)[list(dict.fromkeys([*facts, *settings, *frame]))])
     return pd.concat(parts, ignore_index=True)
 
 
