@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from cropr.bench.device import Unsupported, largest_batch, noise, run_forced, with_attention_kernel, working_memory
+from cropr.bench.statistics import median_bounds
 from cropr.distributed import reuse_freed_memory
 from cropr.records import make_record
 from cropr.specs import Spec
-from cropr.statistics import median_bounds
 
 MIN_SAMPLE_S = 0.1
 """A round repeats a fast pass until it lasts about so long, because the clock is coarse."""

@@ -9,9 +9,9 @@ import tiny
 import tiny_coco
 import torch
 
+from cropr.bench.statistics import median_bounds
 from cropr.data.ade20k import IGNORE
 from cropr.distributed import World
-from cropr.statistics import median_bounds
 from cropr.tasks.base import EvaluationSettings, in_order, write_arrays
 from cropr.tasks.classification.run import Classification
 from cropr.tasks.detection.evaluation import score

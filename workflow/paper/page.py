@@ -57,6 +57,7 @@ def artefacts(results: Path) -> list[str]:
 def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
     """Verdicts of all claims: notebook, claim, measured, claimed, verdict, why, over, source."""
     about = {claim.artefact for claim in load_claims()}
+    # The first artefact gives the columns, also where none has a claim.
     parts = [verdicts(name, results).assign(notebook=name) for name in names if name in about or name == names[0]]
     table = pd.concat(parts, ignore_index=True)
     return table[["notebook", *table.columns.drop("notebook")]]

@@ -17,12 +17,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from cropr.statistics import median_bounds
+from cropr.bench.statistics import median_bounds
 
 LEVEL = 0.95
 """Coverage of every interval."""
 MIN_ROUNDS = 6
-"""Fewest rounds whose interval (``cropr.statistics``) covers 95 %; that of fewer decides no claim."""
+"""Fewest rounds whose interval (``cropr.bench.statistics``) covers 95 %; that of fewer decides no claim."""
 IMAGE_DRAWS = 1_000
 """Resamples of the images, of which the variance is used, not the tails."""
 MOST_SEEDS = 50
