@@ -26,6 +26,8 @@ CHUNK = 200
 """Scenes that a worker writes at a time."""
 TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
 """Folders of all layouts, which are removed before a set is written."""
+SIGNATURE = ".written_by_cropr"
+"""In every set that was written here, finished or not. The record does not serve: Snakemake deletes it before a rerun."""
 Entry = dict[str, Any]
 """What the index of a layout holds of a scene."""
 Region = tuple[int, NDArray[np.bool_], tuple[int, int, int, int]]
@@ -138,11 +140,12 @@ def write(
 
 def clear(root: Path) -> None:
     """Make room: remove a set written earlier, refuse anything else, mark what follows as unfinished."""
-    record, mark = root / RECORD, root / INCOMPLETE
-    ours = mark.exists() or (record.exists() and read_record(record).get("kind") == "data")
+    record, mark, signature = root / RECORD, root / INCOMPLETE, root / SIGNATURE
+    ours = signature.exists() or mark.exists() or (record.exists() and read_record(record).get("kind") == "data")
     if root.exists() and not ours and any(entry.name != LOCK for entry in root.iterdir()):
         raise ValueError(f"{root} is not empty and holds no set written by this command; empty it or choose another")
     root.mkdir(parents=True, exist_ok=True)
+    signature.touch()
     mark.write_text("This data set is being written, or its writing was interrupted. Write it again.\n")
     record.unlink(missing_ok=True)
     for name in TOPS:
