@@ -5,6 +5,7 @@ SCALE ?= laptop
 SEEDS ?=
 CORES ?= all
 ROW ?=
+COMPLETE ?=
 KILLS ?= 100
 INPUTS ?= 100000
 SEED ?= 0
@@ -15,7 +16,8 @@ RUN := $(BIN)/python -m
 # Tests use one thread each (tests/conftest.py), so two run side by side. Among all tests, a file stays in one process with
 # its fixtures, some of which run a whole workflow, and files keep their order; fast ones go wherever a process is idle.
 PYTEST := $(RUN) pytest -n 2
-SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(COMPLETE),--configfile config/complete.yaml) \
+	--config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
 # An environment is complete when a stamp exists whose *name* holds the checksum of what it was made from. File times say
 # nothing in a git checkout; and the stamp comes last, so an interrupted installation is begun again from nothing.
@@ -36,7 +38,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "variables: SCALE=laptop SEEDS=(the scale's) CORES=all PYTHON=python3 (3.11 or newer)"
 
-reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|fashion|workstation|paper SEEDS=3
+reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|fashion|workstation|paper SEEDS=3; COMPLETE=1 for all rows
 	$(SNAKEMAKE)
 	@echo "The report lies in $(CURDIR)/results/$(SCALE)/report.html"
 

@@ -66,7 +66,8 @@ printf "NodeName=g1 Name=gpu File=%s\n" /dev/null /dev/zero >"$place/gres.conf"
 # Steps of jobs look here, whatever SLURM_CONF says.
 ln -s "$place/slurm.conf" "$place/gres.conf" /etc/slurm/
 # A training run gets two GPUs, and so two processes by torchrun, which find no GPU and train on the CPU.
-echo "overrides: {jobs: {gpus: 2, threads: 2}}" >"$place/own.yaml"
+# With GPUS=1, its records equal those of a local run.
+echo "overrides: {jobs: {gpus: ${GPUS:-2}, threads: ${GPUS:-2}}}" >"$place/own.yaml"
 
 dd if=/dev/urandom of="$place/key" bs=1024 count=1 status=none
 chmod 400 "$place/key"

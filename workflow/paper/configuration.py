@@ -59,7 +59,7 @@ class BenchBlock(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     rounds: int = Field(7, ge=3)
     warmup: int = Field(1, ge=1)
-    rows: list[str] | None = Field(None, min_length=1)
+    rows: list[str] | None = None
     """Rows that are measured, each against the unpruned model; None: all."""
 
 

@@ -132,7 +132,7 @@ class Resolver:
             init = self.inits[task]
             ids = {key: self._run(where, getattr(meant, key), row, own, init) for key, row in others.items()}
             run = self._run(where, name, meant, own, ids.get("start", init), ids.get("teacher"))
-            if "bench" in needs and listed.row in (settings.rows or [listed.row]):
+            if "bench" in needs and (settings.rows is None or listed.row in settings.rows):
                 bench = self._keep(self.benches, name, self._bench(where, own, measured, meant))
         return Row(
             row=listed.row,
