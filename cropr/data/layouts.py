@@ -27,7 +27,7 @@ CHUNK = 200
 TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
 """Folders of all layouts, which are removed before a set is written."""
 SIGNATURE = ".written_by_cropr"
-"""In every set that was written here, finished or not. The record does not serve: Snakemake deletes it before a rerun."""
+"""In every set that was written here, finished or not. Snakemake deletes the record before it repeats a job."""
 Entry = dict[str, Any]
 """What the index of a layout holds of a scene."""
 Region = tuple[int, NDArray[np.bool_], tuple[int, int, int, int]]
@@ -167,6 +167,6 @@ def _write_one(spec: ScenesSpec, layout: str, root: Path, place: Place) -> Entry
 
 
 def save(pixels: Array, path: Path) -> None:
-    """PNG: lossless, so that every machine trains on the same pixels; not compressed, which halves the time to read it."""
+    """PNG: lossless, so that every machine trains on the same pixels; not compressed, so it is read twice as fast."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path.with_suffix(".png"), compress_level=0)

@@ -46,7 +46,7 @@ def classification(**values: object) -> dict[str, Any]:
          r"ci\.yaml: tasks\.classification\.schedules\.r8 = .*12.*: .*lower the rate to \d+ or less"),
         ("paper", classification(schedules={"r50": {"stages": {"at": {24: 50}}}}),
          r"paper\.yaml: tasks\.classification\.schedules\.r50 = .*the last block to prune after is 23"),
-        ("ci", classification(bench={"rows": ["cropper"]}), r"classification\.bench\.rows: no row 'cropper'; choose"),
+        ("ci", classification(variants={"smaller": {"modle": {}}}), r"with variants\.smaller: modle: unknown key"),
         ("ci", {"leave_out": ["coco/nothing"]}, r"leave_out: no row 'coco/nothing'; choose among .*coco/none"),
         ("ci", {"leave_out": ["coco/none"]}, r"leave_out: coco needs its baseline 'none'"),
         ("ci", {"microbench": {"profil": {"passes": 1}}},

@@ -160,7 +160,7 @@ def test_weights_of_average_pooling_start_both_poolings(grids: dict[str, Grid]) 
     assert (pretrain.prune.reducer, pretrain.model.args["global_pool"]) == ("none", "avg")
     assert attention.model.args["global_pool"] == "token"
     unpruned = grid.artefacts["imagenet_methods"]["none"].run
-    inits = {spec.init for spec in grid.runs.values() if spec.task == "classification"}
+    inits = {spec.init for spec in grid.runs.values() if spec.model.args == pretrain.model.args}
     assert inits == {pretrain.digest(), unpruned}
     untrained = grid.runs[str(grid.artefacts["training_free"]["tome_r8"].run)]
     assert (untrained.init, untrained.recipe.epochs) == (unpruned, 0)

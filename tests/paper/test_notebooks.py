@@ -24,7 +24,8 @@ from workflow.paper.records import REPOSITORY, load_published
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
-TOP1 = ("imagenet_methods", "ablations", "relevance", "scoring", "fashion", "training_free", "tradeoff", "auxiliary")
+TOP1 = ("imagenet_methods", "ablations", "relevance", "scoring", "fashion", "training_free", "tradeoff", "auxiliary",
+        "model_size")  # fmt: skip
 ALL = ", all validation images"
 METRIC = {
     **dict.fromkeys((*TOP1, "similarity"), ("top1", "top-1 (%)")),

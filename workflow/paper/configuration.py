@@ -9,10 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
-from cropr.pruning.schedule import Schedule, attended
-from cropr.specs import PUBLIC, ImagesSpec, ModelSpec, RecipeSpec, check, load_yaml
-from cropr.tasks import TASKS
+from cropr.specs import RecipeSpec, check, load_yaml
 
 Pool = Literal["avg", "cls"]
 Need = Literal["train", "bench", "maps", "truth", "microbench"]
@@ -90,6 +87,8 @@ class TaskConfig(Block):
     detector: dict[str, Any] | None = None
     """Keys of ``Task.detector``; None: its defaults. Only for tasks that have a detector."""
     bench: BenchBlock = BenchBlock()
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> what is laid over this block, such as another model, for rows that name it."""
 
 
 class ScaleConfig(Block):
@@ -125,6 +124,8 @@ class RowConfig(Block):
     aux_weight: float = Field(1.0, ge=0)
     image_size: str | None = None
     """Key of the scale's ``image_sizes``; None: the image size of its data."""
+    variant: str | None = None
+    """Key of the task's ``variants`` at the scale, for a row with another model; None: the task as it is."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Laid over the scale's recipe."""
     start: str | None = None
@@ -304,97 +305,3 @@ def _each_schedule(row: Any, known: Collection[str]) -> list[Any]:
     if not isinstance(row, dict) or not isinstance(row.get("schedule"), list):
         return [row]
     return [row | {"row": f"{row.get('row')}_{name}", "schedule": name} for name in row["schedule"] if name in known]
-
-
-class TaskAtScale:
-    """What a scale says of a task, checked.
-
-    Raises:
-        ValueError: the scale lacks the task, or model, data and detector do not fit together.
-    """
-
-    def __init__(self, task: str, scale: Scale, root: Path | None) -> None:
-        if task not in scale.config.tasks:
-            raise ValueError(f"{scale.source}: tasks has no {task}; it has {', '.join(scale.config.tasks)}")
-        self.task, self.config, self.source = TASKS[task], scale.config.tasks[task], f"{scale.source}: tasks.{task}"
-        self.public = None if root else self.config.data.get("public")
-        self.data = self._data(root)
-        self.detector = self._detector()
-
-    def model(self, row: RowConfig, pretrained: bool) -> ModelSpec:
-        """Model of a row; ``pretrained`` False drops the tag of the weights and stochastic depth."""
-        model = self.config.model
-        args = model.args | model.pools[row.pool]
-        if pretrained:
-            return ModelSpec(name=model.name, args=args, drop_path=model.drop_path)
-        return ModelSpec(name=model.name.partition(".")[0], args=args)
-
-    def image_size(self, row: RowConfig) -> int:
-        """Pixels a side."""
-        return self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size
-
-    def schedule(self, where: str, row: RowConfig) -> Schedule:
-        """The schedule that a row names, checked against model and image size.
-
-        Raises:
-            ValueError: a name that the scale lacks, or a schedule that does not fit.
-        """
-        config, model = self.config, self.config.model
-        if row.fusion not in FUSIONS:
-            raise ValueError(f"{where}: fusion = {row.fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
-        if row.reducer == "none" and row.schedule != "none":
-            names = ", ".join(name for name in REDUCERS if name != "none")
-            raise ValueError(f"{where}: schedule = {row.schedule!r} without a reducer; choose one of {names}")
-        for key, value, known, place in (
-            ("pool", row.pool, model.pools, "model.pools"),
-            ("image_size", row.image_size, config.image_sizes, "image_sizes"),
-            ("schedule", row.schedule, {"none": {}, **config.schedules}, "schedules"),
-        ):
-            if value is not None and value not in known:
-                raise ValueError(f"{where}: {key} = {value!r}: {self.source} has {', '.join(known)} in {place}")
-        named = config.schedules.get(row.schedule, {"constant": {"rate": 0}})
-        try:
-            return self._checked(Schedule.from_config(named), row)
-        except (ValueError, TypeError, AttributeError) as error:
-            key = f"{self.source}.schedules.{row.schedule} = {named}"
-            raise ValueError(f"{key}: {error} (needed by {where})") from None
-
-    def _checked(self, schedule: Schedule, row: RowConfig) -> Schedule:
-        """The schedule; refuses counts that the model, or the windows of a detector, cannot have."""
-        model, size, window = self.config.model, self.image_size(row), getattr(self.detector, "window", 1)
-        if size % (step := model.patch_size * window):
-            raise ValueError(f"image size {size} must be a multiple of {step}: patch size x window of the detector")
-        patches, fused = (size // model.patch_size) ** 2, before_last_block(row.fusion)
-        counts = schedule.resolve(patches, model.depth, fused, model.prefix)
-        for block, count in enumerate(attended(counts, patches, fused), start=1):
-            if count % window**2 and block not in getattr(self.detector, "global_blocks", ()):
-                raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {window**2}")
-        return schedule
-
-    def _data(self, root: Path | None) -> ImagesSpec:
-        values = {key: value for key, value in self.config.data.items() if key not in ("root", "public")}
-        if values.get("num_classes", 0) is None and self.public:
-            values["num_classes"] = PUBLIC[self.public][self.task.layout]
-        elif values.get("num_classes", 0) is None:
-            if root is None or self.task.name != "classification":
-                raise ValueError(f"{self.source}.data.num_classes is missing; only your own class folders are counted")
-            classes = values["num_classes"] = sum(entry.is_dir() for entry in (root / "train").iterdir())
-            if classes < 2:
-                raise ValueError(f"{root / 'train'} has {classes} class folders; it needs two or more")
-        return check(self.task.data, values, f"{self.source}.data")
-
-    def _detector(self) -> Any:
-        """What stands around the encoder; None for a task without it."""
-        kind, values, depth = self.task.detector, self.config.detector, self.config.model.depth
-        if kind is None:
-            if values is not None:
-                raise ValueError(f"{self.source}.detector: {self.task.name} has no detector; leave this key out")
-            return None
-        detector: Any = check(kind, values or {}, f"{self.source}.detector")
-        blocks = detector.global_blocks
-        if depth not in blocks or min(blocks) < 1 or max(blocks) > depth:
-            raise ValueError(
-                f"{self.source}.detector.global_blocks = {list(blocks)}: blocks count from 1 to model.depth = {depth}, "
-                "and the last must be among them"
-            )
-        return detector

@@ -221,7 +221,7 @@ def load_grid(
         shipped=resolver.shipped,
         benches=resolver.benches,
         microbenches=resolver.microbenches,
-        sources={task: _source(task, resolver) for task in resolver.tasks},
+        sources={task: _source(task, resolver) for task in resolver.roots},
         names=resolver.names,
         lacking=lacking,
     )

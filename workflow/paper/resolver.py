@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cropr.bench.specs import BenchSpec, PlanSpec
-from cropr.pruning.methods import REDUCERS
-from cropr.pruning.schedule import Schedule
-from cropr.specs import PUBLIC, PruneSpec, RecipeSpec, Spec, check
+from cropr.pruning.methods import FUSIONS, REDUCERS, before_last_block
+from cropr.pruning.schedule import Schedule, attended
+from cropr.specs import PUBLIC, ImagesSpec, ModelSpec, PruneSpec, RecipeSpec, Spec, check
 from cropr.tasks import TASKS, TrainSpec
-from workflow.paper.configuration import RowConfig, Scale, TaskAtScale, merge
+from workflow.paper.configuration import RowConfig, Scale, TaskConfig, merge
 from workflow.paper.microbench import MEASURES
 
 UNPRUNED = RowConfig(row="none", label="")
@@ -48,6 +48,105 @@ class Row:
     """Path of its pruning maps."""
 
 
+class TaskAtScale:
+    """What a scale says of a task, checked.
+
+    Raises:
+        ValueError: the scale lacks the task, or model, data and detector do not fit together.
+    """
+
+    def __init__(self, task: str, scale: Scale, root: Path | None, variant: str | None = None) -> None:
+        if task not in scale.config.tasks:
+            raise ValueError(f"{scale.source}: tasks has no {task}; it has {', '.join(scale.config.tasks)}")
+        self.task, self.config, self.source = TASKS[task], scale.config.tasks[task], f"{scale.source}: tasks.{task}"
+        if variant is not None:
+            if variant not in (known := self.config.variants):
+                raise ValueError(f"{self.source}.variants has no {variant!r}; it has {', '.join(known) or 'none'}")
+            self.source += f" with variants.{variant}"
+            self.config = check(TaskConfig, merge(self.config.model_dump(), known[variant]), self.source)
+        self.public = None if root else self.config.data.get("public")
+        self.data = self._data(root)
+        self.detector = self._detector()
+
+    def model(self, row: RowConfig, pretrained: bool) -> ModelSpec:
+        """Model of a row; ``pretrained`` False drops the tag of the weights and stochastic depth."""
+        model = self.config.model
+        args = model.args | model.pools[row.pool]
+        if pretrained:
+            return ModelSpec(name=model.name, args=args, drop_path=model.drop_path)
+        return ModelSpec(name=model.name.partition(".")[0], args=args)
+
+    def image_size(self, row: RowConfig) -> int:
+        """Pixels a side."""
+        return self.config.image_sizes[row.image_size] if row.image_size else self.data.image_size
+
+    def schedule(self, where: str, row: RowConfig) -> Schedule:
+        """The schedule that a row names, checked against model and image size.
+
+        Raises:
+            ValueError: a name that the scale lacks, or a schedule that does not fit.
+        """
+        config, model = self.config, self.config.model
+        if row.fusion not in FUSIONS:
+            raise ValueError(f"{where}: fusion = {row.fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+        if row.reducer == "none" and row.schedule != "none":
+            names = ", ".join(name for name in REDUCERS if name != "none")
+            raise ValueError(f"{where}: schedule = {row.schedule!r} without a reducer; choose one of {names}")
+        for key, value, known, place in (
+            ("pool", row.pool, model.pools, "model.pools"),
+            ("image_size", row.image_size, config.image_sizes, "image_sizes"),
+            ("schedule", row.schedule, {"none": {}, **config.schedules}, "schedules"),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"{where}: {key} = {value!r}: {self.source} has {', '.join(known)} in {place}")
+        named = config.schedules.get(row.schedule, {"constant": {"rate": 0}})
+        try:
+            return self._checked(Schedule.from_config(named), row)
+        except (ValueError, TypeError, AttributeError) as error:
+            key = f"{self.source}.schedules.{row.schedule} = {named}"
+            raise ValueError(f"{key}: {error} (needed by {where})") from None
+
+    def _checked(self, schedule: Schedule, row: RowConfig) -> Schedule:
+        """The schedule; refuses counts that the model, or the windows of a detector, cannot have."""
+        model, size, window = self.config.model, self.image_size(row), getattr(self.detector, "window", 1)
+        if size % (step := model.patch_size * window):
+            raise ValueError(f"image size {size} must be a multiple of {step}: patch size x window of the detector")
+        patches, fused = (size // model.patch_size) ** 2, before_last_block(row.fusion)
+        counts = schedule.resolve(patches, model.depth, fused, model.prefix)
+        for block, count in enumerate(attended(counts, patches, fused), start=1):
+            if count % window**2 and block not in getattr(self.detector, "global_blocks", ()):
+                raise ValueError(f"{count} patches enter block {block}, whose windows need a multiple of {window**2}")
+        return schedule
+
+    def _data(self, root: Path | None) -> ImagesSpec:
+        values = {key: value for key, value in self.config.data.items() if key not in ("root", "public")}
+        if values.get("num_classes", 0) is None and self.public:
+            values["num_classes"] = PUBLIC[self.public][self.task.layout]
+        elif values.get("num_classes", 0) is None:
+            if root is None or self.task.name != "classification":
+                raise ValueError(f"{self.source}.data.num_classes is missing; only your own class folders are counted")
+            classes = values["num_classes"] = sum(entry.is_dir() for entry in (root / "train").iterdir())
+            if classes < 2:
+                raise ValueError(f"{root / 'train'} has {classes} class folders; it needs two or more")
+        return check(self.task.data, values, f"{self.source}.data")
+
+    def _detector(self) -> Any:
+        """What stands around the encoder; None for a task without it."""
+        kind, values, depth = self.task.detector, self.config.detector, self.config.model.depth
+        if kind is None:
+            if values is not None:
+                raise ValueError(f"{self.source}.detector: {self.task.name} has no detector; leave this key out")
+            return None
+        detector: Any = check(kind, values or {}, f"{self.source}.detector")
+        blocks = detector.global_blocks
+        if depth not in blocks or min(blocks) < 1 or max(blocks) > depth:
+            raise ValueError(
+                f"{self.source}.detector.global_blocks = {list(blocks)}: blocks count from 1 to model.depth = {depth}, "
+                "and the last must be among them"
+            )
+        return detector
+
+
 class Resolver:
     """Rows to specifications, which it collects by id."""
 
@@ -65,21 +164,22 @@ class Resolver:
         self.benches: dict[str, BenchSpec] = {}
         self.microbenches: dict[str, Spec] = {}
         self.names: dict[str, str] = {}
-        self.tasks: dict[str, TaskAtScale] = {}
+        self.tasks: dict[str, TaskAtScale] = {}  # variants have keys of their own, here and in the next two
         self.measured: dict[str, TaskAtScale] = {}
+        self.inits: dict[str, str] = {}
         self.roots: dict[str, Path | None] = {}
         self.pretrains: dict[str, TrainSpec] = {}
         self.shipped: dict[str, str] = {}
-        self.inits: dict[str, str] = {}
 
-    def open(self, task: str) -> TaskAtScale:
-        """Read what the scale says of a task. Rows of that task need it."""
-        if task in self.tasks:
-            return self.tasks[task]
+    def open(self, task: str, variant: str | None = None) -> TaskAtScale:
+        """Read what the scale says of a task, or of a variant of it. Rows need it."""
+        if (key := _key(task, variant)) in self.tasks:
+            return self.tasks[key]
         root = self.roots[task] = find_root(task, self.scale, self.given)
-        own = self.tasks[task] = TaskAtScale(task, self.scale, root)
-        self.measured[task] = TaskAtScale(task, self.paper, root) if own.config.bench.model == "paper" else own
-        self.inits[task] = "timm"
+        own = measured = self.tasks[key] = TaskAtScale(task, self.scale, root, variant)
+        if own.config.bench.model == "paper":
+            measured = TaskAtScale(task, self.paper, root, variant)
+        self.measured[key], self.inits[key] = measured, "timm"
         if (pretrain := own.config.pretrain) is not None:
             # Tasks whose hosts are equal, and that learn the same first, get one specification, so one run.
             donor, model = self.open(pretrain.task or task), own.model(UNPRUNED, pretrained=True)
@@ -90,7 +190,7 @@ class Resolver:
             if pretrain.then is not None:
                 heads = self._train(own, pretrain.then, UNPRUNED, PruneSpec(), init)
                 init = self._keep(self.pretrains, task, heads)
-            self.inits[task] = init
+            self.inits[key] = init
             if pretrain.shipped:
                 self.shipped[init] = pretrain.shipped
         return own
@@ -119,7 +219,8 @@ class Resolver:
         Raises:
             ValueError: a name that does not exist, or a schedule that does not fit.
         """
-        own, measured = self.tasks[task], self.measured[task]
+        own, key = self.open(task, meant.variant), _key(task, meant.variant)
+        measured, init = self.measured[key], self.inits[key]
         schedule, why = own.schedule(where, meant), None
         if meant.reducer not in REDUCERS:
             raise ValueError(f"{where}: reducer = {meant.reducer!r} is unknown; choose one of {', '.join(REDUCERS)}")
@@ -129,7 +230,6 @@ class Resolver:
         several = (meant.repeat or self.every_row) and "maps" not in needs  # maps are drawn of the first seed alone
         seeds = self.seeds if several else self.seeds[:1]
         if why is None:
-            init = self.inits[task]
             ids = {key: self._run(where, getattr(meant, key), row, own, init) for key, row in others.items()}
             run = self._run(where, name, meant, own, ids.get("start", init), ids.get("teacher"))
             if "bench" in needs and (settings.rows is None or listed.row in settings.rows):
@@ -210,6 +310,10 @@ class Resolver:
             pruned_image_size=measured.image_size(row) if row.image_size else None,
             **own.config.bench.model_dump(exclude={"model", "rows"}),
         )
+
+
+def _key(task: str, variant: str | None) -> str:
+    return task if variant is None else f"{task}, {variant}"
 
 
 def _text(values: Mapping[str, Any]) -> str:
