@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a small target of the ci scale through a real SLURM on this machine, with profiles/slurm as it is.
 #
-#   tests/workflow/slurm_cluster.sh [TARGET ...]        default: coco memory; about 7 minutes on 2 free cores; reproduce: all jobs, an hour
+#   tests/workflow/slurm_cluster.sh [TARGET ...]        default: coco memory; about 5 minutes on 2 free cores; reproduce: all jobs, 20 minutes
 #
 # Needs root, a machine without a SLURM of its own, `apt-get install slurm-wlm munge`, and the Python on PATH with
 # `pip install '.[slurm]'`. The cluster has a node without GPU (partition cpu) and one with two GPUs that do not exist
