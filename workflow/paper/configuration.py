@@ -101,7 +101,8 @@ class ScaleConfig(Block):
     artefacts: list[str] | None = Field(None, min_length=1)
     """The artefacts of this scale; None: all of its tasks."""
     leave_out: list[str] = Field(default_factory=list)
-    """``artefact/row`` of the rows that this scale does not run; a row with ``use`` follows the one that it names."""
+    """Artefacts, and rows (``artefact/row``), that this scale does not run; a row with ``use`` follows the one that it
+    names."""
     jobs: JobsBlock = JobsBlock()
     microbench: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``artefact/row``, or ``artefact`` for all its rows: laid over the settings of those microbenchmarks."""
@@ -268,6 +269,7 @@ def read_artefacts(folder: Path, scale: Scale) -> dict[str, ArtefactConfig]:
         raise ValueError(f"{scale.source}: artefacts: no artefact {unknown[0]!r}; choose among {choices}")
     _verify_names(scale, configs)
     listed |= {other for name in listed for other in configs[name].reads}
+    listed -= set(scale.config.leave_out)
     ordered = sorted(((name, configs[name]) for name in listed), key=lambda item: (item[1].order, item[0]))
     here = {name: config for name, config in ordered if config.scales is None or scale.name in config.scales}
     return {name: config for name, config in here.items() if config.is_microbench or config.task in scale.config.tasks}
@@ -278,7 +280,10 @@ def _verify_names(scale: Scale, configs: Mapping[str, ArtefactConfig]) -> None:
     rows = {f"{name}/{row.row}" for name, config in configs.items() for row in config.rows if not row.use}
     measured = {name for name, config in configs.items() if config.is_microbench}
     measured |= {row for row in rows if row.partition("/")[0] in measured}
-    keys = [("leave_out", scale.config.leave_out, rows), ("microbench", scale.config.microbench, measured)]
+    keys = [
+        ("leave_out", scale.config.leave_out, rows | set(configs)),
+        ("microbench", scale.config.microbench, measured),
+    ]
     for task, config in scale.config.tasks.items():
         tables = [one for one in configs.values() if one.task == task and "bench" in one.needs]
         benches = {row.row for table in tables for row in table.rows}
