@@ -71,7 +71,7 @@ def changed(value: Any, dice: Dice, most: int = 3) -> Any:
             case 0:
                 del container[key]
             case 1 if isinstance(container, dict):
-                container[dice.choice(["x", "", "seed", str(key) * 2])] = dice.choice(NASTY)
+                container[dice.choice(["x", "", "seed", str(key) * 2])] = copy.deepcopy(dice.choice(NASTY))
             case 2 if isinstance(container[key], int | float):
                 container[key] = dice.choice([-1, 10, 1e9, 1e300]) * min(container[key], 1e6)
             case _:
