@@ -16,6 +16,9 @@ RUN := $(BIN)/python -m
 # Tests use one thread each (tests/conftest.py), so two run side by side. Among all tests, a file stays in one process with
 # its fixtures, some of which run a whole workflow, and files keep their order; fast ones go wherever a process is idle.
 PYTEST := $(RUN) pytest -n 2
+ifneq ($(and $(COMPLETE),$(filter-out laptop,$(SCALE))),)
+$(error COMPLETE=1 is for SCALE=laptop, not for SCALE=$(SCALE))
+endif
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(COMPLETE),--configfile config/complete.yaml) \
 	--config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
@@ -38,7 +41,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "variables: SCALE=laptop SEEDS=(the scale's) CORES=all PYTHON=python3 (3.11 or newer)"
 
-reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|fashion|workstation|paper SEEDS=3; COMPLETE=1 for all rows
+reproduce: $(READY) ## train, prune, measure, report. SCALE=ci|laptop|fashion|workstation|paper SEEDS=3; laptop: COMPLETE=1 for more rows
 	$(SNAKEMAKE)
 	@echo "The report lies in $(CURDIR)/results/$(SCALE)/report.html"
 

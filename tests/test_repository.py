@@ -17,7 +17,7 @@ from rattler import MatchSpec
 
 ROOT = Path(__file__).parents[1]
 
-# Weights that spare the laptop scale its pretraining; they may take 4 MB, nothing else more than 2.
+# Weights that spare the laptop scale its pretraining; they may take 7 MB, nothing else more than 2.
 WEIGHTS = re.compile(r"assets/laptop_\w+\.safetensors")
 GENERATED = re.compile(
     r"\.venv|\.git|results|\.snakemake|build|dist|__pycache__|\.\w+_cache|.*\.egg-info|\.ipynb_checkpoints"
@@ -69,7 +69,7 @@ def documents() -> list[Path]:
 
 def test_files_are_small_and_those_that_are_expected_are_there() -> None:
     sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in files()}
-    limits = {name: 5_000_000 if WEIGHTS.fullmatch(name) else 2_000_000 for name in sizes}
+    limits = {name: 7_000_000 if WEIGHTS.fullmatch(name) else 2_000_000 for name in sizes}
     assert [f"{name}: {size} bytes" for name, size in sizes.items() if size > limits[name]] == []
     assert {"LICENSE", "CITATION.cff", "CONTRIBUTING.md", "README.md", "requirements.lock", ".ci/run"} <= set(sizes)
     assert (ROOT / ".ci/run").stat().st_mode & 0o100, ".ci/run must be executable"

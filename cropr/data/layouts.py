@@ -26,7 +26,7 @@ CHUNK = 200
 """Scenes that a worker writes at a time."""
 TOPS = ("train", "val", "truth", "ADEChallengeData2016", "train2017", "val2017", "annotations")
 """Folders of all layouts, which are removed before a set is written."""
-SIGNATURE = ".written_by_cropr"
+SIGNATURE = "WRITTEN_BY_CROPR"
 """In every set that was written here, finished or not. Snakemake deletes the record before it repeats a job."""
 Entry = dict[str, Any]
 """What the index of a layout holds of a scene."""

@@ -84,8 +84,8 @@ def log_lines(out: Path) -> list[dict[str, Any]]:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """Relative path -> content, of all visible files but the record, which has a date."""
-    found = (p for p in root.rglob("*") if p.is_file() and p.name != "record.json" and p.name[0] != ".")
+    """Relative path -> content, of all files but the record, which has a date, and the mark of a set."""
+    found = (p for p in root.rglob("*") if p.is_file() and p.name not in ("record.json", "WRITTEN_BY_CROPR"))
     return {str(p.relative_to(root)): p.read_bytes() for p in found}
 
 

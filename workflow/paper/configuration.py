@@ -269,7 +269,9 @@ def read_artefacts(folder: Path, scale: Scale) -> dict[str, ArtefactConfig]:
         raise ValueError(f"{scale.source}: artefacts: no artefact {unknown[0]!r}; choose among {choices}")
     _verify_names(scale, configs)
     listed |= {other for name in listed for other in configs[name].reads}
-    listed -= set(scale.config.leave_out)
+    listed -= (left := set(scale.config.leave_out))
+    if missing := [(name, other) for name in sorted(listed) for other in configs[name].reads if other in left]:
+        raise ValueError(f"{scale.source}: leave_out: {missing[0][0]} reads {missing[0][1]}; leave out both or none")
     ordered = sorted(((name, configs[name]) for name in listed), key=lambda item: (item[1].order, item[0]))
     here = {name: config for name, config in ordered if config.scales is None or scale.name in config.scales}
     return {name: config for name, config in here.items() if config.is_microbench or config.task in scale.config.tasks}

@@ -164,6 +164,9 @@ class Grid:
             ValueError: no such row, or several; the message lists the rows.
         """
         found = [name for name in self.comparable() if row in (name, name.partition("/")[2])]
+        left = [f"{name}/{r.row}" for name, one in self.artefacts.items() for r in one.rows if r.why]
+        if not found and (out := [name for name in left if row in (name, name.partition("/")[2])]):
+            raise ValueError(f"row = {row!r}: {out[0]} is left out at this scale (leave_out); COMPLETE=1 may add it")
         if len(found) != 1:
             problem = f"this may be {' or '.join(found)}" if found else "no such row to compare"
             raise ValueError(f"row = {row!r}: {problem}; choose one of {', '.join(self.comparable())}")
@@ -254,6 +257,8 @@ def _rows(folder: Path, name: str, artefacts: Mapping[str, ArtefactConfig], reso
         for key, other in others.items():
             if other.start or other.teacher:
                 raise ValueError(f"{where}: {key} = {named[key]!r} needs the weights of another row itself")
+            if other.variant != meant.variant:
+                raise ValueError(f"{where}: {key} = {named[key]!r} is of another variant: {other.variant or 'none'}")
         rows.append(resolver.row(where, f"{name}/{row.row}", row, meant, others, artefact.task, artefact.needs))
     if not any(row.run for row in rows):
         return ()
