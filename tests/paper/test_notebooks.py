@@ -24,11 +24,10 @@ from workflow.paper.records import REPOSITORY, load_published
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
-TOP1 = ("imagenet_methods", "ablations", "relevance", "scoring", "fashion", "training_free", "tradeoff", "auxiliary",
-        "model_size")  # fmt: skip
+TOP1 = ("imagenet_methods", "ablations", "relevance", "scoring", "fashion", "training_free", "tradeoff", "auxiliary")
 ALL = ", all validation images"
 METRIC = {
-    **dict.fromkeys((*TOP1, "similarity"), ("top1", "top-1 (%)")),
+    **dict.fromkeys((*TOP1, "similarity", "model_size"), ("top1", "top-1 (%)")),
     **dict.fromkeys(("ade20k", "reactivation"), ("miou", "mIoU (%)")),
     "coco": ("box_ap", "box AP (%)"),
     "pruning_maps": ("top1", f"top-1 (%){ALL}"),

@@ -67,7 +67,8 @@ def test_bad_configuration_stops_with_one_message(stubbed: Project, config: str,
 def test_the_first_table_is_made_first_and_measurements_last(finished: Project) -> None:
     log = next((finished / ".snakemake/log").glob("*.log")).read_text()
     order = re.findall(r"(Training|Measuring throughput of) (\w+)/", log)
-    trained = list(dict.fromkeys(artefact for verb, artefact in order if verb == "Training"))
+    # Not model_size: its first weights take all cores, and so wait until none is busy.
+    trained = list(dict.fromkeys(name for verb, name in order if verb == "Training" and name != "model_size"))
     assert trained == sorted(trained, key=lambda name: read_yaml(finished / f"config/experiments/{name}.yaml")["order"])
     kinds = [verb == "Training" for verb, _ in order]
     assert kinds == sorted(kinds, reverse=True), "nothing is timed before the last run has ended"
