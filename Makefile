@@ -35,7 +35,7 @@ ACTUAL := $(call version,$(BIN)/python)
 WANTED := $(if $(filter file,$(origin PYTHON)),$(or $(ACTUAL),any),$(call version,$(PYTHON)))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce ablation snapshot test fast torture lint format env clean FORCE
+.PHONY: help reproduce ablation snapshot test fast oldest torture lint format env clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,12 @@ test: $(READY) ## all tests but those that need a GPU
 
 fast: $(READY) ## the fast tests, a minute
 	$(PYTEST) --dist worksteal
+
+# The oldest versions are read from pyproject.toml; the two packages after them are those that this transformers needs.
+OLDEST := $(shell sed -n 's/.*"\(timm\|transformers\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml) huggingface_hub==0.36.0 tokenizers==0.22.1
+oldest: $(READY) ## tests of the library with the oldest timm and transformers that it takes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) --dist loadfile -m "not gpu" tests/cropr
 
 torture: $(READY) ## kills and broken input, ten minutes: make torture KILLS=100 INPUTS=100000 SEED=0
 	$(BIN)/python tests/torture --kills $(KILLS) --inputs $(INPUTS) --seed $(SEED)

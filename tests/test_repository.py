@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Weights that spare the laptop scale its pretraining; they may take 7 MB, nothing else more than 2.
 WEIGHTS = re.compile(r"assets/laptop_\w+\.safetensors")
-GENERATED = re.compile(
-    r"\.venv|\.git|results|\.snakemake|build|dist|__pycache__|\.\w+_cache|.*\.egg-info|\.ipynb_checkpoints"
-)
+GENERATED = re.compile(r"\.(venv|git|snakemake|ipynb_checkpoints|\w+_cache)|results|build|dist|__pycache__|.*\.egg-info")
 
 # Folders of somebody's machine (a path that a reader is to replace begins with /data or /path), and package indexes.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|Users|root|work|opt|mnt|srv|private|tmp)/\w")
@@ -121,9 +119,8 @@ def locked() -> dict[str, str]:
 
 def required(*extras: str) -> list[Requirement]:
     """What pyproject.toml asks for."""
-    lines = sum(
-        (PROJECT["project"]["optional-dependencies"][name] for name in extras), PROJECT["project"]["dependencies"]
-    )
+    project = PROJECT["project"]
+    lines = sum((project["optional-dependencies"][name] for name in extras), project["dependencies"])
     return [requirement for requirement in map(Requirement, lines) if requirement.name != "cropr"]
 
 
@@ -154,8 +151,7 @@ def test_every_environment_is_used_by_a_rule_and_every_job_finds_what_the_packag
     assert set(re.findall(r"envs/(\w+\.yaml)", rules)) == {file.name for file in (ROOT / "envs").glob("*.yaml")}
 
     def names(file: str) -> set[str]:
-        found = {spec.partition(" ")[0] for spec in conda_specs(ROOT / "envs" / file)}
-        return {CONDA_NAMES.get(name, name) for name in found}
+        return {CONDA_NAMES.get(name := spec.split()[0], name) for spec in conda_specs(ROOT / "envs" / file)}
 
     assert names("train.yaml") >= {one.name for one in required("scenes", "detection")}
     runner = {"ipykernel", "latex2mathml", "nbconvert", "nbformat", "papermill"}

@@ -246,7 +246,9 @@ def test_pretrained_weights_come_without_their_class_token(host, tmp_path):
     donor = timm.create_model(HOSTS[host], **arguments)
     file = tmp_path / "weights.safetensors"
     save_file(donor.state_dict(), file)
-    model = ModelSpec(name=HOSTS[host], args={**SHAPE, "pretrained_cfg_overlay": {"file": str(file)}})
+    model = ModelSpec(
+        name=HOSTS[host], args={**SHAPE, "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
+    )
     for size in (64, 96):
         built = build_detector(model, PruneSpec(), detector_spec(), CLASSES, size, pretrained=True).backbone.host
         own, theirs = built.state_dict(), donor.state_dict()

@@ -96,12 +96,7 @@ def test_all_modes_become_rgb_and_the_orientation_is_applied(tmp_path):
     palette = grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
     palette.info["transparency"] = bytes([255])
     deep = Image.fromarray(np.full((4, 4), 200 * 256, np.uint16))
-    images = {
-        "grey.png": grey,
-        "alpha.png": grey.convert("LA"),
-        "rgba.png": grey.convert("RGBA"),
-        "deep.png": deep,
-    }
+    images = {"grey.png": grey, "alpha.png": grey.convert("LA"), "rgba.png": grey.convert("RGBA"), "deep.png": deep}
     for name, image in {**images, "palette.png": palette, "cmyk.jpg": grey.convert("RGB").convert("CMYK")}.items():
         image.save(tmp_path / name)
         decoded = decode(tmp_path / name)

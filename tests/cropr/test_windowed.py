@@ -41,7 +41,7 @@ def _local_table(host: nn.Module, rows: int, columns: int) -> Tensor:
     """EVA-02's window table written out: coordinates start again in every window and span the reference grid."""
     rope = host.rope
     sine, cosine = build_rotary_pos_embed(
-        [WINDOW, WINDOW], bands=rope.bands, in_pixels=False, ref_feat_shape=rope.ref_feat_shape
+        [WINDOW, WINDOW], bands=rope.bands, dim=rope.dim, in_pixels=False, ref_feat_shape=rope.ref_feat_shape
     )
     table = torch.cat((sine, cosine), dim=-1).view(WINDOW, WINDOW, -1)
     return table.repeat(rows // WINDOW, columns // WINDOW, 1).flatten(0, 1)

@@ -48,6 +48,7 @@ def classification(**values: object) -> dict[str, Any]:
          r"paper\.yaml: tasks\.classification\.schedules\.r50 = .*the last block to prune after is 23"),
         ("ci", classification(variants={"smaller": {"modle": {}}}), r"with variants\.smaller: modle: unknown key"),
         ("ci", {"leave_out": ["coco/nothing"]}, r"leave_out: no row 'coco/nothing'; choose among .*coco/none"),
+        ("ci", {"leave_out": ["training_free"]}, r"leave_out: tradeoff reads training_free; leave out both or none"),
         ("ci", {"leave_out": ["coco/none"]}, r"leave_out: coco needs its baseline 'none'"),
         ("ci", {"microbench": {"profil": {"passes": 1}}},
          r"ci\.yaml: microbench: no row 'profil'; choose among .*profile/vit_l_224"),
@@ -69,6 +70,7 @@ ROW_ERRORS = {
     r"image_size = 'tiny': .* has small": {"image_size": "tiny"},
     r"schedule = 'r8' without a reducer": {"reducer": "none"},
     r"fusion = 'llff' is unknown; choose one of none, .*llf": {"fusion": "llff"},
+    r"start = 'model_size/larger_none' is of another variant: larger": {"start": "model_size/larger_none"},
     r"cannot be given with use": {"use": "imagenet_methods/cropr_r8"},
     r"row 'random_r8_llf': give `measure` if, and only if": {"measure": "profile"},
 }

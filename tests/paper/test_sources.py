@@ -56,12 +56,8 @@ def digests() -> dict[str, str]:
 
 def changed(before: dict[str, str]) -> dict[str, set[str]]:
     """Task -> its reducers whose digest is another one now."""
-    found: dict[str, set[str]] = {}
-    for name, value in digests().items():
-        task, _, reducer = name.partition("/")
-        if value != before[name]:
-            found.setdefault(task, set()).add(reducer)
-    return found
+    names = [name.split("/") for name, value in digests().items() if value != before[name]]
+    return {task: {reducer for other, reducer in names if other == task} for task, _ in names}
 
 
 def test_comments_docstrings_and_layout_of_no_file_count(before: dict[str, str], edit: Edit) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers 4.57 and 5: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
+"""Hugging Face transformers: ViT, DeiT, DINOv2 (also with registers), DINOv3 ViT, vision towers of CLIP and
 SigLIP; bare models, classifiers, and CLIP with projection; eager and SDPA attention (outputs: docs/hosts.md).
 """
 

@@ -42,9 +42,9 @@ class WindowedBackbone(TimmBackbone):
             lack = f"global blocks {sorted(self.global_blocks)} lack the last one, {self.depth}"
             raise ValueError(f"{lack}: tokens that are fused back before it come from all over the image; add it")
         rope = getattr(host, "rope", None)
-        if rope is not None and (
-            type(rope) is not RotaryEmbeddingCat or rope.in_pixels or rope.grid_type != "index" or rope.aug_active
-        ):
+        # timm before 1.0.31 knows neither other grids nor augmented places.
+        plain = getattr(rope, "grid_type", "index") == "index" and not getattr(rope, "aug_active", False)
+        if rope is not None and (type(rope) is not RotaryEmbeddingCat or rope.in_pixels or not plain):
             raise self._refuse(f"{type(rope).__name__} with these settings, which has no form within windows,")
 
     def keys(self, block: int, tokens: int) -> int:
@@ -95,7 +95,8 @@ class WindowedBackbone(TimmBackbone):
         if reference is not None:
             # The host squeezes any grid onto ``reference`` positions: a window here, the whole image in its own table.
             reference = [reference[0] * rows / self.window, reference[1] * columns / self.window]
-        same = {name: getattr(rope, name) for name in ("bands", "grid_offset", "grid_indexing", "rotate_half")}
+        names = ("bands", "dim", "temperature", "grid_offset", "grid_indexing", "rotate_half")
+        same = {name: getattr(rope, name) for name in names if hasattr(rope, name)}
         table = build_rotary_pos_embed([rows, columns], in_pixels=False, ref_feat_shape=reference, **same)
         return torch.cat(table, dim=-1)
 
