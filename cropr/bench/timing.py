@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from itertools import chain, groupby
 from random import Random
 from typing import Any
 
@@ -48,6 +49,8 @@ class Case:
     attention: str = "auto"
     compile: bool = False
     channels_last: bool = False
+    turn: Any = None
+    """Neighbours in a list of cases with the same one stay neighbours in every round; None is a turn of its own."""
 
 
 @dataclass(slots=True)
@@ -84,7 +87,8 @@ def time_interleaved(
                 clocks[number] = _prepare(case, outcomes[number], size, warmup, device)
             except Unsupported as error:
                 outcomes[number].unsupported = str(error)
-        for number, seconds in interleave(clocks, rounds, tell).items():
+        turns = {number: number if case.turn is None else repr(case.turn) for number, case in enumerate(cases)}
+        for number, seconds in interleave(clocks, rounds, tell, turns.get).items():
             outcomes[number].seconds = seconds
         return outcomes
 
@@ -106,15 +110,19 @@ def time_passes(
     return interleave(clocks, rounds, tell)
 
 
-def interleave(clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progress) -> dict[Any, list[float]]:
+def interleave(
+    clocks: Mapping[Any, Clock], rounds: int, tell: Tell = no_progress, turn: Callable[[Any], Any] = lambda name: name
+) -> dict[Any, list[float]]:
     """Readings by name of clocks that take turns, in an order drawn anew for every two rounds, of which the second runs
-    backwards, so that each clock has the same mean place."""
+    backwards, so that each clock has the same mean place. Neighbours with an equal ``turn`` stay neighbours."""
     seconds: dict[Any, list[float]] = {name: [] for name in clocks}
-    order, random = list(clocks), Random(0)
+    turns, random = [list(names) for _, names in groupby(clocks, turn)], Random(0)
+    order: list[Any] = []
     for number in range(rounds if clocks else 0):
         tell(f"round {number + 1} of {rounds}")
         if number % 2 == 0:
-            random.shuffle(order)
+            random.shuffle(turns)
+            order = list(chain(*turns))
         else:
             order.reverse()
         for name in order:

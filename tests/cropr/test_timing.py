@@ -19,14 +19,16 @@ class FakeTime:
         self.now += self.step
 
 
-def test_rounds_run_in_random_order_and_each_second_one_backwards():
+def test_rounds_run_in_random_order_each_second_one_backwards_and_neighbours_of_a_turn_together():
     order = []
     seconds = {name: float(number) for number, name in enumerate("abcd")}
     clocks = {name: lambda name=name: order.append(name) or seconds[name] for name in seconds}
-    assert timing.interleave(clocks, 40) == {name: [value] * 40 for name, value in seconds.items()}
+    found = timing.interleave(clocks, 40, turn=lambda name: name in "bc")
+    assert found == {name: [value] * 40 for name, value in seconds.items()}
     rounds = ["".join(order[start : start + 4]) for start in range(0, 160, 4)]
     assert all(first == second[::-1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
     assert {name[0] for name in rounds} == set("abcd")
+    assert all("bc" in name or "cb" in name for name in rounds)
 
 
 def test_mixed_precision_casts_products_only():

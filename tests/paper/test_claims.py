@@ -58,13 +58,12 @@ def made_up(monkeypatch, claim, value):
     if claim.quantity in CELLS:
         saved = 1.5 if claim.quantity != "macs_saved" else 1 / (1 - value / 100)
         cells = [{**side, "mac_ratio": saved} for side in claim.sides]
-        sides, both = claim.sides, (1, value / (100 if claim.quantity == CELLS[1] else 1))
+        both, bases = (1, value / (100 if claim.quantity == CELLS[1] else 1)), (2, 2)
         if claim.quantity == "cell_speedup":
-            sides = [one for side in sides for one in (side, {**side, "variant": "unpruned"})]
-            both = (1, value) if claim.right is None else (1, 9 + value, 1, 9)
+            both, bases = (1, 1), ((value,) if claim.right is None else (9 + value, 9))
         rounds = [
-            {**side, "round": k, "seconds": own * (1 + 1e-4 * (k % 3) * (k % 2))}
-            for side, own in zip(sides, both, strict=False)
+            {**side, "round": k, "base_seconds": base, "seconds": own * (1 + 1e-4 * (k % 3) * (k % 2))}
+            for side, own, base in zip(claim.sides, both, bases, strict=False)
             for k in range(7)
         ]
         monkeypatch.setattr(claims, "load_cells", lambda *_: pd.DataFrame(cells))

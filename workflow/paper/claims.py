@@ -213,14 +213,16 @@ def _timed(speed: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
 
 
 def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
-    """Interval over rounds of the ratio of two cells' times; None if one of them did not run."""
+    """Interval over rounds of the ratio of two cells' times, each divided by the time of the unpruned model that ran
+    next to it, where one did; None if one of them did not run."""
     seconds, macs = [], []
     rounds, cells = load_rounds(claim.artefact, results), load_cells(claim.artefact, results)
     for side in claim.sides:
         times, cell = _chosen(rounds, side), _chosen(cells, side)
         if times is None or cell is None or times["seconds"].isna().any():
             return None
-        seconds.append(times.set_index("round")["seconds"])
+        lines = times.set_index("round").assign(base_seconds=lambda found: found.get("base_seconds", 1.0))
+        seconds.append(lines["seconds"] / lines["base_seconds"])
         macs.append(float(cell["mac_ratio"].iloc[0]) if "mac_ratio" in cell else math.nan)
     ratio = seconds[1] / seconds[0]
     if claim.quantity == "times_as_fast_over_mac_ratio":
@@ -233,10 +235,10 @@ def _sped_up(claim: Claim, results: str | Path) -> pd.DataFrame | None:
     """Interval over rounds of a cell's speed-up over the unpruned model beside it, or of the difference of two."""
     rounds, parts = load_rounds(claim.artefact, results), []
     for side in claim.sides:
-        times, base = (_chosen(rounds, one) for one in (side, {**side, "variant": "unpruned"}))
-        if times is None or base is None:
+        times = _chosen(rounds, side)
+        if times is None:
             return None
-        ratio = base.set_index("round")["seconds"] / times.set_index("round")["seconds"]
+        ratio = times["base_seconds"] / times["seconds"]
         parts.append(pd.DataFrame({"row": str(side), claim.quantity: ratio}))
     return _timed(pd.concat(parts), claim)
 

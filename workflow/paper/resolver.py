@@ -183,9 +183,9 @@ class Resolver:
         if (pretrain := own.config.pretrain) is not None:
             # Tasks whose hosts are equal, and that learn the same first, get one specification, so one run.
             donor, model = self.open(pretrain.task or task), own.model(UNPRUNED, pretrained=True)
-            spec = self._train(donor, pretrain.recipe, UNPRUNED, PruneSpec(), "random").model_copy(
-                update={"model": model}
-            )
+            spec = self._train(donor, pretrain.recipe, UNPRUNED, PruneSpec(), "random")
+            data = spec.data.model_copy(update={"image_size": own.data.image_size})
+            spec = spec.model_copy(update={"model": model, "data": data})
             init = self._keep(self.pretrains, pretrain.task or task, spec)
             if pretrain.then is not None:
                 heads = self._train(own, pretrain.then, UNPRUNED, PruneSpec(), init)

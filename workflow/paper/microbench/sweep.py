@@ -1,7 +1,8 @@
 """Throughput of a model and its pruned variants in every precision with every attention kernel, by batch size.
 
-For one batch size everything takes turns in one process: variants of one setting are compared with its unpruned model,
-and every cell with the first setting's unpruned model, so that the gain of a precision or a kernel has an interval too.
+For one batch size everything takes turns in one process. Variants of one setting are compared with its unpruned model,
+which runs right before or after each; and every cell with the first setting's unpruned model, so that the gain of a
+precision or a kernel has an interval too.
 """
 
 from contextlib import suppress
@@ -22,7 +23,8 @@ def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]
     Returns:
         One a place: ``tokens``, and either ``unsupported`` with the reason, or ``metrics`` (as of ``bench``,
         ``speedup`` being over the unpruned model of the same setting, ``gain`` over that of the first setting that
-        runs), ``seconds`` (round by round) and ``attention_calls``.
+        runs), ``seconds`` (round by round), ``base_seconds`` (the unpruned model's, next to
+        them) and ``attention_calls``.
     """
     tell("build")
     # Of models that the device has no arithmetic for, only token counts are read.
@@ -39,35 +41,52 @@ def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]
     cells = []
     for batch_size, group in groupby(spec.places(), key=lambda place: place["batch_size"]):
         places = list(group)
-        cases = [
-            Case(
-                name=f"{place['variant']}, {place['precision']}, {place['attention']}, batch {batch_size}",
-                model=models[weights_dtype(place["precision"])][place["variant"]],
-                shape=(3, spec.image_size, spec.image_size),
-                precision=place["precision"],
-                attention=place["attention"],
-                channels_last=spec.channels_last,
-            )
-            for place in places
-        ]
+        cases, beside = _turns(spec, models, places)
         fitted, outcomes = time_interleaved(cases, batch_size, spec.rounds, spec.warmup, device, tell)
-        unpruned: dict[Any, list[float]] = {}
-        for place, case, outcome in zip(
-            places, cases, outcomes, strict=True
-        ):  # the unpruned model is a setting's first
+        first: list[float] = []  # of the unpruned model in the first setting that runs
+        for place, (own, base) in zip(places, beside, strict=True):
+            case, outcome, unpruned = cases[own], outcomes[own], outcomes[base].seconds
             cell: dict[str, Any] = {"tokens": token_trace(case.model)}
             cells.append(cell)
             if outcome.unsupported is not None:
                 cell["unsupported"] = outcome.unsupported
                 continue
-            setting, own = (case.precision, case.attention), macs[place["variant"]]
-            if place["variant"] == UNPRUNED:
-                unpruned[setting] = outcome.seconds
-            peak = matmul_peak(case.precision, device)
-            metrics = model_metrics(case.model, outcome, fitted, own, peak)
+            first = first or unpruned
+            peak, cost = matmul_peak(case.precision, device), macs[place["variant"]]
+            metrics = model_metrics(case.model, outcome, fitted, cost, peak)
             metrics |= {"batch_size": fitted, "matmul_gflops": peak / 1e9}
-            if base := unpruned.get(setting):
-                metrics |= against(base, outcome.seconds, macs[UNPRUNED] / own)
-                metrics |= ratio("gain", next(iter(unpruned.values())), outcome.seconds)
+            if unpruned:
+                metrics |= against(unpruned, outcome.seconds, macs[UNPRUNED] / cost)
+                metrics |= ratio("gain", first, outcome.seconds)
+                cell["base_seconds"] = unpruned
             cell |= {"metrics": metrics, "seconds": outcome.seconds, "attention_calls": outcome.kernels}
     return cells
+
+
+def _turns(
+    spec: SweepSpec, models: dict[Any, Any], places: list[dict[str, Any]]
+) -> tuple[list[Case], list[tuple[int, int]]]:
+    """Cases in turns of a variant, the unpruned model and a second variant, so that each is timed next to the unpruned
+    model; and for every place, the numbers of its own case and of the unpruned one beside it."""
+    cases: list[Case] = []
+    beside: list[tuple[int, int]] = []
+    for setting, group in groupby(places, key=lambda place: (place["precision"], place["attention"])):
+        base, *variants = group  # the unpruned model is a setting's first place
+        beside.append((len(cases) + 1,) * 2)
+        for number in range(0, len(variants), 2):
+            turn, start = variants[number : number + 2], len(cases)
+            turn.insert(1, base)
+            beside += [(start + k, start + 1) for k in range(0, len(turn), 2)]
+            cases += [
+                Case(
+                    name=f"{place['variant']}, {', '.join(setting)}, batch {place['batch_size']}",
+                    model=models[weights_dtype(place["precision"])][place["variant"]],
+                    shape=(3, spec.image_size, spec.image_size),
+                    precision=place["precision"],
+                    attention=place["attention"],
+                    channels_last=spec.channels_last,
+                    turn=(setting, number),
+                )
+                for place in turn
+            ]
+    return cases, beside
