@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     verb, log = next((word for word in argv if word in VERBS), None), logging.getLogger("cropr")
     log.setLevel(logging.INFO)  # of other packages, warnings alone
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself, and would print each twice
     try:
         args = build_parser(verb).parse_args(argv)
         args.run(args)
