@@ -14,6 +14,7 @@ from cropr.bench.models import build_variants, matmul_peak, model_metrics, token
 from cropr.bench.specs import UNPRUNED
 from cropr.bench.timing import Case, Tell, against, ratio, time_interleaved
 from cropr.pruning import flops
+from cropr.specs import PruneSpec
 from workflow.paper.microbench import SweepSpec
 
 
@@ -37,6 +38,8 @@ def sweep_cells(spec: SweepSpec, device: str, tell: Tell) -> list[dict[str, Any]
         dtype: build_variants(spec.model, spec.variants, spec.image_size, home, dtype, spec.channels_last)
         for dtype, home in homes.items()
     }
+    for each in models.values():  # a control is the unpruned model itself: its deployed form takes 0.5 % longer (ViT-L)
+        each |= {name: each[UNPRUNED] for name, prune in spec.variants.items() if prune == PruneSpec()}
     macs = {name: flops.macs(model).total for name, model in next(iter(models.values())).items()}
     cells = []
     for batch_size, group in groupby(spec.places(), key=lambda place: place["batch_size"]):
