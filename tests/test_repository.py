@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 # Weights that spare the laptop scale its pretraining; they may take 7 MB, nothing else more than 2.
 WEIGHTS = re.compile(r"assets/laptop_\w+\.safetensors")
-GENERATED = re.compile(r"\.(venv|git|snakemake|ipynb_checkpoints|\w+_cache)|results|build|dist|__pycache__|.*\.egg-info")
+GENERATED = re.compile(
+    r"\.(venv|git|snakemake|ipynb_checkpoints|\w+_cache)|results|build|dist|__pycache__|.*\.egg-info"
+)
 
 # Folders of somebody's machine (a path that a reader is to replace begins with /data or /path), and package indexes.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|Users|root|work|opt|mnt|srv|private|tmp)/\w")

@@ -213,18 +213,22 @@ def _timed(speed: pd.DataFrame, claim: Claim) -> pd.DataFrame | None:
 
 
 def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
-    """Interval over rounds of the ratio of two cells' times, each divided by the time of the unpruned model that ran
-    next to it, where one did; None if one of them did not run."""
-    seconds, macs = [], []
+    """Interval over rounds of the ratio of two cells' times; None if one of them did not run. Cells with the same
+    precision, attention kernel and batch size were timed next to the same unpruned model: theirs are divided by its."""
+    seconds, macs, settings = [], [], set()
     rounds, cells = load_rounds(claim.artefact, results), load_cells(claim.artefact, results)
     for side in claim.sides:
         times, cell = _chosen(rounds, side), _chosen(cells, side)
         if times is None or cell is None or times["seconds"].isna().any():
             return None
-        lines = times.set_index("round").assign(base_seconds=lambda found: found.get("base_seconds", 1.0))
-        seconds.append(lines["seconds"] / lines["base_seconds"])
+        seconds.append(times.set_index("round"))
+        settings.add(
+            tuple(times.get(key, pd.Series([None])).iloc[0] for key in ("precision", "attention", "batch_size"))
+        )
         macs.append(float(cell["mac_ratio"].iloc[0]) if "mac_ratio" in cell else math.nan)
-    ratio = seconds[1] / seconds[0]
+    paired = len(settings) == 1 and all("base_seconds" in times for times in seconds)
+    left, right = (times["seconds"] / (times["base_seconds"] if paired else 1) for times in seconds)
+    ratio = right / left
     if claim.quantity == "times_as_fast_over_mac_ratio":
         ratio *= 100 * macs[1] / macs[0]
     frame = pd.DataFrame({"row": claim.id, "ratio": ratio.replace([np.inf], np.nan)}).dropna()
