@@ -59,8 +59,8 @@ def made_up(monkeypatch, claim, value):
         saved = 1.5 if claim.quantity != "macs_saved" else 1 / (1 - value / 100)
         cells = [{**side, "mac_ratio": saved} for side in claim.sides]
         both = (1, value / (100 if claim.quantity == CELLS[1] else 1))
-        keys = ("precision", "attention", "batch_size")  # unpruned models of two settings are timed next to themselves
-        bases = (2, 2) if len({str([side.get(key) for key in keys]) for side in claim.sides}) == 1 else both
+        settings = {tuple(map(side.get, ("precision", "attention", "batch_size"))) for side in claim.sides}
+        bases = both if len(settings) == 2 else (2, 2) if "variant" in claim.left else (None, None)
         if claim.quantity == "cell_speedup":
             both, bases = (1, 1), ((value,) if claim.right is None else (9 + value, 9))
         rounds = [

@@ -226,7 +226,9 @@ def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
             tuple(times.get(key, pd.Series([None])).iloc[0] for key in ("precision", "attention", "batch_size"))
         )
         macs.append(float(cell["mac_ratio"].iloc[0]) if "mac_ratio" in cell else math.nan)
-    paired = len(settings) == 1 and all("base_seconds" in times for times in seconds)
+    paired = len(settings) == 1 and all(
+        "base_seconds" in times and times["base_seconds"].notna().all() for times in seconds
+    )
     left, right = (times["seconds"] / (times["base_seconds"] if paired else 1) for times in seconds)
     ratio = right / left
     if claim.quantity == "times_as_fast_over_mac_ratio":
