@@ -35,9 +35,11 @@ TIMED = ("speedup", "speedup_over_mac_ratio", "speedup_whole")
 """Quantities of ``load_speed``; their intervals are over the rounds of one process."""
 CELLS = ("times_as_fast", "times_as_fast_over_mac_ratio", "cell_speedup", "macs_saved")
 """Quantities of cells. The first two are of cells that take turns in one process: time of the right one over time of
-the left one, round by round; the second in percent of the ratio of their multiply-adds. ``cell_speedup`` is the
+the left one, round by round, each relative to the unpruned model next to it if that is of the same setting; the second
+in percent of the ratio of their multiply-adds. ``cell_speedup`` is the
 speed-up over the variant ``unpruned`` of the same process; sides may be of two processes. ``macs_saved``, in percent of
 the unpruned model's, follows from formulas and has no interval."""
+SETTING = ("precision", "attention", "batch_size")
 _RELATION = re.compile(r"^\s*(>=|<=|>|<)\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 
 Found = tuple[pd.DataFrame | None, str, str]
@@ -222,9 +224,7 @@ def _cells(claim: Claim, results: str | Path) -> pd.DataFrame | None:
         if times is None or cell is None or times["seconds"].isna().any():
             return None
         seconds.append(times.set_index("round"))
-        settings.add(
-            tuple(times.get(key, pd.Series([None])).iloc[0] for key in ("precision", "attention", "batch_size"))
-        )
+        settings.add(str([list(times[key])[:1] for key in (*SETTING, "row") if key in times]))
         macs.append(float(cell["mac_ratio"].iloc[0]) if "mac_ratio" in cell else math.nan)
     paired = len(settings) == 1 and all(
         "base_seconds" in times and times["base_seconds"].notna().all() for times in seconds
