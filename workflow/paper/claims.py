@@ -36,10 +36,11 @@ TIMED = ("speedup", "speedup_over_mac_ratio", "speedup_whole")
 CELLS = ("times_as_fast", "times_as_fast_over_mac_ratio", "cell_speedup", "macs_saved")
 """Quantities of cells. The first two are of cells that take turns in one process: time of the right one over time of
 the left one, round by round, each relative to the unpruned model next to it if that is of the same setting; the second
-in percent of the ratio of their multiply-adds. ``cell_speedup`` is the
-speed-up over the variant ``unpruned`` of the same process; sides may be of two processes. ``macs_saved``, in percent of
-the unpruned model's, follows from formulas and has no interval."""
+in percent of the ratio of their multiply-adds. ``cell_speedup`` is the speed-up over the unpruned model next to the
+cell; sides may be of two processes. ``macs_saved``, in percent of the unpruned model's, follows from formulas and has
+no interval."""
 SETTING = ("precision", "attention", "batch_size")
+"""Columns that are equal for cells with the same unpruned model."""
 _RELATION = re.compile(r"^\s*(>=|<=|>|<)\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 
 Found = tuple[pd.DataFrame | None, str, str]

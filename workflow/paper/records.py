@@ -206,12 +206,9 @@ def load_rounds(artefact: str, results: str | Path) -> pd.DataFrame:
     """
     parts = []
     for facts, cell in _cells(artefact, results):
-        series = {k: v for k, v in cell.items() if isinstance(v, list) and k.endswith("seconds")} or {
-            "seconds": [],
-            "base_seconds": [],
-        }
+        series = {k: v for k, v in cell.items() if isinstance(v, list) and k.endswith("seconds")}
         settings = _settings(cell)
-        frame = pd.DataFrame(series).rename_axis("round").reset_index()
+        frame = pd.DataFrame(series or {"seconds": [], "base_seconds": []}).rename_axis("round").reset_index()
         parts.append(frame.assign(**facts, **settings)[list(dict.fromkeys([*facts, *settings, *frame]))])
     return pd.concat(parts, ignore_index=True)
 
