@@ -64,7 +64,7 @@ oldest: $(READY) ## tests of the library with the oldest timm and transformers t
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) --dist loadfile -m "not gpu" tests/cropr
 
-torture: $(READY) ## kills and broken input, ten minutes: make torture KILLS=100 INPUTS=100000 SEED=0
+torture: $(READY) ## kills and broken input, an hour: make torture KILLS=100 INPUTS=100000 SEED=0
 	$(BIN)/python tests/torture --kills $(KILLS) --inputs $(INPUTS) --seed $(SEED)
 
 lint: $(READY) ## ruff, mypy, snakefmt, snakemake --lint

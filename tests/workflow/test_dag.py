@@ -257,7 +257,7 @@ def test_the_workflow_commands_of_the_how_tos_run(stubbed: Project) -> None:
     run = [command for command in COMMANDS if command.startswith(("snakemake", "cp"))]
     assert len(run) >= 7
     for command in run:
-        if "-- compare" in command or command.endswith("-n"):  # stubs write no images to compare
+        if command.endswith(("-- compare", "folder=photos", "scale=fashion")):  # stubs write no images
             command = command.replace(" --", " -n --", 1)
         shell = command.replace("snakemake", f"{sys.executable} -m snakemake", 1).replace("--cores all", "--cores 2")
         done = subprocess.run(shell, shell=True, cwd=stubbed.path, capture_output=True, text=True, check=False)

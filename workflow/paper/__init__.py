@@ -13,7 +13,10 @@ _EXPORTS = {
         "load_blocks", "load_cells", "load_manifest", "load_maps", "load_pruned_after", "load_published",
         "load_records", "load_rounds", "load_speed", "not_run", "rerun", "setting",
     ),
-    "stats": ("mcnemar", "mean_interval", "median_interval", "paired_difference", "seed_bounds", "with_interval"),
+    "stats": (
+        "mcnemar", "mean_interval", "median_bounds", "median_interval", "paired_difference", "seed_bounds",
+        "with_interval",
+    ),
     "output": ("palette", "save_figure", "save_table", "use_style"),
     "claims": ("verdicts",),
 }  # fmt: skip

@@ -131,12 +131,12 @@ def decide(relation: str, low: float, high: float) -> str:
 
 
 def verdicts(artefact: str, results: str | Path, path: str | Path = CLAIMS) -> pd.DataFrame:
-    """The claims about an artefact: claim, measured, claimed, verdict, why, over, source.
+    """The claims about an artefact: claim, measured, predicted, claimed, verdict, why, over, source.
 
     Raises:
         ValueError: a claim about a row that the artefact lacks.
     """
-    columns = ["claim", "measured", "claimed", "verdict", "why", "over", "source"]
+    columns = ["claim", "measured", "predicted", "claimed", "verdict", "why", "over", "source"]
     rows = {row["row"]: row for row in load_manifest(artefact, results)["rows"]}
     lines = []
     for claim in load_claims(path):
@@ -149,15 +149,17 @@ def verdicts(artefact: str, results: str | Path, path: str | Path = CLAIMS) -> p
             interval, verdict, why = None, "not run", reasons[0]
         else:
             interval, verdict, why = _judge(claim, results)
-        measured, over = "", ""
+        measured, predicted, over = "", "", ""
         if interval is not None:
             signed = claim.right is not None and not claim.ratio and claim.quantity not in CELLS[:2]
             fine = ("speedup", "speedup_whole", "times_as_fast", "cell_speedup")
             digits = 2 if claim.ratio or claim.quantity in fine else 1
             over = interval["over"].iloc[0]
-            shown = interval.assign(low=math.nan) if over == "formula" else interval
-            measured = with_interval(shown, digits, signed=signed).iloc[0]
-        lines.append([claim.text, measured, claim.relation, verdict, why, over, claim.source])
+            if over == "formula":
+                predicted = with_interval(interval.assign(low=math.nan), digits).iloc[0]
+            else:
+                measured = with_interval(interval, digits, signed=signed).iloc[0]
+        lines.append([claim.text, measured, predicted, claim.relation, verdict, why, over, claim.source])
     return pd.DataFrame(lines, columns=columns)
 
 

@@ -55,7 +55,7 @@ def artefacts(results: Path) -> list[str]:
 
 
 def claims_table(results: Path, names: list[str]) -> pd.DataFrame:
-    """Verdicts of all claims: notebook, claim, measured, claimed, verdict, why, over, source."""
+    """Verdicts of all claims: notebook, claim, measured, predicted, claimed, verdict, why, over, source."""
     about = {claim.artefact for claim in load_claims()}
     # The first artefact gives the columns, also where none has a claim.
     parts = [verdicts(name, results).assign(notebook=name) for name in names if name in about or name == names[0]]
@@ -69,17 +69,17 @@ def headline(results: Path, names: list[str]) -> str:
     Columns without any value are left out.
     """
     lines: list[dict[str, str]] = []
-    captions: dict[str, None] = {}
+    notes: list[str] = []
     seen: set[str] = set()
     for name in names:
         manifest = load_manifest(name, results)
         if manifest["metrics"] and manifest["task"] not in seen:  # microbenchmarks have no metrics
             seen.add(manifest["task"])
             lines += _headline(manifest, results)
-            captions |= dict.fromkeys(setting(name, results).splitlines()[1:])
-    about = "\n".join(f"* {line.strip()}" for line in captions)
+            about = [line.strip() for line in setting(name, results).splitlines()[1:]]
+            notes.append(f"* {manifest['paper_model'] or manifest['title']}. {' '.join(about)}\n")
     table = pd.DataFrame(lines)
-    return f"{to_markdown(table.loc[:, table.astype(bool).any()])}\n{about}\n"
+    return f"{to_markdown(table.loc[:, table.astype(bool).any()])}\n{''.join(notes)}"
 
 
 def _headline(manifest: dict[str, Any], results: Path) -> list[dict[str, str]]:
