@@ -16,9 +16,10 @@ def as_host(model: Any) -> Any:
     It takes ``pixel_values`` and gives the output of the host's class; ``last_hidden_state`` holds the tokens alive, in
     raster order, and of ``hidden_states`` there is the last alone. Raises TypeError: a model around another host.
     """
-    backbone = getattr(model, "model", model).backbone
+    backbone = getattr(getattr(model, "model", model), "backbone", None)
     if not hasattr(backbone, "body"):
-        raise TypeError(f"as_host takes Hugging Face hosts, not {type(backbone.host).__name__}")
+        kind = type(getattr(backbone, "host", model)).__name__
+        raise TypeError(f"as_host takes pruned models of Hugging Face, not {kind}")
     body = copy.copy(backbone.body)
     body._modules, body._parameters, body._buffers = {"pruned": model}, {}, {}
     body.forward = MethodType(_forward, body)
@@ -30,11 +31,13 @@ def as_host(model: Any) -> Any:
 
 
 def _forward(
-    self: Any, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool = False, **_: Any
+    self: Any, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool = False, **others: Any
 ) -> Any:
     """Forward of the bare model that ``as_host`` makes."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+    if unknown := [name for name, value in others.items() if value not in (None, False)]:
+        raise TypeError(f"a pruned model takes pixel_values, return_dict and output_hidden_states, not {unknown}")
     model = getattr(self.pruned, "model", self.pruned)
     tokens = model(pixel_values).tokens
     tokens = tokens if tokens.index is None else tokens.raster()

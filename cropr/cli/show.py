@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("name what to show: --data DIR for validation images, or --image FILE")
     for file in args.image or ():
         if not file.is_file():
-            raise FileNotFoundError(f"--image {file}: no such file")
+            raise FileNotFoundError(f"--image {file}: no such file (of a folder: python -m cropr predict)")
+    if args.out.suffix != ".npz":
+        raise ValueError(f"--out {args.out}: must end in .npz; --picture FILE writes a .png")
     spec, weights, seed = trained_run(args)
 
     import torch

@@ -106,6 +106,8 @@ def _spec_for_folder(args: argparse.Namespace, on_gpu: bool) -> TrainSpec:
     name = require_known(args.model)
     if args.pretrained and args.init:
         raise ValueError(f"--pretrained and --init {args.init}: give one of them")
+    if args.freeze_encoder and not args.pretrained and not args.init:
+        raise ValueError("--freeze-encoder: name weights that are worth keeping, with --pretrained or --init")
     policy = args.auto_augment or _RANDAUGMENT
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr:g}: must be a finite number above 0")

@@ -92,7 +92,7 @@ def is_random(spec: DataSpec) -> bool:
 def train_transform(spec: DataSpec) -> Transform:
     """timm's training transform: RGB image -> [3, H, W], normalised; without random parts (``is_random``) the centre
     crop of evaluation without its margin. Random erasing fills one box with noise (the authors' recipe). Raises
-    ValueError: colour jitter beside an auto-augment policy, which timm would ignore."""
+    ValueError: a policy that timm lacks, or colour jitter beside a policy, which timm would ignore."""
     augment = spec.augment
     if augment.color_jitter and augment.auto_augment:
         unused = f"color_jitter {augment.color_jitter} has no effect beside auto_augment {augment.auto_augment!r}"
@@ -100,7 +100,11 @@ def train_transform(spec: DataSpec) -> Transform:
     options: dict[str, Any] = augment.model_dump(include={"scale", "ratio", "hflip", "color_jitter", "auto_augment"})
     options |= spec.model_dump(include={"interpolation", "mean", "std"})
     options |= {"re_prob": augment.erasing, "re_mode": "pixel", "re_count": 1}
-    transform = create_transform(spec.image_size, is_training=True, no_aug=not is_random(spec), **options)
+    try:
+        transform = create_transform(spec.image_size, is_training=True, no_aug=not is_random(spec), **options)
+    except (AssertionError, ValueError) as error:
+        policies = "such as rand-m9-mstd0.5-inc1, augmix-m3 or original"
+        raise ValueError(f"auto_augment = {augment.auto_augment!r}: {error}; it takes timm's, {policies}") from error
     for policy in transform.transforms:
         # RandAugment and AugMix have a list of operations, AutoAugment has lists of them.
         for operation in chain(getattr(policy, "ops", []), *getattr(policy, "policy", [])):

@@ -233,7 +233,8 @@ def prune(
     Args:
         host: a model that has an adapter (docs/hosts.md), or an adapter, as ``windowed`` makes one; it is not copied.
         schedule: how many patch tokens are pruned after each block.
-        reducer, fusion: names of ``cropr.pruning.methods.REDUCERS`` and ``FUSIONS``.
+        reducer: a name of ``cropr.pruning.methods.REDUCERS``.
+        fusion: a name of ``FUSIONS`` there.
         reducer_options: keyword arguments of the reducer, over those of ``kind``.
         num_outputs: outputs of the auxiliary heads; the host's classes unless given.
         kind: what to make: a model for images, or a task's own, such as a segmenter.

@@ -173,7 +173,8 @@ class Schedule:
         """Patch tokens alive after each block and its reducer.
 
         Args:
-            num_patches, depth: patch tokens that enter block 1; blocks of the model.
+            num_patches: patch tokens that enter block 1.
+            depth: blocks of the model.
             fusion: pruned tokens come back before the last block, so that pruning stops one block earlier.
             prefix: tokens that are never pruned; counted by ``align`` only.
             share: how much of the schedule is in force (see ``ramp``); numbers to prune are scaled by it and rounded

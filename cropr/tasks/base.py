@@ -1,11 +1,12 @@
 """What a training run needs of its task: images, model, losses, evaluation. A task is a subclass of ``TaskRun``."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -196,8 +197,11 @@ def keep_last_block(host: Any) -> None:
 def require_known(name: str) -> str:
     """The name of a model, if timm has it. Raises ValueError: it does not; with models of similar names."""
     if not timm.is_model(name):
-        known, wanted = timm.list_models(["vit_*", "deit*", "eva*"]), name.partition(".")[0]
-        close = [one for one in known if wanted in one][:5] or get_close_matches(wanted, known, 5, 0.4)
+        known = timm.list_models(["vit_*", "deit*", "eva*"], exclude_filters=["*_r[0-9_]*", "*_re[ls]*"])
+        parts = [f"(^|_){word}|{word}(_|$)" for word in re.findall("[a-z0-9]+", name.lower())]
+        shared = {one: sum(bool(re.search(part, one)) for part in parts) for one in known}
+        alike = {one: (shared[one], SequenceMatcher(None, name.lower(), one).ratio()) for one in known}
+        close = [one for one in sorted(known, key=alike.__getitem__)[:-6:-1] if max(alike[one]) > 0.4]
         found = f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}"
         fix = "those of Hugging Face, torchvision and open_clip are pruned in Python: cropr.prune(model, schedule)"
         raise ValueError(f"{found}. The command line takes timm's models alone; {fix}, see docs/hosts.md")

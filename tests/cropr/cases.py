@@ -45,6 +45,7 @@ HOSTS = {
     "attention-pool": (VIT, {"global_pool": "map"}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "dynamic-size": (VIT, {"dynamic_img_size": True}),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"patch_size": 2}),  # of its convolutions' cells, 4 px each
     "eva": (EVA, {}),
     "eva-fused-qkv": (EVA, {"qkv_fused": True, "init_values": 1e-2, "global_pool": "token"}),
     "eva-norms": ("eva02_base_patch14_224", {"qk_norm": True}),

@@ -35,6 +35,8 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip": ("CLIPVisionConfig", "CLIPVisionModel", MLP),
     "clip-projection": ("CLIPVisionConfig", "CLIPVisionModelWithProjection", {**MLP, "projection_dim": 8}),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel", MLP),
+    "clip-classes": ("CLIPConfig", "CLIPForImageClassification", {"vision_config": {**SMALL, **MLP}}),
+    "siglip-classes": ("SiglipConfig", "SiglipForImageClassification", {"vision_config": {**SMALL, **MLP}}),
 }
 OTHERS = ("torchvision", "open_clip", "open_clip-avg", "siglip-timm", "dinov3-timm", "naflex", "naflex-rope")
 HOSTS = [*(f"{name}/{kind}" for name in HUGGING_FACE for kind in ("sdpa", "eager")), *OTHERS]
@@ -56,7 +58,7 @@ def _build(name: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     family, _, attention = name.partition("/")
     config_name, model_name, extra = HUGGING_FACE[family]
-    config = getattr(transformers, config_name)(**SMALL, **extra, num_labels=5)
+    config = getattr(transformers, config_name)(**({} if "vision_config" in extra else SMALL), **extra, num_labels=5)
     config._attn_implementation = attention
     return getattr(transformers, model_name)(config)
 
@@ -108,7 +110,8 @@ def by_hand(host: Any, name: str) -> tuple[Tensor, list[Any], Any]:
     return (body.pre_layrnorm(x) if "clip" in name else x), list(layers), tables
 
 
-LOOPED = ["vit/sdpa", "dinov2-registers/eager", "dinov3-bare/sdpa", "clip/sdpa", "torchvision", "open_clip"]
+LOOPED = ["vit/sdpa", "deit/sdpa", "dinov2/sdpa", "dinov2-registers/eager", "dinov3-bare/sdpa", "clip/sdpa"]
+LOOPED += ["siglip/eager", "torchvision", "open_clip"]
 
 
 @pytest.mark.parametrize("name", LOOPED)
@@ -125,7 +128,7 @@ def test_kept_sets_are_those_of_a_loop_by_hand(name: str) -> None:
             given: dict[str, Any] = {} if tables is None else {"position_embeddings": [rows[places] for rows in tables]}
             if "causal_attention_mask" in inspect.signature(layer.forward).parameters:  # CLIP of version 4
                 given = {"attention_mask": None, "causal_attention_mask": None}
-            x = layer(x, **given) if given or "clip/" not in name else layer(x, None)
+            x = layer(x, **given) if given or "lip/" not in name else layer(x, None)
             x = x[0] if isinstance(x, tuple) else x
             reducer: Any = fast.model.reducers[str(block)]
             scores = reducer.score(cropr.Tokens(x, places[None], prefix), None)[0]

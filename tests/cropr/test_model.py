@@ -32,9 +32,10 @@ def test_rate_zero_is_the_host_a_higher_rate_is_not_and_deployment_changes_nothi
     expected = host(pictures())
     for fusion in ("none", "llf"):
         torch.testing.assert_close(pruned(host, 0, fusion=fusion)(pictures()).logits, expected, rtol=0, atol=1e-6)
-    output = pruned(host, fusion="none")(pictures())
+    model = pruned(host, fusion="none")
+    output = model(pictures())
     assert [index.shape[1] for index in output.kept.values()] == [12, 9, 6]
-    assert output.tokens.num_patches == 6
+    assert output.tokens.num_patches == 6 == model.token_trace[-1] - model.backbone.prefix
     assert (output.logits - expected).abs().max() > 1e-3
     for fusion in ("none", "llf"):
         assert_deployed(pruned(host, fusion=fusion), pictures())

@@ -77,17 +77,19 @@ def beside(first: Path, second: Path) -> Iterator[Table]:
     if not shared:
         raise ValueError(f"{first} and {second} share no table of trained rows; each should be results/<scale>")
     for artefact in shared:
-        manifest, columns = load_manifest(artefact, first), dict[str, pd.Series]()
+        manifest, columns, sides = load_manifest(artefact, first), dict[str, pd.Series](), []
         for name, folder in (("A", first), ("B", second)):
             metric, label = next(iter(manifest["metrics"].items()))
             found = {f"{label} (%)": mean_interval(load_records(artefact, folder), metric)}
+            sides.append(f"{name}: {folder}")
             if len(speed := load_speed(artefact, folder)):
+                sides[-1] += f" (speed: {speed['device'].iloc[0]})"
                 speed["images_per_s"] = speed["batch_size"] / speed["seconds"]
                 found |= {"speed-up": median_interval(speed, "speedup")}
                 found |= {"images/s": median_interval(speed, "images_per_s")}
             columns |= {f"{label}, {name}": with_interval(values, 2) for label, values in found.items()}
         lines = pd.DataFrame(dict(sorted(columns.items()))).reindex([row["row"] for row in manifest["rows"]])
-        table = Table("", *lines, title=manifest["title"], caption=f"A: {first}, B: {second} [95 % interval]")
+        table = Table("", *lines, title=manifest["title"], caption=", ".join(sides) + " [95 % interval]")
         for row, values in lines.dropna(how="all").fillna("").iterrows():
             table.add_row(str(row), *values)
         yield table

@@ -5,13 +5,14 @@
 Hours follow from the authors' training times (``training_hours`` in ``config/published/``; their GPUs are not known) in
 proportion to the tokens that the blocks process; a third more where activations are computed again. For detection,
 those of classification are taken: attention over many tokens and the heads come on top. Models of another width than
-ViT-L have no estimate.
+ViT-L have no estimate (-).
 Disk is that of the trained weights, float32. A job that several artefacts need is counted in the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from itertools import pairwise
@@ -85,7 +86,7 @@ def estimate(scale: str) -> list[dict[str, Any]]:
         seen |= new
         runs = [Path(file).parent.parent.name for file in new if "/runs/" in file]
         costs = [training(grid, run, rates) for run in runs if WIDE in grid.spec(run).model.name]
-        hours, size = (sum(values) for values in zip(*costs, strict=True)) if costs else (0.0, 0.0)
+        hours, size = (sum(values) for values in zip(*costs, strict=True)) if costs else (math.nan, math.nan)
         others = len(new) - len(runs) + 2  # the manifest and the notebook, too
         rows.append({"artefact": name, "runs": len(runs), "other jobs": others, "hours": hours, "GB": size})
     return rows
@@ -94,11 +95,11 @@ def estimate(scale: str) -> list[dict[str, Any]]:
 def main(scale: str) -> None:
     """Print the table and its sums."""
     rows = estimate(scale)
-    rows.append({"artefact": "all", **{key: sum(row[key] for row in rows) for key in rows[0] if key != "artefact"}})
-    lines = [
-        list(rows[0]),
-        *([name, *(f"{value:.0f}" for value in numbers)] for name, *numbers in map(dict.values, rows)),
-    ]
+    known = {key: [row[key] for row in rows if not math.isnan(row[key])] for key in rows[0] if key != "artefact"}
+    rows.append({"artefact": "all", **{key: sum(values) if values else math.nan for key, values in known.items()}})
+    lines = [list(rows[0])]
+    for name, *numbers in map(dict.values, rows):
+        lines.append([name, *("-" if math.isnan(value) else f"{value:.0f}" for value in numbers)])
     sys.stdout.write("".join("{:<28}{:>6}{:>12}{:>11}{:>7}\n".format(*line) for line in lines))
 
 

@@ -37,9 +37,10 @@ class TimmBackbone(Backbone):
         self._read_sizes()
 
     def _read_sizes(self) -> None:
-        host = self.host
-        self.image_size, self.patch_size = host.patch_embed.img_size, host.patch_embed.patch_size
-        self.has_cls = host.cls_token is not None
+        embed = self.host.patch_embed
+        self.image_size, self.has_cls = embed.img_size, self.host.cls_token is not None
+        height, width = (side // cells for side, cells in zip(embed.img_size, embed.grid_size, strict=True))
+        self.patch_size = height, width  # of a hybrid's embedding, patch_size counts cells of its convolutions
 
     def norm(self, tokens: Tokens) -> Tokens:
         return tokens.replace(self.host.norm(tokens.x))
