@@ -65,10 +65,8 @@ SAME_SECONDS = 3
 @contextmanager
 def start(device: str | None = None, threads: int | None = None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, if it did, and set torch up: repeatable, and fast on the CPU.
-
     ``device`` is ``cpu`` or ``cuda``, by default the first GPU of this process if there is one; ``threads`` of one
-    operation are by default ``OMP_NUM_THREADS`` or torch's choice. Raises ValueError: a device that is not there.
-    """
+    operation are by default ``OMP_NUM_THREADS`` or torch's choice. Raises ValueError: a device that is not there."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {kind}: choose cpu or cuda")
@@ -106,11 +104,9 @@ def set_threads(threads: int | None) -> None:
 
 def reuse_freed_memory() -> bool:
     """Let the C allocator keep large freed blocks for the next allocation; False without glibc, where nothing changes.
-
     glibc may otherwise map large tensors afresh in every pass, and the kernel zeroes their pages again: more of them
     for the larger activations of an unpruned model, which would flatter pruning. Six blocks of a ViT-B/16, batches of
-    4: 16,500 minor page faults a pass unpruned and 9,400 pruned; none with these settings.
-    """
+    4: 16,500 minor page faults a pass unpruned and 9,400 pruned; none with these settings."""
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # M_MMAP_THRESHOLD and so on in glibc's malloc.h
     try:
         libc = ctypes.CDLL(None)

@@ -16,7 +16,7 @@ def as_host(model: Any) -> Any:
     It takes ``pixel_values`` and gives the output of the host's class; ``last_hidden_state`` holds the tokens alive, in
     raster order, and of ``hidden_states`` there is the last alone. Raises TypeError: a model around another host.
     """
-    backbone = getattr(getattr(model, "model", model), "backbone", None)
+    backbone: Any = getattr(getattr(model, "model", model), "backbone", None)
     if not hasattr(backbone, "body"):
         kind = type(getattr(backbone, "host", model)).__name__
         raise TypeError(f"as_host takes pruned models of Hugging Face, not {kind}")

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Weights that spare the laptop scale its pretraining; they may take 7 MB, nothing else more than 2.
 WEIGHTS = re.compile(r"assets/laptop_\w+\.safetensors")
-GENERATED = re.compile(
-    r"\.(venv|git|snakemake|ipynb_checkpoints|\w+_cache)|results|build|dist|__pycache__|.*\.egg-info"
-)
+IGNORED = re.compile(r"\.(venv|git|snakemake|ipynb_checkpoints|\w+_cache)|results|build|dist|__pycache__|.*\.egg-info")
 
 # Folders of somebody's machine (a path that a reader is to replace begins with /data or /path), and package indexes.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|Users|root|work|opt|mnt|srv|private|tmp)/\w")
@@ -41,7 +39,7 @@ def files() -> tuple[Path, ...]:
     if result.returncode == 0 and result.stdout:
         found = [ROOT / name for name in result.stdout.split("\0") if name]
     else:
-        found = [path for path in ROOT.rglob("*") if not any(map(GENERATED.fullmatch, path.relative_to(ROOT).parts))]
+        found = [path for path in ROOT.rglob("*") if not any(map(IGNORED.fullmatch, path.relative_to(ROOT).parts))]
     return tuple(path for path in sorted(found) if path.is_file())
 
 

@@ -60,8 +60,7 @@ def measure(spec: BenchSpec, device: str, tick: Tell) -> dict[str, Any]:
 
 def build(spec: BenchSpec, device: str) -> dict[str, Case]:
     """What is timed: ``base``, the timm model or a detector's unpruned encoder; ``pruned``, a ``DeployedViT``; and of a
-    detector, ``heads``. At equal image sizes the pruned model's host is the unpruned one, so that they share weights.
-    """
+    detector, ``heads``. At equal image sizes the pruned model's host is the unpruned one, and they share weights."""
     dtype, size = weights_dtype(spec.precision), spec.pruned_image_size or spec.image_size
     settings = (device, dtype, spec.channels_last, spec.detector)
     models: dict[str, Any] = build_variants(spec.model, {"pruned": spec.prune}, size, *settings)

@@ -72,11 +72,9 @@ def time_interleaved(
     cases: Sequence[Case], batch_size: int, rounds: int, warmup: int, device: str, tell: Tell = no_progress
 ) -> tuple[int, list[Outcome]]:
     """Try every case, then time those that run, in turn in every round; the batch size that fitted, and their outcomes.
-
     A case does not run where the device lacks the precision or the attention kernel, or where outputs are not finite.
     ``batch_size``, the inputs of a pass, is halved for all cases until the device has the memory for it. Each case has
-    ``warmup`` untimed passes and ``rounds`` readings. Raises: ValueError: there is no such device.
-    """
+    ``warmup`` untimed passes and ``rounds`` readings. Raises: ValueError: there is no such device."""
 
     def attempt(size: int) -> list[Outcome]:
         outcomes = [Outcome() for _ in cases]
@@ -131,10 +129,8 @@ def interleave(
 
 
 def warm_up(forward: Callable[[], Any], passes: int, device: str, first: float) -> Clock:
-    """Finish the warm-up of so many ``passes``, and repeat the pass in every reading until that is long enough.
-
-    One pass ran already, in ``first`` seconds. If it was fast, one more is run, without the cost of a first time.
-    """
+    """Finish the warm-up of so many ``passes``, and repeat the pass in every reading until that is long enough. One
+    pass ran already, in ``first`` seconds. If it was fast, one more is run, without the cost of a first time."""
     once = first
     for _ in range(max(passes - 1, int(first < 10 * MIN_SAMPLE_S))):
         once = clock(forward, 1, device)
@@ -203,11 +199,9 @@ def _prepare(case: Case, outcome: Outcome, batch_size: int, warmup: int, device:
 
 
 def recorded(kind: str) -> Callable[..., Any]:
-    """Decorator: a function that measures what a spec describes, on a device by torch's name, returns a record.
-
-    What it calls ``provenance`` joins that of the record. Where the device cannot run it, the record has no metrics,
-    and ``unsupported`` says why. Raises: ValueError: an impossible model, schedule or reducer, or no such device.
-    """
+    """Decorator: a function that measures what a spec describes, on a device by torch's name, returns a record. What it
+    calls ``provenance`` joins that of the record. Where the device cannot run it, the record has no metrics, and
+    ``unsupported`` says why. Raises: ValueError: an impossible model, schedule or reducer, or no such device."""
 
     def decorate(find: Callable[[Any, str, Tell], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         @wraps(find)

@@ -71,10 +71,7 @@ def _public(args: argparse.Namespace, tick: Callable[..., None]) -> str:
 def _check(args: argparse.Namespace, tick: Callable[..., None]) -> str:
     from cropr.data.check import check
 
-    def show(done: int, total: int) -> None:
-        tick("reading", completed=done, total=total)
-
-    report = check(args.root, args.classes, args.layout, show)
+    report = check(args.root, args.classes, args.layout, lambda done, all_: tick("reading", completed=done, total=all_))
     report.raise_for_problems()
     images = ", ".join(f"{count} {split}" for split, count in report.images.items())
     classes = f" of {report.classes} classes" if report.classes else ""

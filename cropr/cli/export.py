@@ -18,7 +18,6 @@ from typing import Any
 
 import cropr.cli.spec_flags as flags
 from cropr.bench.specs import BenchSpec
-from cropr.cli.spec_flags import origin, progress
 from cropr.records import RECORD, make_record, package_versions, write_record
 
 
@@ -60,11 +59,11 @@ def run(args: argparse.Namespace) -> None:
         require_known(args.model)
         spec = flags.make_spec(values, kind=BenchSpec)
         model = build_model(spec.model, spec.prune, 1000, spec.image_size)
-    with progress() as tick:
+    with flags.progress() as tick:
         found = export(model.deploy(), args.out, args.batch_size, args.rounds, args.bench, tick)
     packages = package_versions("onnx", "onnxruntime", "onnxscript")
     found["tokens"] = list(model.token_trace)
     record = make_record("export", spec, started, found, precision="fp32", packages=packages)
     write_record(args.out / RECORD, record)
     flags.show_metrics(f"{args.out}: model.onnx, model.pt2", record["metrics"])
-    flags.say(f"tokens: {flags.number(record['tokens'])}; {origin(record)}")
+    flags.say(f"tokens: {flags.number(record['tokens'])}; {flags.origin(record)}")

@@ -31,10 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def add_fields(
-    group: argparse._ActionsContainer,
-    spec: type[Spec],
-    names: Iterable[str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    group: argparse._ActionsContainer, spec: type[Spec], names: Iterable[str] | None = None, **defaults: Any
 ) -> None:
     """A flag for each field, or those named, that holds a number, a word, a switch, or several numbers or words;
     ``defaults`` are for the help, where a verb has its own."""
@@ -43,7 +40,7 @@ def add_fields(
         if (options := _options(field.annotation)) is None:
             continue
         text = " ".join((field.description or name.replace("_", " ")).replace("`", "").split()).removesuffix(".")
-        default = (defaults or {}).get(name, None if field.is_required() else field.default)
+        default = defaults.get(name, None if field.is_required() else field.default)
         if default is not None and "action" not in options:
             several = isinstance(default, tuple | list)
             text += f" (default {' '.join(map(str, default)) if several else default})"
@@ -84,8 +81,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser, schedule: bool = True) ->
     group.add_argument("--reducer", choices=list(REDUCERS), help="how tokens are chosen (default cropr)")
     if schedule:
         group.add_argument("--rate", type=int, metavar="R", help="patch tokens pruned after every block (default 8)")
-        text = 'another schedule, such as \'{"stages": {"at": {"6": 50}}}\''
-        group.add_argument("--schedule", metavar="JSON", help=text)
+        group.add_argument("--schedule", metavar="JSON", help='another schedule, as \'{"stages": {"at": {"6": 50}}}\'')
     group.add_argument("--fusion", choices=list(FUSIONS), help="how pruned tokens come back (default llf)")
     return group
 
@@ -94,8 +90,7 @@ def add_machine_flags(parser: argparse._ActionsContainer, workers: bool = False)
     parser.add_argument("--device", help="cpu, cuda; to measure also cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default OMP_NUM_THREADS, else all)")
     if workers:
-        text = "processes that decode images (default 0)"
-        parser.add_argument("--workers", type=int, default=0, metavar="N", help=text)
+        parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, required: bool = False) -> None:

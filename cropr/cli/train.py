@@ -47,10 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"set a key: {keys}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<id of the spec>/seed<seed>")
-    flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], {"drop_path": 0.1})
+    flags.add_fields(flags.add_pruning_flags(parser), ModelSpec, ["drop_path"], drop_path=0.1)
     recipe = parser.add_argument_group("recipe")
-    own = {"epochs": 20, "batch_size": 64, "precision": "bf16 on a GPU, else fp32"}
-    flags.add_fields(recipe, RecipeSpec, _RECIPE, own)
+    flags.add_fields(recipe, RecipeSpec, _RECIPE, epochs=20, batch_size=64, precision="bf16 on a GPU, else fp32")
     recipe.add_argument("--lr", type=float, metavar="LR", help="peak learning rate (default 1e-3 per 256 images)")
     recipe.add_argument("--image-size", "--img-size", type=int, metavar="PX", help="default: the model's own")
     text = f"timm's policy of random changes of training images, or none (default {_RANDAUGMENT}: RandAugment)"

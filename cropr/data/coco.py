@@ -198,8 +198,7 @@ class Window(NamedTuple):
 def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec: DetDataSpec) -> View:
     """Large-scale jitter of an image uint8 [3, H, W], boxes [n, 4] float32 (left, top, right, bottom, within the image)
     and masks uint8 [n, H, W]: perhaps flipped, resized by a factor from ``spec.scale``, cropped to at most S x S. A box
-    that the crop cuts is drawn anew around what is left of its mask. Always draws four numbers from torch's generator.
-    """
+    that the crop cuts is drawn anew around what is left of its mask. Always draws four numbers of torch's generator."""
     flip, scale, down, right = torch.rand(4).tolist()
     marks = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
     if flip < spec.hflip:
@@ -222,10 +221,8 @@ def jitter(image: tv_tensors.Image, boxes: Tensor, masks: tv_tensors.Mask, spec:
 
 def view_window(size: tuple[int, int], side: int, factor: float, offset: tuple[float, float]) -> Window:
     """The part of an image of ``size`` H, W that is seen, at most ``side`` pixels each way, when it is resized by
-    ``factor`` (1: the longer side becomes ``side``) and then cropped, at ``offset`` in [0, 1] from top and left.
-
-    The crop is taken from the file's pixels, then resized: the whole enlarged image would take up to a gigabyte.
-    """
+    ``factor`` (1: the longer side becomes ``side``) and then cropped, at ``offset`` in [0, 1] from top and left. The
+    crop is taken from the file's pixels, then resized: the whole enlarged image would take up to a gigabyte."""
     scale = factor * side / max(size)
     starts, lengths, seen = [], [], []
     for length, where in zip(size, offset, strict=True):

@@ -111,10 +111,8 @@ def write(
     progress: Callable[[int], object] = lambda written: None,
 ) -> None:
     """Write a set, and ``record.json`` last. A set written earlier, finished or not, whatever its layout, is replaced.
-
-    ``workers`` processes write large sets; ``progress`` is called with the number of scenes since its last call.
-    Raises ValueError: impossible spec, or ``root`` holds something that is not a set of scenes.
-    """
+    ``workers`` processes write large sets; ``progress`` is called with the number of scenes since its last call. Raises
+    ValueError: impossible spec, or ``root`` holds something that is not a set of scenes."""
     started, root = time.time(), Path(root)
     if layout == "imagenet" and spec.objects[0] < 1:
         raise ValueError(f"scenes: objects {spec.objects}: an image without a digit has no class; begin at 1")

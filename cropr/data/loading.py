@@ -187,9 +187,8 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """This process's part of a set: batches of at most ``batch_size`` images; ``how`` is as of ``Loader``. Over all
-    processes every image is seen exactly once. Images come in order, but those of one kind (``Samples.kind``) together.
-    """
+    """This process's part of a set: batches of at most ``batch_size`` images; ``how`` is as of ``Loader``. Processes
+    together see each image once. Images come in order, those of one kind (``Samples.kind``) together."""
 
     def __init__(self, samples: Samples, batch_size: int, **how: Any) -> None:
         assert samples.seed is None, "evaluation is not random"

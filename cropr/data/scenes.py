@@ -246,11 +246,9 @@ def object_mask(image_path: str | Path) -> Array | None:
 
 
 def object_patches(mask: Array, grid: tuple[int, int], threshold: float = 0.1) -> NDArray[np.bool_]:
-    """Which patches lie on the labelled object, [h * w] in raster order.
-
-    A patch counts if at least ``threshold`` of its pixels are 255: the default takes in patches that a stroke crosses
-    and leaves out those that it grazes. Raises ValueError: the mask does not divide into the grid.
-    """
+    """Which patches lie on the labelled object, [h * w] in raster order. A patch counts if at least ``threshold`` of
+    its pixels are 255: the default takes in patches that a stroke crosses and leaves out those that it grazes. Raises
+    ValueError: the mask does not divide into the grid."""
     (height, width), (rows, columns) = mask.shape, grid
     if height % rows or width % columns:
         raise ValueError(f"a mask of {height} x {width} px does not divide into a grid of {rows} x {columns} patches")

@@ -1,5 +1,4 @@
-"""Tasks by name, and the specification of a training run. A task is a package here; its ``__init__`` holds its entry,
-``TASK``, and imports no torch."""
+"""Tasks by name; the spec of a training run. A task is a package here: its torch-free ``__init__`` holds ``TASK``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

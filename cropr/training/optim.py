@@ -110,12 +110,10 @@ def create_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, steps_
 
 
 def pruning_share(recipe: RecipeSpec, step: int, steps_per_epoch: int) -> Fraction:
-    """Share of the schedule in force at an optimizer step, which counts from 0; 1 without a curriculum.
-
-    It rises with each epoch, as the authors' segmentation does: R_e = floor(R e / (E / 2 - 1)) tokens a module in epoch
-    e of E, and R from the middle on. Runs of part epochs or less than three, for which the formula has no ramp, rise
-    with each step instead. Evaluation always prunes by the whole schedule.
-    """
+    """Share of the schedule in force at an optimizer step, which counts from 0; 1 without a curriculum. It rises with
+    each epoch, as the authors' segmentation does: R_e = floor(R e / (E / 2 - 1)) tokens a module in epoch e of E, and R
+    from the middle on. Runs of part epochs or less than three, for which the formula has no ramp, rise with each step
+    instead. Evaluation always prunes by the whole schedule."""
     if not recipe.curriculum:
         return Fraction(1)
     if recipe.epochs >= 3 and recipe.epochs == int(recipe.epochs):

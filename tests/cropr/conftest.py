@@ -6,11 +6,19 @@ from typing import Any
 import pytest
 import tiny
 
+from cropr.data.imagenet import Split, load_splits
+
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders that tests only read."""
     return tiny.write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def split(images: Path) -> Split:
+    """Its training images."""
+    return load_splits(images)[0]
 
 
 @pytest.fixture

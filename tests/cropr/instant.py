@@ -7,10 +7,8 @@ from cropr.bench import models, timing
 
 MODEL = {"name": "vit_tiny_patch16_224", "args": {"depth": 4, "embed_dim": 48, "num_heads": 3}}
 RATE = {"constant": {"rate": 3}}
-VARIANTS = {
-    "cropr": {"reducer": "cropr", "schedule": RATE},
-    "cropr_llf": {"reducer": "cropr", "schedule": RATE, "fusion": "llf"},
-}
+CROPR = {"reducer": "cropr", "schedule": RATE}
+VARIANTS = {"cropr": CROPR, "cropr_llf": {**CROPR, "fusion": "llf"}}
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 

@@ -40,6 +40,12 @@ def labelled(size: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([labels * 40, labels * 0 + 7, labels * 0 + seed], axis=-1), labels
 
 
+def tensors(size: tuple[int, int], seed: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """``labelled`` as it is read."""
+    image, labels = (torch.from_numpy(values).byte() for values in labelled(size, seed))
+    return tv_tensors.Image(image.permute(2, 0, 1)), tv_tensors.Mask(labels - 1)
+
+
 SIZES = [(16, 16), (16, 16), (16, 24), (20, 12), (16, 16), (30, 40)]
 
 
@@ -156,14 +162,9 @@ def test_image_and_labels_stay_together(root):
 
 
 def test_padding_lies_at_the_right_and_the_bottom():
-    image, labels = labelled((8, 10), 1)
-    spec = PLAIN.model_copy(update={"resize": (0.5, 0.5)})
-    pair = (
-        tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte()),
-        tv_tensors.Mask(torch.from_numpy(labels).byte() - 1),
-    )
-    out, out_labels = ade20k.train_view(*pair, spec)
-    assert torch.equal(out_labels[:8, :10], pair[1])
+    image, labels = tensors((8, 10), 1)
+    out, out_labels = ade20k.train_view(image, labels, PLAIN.model_copy(update={"resize": (0.5, 0.5)}))
+    assert torch.equal(out_labels[:8, :10], labels)
     assert (out_labels[8:] == IGNORE).all()
     assert (out_labels[:, 10:] == IGNORE).all()
     assert out[:, 8:].abs().max() == out[:, :, 10:].abs().max() == 0
@@ -205,9 +206,7 @@ def test_each_switch_makes_training_random(root):
 
 
 def test_distortion_leaves_labels_alone():
-    image, labels = labelled((16, 16), 3)
-    image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).byte())
-    labels = tv_tensors.Mask(torch.from_numpy(labels).byte() - 1)
+    image, labels = tensors((16, 16), 3)
     spec = PLAIN.model_copy(update={"photometric": True})
     outs = []
     for number in range(100):
@@ -238,14 +237,10 @@ def test_scenes_are_read_as_they_were_drawn(tmp_path, known):
     write(scenes, tmp_path, "ade20k")
     spec = PLAIN.model_copy(update={"image_size": 64, "num_classes": 11, "scenes": scenes if known else None})
     train, val = load_splits(tmp_path)
-    batches = train_batches(train, spec, 4)
-    ((images, maps),) = batches.epoch(0)
-    for index, image, labels in zip(batches.order(0), images, maps, strict=True):
-        scene = compose(scenes, "train", index)
-        torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
-        assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))
-    ((images, maps),) = EvalBatches(EvalImages(val, spec), 8)
-    for index, image, labels in zip(range(4), images, maps, strict=True):
-        scene = compose(scenes, "val", index)
-        torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
-        assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))
+    batches, evaluated = train_batches(train, spec, 4), EvalBatches(EvalImages(val, spec), 8)
+    for split, order, found in (("train", batches.order(0), batches.epoch(0)), ("val", range(4), evaluated)):
+        ((images, maps),) = found
+        for index, image, labels in zip(order, images, maps, strict=True):
+            scene = compose(scenes, split, index)
+            torch.testing.assert_close(image.permute(1, 2, 0) * 255, torch.from_numpy(scene.image).float())
+            assert torch.equal(labels, torch.from_numpy(scene.semantic - np.uint8(1)))

@@ -19,15 +19,7 @@ from cropr.pruning.tokens import Tokens
 from cropr.tasks import open_task
 from cropr.tasks.base import EvaluationSettings, build_model
 from cropr.tasks.classification import DataSpec
-from cropr.tasks.classification.run import (
-    Classification,
-    Objective,
-    distillation,
-    evaluate,
-    losses,
-    object_map,
-    soft_target,
-)
+from cropr.tasks.classification.run import Objective, distillation, evaluate, losses, object_map, soft_target
 from cropr.tasks.scoring import FIGURES, auc, figures
 
 
@@ -131,7 +123,7 @@ def test_relevance_by_hand(batch):
 
 
 def test_mixing_asks_for_pairs_in_every_process(images):
-    run = Classification(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), images)
+    run = open_task(tiny.spec(recipe__batch_size=6, data__augment={"cutmix": 1.0}), images)
     assert len(run.batches(seed=0)) == 8
     with pytest.raises(ValueError, match=r"mix pairs, but a process has 3 images of a batch; .* multiple of 4"):
         run.batches(seed=0, world=World(1, 2))
@@ -175,7 +167,7 @@ def test_a_random_reducer_depends_on_the_seed_alone_and_mixed_precision_is_nearl
 
 def test_the_aggregators_start_as_the_authors_do(images):
     spec = tiny.spec(model__args={**tiny.spec().model.args, "embed_dim": 64})
-    layers = Classification(spec, images).build().reducers["1"].aggregator.mlp
+    layers = open_task(spec, images).build().reducers["1"].aggregator.mlp
     assert layers[1].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not layers[1].bias.any()
     assert not layers[3].bias.any()

@@ -244,11 +244,9 @@ def test_pretrained_weights_come_without_their_class_token(host, tmp_path):
     """At the grid that the weights were made for, and at another, to which timm resamples positions."""
     arguments = {**SHAPE, "num_classes": 0, "img_size": 64, "class_token": True, "global_pool": "avg"}
     donor = timm.create_model(HOSTS[host], **arguments)
-    file = tmp_path / "weights.safetensors"
-    save_file(donor.state_dict(), file)
-    model = ModelSpec(
-        name=HOSTS[host], args={**SHAPE, "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
-    )
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "custom_load": False}
+    save_file(donor.state_dict(), overlay["file"])
+    model = ModelSpec(name=HOSTS[host], args={**SHAPE, "pretrained_cfg_overlay": overlay})
     for size in (64, 96):
         built = build_detector(model, PruneSpec(), detector_spec(), CLASSES, size, pretrained=True).backbone.host
         own, theirs = built.state_dict(), donor.state_dict()

@@ -66,7 +66,7 @@ def test_a_full_disk_is_one_message_and_no_file(command, fault, images, trained,
     else:
         monkeypatch.setattr(os, "fsync", no_room)
         monkeypatch.setattr("PIL.Image.Image.save", no_room)
-    assert main([*command, "--out", str(out)]) == 2
+    assert main([*command, "--out", str(out) + ".npz" * (command[0] == "show")]) == 2
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert any(reason in error for reason in ("No space left", "Not a directory", "File exists"))
     left = [file for file in tmp_path.rglob("*") if file.is_file() and file.name not in ("file", "log.jsonl")]

@@ -12,6 +12,7 @@ import timm
 import torch
 from cases import assert_deployed, assert_exports, assert_one_graph, randomised
 from cases import pictures as images
+from PIL import Image
 from torch import Tensor, nn
 
 import cropr
@@ -189,6 +190,23 @@ def test_as_host_gives_what_the_hosts_class_gives(name: str) -> None:
         merged = prune(host, 3, reducer="tome").deploy()
         states = cropr.as_host(merged)(images(), output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(states, merged.model(images()).tokens.raster().x)
+
+
+def test_as_host_goes_into_a_pipeline_and_refuses_what_it_would_ignore_and_other_models() -> None:
+    transformers = pytest.importorskip("transformers")
+    host = host_of("vit/sdpa")
+    same, fewer = (cropr.as_host(prune(host, rate).deploy()) for rate in (0, 3))
+    how = {"image_processor": transformers.ViTImageProcessor(size={"height": 32, "width": 32}), "top_k": 5}
+    picture = Image.fromarray(torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy())
+    found = [transformers.pipeline("image-classification", model=one, **how)(picture) for one in (host, same, fewer)]
+    scores = [{line["label"]: line["score"] for line in lines} for lines in found]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) != scores[2]
+    assert scores[2].keys() == scores[0].keys()
+    with pytest.raises(TypeError, match=r"not \['interpolate_pos_encoding'\]"):
+        fewer(images(), interpolate_pos_encoding=True)
+    for other in (host, prune(host_of("torchvision"), 3)):
+        with pytest.raises(TypeError, match="as_host takes pruned models of Hugging Face, not V"):
+            cropr.as_host(other)
 
 
 def test_what_has_no_adapter_is_refused_with_what_has() -> None:

@@ -48,9 +48,8 @@ def slow_merge(reducer, tokens, context, keep):
             size = sum(s for _, _, s in members)
             value = sum(s * x for _, x, s in members) / size
             if name == "ToFu" and len(members) > 1:
-                value = (
-                    value / value.norm() * max(x.norm() for _, x, _ in members) if reducer.depth > 0.5 else rows[j][1]
-                )
+                longest = max(x.norm() for _, x, _ in members)
+                value = value / value.norm() * longest if reducer.depth > 0.5 else rows[j][1]
             new.append((rows[j][0], value, size))
         rows = new
     return [x for _, x, _ in rows]

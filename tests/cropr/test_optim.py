@@ -11,7 +11,6 @@ import torch
 from cases import pictures as images
 from test_fusion import segmenter
 
-from cropr.data.imagenet import load_splits
 from cropr.pruning.schedule import Schedule
 from cropr.specs import ModelSpec, PruneSpec, RecipeSpec
 from cropr.tasks.base import build_model
@@ -55,11 +54,7 @@ def test_layer_scales_of_the_paper_model_and_of_eva():
 
 def test_queries_may_learn_faster_than_the_rest(model):
     plain, fast = (
-        {
-            name: group["lr_scale"]
-            for group in parameter_groups(model, RecipeSpec(query_lr=lr))
-            for name in group["names"]
-        }
+        {name: g["lr_scale"] for g in parameter_groups(model, RecipeSpec(query_lr=lr)) for name in g["names"]}
         for lr in (1, 20)
     )
     queries = {name for name in plain if name.endswith("queries")}
@@ -69,9 +64,8 @@ def test_queries_may_learn_faster_than_the_rest(model):
 
 
 def test_what_has_no_weight_decay(model):
-    decay = {
-        name: g["weight_decay"] for g in parameter_groups(model, RecipeSpec(layer_decay=0.75)) for name in g["names"]
-    }
+    groups = parameter_groups(model, RecipeSpec(layer_decay=0.75))
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     host = "backbone.host."
     for name in ("pos_embed", "cls_token", "reg_token", "blocks.1.attn.qkv.bias", "fc_norm.weight", "head.bias"):
         assert decay[host + name] == 0, name
@@ -218,31 +212,26 @@ def test_without_learning_reducers_share_zero_is_the_host_itself():
     assert model(images()).kept == {}
 
 
-@pytest.fixture(scope="module")
-def folder(request):
-    return load_splits(request.getfixturevalue("images"))[0]
-
-
-def train(spec, folder, out, task=None):
+def train(spec, split, out, task=None):
     """Trained weights, and the patches alive after the first block in each step."""
     model = tiny.model(spec)
     alive = []
     model.register_forward_hook(lambda _, inputs, output: alive.append(output.kept[1].shape[1]))
-    batches = tiny.batches(folder, spec)
+    batches = tiny.batches(split, spec)
     with suppress(TrainingInterrupted):
         fit(model, task or Objective(spec.data), batches, spec.recipe, 0, Settings(out=out))
     return model.state_dict(), alive
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(5, 15), (1.5, 4)])
-def test_a_resumed_run_goes_on_with_the_right_rate(folder, tmp_path, epochs, steps):
+def test_a_resumed_run_goes_on_with_the_right_rate(split, tmp_path, epochs, steps):
     """Rate 4 and the extra token of 16; stopped on the way up."""
     spec = tiny.spec(recipe__epochs=epochs, recipe__curriculum=True, model__drop_path=0.2)
-    expected, whole = train(spec, folder, tmp_path / "undisturbed")
+    expected, whole = train(spec, split, tmp_path / "undisturbed")
     if epochs == 5:  # shares 0, 2/3 and 1: rates 0, 2 and 4
         assert whole == 6 * [16] + 6 * [13] + 18 * [11]
-    _, first = train(spec, folder, tmp_path / "run", tiny.Signalled(spec.data, steps - 1, signal.SIGTERM))
-    weights, second = train(spec, folder, tmp_path / "run")
+    _, first = train(spec, split, tmp_path / "run", tiny.Signalled(spec.data, steps - 1, signal.SIGTERM))
+    weights, second = train(spec, split, tmp_path / "run")
     assert len(first) == steps
     assert first + second == whole
     assert all(torch.equal(expected[name], weights[name]) for name in expected)

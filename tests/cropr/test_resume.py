@@ -34,7 +34,6 @@ from cropr.training import checkpoint
 from cropr.training import loop as runs
 from cropr.training.loop import TrainingInterrupted, train
 
-ONE = World()
 ROOT = Path(__file__).parents[2]
 
 
@@ -177,9 +176,8 @@ def test_weights_of_timm_that_cannot_be_fetched_end_in_one_message(images, tmp_p
 
 
 def test_scenes_must_be_those_of_the_spec(tmp_path):
-    spec = tiny.spec(
-        data__scenes={"image_size": 32, "train": 20, "val": 10, "distractors": [0, 2]}, data__num_classes=10
-    )
+    scenes = {"image_size": 32, "train": 20, "val": 10, "distractors": [0, 2]}
+    spec = tiny.spec(data__scenes=scenes, data__num_classes=10)
     write(spec.data.scenes.model_copy(update={"distractors": (0, 3)}), tmp_path / "scenes")
     with pytest.raises(ValueError, match=r"distractors is .0, 3. there, .0, 2. in the spec"):
         train(spec, 0, tmp_path / "scenes", tmp_path / "run", world=World())

@@ -91,7 +91,5 @@ def files(root: Path) -> dict[str, bytes]:
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two passes over batches of two tensors are the same, and not empty."""
-    a, b = list(a), list(b)
-    return len(a) == len(b) > 0 and all(
-        torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True)
-    )
+    one, other = ([tensor for images, targets in batches for tensor in (images, targets)] for batches in (a, b))
+    return len(one) == len(other) > 0 and all(map(torch.equal, one, other))

@@ -46,9 +46,7 @@ def detector(
     """Weights are random by seed 0; ``spread``: those of the encoder far enough from initial values to matter."""
     torch.manual_seed(0)
     spec = PruneSpec(**(PRUNED if prune is None else prune))
-    model = build_detector(
-        ModelSpec(name=HOSTS[host], args=SHAPE, drop_path=0.0), spec, detector_spec(**changes), CLASSES, size
-    )
+    model = build_detector(ModelSpec(name=HOSTS[host], args=SHAPE), spec, detector_spec(**changes), CLASSES, size)
     for name, parameter in model.backbone.named_parameters():
         if spread and "norm" not in name:
             nn.init.normal_(parameter, std=0.1)

@@ -23,9 +23,8 @@ from workflow.paper.resolver import Row
 
 EXPERIMENTS = Path(__file__).parents[2] / "config" / "experiments"
 TOKENS = [17, 13, 9, 9, 17]
-BASE = {"reactivation": "unpruned", "relevance": "random"} | dict.fromkeys(
-    ("ablations", "scoring", "similarity"), "cropr"
-)
+BASE = dict.fromkeys(("ablations", "scoring", "similarity"), "cropr")
+BASE |= {"reactivation": "unpruned", "relevance": "random"}
 
 
 def run_cells(name: str, results: Path) -> None:
@@ -77,10 +76,8 @@ def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("unpruned", *row["settings"]["variants"]):
         seconds = (rng.uniform(0.9, 1.1, 8) / (1.0 if name in ("unpruned", "control") else 1.6)).tolist()
         metrics = {"images_per_s": 4.0, "gmacs": 6.0, "mac_ratio": 1.0 if name in ("unpruned", "control") else 1.7}
-        plain = {"variant": name, "precision": "fp32", "attention": "auto", "batch_size": 4}
-        cells.append(
-            {**plain, "seconds": seconds, "base_seconds": rng.uniform(0.9, 1.1, 8).tolist(), "metrics": metrics}
-        )
+        plain = {"variant": name, "precision": "fp32", "attention": "auto", "batch_size": 4, "metrics": metrics}
+        cells.append({**plain, "seconds": seconds, "base_seconds": rng.uniform(0.9, 1.1, 8).tolist()})
     return cells
 
 

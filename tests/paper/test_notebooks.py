@@ -152,9 +152,7 @@ def nbformat() -> Any:
 def notebook(path: Path, *sources: str) -> Path:
     """A notebook with the parameters ``number`` and ``name``, a formula, and code cells."""
     cells = [
-        nbformat().v4.new_markdown_cell(
-            "# Title\n\nA formula $a_j = \\sum_n A_{nj}$, prices of $5 and $6, and\n\n$$x^2$$"
-        ),
+        nbformat().v4.new_markdown_cell("# Title\n\nFormula $a_j = \\sum_n A_{nj}$, prices $5 and $6, and\n\n$$x^2$$"),
         nbformat().v4.new_code_cell("number = 1\nname = 'nobody'", metadata={"tags": ["parameters"]}),
         *map(nbformat().v4.new_code_cell, sources),
     ]
@@ -172,9 +170,8 @@ def run(source: Path, out: Path, **parameters: object) -> subprocess.CompletedPr
 
 @pytest.mark.workflow
 def test_runs_with_typed_parameters_and_is_stable(tmp_path: Path) -> None:
-    source = notebook(
-        tmp_path / "page.ipynb", "import os; print(type(number).__name__, number, name, os.getcwd(), object())", PICTURE
-    )
+    printed = "import os; print(type(number).__name__, number, name, os.getcwd(), object())"
+    source = notebook(tmp_path / "page.ipynb", printed, PICTURE)
     for folder in ("one", "two"):
         result = run(source, tmp_path / folder, number=2.5, name="somebody")
         assert result.returncode == 0, result.stderr
@@ -278,10 +275,7 @@ def microbench_records() -> dict[str, dict[str, list[dict]]]:
     measured = target(1.5, None, speedup=1.52, speedup_low=1.35, speedup_high=1.8)
     return {
         "precision": {"vit_l_224": [*sweep, gone]},
-        "alignment": {
-            "blocks": [block(count) for count in range(30, 67)],
-            "schedules": [cell(v, s) for v, s in schedules.items()],
-        },
+        "alignment": {"blocks": [*map(block, range(30, 67))], "schedules": [cell(v, s) for v, s in schedules.items()]},
         "breakeven": {"vit_s": pays, "vit_b": pays},
         "profile": {
             "vit_l_224": [{"variant": v, **profile} for v in SPEED],
@@ -328,9 +322,8 @@ def test_counts_are_compared_with_their_neighbours(tmp_path):
     made, table = run_microbench(tmp_path, "alignment")
     latency = {c["tokens"]: c["metrics"]["block_s"] for c in made["blocks"]}
     assert [(line["multiple_of"], line["counts"]) for line in table[:2]] == [("64", "1"), ("32", "1")]
-    assert [float(line["next_count_max"]) for line in table[:2]] == [
-        round(latency[n + 1] / latency[n], 3) for n in (64, 32)
-    ]
+    steps = [round(latency[n + 1] / latency[n], 3) for n in (64, 32)]
+    assert [float(line["next_count_max"]) for line in table[:2]] == steps
     assert float(table[0]["excess_percent"]) < 0 < float(table[-1]["excess_percent"])
 
 

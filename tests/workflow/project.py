@@ -23,13 +23,11 @@ class Project:
 
     def snakemake(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run ``snakemake`` as a user does, from the repository's root; stdout and stderr together."""
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SNAKEMAKE_PROFILE")
-        }
+        kept = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "SNAKEMAKE_PROFILE"}}
         return subprocess.run(
             [sys.executable, "-m", "snakemake", *arguments],
             cwd=self.path,
-            env=environment | (env or {}),
+            env=kept | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

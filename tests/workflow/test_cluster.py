@@ -40,9 +40,8 @@ def test_every_job_of_the_paper_fits_its_partition(project: Project, tmp_path: P
     call = ["--workflow-profile", str(tmp_path), "--configfile", str(tmp_path / "own.yaml")]
     result = project.snakemake("--cores", "64", "--dry-run", *call, "--config", "scale=paper", *roots)
     assert result.returncode == 0, result.stdout
-    found = {
-        rule: told for rule, *told in re.findall(r"^RULE (\S+) (\S+) (\S+) (\S+) (\S+)$", result.stdout, re.MULTILINE)
-    }
+    lines = re.findall(r"^RULE (\S+) (\S+) (\S+) (\S+) (\S+)$", result.stdout, re.MULTILINE)
+    found = {rule: told for rule, *told in lines}
     on_gpu = {rule: int(told[0]) for rule, told in found.items() if told[0] != "None"}
     assert on_gpu == {"pretrain": gpus, "train": gpus, "bench": 1, "microbench": 1}
     assert {rule for rule, told in found.items() if told[1] == "gpu"} == set(on_gpu)

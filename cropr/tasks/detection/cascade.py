@@ -30,6 +30,8 @@ from cropr.tasks.detection import DetModelSpec
 if TYPE_CHECKING:
     from cropr.data.coco import Target
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
 BOX_SIZE, MASK_SIZE = 7, 14
 """Side of the grid that a region is pooled to; masks have twice theirs."""
 POSITIVE = 0.25
@@ -71,11 +73,7 @@ class CascadeHeads(nn.Module):
         self.sampler = Sampler(spec.rois, POSITIVE)
 
     def losses(
-        self,
-        levels: Sequence[Tensor],
-        proposals: Sequence[Tensor],
-        sizes: Sequence[tuple[int, int]],
-        targets: Sequence[Target],
+        self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[Target]
     ) -> dict[str, Tensor]:
         """``loss_classes_k`` and ``loss_box_k`` of every stage k, and ``loss_mask``; all finite without objects."""
         levels = [level.float() for level in levels]
@@ -106,9 +104,7 @@ class CascadeHeads(nn.Module):
                 regions = [match(box, target, threshold) for box, target in zip(solid, targets, strict=True)]
         return losses
 
-    def detect(
-        self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
+    def detect(self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Detections of each image: scores are means over the stages, boxes the last stage's."""
         levels = [level.float() for level in levels]
         boxes, scores = tuple(proposals), []
@@ -129,11 +125,9 @@ class CascadeHeads(nn.Module):
 
 
 class RegionPooler:
-    """Pools each region from the level that suits its size, with aligned RoIAlign and adaptive sampling.
-
-    torchvision's own is not aligned, and infers the scales from the first batch, wrongly for images smaller than the
-    canvas. ``strides`` are powers of 2, finest first; regions of ``size`` pixels a side have the level of ``stride``.
-    """
+    """Pools each region from the level that suits its size, with aligned RoIAlign and adaptive sampling. torchvision's
+    own is not aligned, and infers the scales from the first batch, wrongly for images smaller than the canvas.
+    ``strides`` are powers of 2, finest first; regions of ``size`` pixels a side have the level of ``stride``."""
 
     def __init__(self, strides: Sequence[int], size: int, stride: int) -> None:
         levels = [int(math.log2(edge)) for edge in strides]
@@ -172,7 +166,7 @@ class BoxStage(nn.Module):
         return self.classes(x).float(), self.deltas(x).float()
 
     @torch.no_grad()
-    def refine(self, deltas: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    def refine(self, deltas: Tensor, boxes: Sequence[Tensor], sizes: Sequence[Size]) -> tuple[Tensor, ...]:
         """The boxes [R_b, 4] of each image moved by their deltas and clipped to the image, without gradient."""
         moved = self.coder.decode_single(deltas, torch.cat(list(boxes))).split([len(box) for box in boxes])
         return tuple(clip_boxes_to_image(box, size) for box, size in zip(moved, sizes, strict=True))
@@ -241,10 +235,8 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit
 def soft_nms(boxes: Tensor, scores: Tensor, threshold: float, min_score: float, limit: int) -> Picks:
     """Linear soft suppression (Bodla et al., 2017) of boxes [R, 4] with scores [R, K], not negative: a picked box
     multiplies scores by 1 - IoU where the IoU is above ``threshold``; the ``limit`` highest above ``min_score`` remain.
-
     One matrix of overlaps serves all classes, in float32, since float16 is off by half a pixel above 1024. Each step
-    picks one box of every class, in falling order: the ``limit`` best are among the first ``limit`` of each class.
-    """
+    picks one box of every class, in falling order: the ``limit`` best are among the first ``limit`` of each class."""
     index = (scores > min_score).any(dim=1).nonzero()[:, 0]
     overlap = box_iou(boxes[index].float(), boxes[index].float())
     factors = torch.where(overlap > threshold, 1 - overlap, 1.0)

@@ -41,11 +41,9 @@ def evaluate(
     annotations: Annotations,
     settings: EvaluationSettings = DEFAULT,
 ) -> Evaluation:
-    """The metrics of ``score``, and ``val_images``. Writes ``settings.predictions`` if that is given.
-
-    ``batches`` are as ``cropr.data.coco`` collates them; with several processes, each has its own part. The model, on
-    the device of the settings, keeps its mode. Raises ValueError: there are no images.
-    """
+    """The metrics of ``score``, and ``val_images``. Writes ``settings.predictions`` if that is given. ``batches`` are
+    as ``cropr.data.coco`` collates them; with several processes, each has its own part. The model, on the device of the
+    settings, keeps its mode. Raises ValueError: there are no images."""
     training, world, device = model.training, settings.world, settings.world.device
     model.eval()
     torch.manual_seed(settings.seed)
@@ -141,11 +139,9 @@ def score(
 
 
 def _truth(path: Path) -> COCO:
-    """The truth in a form that pycocotools evaluates correctly.
-
-    Annotations are numbered from 1, because it reads number 0 as "no match". Objects without a polygon of three points
-    get an empty mask, because it fails on an empty list and reads four numbers as a box.
-    """
+    """The truth in a form that pycocotools evaluates correctly. Annotations are numbered from 1, because it reads
+    number 0 as "no match". Objects without a polygon of three points get an empty mask, because it fails on an empty
+    list and reads four numbers as a box."""
     content = read_content(path)
     _, problems = read_annotations(path, content)
     if problems:

@@ -37,13 +37,10 @@ from cropr.pruning.tokens import Tokens
 from cropr.specs import ModelSpec, PruneSpec
 from cropr.tasks.base import Losses, keep_last_block
 from cropr.tasks.detection import DetModelSpec
-from cropr.tasks.detection.cascade import CascadeHeads, Detections, ProposalNetwork
+from cropr.tasks.detection.cascade import CascadeHeads, Detections, ProposalNetwork, Size
 
 if TYPE_CHECKING:
     from cropr.data.coco import Target
-
-Size = tuple[int, int]
-"""Height and width in pixels."""
 
 
 class Encoder(PrunedViT):

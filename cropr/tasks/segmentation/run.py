@@ -104,10 +104,8 @@ def predict(forward: Forward, images: Tensor, size: tuple[int, int], spec: SegDa
 
 def predict_sliding(forward: Forward, images: Tensor, window: int, stride: int) -> Tensor:
     """Logits [B, C, H, W] of images [B, 3, H, W]: the mean over all windows that cover a pixel (mmseg's ``slide``).
-
     Windows begin every ``stride`` pixels; the last of a row or column is moved back to end with the image. Smaller
-    images are padded. Raises ValueError: windows that leave gaps.
-    """
+    images are padded. Raises ValueError: windows that leave gaps."""
     if stride > window:
         raise ValueError(f"stride {stride} leaves gaps between windows of {window} px; lower it to at most {window}")
     ends = (max(side - window, 0) for side in images.shape[-2:])
