@@ -186,7 +186,7 @@ def test_as_host_gives_what_the_hosts_class_gives(name: str) -> None:
             torch.testing.assert_close(actual[key], expected[key], rtol=1e-5, atol=1e-5)
         states = fewer(images(), output_hidden_states=True).hidden_states[-1]
         assert states.shape[1] == adapt(host).prefix + (16 if fusion == "llf" else 6)
-    if name != "siglip" and adapt(host).masks:  # siglip pools by attention, which knows no weights
+    if "siglip" not in name and adapt(host).masks:  # pools by attention; with classes, version 4 records layers itself
         merged = prune(host, 3, reducer="tome").deploy()
         states = cropr.as_host(merged)(images(), output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(states, merged.model(images()).tokens.raster().x)
