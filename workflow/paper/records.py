@@ -275,7 +275,7 @@ def setting(artefact: str, results: str | Path) -> Markdown:
     if path := next((row["records"][0] for row in rows if row["records"]), None):
         with _reading(manifest, path, results) as record:
             spec, metrics = record["spec"], record["metrics"]
-            seen = f"{metrics['images']} training images seen ({spec['recipe']['epochs']} epochs)"
+            seen = f"{metrics['images']} training images seen (epochs: {spec['recipe']['epochs']:g})"
             lines.append(f"Accuracy: {_model(spec)}, {spec['data']['image_size']} px, {seen}, "
                          f"{metrics['val_images']} validation images.")  # fmt: skip
     if path := next((p for row in rows if (p := row["bench"]) and _there(manifest, p, results)), None):
