@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def test_a_folder_has_one_run_and_a_failed_start_leaves_none(tmp_path: Path, ima
 @pytest.mark.model
 def test_ctrl_c_ends_every_verb_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cropr", "bench", "--model", "vit_base_patch16_224", "--rounds", "99"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+    how: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    with subprocess.Popen(command, preexec_fn=heeding, **how) as process:
         time.sleep(3)
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1].splitlines()[-1] == "interrupted"
