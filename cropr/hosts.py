@@ -36,7 +36,8 @@ def _forward(
     """Forward of the bare model that ``as_host`` makes."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    if unknown := [name for name, value in others.items() if value not in (None, False)]:
+    others.pop("num_items_in_batch", None)  # of transformers' Trainer, for its loss
+    if unknown := [name for name, value in others.items() if value is not None and value is not False]:
         raise TypeError(f"a pruned model takes pixel_values, return_dict and output_hidden_states, not {unknown}")
     model = getattr(self.pruned, "model", self.pruned)
     tokens = model(pixel_values).tokens

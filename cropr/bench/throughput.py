@@ -72,7 +72,7 @@ def build(spec: BenchSpec, device: str) -> dict[str, Case]:
     cases = {name: Case(name=name, model=model, shape=(3, px, px), **how) for name, (model, px) in sized.items()}
     if spec.detector is not None:
         code = import_module("cropr.bench.heads")  # by name: other measurements do not depend on detectors
-        backbone, patch = pruned.model.backbone, pruned.model.backbone.host.patch_embed.patch_size[0]
+        backbone, patch = pruned.model.backbone, pruned.model.backbone.patch_size[0]
         heads = code.Heads(spec.detector, backbone.dim, patch, (size // patch,) * 2).to(device)
         # Boxes need float32, so that weights of heads are not cast for good.
         mixed = f"amp_{spec.precision}" if spec.precision in ("bf16", "fp16") else spec.precision

@@ -104,7 +104,9 @@ def train_transform(spec: DataSpec) -> Transform:
         transform = create_transform(spec.image_size, is_training=True, no_aug=not is_random(spec), **options)
     except (AssertionError, ValueError) as error:
         policies = "such as rand-m9-mstd0.5-inc1, augmix-m3 or original"
-        raise ValueError(f"auto_augment = {augment.auto_augment!r}: {error}; it takes timm's, {policies}") from error
+        raise ValueError(
+            f"auto_augment = {augment.auto_augment!r}: {str(error) or 'unknown policy'}; it takes timm's, {policies}"
+        ) from error
     for policy in transform.transforms:
         # RandAugment and AugMix have a list of operations, AutoAugment has lists of them.
         for operation in chain(getattr(policy, "ops", []), *getattr(policy, "policy", [])):

@@ -182,7 +182,7 @@ def _create_host(model: ModelSpec, num_classes: int, image_size: int, pretrained
         raise
     if not hasattr(host, "patch_embed"):
         raise ValueError(f"{model.name}: can be pruned in Python alone (docs/hosts.md)")
-    if image_size % (side := host.patch_embed.patch_size[0]):
+    if image_size % (side := host.patch_embed.feat_ratio()):
         raise ValueError(f"image_size = {image_size}: must be a multiple of the model's patch size, {side} px")
     return host
 

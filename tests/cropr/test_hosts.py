@@ -202,8 +202,10 @@ def test_as_host_goes_into_a_pipeline_and_refuses_what_it_would_ignore_and_other
     scores = [{line["label"]: line["score"] for line in lines} for lines in found]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) != scores[2]
     assert scores[2].keys() == scores[0].keys()
-    with pytest.raises(TypeError, match=r"not \['interpolate_pos_encoding'\]"):
-        fewer(images(), interpolate_pos_encoding=True)
+    fewer.vit(images(), num_items_in_batch=torch.tensor(2))
+    for refused in ({"interpolate_pos_encoding": True}, {"bool_masked_pos": torch.ones(2, 16)}):
+        with pytest.raises(TypeError, match=rf"not \['{next(iter(refused))}'\]"):
+            fewer.vit(images(), **refused)
     for other in (host, prune(host_of("torchvision"), 3)):
         with pytest.raises(TypeError, match="as_host takes pruned models of Hugging Face, not V"):
             cropr.as_host(other)

@@ -91,6 +91,7 @@ def test_each_claim_can_hold_and_is_contradicted_by_reversed_data(monkeypatch, c
         made_up(monkeypatch, claim, claim.limit + sign * step)
         (line,) = verdicts(claim.artefact, "anywhere").to_dict("records")
         assert (line["verdict"], line["why"]) == (verdict, "")
+        assert line["over"]
         assert bool(line["predicted"]) == (line["over"] == "formula") != bool(line["measured"])
         assert claim.place in line["source"]
 

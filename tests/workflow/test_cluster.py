@@ -88,3 +88,4 @@ def test_the_cost_of_the_paper_is_that_of_its_published_runs() -> None:
     assert table["runs"] > 10
     assert 0.8 * 33.6 * table["runs"] < table["hours"] < 1.1 * 49.5 * table["runs"]
     assert rows["coco"]["hours"] > 100
+    assert rows["memory"]["hours"] == 0

@@ -86,7 +86,7 @@ def estimate(scale: str) -> list[dict[str, Any]]:
         seen |= new
         runs = [Path(file).parent.parent.name for file in new if "/runs/" in file]
         costs = [training(grid, run, rates) for run in runs if WIDE in grid.spec(run).model.name]
-        hours, size = (sum(values) for values in zip(*costs, strict=True)) if costs else (math.nan, math.nan)
+        hours, size = [sum(both) for both in zip(*costs, strict=True)] or [math.nan if runs else 0.0] * 2
         others = len(new) - len(runs) + 2  # the manifest and the notebook, too
         rows.append({"artefact": name, "runs": len(runs), "other jobs": others, "hours": hours, "GB": size})
     return rows

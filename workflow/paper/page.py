@@ -77,7 +77,7 @@ def headline(results: Path, names: list[str]) -> str:
             seen.add(manifest["task"])
             lines += _headline(manifest, results)
             about = [line.strip() for line in setting(name, results).splitlines()[1:]]
-            notes.append(f"* {manifest['paper_model'] or manifest['title']}. {' '.join(about)}\n")
+            notes.append(f"* {(manifest['paper_model'] or manifest['title']).rstrip('?.')}. {' '.join(about)}\n")
     table = pd.DataFrame(lines)
     return f"{to_markdown(table.loc[:, table.astype(bool).any()])}\n{''.join(notes)}"
 

@@ -39,8 +39,7 @@ class TimmBackbone(Backbone):
     def _read_sizes(self) -> None:
         embed = self.host.patch_embed
         self.image_size, self.has_cls = embed.img_size, self.host.cls_token is not None
-        height, width = (side // cells for side, cells in zip(embed.img_size, embed.grid_size, strict=True))
-        self.patch_size = height, width  # of a hybrid's embedding, patch_size counts cells of its convolutions
+        self.patch_size = embed.feat_ratio(as_scalar=False)  # in pixels; a hybrid's patch_size counts cells
 
     def norm(self, tokens: Tokens) -> Tokens:
         return tokens.replace(self.host.norm(tokens.x))

@@ -147,7 +147,7 @@ def build_detector(
     if (patch := model.args.get("patch_size")) is None:
         with torch.device("meta"):
             host: Any = timm.create_model(model.name, **model.args)
-        patch, columns = host.patch_embed.patch_size
+        patch, columns = host.patch_embed.feat_ratio(as_scalar=False)
         assert patch == columns
     multiple = patch * math.lcm(detector.window, max(1, round(1 / detector.scales[-1])))
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
