@@ -259,8 +259,7 @@ class _Run:
         """Keep metrics, and the weights of the model if its first metric is the highest so far."""
         name, value = next(iter(metrics.items()))
         self._show("val", metrics)
-        if self.world.leads:
-            _LOG.info("epoch %d: validation %s %s", epoch, name, "none" if value is None else f"{value:.2f} %")
+        _LOG.info("epoch %d: validation %s %s", epoch, name, "none" if value is None else f"{value:.2f} %")
         if self.world.leads and all((value or 0) > (earlier[name] or 0) for earlier in self.history):
             store.save_weights(self.settings.out / store.BEST, model)
         self.history.append({"epoch": epoch, **metrics})
